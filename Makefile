@@ -1,0 +1,28 @@
+# The two commands of the README, and what they are made of. Each sets up whatever is missing first.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= quickstart/data
+RUNS ?= quickstart/runs
+IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
+
+.PHONY: setup quickstart test lint docs clean
+
+setup:
+	@$(PYTHON) launch/setup --venv $(VENV)
+
+quickstart: setup
+	@$(IN_VENV) launch/quickstart $(DATA) $(RUNS)
+
+test: setup
+	@$(IN_VENV) pytest
+
+lint: setup
+	@$(IN_VENV) ruff check
+	@$(IN_VENV) ruff format --check
+
+docs: setup
+	@$(IN_VENV) sphinx-build -W -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+clean:
+	rm -rf quickstart docs/_build build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,3 @@
+from horovod_owt.cli import main
+
+main()

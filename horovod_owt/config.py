@@ -1,0 +1,202 @@
+"""One run's configuration: resolved once from a recipe and what the user set, then frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from horovod_owt.errors import ConfigError
+from horovod_owt.schedule import parse_schedule
+
+MIN_IMAGE_SIZE = 63  # px; the smallest side that leaves one pixel after AlexNet's last pool
+DEFAULT_RECIPE = "torchvision-90"
+
+CHOICES = {
+    "model": ("alexnet-owt", "alexnet-owt-bn"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "parallel": ("data",),
+    "compression": ("none", "fp16"),
+    "pipeline": ("auto", "dali", "torchvision"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes; the keys of recipes, of --set and of config.json."""
+
+    model: str = "alexnet-owt"  # alexnet-owt | alexnet-owt-bn
+    classes: int = 0  # 0: as many as the data set has
+    image_size: int = 224  # px, side of the square that the network sees
+    crop_scale_min: float = 0.08  # smallest share of an image's area that a training crop may take
+
+    epochs: int = 90
+    max_steps: int = 0  # optimizer updates; 0: no limit but the epochs
+    batch: int = 128  # images a rank in one forward pass (the micro-batch)
+    accum_steps: int = 1  # micro-batches per optimizer update
+
+    lr: float = 0.01  # peak learning rate at a global batch of lr_batch images
+    lr_batch: int = 256  # images; the learning rate grows linearly with global batch / lr_batch
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_epochs: float = 0.0  # linear ramp from 0 to the scaled learning rate
+    schedule: str = "step:30:0.1"  # constant | cosine | poly:POWER | step:EPOCHS:FACTOR
+    dropout: float = 0.5  # share of units zeroed before each hidden FC layer
+    label_smoothing: float = 0.0
+
+    precision: str = "fp32"  # fp32 | bf16 (autocast) | fp16 (autocast and loss scaling, GPU only)
+    channels_last: bool = True
+    deterministic: bool = False  # only kernels that give the same bits each time; slower on a GPU
+    seed: int = 0  # weights, order of samples, augmentation and dropout all follow from it
+
+    parallel: str = "data"  # data: each rank holds the whole net
+    compression: str = "none"  # none | fp16: gradients travel as 16-bit floats
+
+    pipeline: str = "auto"  # auto | dali | torchvision
+    decode_threads: int = 0  # a rank; 0: its share of the cores
+    log_every: int = 10  # steps between two progress lines
+    checkpoint_every: int = 0  # steps; 0: at epoch ends only
+    keep_checkpoints: int = 3  # newest ones that stay on disk
+    stall_limit_s: float = 600.0  # a collective that waits longer than this for a rank ends the run
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def rank_batch(self) -> int:
+        """Images that one rank sees in one step."""
+        return self.batch * self.accum_steps
+
+    def global_batch(self, world_size: int) -> int:
+        """Images that go into one optimizer update."""
+        return self.rank_batch() * world_size
+
+    def peak_lr(self, world_size: int) -> float:
+        """After warm-up: the linear rule of Goyal et al. 2017, arXiv:1706.02677, section 2.1."""
+        return self.lr * self.global_batch(world_size) / self.lr_batch
+
+    def total_steps(self, num_samples: int, world_size: int) -> int:
+        """Optimizer updates of the whole run over `num_samples` training images."""
+        steps = math.ceil(self.epochs * num_samples / self.global_batch(world_size))
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def resolve(recipe: str | None = None, settings: Iterable[str] = ()) -> TrainConfig:
+    """A recipe's values, overlaid by `key=value` settings in their order."""
+    values = load_recipe(recipe or DEFAULT_RECIPE)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}", wanted="key=value", fix=f"--set {setting}=VALUE")
+        values[key.strip()] = text.strip()
+    return from_mapping(values)
+
+
+def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from names and values of any origin; raises ConfigError for an unknown or unfit one."""
+    return TrainConfig(**{key: _typed(key, value) for key, value in values.items()})
+
+
+def recipe_names() -> list[str]:
+    return sorted(
+        Path(item.name).stem
+        for item in resources.files("horovod_owt.recipes").iterdir()
+        if item.name.endswith(".yaml")
+    )
+
+
+def load_recipe(name_or_file: str) -> dict[str, Any]:
+    """The keys and values of a recipe that comes with the package, or of a YAML file."""
+    if name_or_file in recipe_names():
+        text = (resources.files("horovod_owt.recipes") / f"{name_or_file}.yaml").read_text()
+    elif Path(name_or_file).is_file():
+        text = Path(name_or_file).read_text()
+    else:
+        raise ConfigError(
+            f"recipe {name_or_file!r} is neither a known name nor a file",
+            wanted=f"one of {', '.join(recipe_names())} or a path",
+            fix=f"--recipe {_nearest(name_or_file, recipe_names()) or DEFAULT_RECIPE}",
+        )
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(f"recipe {name_or_file} is no YAML{line}", wanted="key: value lines") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {name_or_file} holds a {type(values).__name__}", wanted="key: value lines")
+    return values
+
+
+def _typed(key: str, value: Any) -> Any:
+    """`value` as the field's type; text comes from --set, and from YAML for numbers like 1e-4."""
+    if key not in FIELDS:
+        near = _nearest(key, FIELDS)
+        fix = f"use {near}" if near else f"known keys: {', '.join(FIELDS)}"
+        raise ConfigError(f"unknown key {key!r}", wanted="a config key", fix=fix)
+    kind = FIELDS[key].type  # a string, thanks to the __future__ import
+    try:
+        if kind == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if kind == "int":
+            return int(str(value))  # through text, so that neither 1.5 nor True passes for a whole number
+        if kind == "float":
+            if isinstance(value, bool) or not math.isfinite(float(value)):
+                raise ValueError
+            return float(value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
+        fix = f"{key}={FIELDS[key].default}"
+        raise ConfigError(f"{key}={value}", wanted=wanted, fix=fix) from None
+    return str(value)
+
+
+def _check(cfg: TrainConfig) -> None:
+    for key, allowed in CHOICES.items():
+        value = getattr(cfg, key)
+        if value not in allowed:
+            fix = f"{key}={_nearest(value, allowed) or allowed[0]}"
+            raise ConfigError(f"{key}={value}", wanted=" or ".join(allowed), fix=fix)
+    parse_schedule(cfg.schedule)  # raises ConfigError
+    positive = (
+        "batch",
+        "accum_steps",
+        "epochs",
+        "lr_batch",
+        "keep_checkpoints",
+        "log_every",
+        "stall_limit_s",
+    )
+    limits: dict[str, tuple[float, float]] = {
+        **{key: (1, math.inf) for key in positive},
+        **{key: (0, math.inf) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
+        **{key: (0, math.inf) for key in ("decode_threads", "checkpoint_every")},
+        "image_size": (MIN_IMAGE_SIZE, math.inf),
+        "crop_scale_min": (0.01, 1),
+        "momentum": (0, 0.9999),
+        "dropout": (0, 0.9999),
+        "label_smoothing": (0, 0.9999),
+        "seed": (0, 2**63 - 1),
+    }
+    for key, (low, high) in limits.items():
+        value = getattr(cfg, key)
+        if not low <= value <= high:
+            wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            fix = f"--set {key}={FIELDS[key].default}"
+            raise ConfigError(f"{key}={value}", wanted=wanted, fix=fix)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), "")

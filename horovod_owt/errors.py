@@ -1,0 +1,52 @@
+"""What a user can get wrong, each with its exit code: 1 the run failed, 2 bad usage or config."""
+
+from __future__ import annotations
+
+
+class OwtError(Exception):
+    """A mistake or mishap that a message can explain: printed as one line, without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, saw: str, *, wanted: str = "", fix: str = "") -> None:
+        self.saw, self.wanted, self.fix = saw, wanted, fix
+        super().__init__(saw, wanted, fix)  # all of them, so that an error survives pickling
+
+    def __str__(self) -> str:
+        parts = [self.saw, self.wanted and f"wanted {self.wanted}", self.fix and f"fix: {self.fix}"]
+        return "; ".join(part for part in parts if part)
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.saw, self.wanted, self.fix)
+
+
+def _rebuild(kind: type[OwtError], saw: str, wanted: str, fix: str) -> OwtError:
+    return kind(saw, wanted=wanted, fix=fix)
+
+
+class RunError(OwtError):
+    """The run cannot go on: a bad image under way, a loss that is no number, a disk that is full."""
+
+
+class ConfigError(OwtError):
+    """A recipe, an option or a --set value that makes no sense."""
+
+    exit_code = 2
+
+
+class DataError(OwtError):
+    """A data set that is missing, empty, unreadable or does not fit together."""
+
+    exit_code = 2
+
+
+class DeviceError(OwtError):
+    """Ranks and devices do not match."""
+
+    exit_code = 2
+
+
+class Preempted(OwtError):
+    """The run stopped at a checkpoint because it was told to; requeue it."""
+
+    exit_code = 75
