@@ -1,0 +1,5 @@
+"""AlexNet-OWT: the network, its initial weights, its files."""
+
+from horovod_owt.model.alexnet_owt import AlexNetOWT, build_model
+
+__all__ = ["AlexNetOWT", "build_model"]

@@ -1,0 +1,79 @@
+"""AlexNet as "One weird trick" has it (Krizhevsky 2014, arXiv:1404.5997), plain and batch-normalised.
+
+The plain net is torchvision's `alexnet` name for name and shape for shape. The batch-normalised one is
+`alexnetowtbn` of imagenet-multiGPU.torch: a normalisation after each convolution and each hidden FC layer.
+Shapes in the comments: channels x height x width for a 224 px image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+FEATURE_CHANNELS = 256
+FEATURE_SIDE = 6  # px; smaller images are spread to this size by the adaptive pool
+FC6_IN = FEATURE_CHANNELS * FEATURE_SIDE * FEATURE_SIDE  # 9216
+HIDDEN = 4096
+BN_EPS = 1e-3  # as in imagenet-multiGPU.torch
+
+
+class AlexNetOWT(nn.Module):
+    """Five convolutions, three fully connected layers: (b, 3, side, side) -> (b, classes), side >= 63 px."""
+
+    def __init__(self, classes: int = 1000, *, dropout: float = 0.5, batch_norm: bool = False) -> None:
+        super().__init__()
+
+        def conv(channels_in: int, channels: int, kernel: int, stride: int = 1, padding: int = 0):
+            layers: list[nn.Module] = [nn.Conv2d(channels_in, channels, kernel, stride, padding)]
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(channels, eps=BN_EPS))
+            return [*layers, nn.ReLU(inplace=True)]
+
+        def hidden(units_in: int, units: int):
+            layers: list[nn.Module] = [nn.Dropout(dropout), nn.Linear(units_in, units)]
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(units, eps=BN_EPS))
+            return [*layers, nn.ReLU(inplace=True)]
+
+        self.features = nn.Sequential(
+            *conv(3, 64, kernel=11, stride=4, padding=2),  #  64 x 55 x 55
+            nn.MaxPool2d(kernel_size=3, stride=2),  #         64 x 27 x 27
+            *conv(64, 192, kernel=5, padding=2),  #          192 x 27 x 27
+            nn.MaxPool2d(kernel_size=3, stride=2),  #        192 x 13 x 13
+            *conv(192, 384, kernel=3, padding=1),  #         384 x 13 x 13
+            *conv(384, 256, kernel=3, padding=1),  #         256 x 13 x 13
+            *conv(256, 256, kernel=3, padding=1),  #         256 x 13 x 13
+            nn.MaxPool2d(kernel_size=3, stride=2),  #        256 x  6 x  6
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d((FEATURE_SIDE, FEATURE_SIDE))
+        self.classifier = nn.Sequential(
+            *hidden(FC6_IN, HIDDEN),  #  37.8 M weights: 62 % of the net
+            *hidden(HIDDEN, HIDDEN),  #  16.8 M
+            nn.Linear(HIDDEN, classes),  # 4.1 M for 1000 classes
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.avgpool(self.features(images))
+        return self.classifier(torch.flatten(x, 1))
+
+
+def build_model(name: str, classes: int, *, dropout: float = 0.5, seed: int = 0) -> AlexNetOWT:
+    """The net `alexnet-owt` or `alexnet-owt-bn`, its initial weights a function of `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AlexNetOWT(classes, dropout=dropout, batch_norm=name == "alexnet-owt-bn")
+        _initialise(model)
+    return model
+
+
+def _initialise(model: nn.Module) -> None:
+    """He et al. 2015 (arXiv:1502.01852, equation 10) for layers before a ReLU; a quiet last layer.
+
+    torch's own default has a sixth of that variance: through eight layers the signal fades, and plain AlexNet
+    sits on its first plateau for many epochs.
+    """
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    nn.init.normal_(model.classifier[-1].weight, std=1e-3)  # logits near 0: the first loss is log(classes)
