@@ -1,0 +1,1 @@
+"""The way of one image: store, order, feed, pipeline. Importing this imports neither torch nor DALI."""

@@ -1,0 +1,65 @@
+"""An iterator run ahead of its consumer by a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Prefetched(Generic[Item]):
+    """Keeps up to `depth` items of `source` ready. What the source raises reaches the consumer, in its turn.
+
+    close() returns promptly wherever both sides are: a waiting consumer sees the end, a waiting thread stops.
+    """
+
+    def __init__(self, source: Iterator[Item], depth: int, name: str) -> None:
+        self._source, self._depth = source, depth
+        self._ready: deque[tuple[bool, Item | BaseException]] = deque()  # (failed or ended, what)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Prefetched[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._closed)
+            if not self._ready:
+                raise StopIteration
+            last, item = self._ready[0]
+            if last:  # stays in the queue, so that asking again says the same
+                raise item
+            self._ready.popleft()
+            self._changed.notify_all()
+            return item
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join(timeout=10)  # a read stuck on a dead file server is left behind
+
+    def _run(self) -> None:
+        try:
+            for item in self._source:
+                if not self._put(False, item):
+                    return
+            self._put(True, StopIteration())
+        except BaseException as trouble:
+            self._put(True, trouble)
+
+    def _put(self, last: bool, item: Item | BaseException) -> bool:
+        """False if nobody wants any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+            if not self._closed:
+                self._ready.append((last, item))
+                self._changed.notify_all()
+            return not self._closed
