@@ -1,0 +1,1 @@
+"""Ranks, devices and collectives: the one package that talks to Horovod."""

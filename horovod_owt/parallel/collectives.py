@@ -1,0 +1,80 @@
+"""The collectives that training needs, each to be called by every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import horovod.torch as hvd
+from horovod.common.exceptions import HorovodInternalError as LostContact
+from torch import Tensor
+
+from horovod_owt.errors import OwtError
+
+__all__ = [
+    "LostContact",  # what a collective raises when a rank is gone
+    "SumInBackground",
+    "broadcast_object",
+    "broadcast_tensors",
+    "gather_objects",
+    "mean_over_ranks",
+    "on_root",
+    "sum_over_ranks",
+]
+
+T = TypeVar("T")
+
+
+def sum_over_ranks(values: Tensor, name: str) -> Tensor:
+    """The elementwise sum of every rank's `values` (same shape and dtype on each)."""
+    return hvd.allreduce(values, op=hvd.Sum, name=name)
+
+
+def mean_over_ranks(values: Tensor, name: str) -> Tensor:
+    """The elementwise mean of every rank's `values` (same shape and dtype on each)."""
+    return hvd.allreduce(values, op=hvd.Average, name=name)
+
+
+def broadcast_object(value: T | None, name: str) -> T:
+    """Rank 0's `value` on every rank; what the others pass is not looked at."""
+    return hvd.broadcast_object(value, root_rank=0, name=name)
+
+
+def on_root(action: Callable[[], T], name: str) -> T:
+    """Let rank 0 do it and hand its result to every rank; an OwtError is raised on every rank."""
+    outcome = None
+    if hvd.rank() == 0:
+        try:
+            outcome = action()
+        except OwtError as error:
+            outcome = error
+    outcome = broadcast_object(outcome, name)
+    if isinstance(outcome, OwtError):
+        raise outcome
+    return outcome
+
+
+def gather_objects(value: T, name: str) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank."""
+    return hvd.allgather_object(value, name=name)
+
+
+def broadcast_tensors(tensors: dict[str, Tensor]) -> None:
+    """Write rank 0's numbers into every rank's tensors of the same names, whatever their memory format."""
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().reshape(
+            -1
+        )  # a copy where the tensor is channels_last: Horovod wants it contiguous
+        hvd.broadcast_(flat, root_rank=0, name=f"broadcast.{name}")
+        tensor.detach().copy_(flat.view(tensor.shape))
+
+
+class SumInBackground:
+    """A small sum over ranks that travels while the caller computes: start early, ask late."""
+
+    def __init__(self, values: Tensor, name: str) -> None:
+        self._handle = hvd.allreduce_async(values, op=hvd.Sum, name=name)
+
+    def result(self) -> Tensor:
+        """Wait for the sum, shaped as the values were."""
+        return hvd.synchronize(self._handle)

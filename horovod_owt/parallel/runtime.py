@@ -1,0 +1,91 @@
+"""Start Horovod once and say where this rank stands."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+import horovod.torch as hvd
+import torch
+
+from horovod_owt import __version__
+from horovod_owt.parallel.device import use_share_of_cores
+from horovod_owt.topology import read_topology
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place in the job: asked once, then handed to whatever needs it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+    device: torch.device
+    threads: int  # cores' worth of work that this rank may do at a time
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+
+def init(device: str, *, stall_limit_s: float = 600.0) -> World:
+    """Join the job with this device (`cpu`, `cuda:0`, ...), once a process: Gloo does not survive many.
+
+    Pieces of a flat buffer need no second buffer to be fused in, hence the fusion threshold of 0: 0.152
+    against 0.175 s for 244 MB on two ranks. What the user set in the environment stays.
+    """
+    topology = read_topology()
+    threads = use_share_of_cores(topology)  # before Horovod and DALI start threads, which inherit the cores
+    defaults = {
+        "HOROVOD_FUSION_THRESHOLD": "0",
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, min(60, int(stall_limit_s) // 2))),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(max(1, int(stall_limit_s))),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if topology.launcher == "none":
+        _describe_lone_rank()
+    hvd.init()
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    return World(
+        rank=hvd.rank(),
+        size=hvd.size(),
+        local_rank=hvd.local_rank(),
+        local_size=hvd.local_size(),
+        host=topology.host,
+        device=torch.device(device),
+        threads=threads,
+    )
+
+
+def shutdown() -> None:
+    hvd.shutdown()
+
+
+def versions() -> dict[str, str]:
+    """What this rank computes with, for run folders and reports."""
+    built = {"gloo": hvd.gloo_built, "mpi": hvd.mpi_built, "nccl": hvd.nccl_built}
+    found = {
+        "horovod_owt": __version__,
+        "python": platform.python_version(),
+        "horovod_controller": "mpi" if hvd.mpi_built() and hvd.mpi_enabled() else "gloo",
+        "horovod_operations": " ".join(name for name, ask in built.items() if ask()),
+    }
+    for distribution in metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower()
+        if name in ("torch", "torchvision", "horovod", "numpy") or name.startswith("nvidia-dali"):
+            found[name] = distribution.version
+    return found
+
+
+def _describe_lone_rank() -> None:
+    """Plain `owt train` is a job of one rank: under Gloo it needs neither a launcher nor MPI's daemons."""
+    lone = {"RANK": 0, "SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "CROSS_RANK": 0, "CROSS_SIZE": 1}
+    for name, value in lone.items():
+        os.environ[f"HOROVOD_{name}"] = str(value)
+    os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"

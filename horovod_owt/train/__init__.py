@@ -1,0 +1,1 @@
+"""The run: its steps, its folder, its checkpoints."""

@@ -1,0 +1,80 @@
+"""Validation that counts each image exactly once, at any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from horovod_owt.data.pipeline import Batch
+from horovod_owt.parallel.collectives import sum_over_ranks
+from horovod_owt.train.replica import Replica
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact counts over the whole validation set, and the mean loss."""
+
+    images: int
+    correct_top1: int
+    correct_top5: int
+    loss: float
+
+    @property
+    def top1(self) -> float:
+        """Percent."""
+        return 100 * self.correct_top1 / self.images
+
+    @property
+    def top5(self) -> float:
+        """Percent."""
+        return 100 * self.correct_top5 / self.images
+
+    def __str__(self) -> str:
+        top1 = f"top-1 {self.top1:.2f} % ({self.correct_top1} of {self.images})"
+        return f"{top1} | top-5 {self.top5:.2f} % | loss {self.loss:.3f}"
+
+    def to_dict(self) -> dict[str, int | float]:
+        return {
+            "images": self.images,
+            "correct_top1": self.correct_top1,
+            "correct_top5": self.correct_top5,
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+        }
+
+
+@torch.no_grad()
+def validate(replica: Replica, batches: Iterable[Batch]) -> Score:
+    """Score the net on this rank's slice of the validation set and sum over ranks; every rank must call it.
+
+    A slice's last batch is padded; padding weighs nothing. Sums are kept in float64, exact for the counts.
+    """
+    replica.model.eval()
+    totals = torch.zeros(4, dtype=torch.float64)
+    for batch in batches:
+        with replica.autocast():
+            logits = replica.model(batch.images)
+        totals += _count(logits.float(), batch).cpu()
+    images, top1, top5, loss = sum_over_ranks(totals, "validation").tolist()
+    return Score(int(images), int(top1), int(top5), loss / max(images, 1))
+
+
+def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of the valid images: how many, right in 1, right in 5, and the sum of losses."""
+    valid = batch.valid.double()
+    losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
+    # A label's place is the number of classes that score higher; a NaN for it is never right.
+    own = logits.gather(1, batch.labels[:, None])
+    place = (logits > own).sum(dim=1) + 1_000_000 * own[:, 0].isnan()
+    return torch.stack(
+        [
+            valid.sum(),
+            ((place < 1) * valid).sum(),
+            ((place < 5) * valid).sum(),
+            torch.where(batch.valid, losses, torch.zeros_like(losses)).sum(),
+        ]
+    )

@@ -1,0 +1,214 @@
+"""The story of a run, as each rank lives it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.data.order import SampleOrder
+from horovod_owt.data.store import ImageFolder
+from horovod_owt.errors import OwtError, Preempted, RunError
+from horovod_owt.parallel import runtime
+from horovod_owt.parallel.collectives import LostContact, broadcast_object, gather_objects, on_root
+from horovod_owt.parallel.runtime import World
+from horovod_owt.schedule import learning_rate
+from horovod_owt.train.checkpoint import CheckpointWriter
+from horovod_owt.train.evaluate import validate
+from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
+from horovod_owt.train.prepare import Request
+from horovod_owt.train.progress import Progress
+from horovod_owt.train.replica import Replica, StepReport
+from horovod_owt.train.run_folder import MetricsLog, open_run_folder, write_outcome
+from horovod_owt.train.state import Position, restore, snapshot
+from horovod_owt.train.stop import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "auto") -> None:
+    """Run one rank of training to its end.
+
+    Raises OwtError for whatever a message can explain; Preempted (exit 75) after a stop signal.
+    """
+    world = runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
+    try:
+        with StopRequest() as stop:
+            cfg = broadcast_object(request.cfg, "config")
+            run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
+            Run(cfg, request.folder, world, run_dir, resume).train(stop)
+    except LostContact as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"lost contact with another rank: {reason}", fix="see what it said last") from error
+    runtime.shutdown()
+
+
+class Run:
+    """A run under way: the replica, its place in the stream of samples, and its records."""
+
+    def __init__(
+        self, cfg: TrainConfig, folder: ImageFolder, world: World, run_dir: Path, resume: str
+    ) -> None:
+        self.cfg, self.folder, self.world, self.run_dir = cfg, folder, world, run_dir
+        self.global_batch = cfg.global_batch(world.size)
+        self.replica = Replica(cfg, world)
+        self.position = Position(num_samples=len(folder.train))
+        restore(self.replica, self.position, run_dir, resume)
+        remaining = max(0, cfg.epochs * len(folder.train) - self.position.consumed)
+        self.total_steps = self.position.step + math.ceil(remaining / self.global_batch)
+        if cfg.max_steps:
+            self.total_steps = min(self.total_steps, cfg.max_steps)
+        self.metrics = MetricsLog(run_dir) if world.is_root else None
+        self.writer = CheckpointWriter(run_dir, keep=cfg.keep_checkpoints) if world.is_root else None
+
+    def train(self, stop: StopRequest) -> None:
+        """Step after step to the end; whatever happens, the run folder says how it ended."""
+        reason, exit_code = "done", 0
+        try:
+            self._introduce()
+            self._run_steps(stop)
+        except BaseException as error:
+            reason = str(error) or type(error).__name__
+            exit_code = error.exit_code if isinstance(error, OwtError) else 1
+            raise
+        finally:
+            self._close(exit_code, reason)
+
+    def _run_steps(self, stop: StopRequest) -> None:
+        cfg, position = self.cfg, self.position
+        progress = Progress(
+            total_steps=self.total_steps,
+            first_step=position.step,
+            global_batch=self.global_batch,
+            every=cfg.log_every,
+            show=self.world.is_root,
+        )
+        batches = training_pipeline(cfg, self.folder, self.world, position=position.consumed)
+        with batches, progress:
+            while position.step < self.total_steps:
+                epoch_before, lr = int(position.epoch), self._learning_rate()
+                try:
+                    report = self.replica.train_step(
+                        batches.__next__, step=position.step, lr=lr, stop=stop.asked
+                    )
+                except FloatingPointError as error:
+                    raise self._explain(error, lr) from None
+                position.step += 1
+                position.consumed += self.global_batch
+                progress.step(position.step, position.epoch, lr, report)
+                self._record_step(lr, report)
+
+                epoch_over = int(position.epoch) > epoch_before
+                last = position.step == self.total_steps
+                if epoch_over or last:
+                    self._validate()
+                due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
+                if epoch_over or last or due or report.stop_asked:
+                    self._checkpoint()
+                if report.stop_asked and not last:
+                    self._finish_writing()
+                    name = stop.signal.name if stop.signal else "a signal to another rank"
+                    raise Preempted(
+                        f"stopped by {name} after step {position.step}, checkpoint written",
+                        fix="the same command with --run-dir goes on from there",
+                    )
+            self._finish_writing()
+
+    def _learning_rate(self) -> float:
+        cfg = self.cfg
+        return learning_rate(
+            cfg.schedule,
+            peak_lr=cfg.peak_lr(self.world.size),
+            epoch=self.position.epoch,
+            epochs=cfg.epochs,
+            warmup_epochs=cfg.warmup_epochs,
+            step_epochs=self.global_batch / self.position.num_samples,
+        )
+
+    def _explain(self, error: FloatingPointError, lr: float) -> RunError:
+        """The step that went wrong, with the images it was made of."""
+        position = self.position
+        _, indices = SampleOrder(position.num_samples, self.cfg.seed).at(position.consumed, self.global_batch)
+        return RunError(
+            f"{error} at step {position.step + 1}, lr {lr:.2e}, images number {indices.tolist()}",
+            wanted="a finite loss",
+            fix="a smaller lr or more warmup_epochs; the last checkpoint is from before",
+        )
+
+    def _validate(self) -> None:
+        position = self.position
+        self.replica.strategy.average_buffers()
+        with validation_pipeline(self.cfg, self.folder, self.world) as batches:
+            score = validate(self.replica, batches)
+        self._record("validation", epoch=position.epoch, step=position.step, **score.to_dict())
+        if self.world.is_root:
+            log.info("validation | epoch %.2f | %s", position.epoch, score)
+
+    def _checkpoint(self) -> None:
+        """Copy the state; it is written while training goes on."""
+        self.replica.strategy.average_buffers()
+        if self.writer is not None:
+            self.writer.write(snapshot(self.replica, self.position))
+            self._record("checkpoint", step=self.position.step)
+
+    def _introduce(self) -> None:
+        cfg, world = self.cfg, self.world
+        hosts = gather_objects(world.host, "hosts")
+        images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
+        self._record(
+            "run",
+            config=cfg.to_dict(),
+            versions=runtime.versions(),
+            hosts=hosts,
+            world_size=world.size,
+            global_batch=self.global_batch,
+            peak_lr=cfg.peak_lr(world.size),
+            first_step=self.position.step,
+            **images,
+        )
+        if world.is_root:
+            ranks = f"{world.size} rank{'s'[: world.size > 1]} on {', '.join(dict.fromkeys(hosts))}"
+            log.info(
+                "%s, %d classes, %s | %s, %s", cfg.model, cfg.classes, cfg.precision, ranks, world.device
+            )
+            log.info(
+                "%d training and %d validation images | global batch %d | peak lr %.2e",
+                *images.values(), self.global_batch, cfg.peak_lr(world.size),
+            )  # fmt: skip
+            log.info("run folder %s", self.run_dir)
+
+    def _record_step(self, lr: float, report: StepReport) -> None:
+        self._record(
+            "step",
+            step=self.position.step,
+            epoch=self.position.epoch,
+            loss=report.loss,
+            lr=lr,
+            images_per_s=self.global_batch / report.step_s,
+            step_ms=1e3 * report.step_s,
+            data_wait_ms=1e3 * report.data_wait_s,
+            exposed_comm_ms=1e3 * report.exposed_comm_s,
+        )
+
+    def _record(self, kind: str, **values) -> None:
+        if self.metrics is not None:
+            self.metrics.write(kind, **values)
+
+    def _finish_writing(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+
+    def _close(self, exit_code: int, reason: str) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        if self.metrics is not None:
+            outcome = {
+                "exit_code": exit_code,
+                "reason": reason,
+                "step": self.position.step,
+                "epoch": self.position.epoch,
+            }
+            self.metrics.write("outcome", **outcome)
+            self.metrics.close()
+            write_outcome(self.run_dir, outcome)

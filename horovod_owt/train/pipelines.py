@@ -1,0 +1,40 @@
+"""The batches of one rank: of the endless training stream, and of its slice of the validation set."""
+
+from __future__ import annotations
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.data.feed import Feed, TrainFeed, ValidationFeed
+from horovod_owt.data.pipeline import Pipeline, make_pipeline
+from horovod_owt.data.store import ImageFolder
+from horovod_owt.parallel.runtime import World
+
+
+def training_pipeline(cfg: TrainConfig, folder: ImageFolder, world: World, *, position: int = 0) -> Pipeline:
+    """Micro-batches without end, from `position` (samples consumed by all ranks so far) on."""
+    feed = TrainFeed(
+        folder.train,
+        seed=cfg.seed,
+        batch=cfg.batch,
+        rank=world.rank,
+        world_size=world.size,
+        accum_steps=cfg.accum_steps,
+        position=position,
+        scale=(cfg.crop_scale_min, 1.0),
+    )
+    return _pipeline(cfg, feed, world)
+
+
+def validation_pipeline(cfg: TrainConfig, folder: ImageFolder, world: World) -> Pipeline:
+    """This rank's share of the validation images, each of them once, the last batch padded."""
+    feed = ValidationFeed(folder.val, batch=cfg.batch, rank=world.rank, world_size=world.size)
+    return _pipeline(cfg, feed, world)
+
+
+def _pipeline(cfg: TrainConfig, feed: Feed, world: World) -> Pipeline:
+    return make_pipeline(
+        cfg.pipeline,
+        feed,
+        image_size=cfg.image_size,
+        device_id=world.device.index if world.device.type == "cuda" else None,
+        num_threads=cfg.decode_threads or world.threads,
+    )

@@ -1,0 +1,56 @@
+"""Whatever can be refused before ranks meet, while no peer waits for us in a collective."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from horovod_owt.config import TrainConfig, resolve
+from horovod_owt.data.pipeline import resolve_kind
+from horovod_owt.data.store import ImageFolder, open_image_folder
+from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.topology import read_topology
+
+# The first rank of a host speaks for the others, which have met the same trouble: they give it this long.
+SPEAKER_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that makes sense as far as one rank can tell."""
+
+    cfg: TrainConfig  # with the number of classes filled in
+    data: Path
+    folder: ImageFolder
+    device: str  # of this rank: cpu, cuda:0, ...
+
+
+def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> Request:
+    """Resolve the configuration, open the data set, choose the device; raises OwtError if one is unfit."""
+    topology = read_topology()
+    try:
+        cfg = resolve(recipe, settings)
+        folder = open_image_folder(data)
+        if 0 < cfg.classes < len(folder.classes):
+            raise ConfigError(
+                f"classes={cfg.classes}, but {data} has {len(folder.classes)}",
+                wanted="an output for each class",
+                fix="--set classes=0 takes the number from the data set",
+            )
+        cfg = dataclasses.replace(
+            cfg, classes=cfg.classes or len(folder.classes), pipeline=resolve_kind(cfg.pipeline)
+        )
+        from horovod_owt.parallel.device import assign_device, visible_gpus  # loads torch
+
+        device = assign_device(topology, visible_gpus())
+        if cfg.precision == "fp16" and device == "cpu":
+            raise ConfigError(
+                "precision=fp16 on a CPU", wanted="fp32 or bf16 there", fix="--set precision=bf16"
+            )
+    except OwtError:
+        if topology.local_rank != 0:
+            time.sleep(SPEAKER_GRACE_S)  # the launcher ends us as soon as the first rank has spoken
+        raise
+    return Request(cfg, Path(data).resolve(), folder, device)

@@ -1,0 +1,60 @@
+"""What a person sees of a run: a bar on a terminal, plain lines anywhere else. Rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+from horovod_owt.train.replica import StepReport
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Shows each `every`-th step with loss, images/s and the shares of the step spent waiting."""
+
+    def __init__(
+        self, *, total_steps: int, first_step: int, global_batch: int, every: int, show: bool
+    ) -> None:
+        self._total, self._global_batch, self._every, self._show = total_steps, global_batch, every, show
+        self._since: list[StepReport] = []
+        on_terminal = show and sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if on_terminal else None
+
+    def step(self, step: int, epoch: float, lr: float, report: StepReport) -> None:
+        """Note the end of step number `step` (the first is 1)."""
+        self._since.append(report)
+        if self._bar is not None:
+            self._bar.update()
+        if not self._show or (step % self._every and step != self._total):
+            return
+        mean = _mean_report(self._since)
+        self._since = []
+        images_per_s = self._global_batch / mean.step_s
+        data, comm = mean.data_wait_s / mean.step_s, mean.exposed_comm_s / mean.step_s
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {mean.loss:.3f}, {images_per_s:.0f} img/s, data {data:.0%}, comm {comm:.0%}"
+            )
+            return
+        log.info(
+            "step %d/%d | epoch %.2f | loss %.3f | lr %.1e | %.0f img/s | "
+            "step %.1f ms (data %.0f %%, comm %.0f %%)",
+            step, self._total, epoch, mean.loss, lr, images_per_s, 1e3 * mean.step_s, 1e2 * data, 1e2 * comm,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _mean_report(reports: list[StepReport]) -> StepReport:
+    def mean(name: str) -> float:
+        return sum(getattr(report, name) for report in reports) / len(reports)
+
+    return StepReport(mean("loss"), False, mean("step_s"), mean("data_wait_s"), mean("exposed_comm_s"))

@@ -1,0 +1,100 @@
+"""All that a run must remember to go on: weights, momentum, and its place in the stream of samples."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from horovod_owt.errors import ConfigError
+from horovod_owt.parallel import runtime
+from horovod_owt.parallel.collectives import broadcast_tensors, on_root
+from horovod_owt.train.checkpoint import Checkpoint, newest_sound, read_checkpoint
+from horovod_owt.train.replica import Replica
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    num_samples: int  # training images, the length of an epoch
+    step: int = 0  # optimizer updates done
+    consumed: int = 0  # samples of the endless stream, over all ranks
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the fraction."""
+        return self.consumed / self.num_samples
+
+
+def snapshot(replica: Replica, position: Position) -> Checkpoint:
+    """A copy of the run's state that later steps leave alone."""
+    model, optimizer = replica.tensors()
+    return Checkpoint(
+        model={name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.items()},
+        optimizer={name: tensor.to("cpu", copy=True).contiguous() for name, tensor in optimizer.items()},
+        state={
+            "step": position.step,
+            "epoch": position.epoch,
+            "samples_consumed": position.consumed,
+            "num_samples": position.num_samples,
+            "seed": replica.cfg.seed,
+            "world_size": replica.world.size,
+            "scaler": replica.scaler_state(),
+            "config": replica.cfg.to_dict(),
+            "versions": runtime.versions(),
+        },
+    )
+
+
+def restore(replica: Replica, position: Position, run_dir: Path, resume: str) -> None:
+    """Go on where a checkpoint stopped, if there is one: rank 0 reads it, all receive. Every rank calls it.
+
+    `resume` is auto (the newest sound checkpoint of the run), never, or the path of a checkpoint.
+    """
+    if resume == "never":
+        return
+    found: list[Checkpoint] = []
+
+    def read_on_root() -> dict[str, Any] | None:
+        path = newest_sound(run_dir) if resume == "auto" else Path(resume)
+        if path is None:
+            return None
+        found.append(read_checkpoint(path))
+        _check_fits(path, found[0], replica, position.num_samples)
+        log.info("resuming from %s", path)
+        return found[0].state
+
+    state = on_root(read_on_root, "resume")
+    if state is None:
+        return
+    model, optimizer = replica.tensors()
+    for checkpoint in found:  # on rank 0
+        for name, tensor in (model | optimizer).items():
+            tensor.copy_((checkpoint.model | checkpoint.optimizer)[name])
+    broadcast_tensors(model)
+    broadcast_tensors(optimizer)
+    replica.load_scaler_state(state["scaler"])
+    position.step, position.consumed = state["step"], state["samples_consumed"]
+
+
+def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica, num_samples: int) -> None:
+    model, optimizer = replica.tensors()
+    ours = {name: tuple(tensor.shape) for name, tensor in (model | optimizer).items()}
+    theirs = {name: tuple(t.shape) for name, t in (checkpoint.model | checkpoint.optimizer).items()}
+    odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if odd:
+        raise ConfigError(
+            f"checkpoint {path} has {odd[0]} of shape {theirs.get(odd[0])}",
+            wanted=f"{ours.get(odd[0])} for {replica.cfg.model} with {replica.cfg.classes} classes",
+            fix="--set the model and classes it was trained with",
+        )
+    if checkpoint.state["num_samples"] != num_samples:
+        raise ConfigError(
+            f"checkpoint {path} was made on {checkpoint.state['num_samples']} training images",
+            wanted=f"the same data set, this one has {num_samples}",
+            fix="name the data set it was trained on, or start a new --run-dir",
+        )

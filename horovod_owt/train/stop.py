@@ -1,0 +1,35 @@
+"""Signals that ask a run to stop at a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+
+# Slurm sends TERM at a time limit or preemption, or whichever of the others --signal names.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Remembers the first stop signal; while it is entered, the current step may end in peace.
+
+    A second SIGINT ends the process at once, as a user who presses Ctrl-C twice expects.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

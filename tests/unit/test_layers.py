@@ -1,0 +1,59 @@
+"""The layers of the design: what is light stays light, and only `parallel` talks to Horovod."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import horovod_owt
+
+PACKAGE = Path(horovod_owt.__file__).parent
+HEAVY = {"torch", "torchvision", "horovod", "nvidia", "mpi4py"}
+LIGHT = ["cli", "config", "errors", "schedule", "topology", "train.prepare"]
+LIGHT += [f"data.{name}" for name in ("store", "order", "augment", "hashing", "jpeg", "synthetic", "feed")]
+
+
+def imported_after(code: str) -> set[str]:
+    program = f"{code}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_nothing_heavy(module):
+    assert not HEAVY & imported_after(f"import horovod_owt.{module}")
+
+
+def test_help_loads_nothing_heavy_and_answers_in_half_a_second():
+    code = "from horovod_owt.cli import cli; cli(['train', '--help'], standalone_mode=False)"
+    assert not HEAVY & imported_after(code)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "horovod_owt", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.5  # the best of five: the machine may be busy
+
+
+def imports_of(folder: str) -> dict[Path, set[str]]:
+    """Module names that each file of a sub-package imports, anywhere in it."""
+    pattern = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
+    return {path: set(pattern.findall(path.read_text())) for path in (PACKAGE / folder).rglob("*.py")}
+
+
+@pytest.mark.parametrize("folder", ["parallel", "model", "data"])
+def test_lower_layers_know_nothing_of_training(folder):
+    for path, names in imports_of(folder).items():
+        assert not [n for n in names if n.startswith(("horovod_owt.train", "horovod_owt.bench"))], path
+
+
+def test_only_parallel_talks_to_horovod():
+    talks = {path.relative_to(PACKAGE).as_posix() for path, names in imports_of(".").items()
+             if any(n == "horovod" or n.startswith("horovod.") for n in names)}  # fmt: skip
+    assert talks  # the pattern finds something
+    # the peer of the benchmark is a Horovod loop as others write it
+    assert {path for path in talks if not path.startswith("parallel/")} == {"bench/plain_loop.py"}
