@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -13,6 +14,10 @@ import click
 from horovod_owt import __version__
 from horovod_owt.errors import OwtError
 from horovod_owt.topology import read_topology
+
+# Of the ranks of a host that met the same trouble, the first one speaks; then the launcher ends the others,
+# or they speak after all.
+SPEAKER_GRACE_S = 5.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -171,6 +176,8 @@ def main() -> None:
         cli.main()
     except OwtError as error:
         topology = read_topology()
+        if error.shared and topology.local_rank != 0:
+            time.sleep(SPEAKER_GRACE_S)
         who = f"[rank {topology.rank} {topology.host}] " if topology.world_size > 1 else ""
         sys.stdout.flush()
         print(f"owt: {who}{error}", file=sys.stderr, flush=True)

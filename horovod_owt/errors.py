@@ -7,6 +7,7 @@ class OwtError(Exception):
     """A mistake or mishap that a message can explain: printed as one line, without a traceback."""
 
     exit_code = 1
+    shared = False  # every rank of this host has met it, so that one of them may speak for all
 
     def __init__(self, saw: str, *, wanted: str = "", fix: str = "") -> None:
         self.saw, self.wanted, self.fix = saw, wanted, fix

@@ -105,14 +105,12 @@ class TrainFeed(Feed):
         super().__init__(store, batch)
 
     def _read_batches(self) -> Iterator[EncodedBatch]:
-        everything = np.ones(self.batch, bool)
         for position in self._positions:
             epochs, indices = self.order.at(position, self.batch)
             jpegs, sizes = self._read(indices)
-            windows, flips = augment.training_windows(
-                sizes, self.order.seed, epochs, indices, scale=self._scale
-            )
-            yield EncodedBatch(jpegs, windows, flips, self.store.labels[indices], indices, everything)
+            seed, labels = self.order.seed, self.store.labels[indices]
+            windows, flips = augment.training_windows(sizes, seed, epochs, indices, scale=self._scale)
+            yield EncodedBatch(jpegs, windows, flips, labels, indices, np.ones(self.batch, bool))
 
 
 class ValidationFeed(Feed):

@@ -42,16 +42,16 @@ class DaliPipeline:
                 self._pipe.schedule_run()  # the first time, this schedules PREFETCH batches
                 self._started = True
             (decoded,) = self._pipe.share_outputs()
-        except StopIteration:
+            images = self._copied(decoded.as_tensor())
+            encoded = self._in_flight.popleft()
+            self._pipe.release_outputs()
+            self._pipe.schedule_run()
+        except StopIteration:  # from share_outputs: nothing is scheduled any more
             if self._fault:
                 raise self._fault from None
             raise
         except RuntimeError as trouble:
             raise self._culprit(trouble) from trouble
-        images = self._copied(decoded.as_tensor())
-        encoded = self._in_flight.popleft()
-        self._pipe.release_outputs()
-        self._pipe.schedule_run()
         return Batch(
             images=images.permute(0, 3, 1, 2),  # a view: the memory stays channels_last
             labels=torch.from_numpy(encoded.labels).to(self._device, non_blocking=True),
@@ -137,5 +137,5 @@ def _graph(source, image_size: int, *, on_gpu: bool):
 
 def _keep_stored_orientation() -> dict:
     """Windows are in stored pixels: leave EXIF rotation alone (older decoders never look at it)."""
-    can_rotate = backend.GetSchema("decoders__ImageSlice").HasArgument("adjust_orientation")
-    return {"adjust_orientation": False} if can_rotate else {}
+    options = backend.GetSchema("decoders__ImageSlice").GetArgumentNames()
+    return {"adjust_orientation": False} if "adjust_orientation" in options else {}

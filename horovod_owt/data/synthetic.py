@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def class_name(label: int, classes: int) -> str:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SyntheticSet:
     """All that the bytes of a synthetic data set depend on, besides the versions of NumPy and Pillow."""
 
     classes: int = 10
@@ -144,14 +145,14 @@ class Recipe:
                     yield split, label, range(start, min(start + CHUNK, count))
 
 
-def draw(recipe: Recipe, split: str, label: int, number: int) -> bytes:
+def draw(spec: SyntheticSet, split: str, label: int, number: int) -> bytes:
     """One JPEG: a pure function of its arguments."""
-    rng = np.random.default_rng([recipe.seed, SPLITS.index(split), label, number])
-    short = int(rng.integers(recipe.size[0], recipe.size[1] + 1))
+    rng = np.random.default_rng([spec.seed, SPLITS.index(split), label, number])
+    short = int(rng.integers(spec.size[0], spec.size[1] + 1))
     long = int(short * rng.uniform(1.0, 1.6))
     height, width = (short, long) if rng.random() < 0.7 else (long, short)  # ImageNet: mostly landscape
 
-    pixels = _paint(class_patterns(label, recipe.classes), height, width, rng)
+    pixels = _paint(class_patterns(label, spec.classes), height, width, rng)
     image = Image.fromarray(pixels)
     if rng.random() < 0.03:
         image = image.convert("L")
@@ -180,7 +181,7 @@ def _paint(patterns: list[str], height: int, width: int, rng: np.random.Generato
         scale = np.float32(1 / period)
         cells = PATTERNS[pattern](x * scale + phase_x, y * scale + phase_y)
         coverage = rng.uniform(0.36, 0.46)  # of the area, whatever the pattern: the histogram must not tell
-        painted = cells > np.quantile(cells[::3, ::3], 1 - coverage)
+        painted = cells > float(np.quantile(cells[::3, ::3], 1 - coverage))
         image[painted] = image[painted] * 0.3 + colour * 0.7 if len(patterns) > 1 else colour
         period /= 3  # the next layer is finer, so that the order of the digits can be seen
 
@@ -221,10 +222,10 @@ def write_synthetic(
 
     `out` appears at once and whole, or not at all. `progress(done, total)` counts images.
     """
-    recipe = Recipe(classes, train_per_class, val_per_class, seed, tuple(size))
-    recipe.check()
+    spec = SyntheticSet(classes, train_per_class, val_per_class, seed, tuple(size))
+    spec.check()
     out = Path(out).resolve()
-    if _is_there_already(out, recipe):
+    if _is_there_already(out, spec):
         return False
     try:
         with _written_beside(out) as scratch:
@@ -232,18 +233,18 @@ def write_synthetic(
                 for label in range(classes):
                     (scratch / split / class_name(label, classes)).mkdir(parents=True)
             done = 0
-            for written in _write_chunks(scratch, recipe, workers or _usable_cores()):
+            for written in _write_chunks(scratch, spec, workers or _usable_cores()):
                 done += written
                 if progress:
-                    progress(done, recipe.num_images)
-            (scratch / "synthetic.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+                    progress(done, spec.num_images)
+            (scratch / "synthetic.json").write_text(json.dumps(asdict(spec), indent=2) + "\n")
     except OSError as trouble:
         saw = f"cannot write {out}: {trouble.strerror or trouble}"
         raise DataError(saw, fix="name a folder on a disk with room that you may write to") from trouble
     return True
 
 
-def _is_there_already(out: Path, recipe: Recipe) -> bool:
+def _is_there_already(out: Path, spec: SyntheticSet) -> bool:
     if not out.exists():
         return False
     if not out.is_dir():
@@ -253,7 +254,7 @@ def _is_there_already(out: Path, recipe: Recipe) -> bool:
         return False
     if "synthetic.json" in found:
         have = _read_note(out / "synthetic.json")
-        want = json.loads(json.dumps(asdict(recipe)))  # tuples become lists
+        want = json.loads(json.dumps(asdict(spec)))  # tuples become lists
         if have == want:
             return True
         differ = ", ".join(f"{key} {have.get(key)}" for key in want if have.get(key) != want[key])
@@ -283,24 +284,30 @@ def _written_beside(out: Path) -> Iterator[Path]:
         raise
 
 
-def _write_chunks(root: Path, recipe: Recipe, workers: int) -> Iterator[int]:
+def _write_chunks(root: Path, spec: SyntheticSet, workers: int) -> Iterator[int]:
     """Write every image under `root`; yields how many after each piece of work."""
-    tasks = [(root, recipe, *chunk) for chunk in recipe.chunks()]
+    tasks = [(root, spec, *chunk) for chunk in spec.chunks()]
     workers = min(workers, len(tasks))
     if workers == 1:
         yield from map(_write_chunk, tasks)
         return
-    # spawn: the caller may have threads; the workers leave Ctrl-C to the parent, which ends them
-    with multiprocessing.get_context("spawn").Pool(workers, _ignore_interrupts) as pool:
-        yield from pool.imap_unordered(_write_chunk, tasks)
+    # spawn: the caller may have threads. The workers leave Ctrl-C to the parent, which lets them end their part.
+    # An executor, not a Pool: in a script without a __main__ guard it fails at once, a Pool spawns for ever.
+    spawn = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_interrupts)
+    try:
+        for done in as_completed([executor.submit(_write_chunk, task) for task in tasks]):
+            yield done.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
-def _write_chunk(task: tuple[Path, Recipe, str, int, range]) -> int:
-    root, recipe, split, label, numbers = task
+def _write_chunk(task: tuple[Path, SyntheticSet, str, int, range]) -> int:
+    root, spec, split, label, numbers = task
     synset = f"n{label:08d}"
-    folder = root / split / class_name(label, recipe.classes)
+    folder = root / split / class_name(label, spec.classes)
     for number in numbers:
-        (folder / f"{synset}_{number:05d}.JPEG").write_bytes(draw(recipe, split, label, number))
+        (folder / f"{synset}_{number:05d}.JPEG").write_bytes(draw(spec, split, label, number))
     return len(numbers)
 
 

@@ -41,7 +41,10 @@ def broadcast_object(value: T | None, name: str) -> T:
 
 
 def on_root(action: Callable[[], T], name: str) -> T:
-    """Let rank 0 do it and hand its result to every rank; an OwtError is raised on every rank."""
+    """Let rank 0 do it and hand its result to every rank; an OwtError is raised on every rank.
+
+    No rank goes on before rank 0 is done.
+    """
     outcome = None
     if hvd.rank() == 0:
         try:
@@ -50,6 +53,7 @@ def on_root(action: Callable[[], T], name: str) -> T:
             outcome = error
     outcome = broadcast_object(outcome, name)
     if isinstance(outcome, OwtError):
+        outcome.shared = True
         raise outcome
     return outcome
 

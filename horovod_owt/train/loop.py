@@ -93,7 +93,7 @@ class Run:
                         batches.__next__, step=position.step, lr=lr, stop=stop.asked
                     )
                 except FloatingPointError as error:
-                    raise self._explain(error, lr) from None
+                    raise self._no_number(error, lr) from None
                 position.step += 1
                 position.consumed += self.global_batch
                 progress.step(position.step, position.epoch, lr, report)
@@ -107,13 +107,13 @@ class Run:
                 if epoch_over or last or due or report.stop_asked:
                     self._checkpoint()
                 if report.stop_asked and not last:
-                    self._finish_writing()
+                    on_root(self._finish_writing, "written")
                     name = stop.signal.name if stop.signal else "a signal to another rank"
                     raise Preempted(
                         f"stopped by {name} after step {position.step}, checkpoint written",
-                        fix="the same command with --run-dir goes on from there",
+                        fix=f"the same command with --run-dir {self.run_dir} goes on from there",
                     )
-            self._finish_writing()
+            on_root(self._finish_writing, "written")
 
     def _learning_rate(self) -> float:
         cfg = self.cfg
@@ -126,15 +126,17 @@ class Run:
             step_epochs=self.global_batch / self.position.num_samples,
         )
 
-    def _explain(self, error: FloatingPointError, lr: float) -> RunError:
+    def _no_number(self, error: FloatingPointError, lr: float) -> RunError:
         """The step that went wrong, with the images it was made of."""
         position = self.position
         _, indices = SampleOrder(position.num_samples, self.cfg.seed).at(position.consumed, self.global_batch)
-        return RunError(
+        failure = RunError(
             f"{error} at step {position.step + 1}, lr {lr:.2e}, images number {indices.tolist()}",
             wanted="a finite loss",
             fix="a smaller lr or more warmup_epochs; the last checkpoint is from before",
         )
+        failure.shared = True
+        return failure
 
     def _validate(self) -> None:
         position = self.position
@@ -177,6 +179,8 @@ class Run:
                 *images.values(), self.global_batch, cfg.peak_lr(world.size),
             )  # fmt: skip
             log.info("run folder %s", self.run_dir)
+            if self.position.step >= self.total_steps:
+                log.info("nothing left to do: all %d steps are done", self.position.step)
 
     def _record_step(self, lr: float, report: StepReport) -> None:
         self._record(

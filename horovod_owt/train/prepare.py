@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import ImageFolder, open_image_folder
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.topology import read_topology
-
-# The first rank of a host speaks for the others, which have met the same trouble: they give it this long.
-SPEAKER_GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,7 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
             raise ConfigError(
                 "precision=fp16 on a CPU", wanted="fp32 or bf16 there", fix="--set precision=bf16"
             )
-    except OwtError:
-        if topology.local_rank != 0:
-            time.sleep(SPEAKER_GRACE_S)  # the launcher ends us as soon as the first rank has spoken
+    except OwtError as error:
+        error.shared = True
         raise
     return Request(cfg, Path(data).resolve(), folder, device)

@@ -41,6 +41,8 @@ class Replica:
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
+        torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: let cuDNN choose once
         model = build_model(cfg.model, cfg.classes, dropout=cfg.dropout, seed=cfg.seed).to(world.device)
         self.model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
         self.strategy = DataParallel(

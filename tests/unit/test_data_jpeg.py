@@ -1,0 +1,84 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from horovod_owt.data.jpeg import find_fault, image_size
+
+
+def encoded(kind="JPEG", mode="RGB", size=(61, 37), **options) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    image = Image.fromarray(noise[..., :3]).convert(mode)
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # rotated by 90 degrees; we want the stored size
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(),
+        encoded(progressive=True),
+        encoded(subsampling=0, quality=95),
+        encoded(mode="L"),
+        encoded(mode="CMYK"),
+        encoded(exif=EXIF),
+        encoded(comment=b"\xff\xc0 looks like a frame"),
+        encoded(icc_profile=b"\xff\xc2" * 40_000),  # two segments
+        encoded("PNG"),
+        encoded("PNG", mode="RGBA"),
+        encoded("BMP"),
+        encoded().replace(b"\xff\xc0", b"\xff\xff\xff\xc0"),  # fill bytes before a marker
+        encoded()[:700],  # the header is all there
+    ],
+)
+def test_the_header_tells_height_and_width(data):
+    assert image_size(data) == (37, 61)
+
+
+def test_a_real_size_needs_two_bytes():
+    assert image_size(encoded(size=(1000, 300))) == (300, 1000)
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (b"", "empty file"),
+        (b"\0" * 1000, "not an image"),
+        (b"<html>503</html>", "not an image"),
+        (encoded("PNG")[:12], "not an image"),
+        (encoded()[:100], "cut short within its header"),
+        (b"\xff\xd8", "cut short"),
+        (encoded()[:20] + b"\0" * 500, "broken JPEG header"),
+        (b"\xff\xd8\xff\xd9" + b"\0" * 20, "without a frame header"),
+        (b"\xff\xd8\xff\xc0\x00\x11\x08\x00\x00\x00\x10" + b"\0" * 9, "impossible size 16 x 0"),
+        (b"\xff\xd8" + b"\xff\xe0\x00\x00" * 50, "broken JPEG header"),  # a length that leads nowhere
+    ],
+)
+def test_a_broken_header_is_a_value_error(data, fault):
+    with pytest.raises(ValueError, match=fault):
+        image_size(data)
+    assert find_fault(data)
+
+
+def test_random_bytes_after_the_magic_end_in_a_size_or_a_value_error():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        data = (
+            b"\xff\xd8"
+            + rng.choice([0, 0, 2, 0xFF, 0xC0, 0xD0, 0xE1], rng.integers(0, 60)).astype(np.uint8).tobytes()
+        )
+        try:
+            image_size(data)
+        except ValueError:
+            pass
+
+
+def test_find_fault_decodes():
+    assert find_fault(encoded()) is None and find_fault(encoded(mode="CMYK")) is None
+    assert "truncated" in find_fault(encoded(size=(300, 300))[:-2000])
