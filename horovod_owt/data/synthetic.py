@@ -291,7 +291,7 @@ def _write_chunks(root: Path, spec: SyntheticSet, workers: int) -> Iterator[int]
     if workers == 1:
         yield from map(_write_chunk, tasks)
         return
-    # spawn: the caller may have threads. The workers leave Ctrl-C to the parent, which lets them end their part.
+    # spawn: the caller may have threads. Workers leave Ctrl-C to the parent, which lets them end their part.
     # An executor, not a Pool: in a script without a __main__ guard it fails at once, a Pool spawns for ever.
     spawn = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_interrupts)

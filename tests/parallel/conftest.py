@@ -1,0 +1,132 @@
+"""Real ranks: programs started by the real launchers, ended with all their children, never without a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+VENV_BIN = Path(sys.executable).parent
+PROGRAMS = Path(__file__).parent / "programs"
+OWT = [sys.executable, "-m", "horovod_owt"]
+LIMIT_S = 100
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a job ended and what it said."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    def json(self):
+        """The one JSON line that rank 0 printed, whatever prefix the launcher put before it."""
+        (line,) = [line for line in self.stdout.splitlines() if "{" in line]
+        return json.loads(line[line.index("{") :])
+
+
+def launcher_argv(launcher: str, ranks: int) -> list[str]:
+    return {
+        "horovodrun": ["horovodrun", "--gloo", "-np", str(ranks)],
+        "horovodrun-mpi": ["horovodrun", "--mpi", "-np", str(ranks), "--mpi-args=--oversubscribe"],
+        "mpirun": ["mpirun", "--oversubscribe", "-np", str(ranks)],
+        "none": [],
+    }[launcher]
+
+
+class Job:
+    """A launcher with its ranks, in a process group of its own."""
+
+    def __init__(self, argv: list[str], env: dict[str, str], cwd: Path | None = None) -> None:
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=cwd,
+            start_new_session=True,
+        )
+
+    def finish(self, limit_s: float = LIMIT_S) -> Finished:
+        """Wait for the end; a job over its time fails the test with what it had said."""
+        try:
+            stdout, stderr = self.process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            stdout, stderr = self.process.communicate()
+            pytest.fail(f"not done after {limit_s} s\n{stdout[-4000:]}\n{stderr[-4000:]}")
+        return Finished(self.process.returncode, stdout, stderr)
+
+    def kill(self) -> None:
+        """End the launcher and every process below it, also those that made groups of their own."""
+        import psutil
+
+        try:
+            family = [psutil.Process(self.process.pid)]
+            family += family[0].children(recursive=True)
+        except psutil.NoSuchProcess:
+            return
+        for process in family:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                pass
+
+
+@pytest.fixture
+def start():
+    """Start `argv` on `ranks` ranks under a launcher; the job is gone when the test is."""
+    jobs: list[Job] = []
+
+    def start(
+        argv: list, *, ranks: int = 2, launcher: str = "horovodrun", cwd: Path | None = None, **env: str
+    ) -> Job:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_COMM", "PMI"))}
+        clean.update(OMP_NUM_THREADS="1", PATH=f"{VENV_BIN}{os.pathsep}{os.environ['PATH']}")
+        clean.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **env)
+        jobs.append(Job([*launcher_argv(launcher, ranks), *map(str, argv)], clean, cwd))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+        job.process.communicate()
+
+
+@pytest.fixture
+def run(start):
+    """Start a job, wait for its end, and expect `exit_code` of it (None: any)."""
+
+    def run(argv: list, *, exit_code: int | None = 0, limit_s: float = LIMIT_S, **options) -> Finished:
+        done = start(argv, **options).finish(limit_s)
+        if exit_code is not None and done.exit_code != exit_code:
+            said = f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+            pytest.fail(f"exit code {done.exit_code}, not {exit_code}\n{said}")
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A small image folder: 4 classes, 96 training and 26 validation images (no multiple of any batch here)."""
+    from horovod_owt.data.synthetic import write_synthetic
+
+    root = tmp_path_factory.mktemp("images") / "data"
+    write_synthetic(root, classes=2, train_per_class=48, val_per_class=13, size=(80, 120))
+    return root
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    """The lines of a kind in a run's metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]

@@ -1,0 +1,20 @@
+"""Score a net with fixed weights over the ranks' slices; rank 0 prints the counts."""
+
+import json
+import sys
+from pathlib import Path
+
+from horovod_owt.config import resolve
+from horovod_owt.data.store import open_image_folder
+from horovod_owt.parallel import runtime
+from horovod_owt.train.evaluate import validate
+from horovod_owt.train.pipelines import validation_pipeline
+from horovod_owt.train.replica import Replica
+
+cfg = resolve("quickstart", ["classes=12", "batch=4", "seed=8", "pipeline=torchvision"])
+world = runtime.init("cpu")
+with validation_pipeline(cfg, open_image_folder(Path(sys.argv[1])), world) as batches:
+    score = validate(Replica(cfg, world), batches)
+if world.is_root:
+    print(json.dumps(score.to_dict()), flush=True)
+runtime.shutdown()

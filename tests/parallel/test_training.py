@@ -1,0 +1,196 @@
+"""Real runs on real ranks, held against plain programs of one process."""
+
+import json
+
+import pytest
+import torch
+from conftest import OWT, PROGRAMS, records
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torchvision.models import alexnet
+
+from horovod_owt.data.feed import TrainFeed, ValidationFeed
+from horovod_owt.data.pipeline import make_pipeline
+from horovod_owt.data.store import open_image_folder
+from horovod_owt.model import build_model
+
+STEPS, GLOBAL_BATCH = 4, 12
+SMALL = ["--recipe", "quickstart", "--set", "checkpoint_every=0", "--set", "log_every=1"]
+
+
+def settings(**values) -> list[str]:
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def weights_at(run_dir, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def distance(ours: dict, theirs: dict) -> float:
+    """Euclidean, over all tensors."""
+    assert ours.keys() == theirs.keys()
+    return sum((ours[n].double() - theirs[n].double()).square().sum().item() for n in theirs) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def plain(images):
+    """The plain program: torchvision's net, torch's SGD, one process, the whole global batch at once."""
+    folder = open_image_folder(images)
+    net = alexnet(num_classes=2, dropout=0.0)
+    net.load_state_dict(build_model("alexnet-owt", 2, seed=5).state_dict())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    feed = TrainFeed(folder.train, seed=5, batch=GLOBAL_BATCH, scale=(0.35, 1.0))
+    losses = []
+    with make_pipeline("torchvision", feed, image_size=64, device_id=None, num_threads=1) as batches:
+        for _ in range(STEPS):
+            batch = next(batches)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(batch.images), batch.labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses, {name: value.detach() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "accum_steps", "more"),
+    [
+        (2, 6, 1, {}),
+        (2, 3, 2, {"channels_last": "false"}),
+        (3, 4, 1, {}),
+        (1, 12, 1, {}),
+    ],
+)
+def test_ranks_train_to_the_weights_of_one_process(
+    run, images, tmp_path, plain, ranks, batch, accum_steps, more
+):
+    values = dict(batch=batch, accum_steps=accum_steps, max_steps=STEPS, seed=5, dropout=0, **more)
+    values |= dict(
+        lr=0.01, lr_batch=GLOBAL_BATCH, schedule="constant", warmup_epochs=0, pipeline="torchvision"
+    )
+    run([*OWT, "train", images, "--run-dir", tmp_path, *SMALL, *settings(**values)], ranks=ranks)
+    losses, weights = plain
+    assert [r["loss"] for r in records(tmp_path, "step")] == pytest.approx(losses, rel=1e-5)
+    ours, start = weights_at(tmp_path, STEPS), build_model("alexnet-owt", 2, seed=5).state_dict()
+    torch.testing.assert_close(ours, weights, rtol=1e-5, atol=1e-5)
+    # and against the way they went, which is where a wrong factor would show
+    assert distance(ours, weights) < 1e-4 * distance(weights, start)
+
+
+@pytest.mark.parametrize(
+    ("values", "tolerance"),
+    [({"precision": "bf16"}, 0.05), ({"compression": "fp16"}, 0.01)],
+)
+def test_fewer_bits_train_to_nearly_the_same_losses(run, images, tmp_path, plain, values, tolerance):
+    values |= dict(batch=6, max_steps=STEPS, seed=5, dropout=0, lr=0.01, lr_batch=GLOBAL_BATCH)
+    values |= dict(schedule="constant", warmup_epochs=0, pipeline="torchvision")
+    run([*OWT, "train", images, "--run-dir", tmp_path, *SMALL, *settings(**values)])
+    losses = [r["loss"] for r in records(tmp_path, "step")]
+    assert losses == pytest.approx(plain[0], rel=tolerance)
+    assert losses != plain[0]
+
+
+def test_a_run_resumed_after_an_epoch_equals_the_unbroken_one(run, images, tmp_path):
+    """With dropout and batch norm, bit for bit: 96 images are 4 steps an epoch of 2 x 12."""
+
+    def train(name: str, **values):
+        run(
+            [*OWT, "train", images, "--run-dir", tmp_path / name, *SMALL]
+            + settings(model="alexnet-owt-bn", epochs=2, batch=12, dropout=0.5, **values)
+        )
+
+    train("unbroken")
+    train("broken", max_steps=4)
+    train("broken")
+    losses = {name: [r["loss"] for r in records(tmp_path / name, "step")] for name in ("unbroken", "broken")}
+    assert len(losses["unbroken"]) == 8
+    assert losses["broken"] == losses["unbroken"]
+    broken, unbroken = (weights_at(tmp_path / name, 8) for name in ("broken", "unbroken"))
+    assert all(torch.equal(broken[name], unbroken[name]) for name in unbroken if "running" not in name)
+    torch.testing.assert_close(broken, unbroken)  # an average of averages is rounded once more
+    assert [r["step"] for r in records(tmp_path / "broken", "validation")] == [4, 8]
+
+
+@pytest.fixture(scope="module")
+def plain_score(images):
+    """Counts by the book, over all validation images in one batch."""
+    store = open_image_folder(images).val
+    net = build_model("alexnet-owt", 12, seed=8).eval()
+    feed = ValidationFeed(store, batch=len(store))
+    with make_pipeline("torchvision", feed, image_size=64, device_id=None, num_threads=1) as batches:
+        batch = next(batches)
+    with torch.no_grad():
+        logits = net(batch.images)
+    best = logits.topk(5).indices
+    hits = best == batch.labels[:, None]
+    return {
+        "images": len(store),
+        "correct_top1": int(hits[:, 0].sum()),
+        "correct_top5": int(hits.sum()),
+        "loss": F.cross_entropy(logits, batch.labels).item(),
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_counts_each_image_once(run, images, plain_score, ranks):
+    score = run(["python", PROGRAMS / "validate.py", images], ranks=ranks).json()
+    assert plain_score["images"] == 26  # no multiple of ranks x batch
+    assert 0 < plain_score["correct_top1"] < plain_score["correct_top5"] < 26
+    for key in ("images", "correct_top1", "correct_top5"):
+        assert score[key] == plain_score[key]
+    assert score["loss"] == pytest.approx(plain_score["loss"], rel=1e-6)
+    assert score["top1"] == pytest.approx(100 * plain_score["correct_top1"] / 26)
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun-mpi", "mpirun", "none"])
+def test_every_launcher_trains(run, images, tmp_path, launcher):
+    ranks = 1 if launcher == "none" else 2
+    command = [*OWT, "train", images.name, "--run-dir", "runs/here", *SMALL]
+    command += settings(batch=4, max_steps=2)
+    work = tmp_path / "work"  # relative paths mean the same on every rank
+    work.mkdir()
+    (work / images.name).symlink_to(images)
+    done = run(command, ranks=ranks, launcher=launcher, cwd=work)
+    run_dir = work / "runs" / "here"
+    assert json.loads((run_dir / "outcome.json").read_text()) == {
+        "exit_code": 0,
+        "reason": "done",
+        "step": 2,
+        "epoch": 2 * 4 * ranks / 96,
+    }
+    kinds = [json.loads(line)["kind"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["run", "step", "step", "validation", "checkpoint", "outcome"]
+    (first,) = records(run_dir, "run")
+    assert first["world_size"] == ranks and first["global_batch"] == 4 * ranks
+    assert first["versions"]["horovod_controller"] == ("mpi" if "mpi" in launcher else "gloo")
+    assert "step 2/2" in done.stderr + done.stdout and "top-1" in done.stderr + done.stdout
+
+
+def test_an_error_of_rank_0_reaches_every_rank(run):
+    assert (
+        run(["python", PROGRAMS / "on_root.py"], ranks=3).json()["heard"]
+        == ["seen; wanted wanted; fix: fix"] * 3
+    )
+
+
+def test_bench_step_prints_one_json_document(run, images):
+    done = run(
+        [*OWT, "bench", "step", images, "--recipe", "quickstart", "--steps", "6", "--warmup", "1"]
+        + ["--against", "plain", "--json", *settings(batch=4)]
+    )
+    report = done.json()
+    assert {k: report[k] for k in ("strategy", "precision", "ranks", "batch_per_rank", "steps")} == {
+        "strategy": "data",
+        "precision": "fp32",
+        "ranks": 2,
+        "batch_per_rank": 4,
+        "steps": 6,
+    }
+    step_ms = report["step_ms"]
+    assert 0 < step_ms["min"] <= step_ms["p25"] <= step_ms["median"] <= step_ms["p75"]
+    assert report["images_per_s"] == pytest.approx(8e3 / step_ms["median"])
+    assert 0 <= report["data_wait_share"] < 1 and 0 < report["exposed_comm_share"] < 1
+    parameters = sum(p.numel() for p in build_model("alexnet-owt", 2).parameters())
+    assert report["bytes_sent_per_step"] == 4 * parameters  # 2 (n-1)/n of it, n = 2
+    assert report["method"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert report["against"]["name"] == "plain" and report["against"]["speedup_at_p25"] > 0
