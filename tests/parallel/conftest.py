@@ -1,4 +1,4 @@
-"""Real ranks: programs started by the real launchers, ended with all their children, never without a time limit."""
+"""Real ranks: programs started by real launchers, ended with their children, never without a time limit."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def run(start):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """A small image folder: 4 classes, 96 training and 26 validation images (no multiple of any batch here)."""
+    """A small image folder: 2 classes, 96 training and 26 validation images (no multiple of a batch here)."""
     from horovod_owt.data.synthetic import write_synthetic
 
     root = tmp_path_factory.mktemp("images") / "data"
