@@ -1,0 +1,1 @@
+"""The steps of launch/setup. Standard library only: they run before there is a virtual environment."""

@@ -1,0 +1,67 @@
+"""The three lanes: a lane is a constraints file and a Horovod build."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from steps.machine import Gpu
+from steps.place import LAUNCH
+from steps.process import say
+
+
+@dataclass(frozen=True)
+class Lane:
+    name: str
+    extras: tuple[str, ...]  # of setup.cfg
+    gcc: tuple[int, int | None]  # oldest and newest g++ that builds Horovod here
+    python_max: tuple[int, int] | None = None
+    cuda_major: int | None = None  # None: no GPU operations
+    nccl_package: str | None = None  # pip's, the one torch itself loads
+
+    @property
+    def constraints(self) -> Path:
+        return LAUNCH / "constraints" / f"{self.name}.txt"
+
+
+LANES = {
+    lane.name: lane
+    for lane in (
+        # torch 2.14 asks for C++20: g++ 10
+        Lane("cpu", ("dali", "test", "docs"), gcc=(10, None)),
+        Lane(
+            "cuda", ("dali", "test", "docs"), gcc=(10, None), cuda_major=13, nccl_package="nvidia-nccl-cu13"
+        ),
+        # torch 2.0.1 is the last wheel with Kepler's sm_37; CUDA 11's nvcc takes g++ up to 11
+        Lane(
+            "k80",
+            ("dali-k80", "test", "docs"),
+            gcc=(7, 11),
+            python_max=(3, 11),
+            cuda_major=11,
+            nccl_package="nvidia-nccl-cu11",
+        ),
+    )
+}
+CUDA_LANE_FROM = 7.5  # the oldest device code in torch 2.14's wheel: Turing
+
+
+def choose(asked: str | None, kept: str | None, gpus: Sequence[Gpu]) -> tuple[Lane, str]:
+    """The lane and why; a lane that was asked for once stays until another is asked for."""
+    fitting, why = fitting_lane(gpus)
+    if asked is not None:
+        return LANES[asked], "asked for"
+    if kept is None or kept == fitting:
+        return LANES[fitting], why
+    say(f"this machine would get the {fitting} lane ({why}): `--lane {fitting}` changes to it")
+    return LANES[kept], "chosen by an earlier set-up of this virtual environment"
+
+
+def fitting_lane(gpus: Sequence[Gpu]) -> tuple[str, str]:
+    """The lane that the oldest GPU of the machine can run."""
+    if not gpus:
+        return "cpu", "nvidia-smi lists no GPU here"
+    oldest = min(gpus, key=lambda gpu: gpu.compute_capability or 0.0)
+    if oldest.compute_capability is None:  # the query came with driver 510; Kepler's last driver is 470
+        return "k80", f"driver {oldest.driver} of {oldest.name} is older than today's CUDA"
+    seen = f"{len(gpus)} GPU(s), the oldest {oldest.name} with compute capability {oldest.compute_capability}"
+    return ("cuda" if oldest.compute_capability >= CUDA_LANE_FROM else "k80"), seen

@@ -1,0 +1,161 @@
+"""What this machine has: GPUs, Python, compiler, CMake, disk space."""
+
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from steps.process import Missing, ask
+
+# Measured for the cpu lane with Python 3.11: docs/setup.md
+VENV_GB = 8  # 6.3 installed, the rest while pip unpacks
+CACHE_GB = 5  # pip's own copies of the wheels, where the index is a remote one, and the build
+BUILD_GB = 1
+CUDA_DEFAULT = Path("/usr/local/cuda")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    driver: str
+    compute_capability: float | None  # None: the driver is too old to say
+
+
+def list_gpus() -> list[Gpu]:
+    """The NVIDIA GPUs that nvidia-smi lists; none without it, or without a driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    fields = ask(["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"])
+    if fields is None:
+        fields = ask(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    gpus = []
+    for line in (fields or "").splitlines():
+        words = [word.strip() for word in line.split(",")]
+        if len(words) >= 2:
+            capability = words[2] if len(words) > 2 else ""
+            known = re.fullmatch(r"\d+\.\d+", capability)
+            gpus.append(Gpu(words[0], words[1], float(capability) if known else None))
+    return gpus
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What builds Horovod; the strings are part of the wheel's key."""
+
+    compiler: str  # first line of c++ --version
+    cmake: str
+    cuda_home: Path | None = None
+    nvcc: str = ""  # its last line
+
+
+def check_python(lane) -> None:
+    """Python itself must be able to make a virtual environment and to compile against its headers."""
+    this = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+    if lane.python_max and sys.version_info[:2] > lane.python_max:
+        newest = "{}.{}".format(*lane.python_max)
+        raise Missing(
+            f"this is {this}, the {lane.name} lane's torch has wheels up to Python {newest}: "
+            f"run `python{newest} launch/setup --lane {lane.name}`"
+        )
+    version = this.removeprefix("Python ")
+    lacking = []
+    if find_spec("venv") is None or find_spec("ensurepip") is None:
+        lacking.append(("the venv module", f"python{version}-venv"))
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        lacking.append(("its headers (Python.h)", f"python{version}-dev"))
+    if lacking:
+        raise Missing(
+            f"{this} at {sys.executable} lacks {' and '.join(what for what, _ in lacking)}: "
+            f"apt-get install {' '.join(package for _, package in lacking)}"
+        )
+
+
+def check_build_tools(lane, environ: Mapping[str, str]) -> Tools:
+    """Find what the Horovod build needs, before anything is downloaded; name all that is missing at once."""
+    lacking = []  # (what was seen and wanted, Debian package)
+    cxx = (
+        shutil.which(environ.get("CXX", ""))
+        or shutil.which("c++")
+        or shutil.which("g++")
+        or shutil.which("clang++")
+    )
+    compiler = (ask([cxx, "--version"]) or "").partition("\n")[0] if cxx else ""
+    if not compiler:
+        lacking.append(("no C++ compiler", "g++"))
+    else:
+        major = int((ask([cxx, "-dumpversion"]) or "0").partition(".")[0])
+        is_gcc = "clang" not in compiler.lower()
+        oldest, newest = lane.gcc
+        if is_gcc and not oldest <= major <= (newest or major):
+            wanted = f"{oldest} to {newest}" if newest else f">= {oldest}"
+            lacking.append(
+                (
+                    f"g++ {major}, wanted {wanted} (CXX=g++-{newest or oldest} names another)",
+                    f"g++-{newest or oldest}",
+                )
+            )
+    cmake = (ask(["cmake", "--version"]) or "").partition("\n")[0]
+    found = re.search(r"(\d+)\.(\d+)", cmake)
+    if not found:
+        lacking.append(("no CMake", "cmake"))
+    elif (int(found[1]), int(found[2])) < (3, 13):
+        lacking.append((f"{cmake}, wanted >= 3.13", "cmake"))
+    if shutil.which("make") is None:
+        lacking.append(("no make", "make"))
+    cuda_home, nvcc = None, ""
+    if lane.cuda_major is not None:
+        cuda_home, nvcc = find_cuda(environ)
+        if f"release {lane.cuda_major}." not in nvcc:
+            seen = f"{cuda_home}/bin/nvcc is {nvcc}" if nvcc else "no nvcc (CUDA_HOME names a toolkit)"
+            lacking.append((f"{seen}, wanted CUDA {lane.cuda_major}'s", f"cuda-toolkit-{lane.cuda_major}-0"))
+    if lacking:
+        raise Missing(
+            f"{'; '.join(what for what, _ in lacking)}: "
+            f"apt-get install {' '.join(package for _, package in lacking)}"
+        )
+    return Tools(compiler, cmake, cuda_home, nvcc)
+
+
+def find_cuda(environ: Mapping[str, str]) -> tuple[Path | None, str]:
+    """The CUDA toolkit's root and what its nvcc says of its version."""
+    home = environ.get("HOROVOD_CUDA_HOME") or environ.get("CUDA_HOME")
+    nvcc = Path(home, "bin", "nvcc") if home else shutil.which("nvcc")
+    if nvcc is None and (CUDA_DEFAULT / "bin" / "nvcc").exists():
+        nvcc = CUDA_DEFAULT / "bin" / "nvcc"
+    if nvcc is None:
+        return None, ""
+    release = re.search(r"release [\d.]+", ask([nvcc, "--version"]) or "")
+    return Path(nvcc).resolve().parents[1], release[0] if release else ""
+
+
+def check_space(place) -> None:
+    """Enough room for what is still to be written, asked before the first byte is."""
+    wanted_gb = {place.venv: VENV_GB, place.cache: CACHE_GB}
+    if place.was_done("packages"):
+        wanted_gb = {place.cache: BUILD_GB}
+    disks = {}  # device -> folders on it
+    for folder in wanted_gb:
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        disks.setdefault(there.stat().st_dev, []).append((folder, there))
+    for folders in disks.values():
+        need_gb = sum(wanted_gb[folder] for folder, _ in folders)
+        free_gb = shutil.disk_usage(folders[0][1]).free / 1e9
+        if free_gb < need_gb:
+            names = " and ".join(str(folder) for folder, _ in folders)
+            raise Missing(
+                f"{free_gb:.1f} GB free for {names}, wanted {need_gb:.0f} GB: free some, "
+                "or choose another place with --venv or XDG_CACHE_HOME"
+            )
+
+
+def build_cpu_flags() -> list[str]:
+    """The instruction sets of this CPU that Horovod's default build would use."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return []
+    return sorted({"avx", "fma", "f16c"} & set(flags[1].split())) if flags else []

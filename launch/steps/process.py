@@ -1,0 +1,185 @@
+"""Child processes: a log file for each, a sign of life on stderr, and none of them left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+PLAIN_EVERY_S = 20  # between two signs of life where stderr is no terminal
+STOP_GRACE_S = 10  # horovodrun ends its ranks on SIGTERM; after this long nobody is asked
+
+
+class Stopped(Exception):
+    """Set-up cannot go on; one line says what was seen, what was wanted and the fix."""
+
+    exit_code = 1
+
+    def report(self) -> int:
+        say(str(self))
+        return self.exit_code
+
+
+class Missing(Stopped):
+    """The machine lacks something that set-up may not install."""
+
+    exit_code = 2
+
+
+class Failed(Stopped):
+    """A step was tried and did not succeed."""
+
+
+def say(line: str) -> None:
+    print(f"setup: {line}", file=sys.stderr, flush=True)
+
+
+def ask(
+    argv: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout_s: float = 30
+) -> str | None:
+    """What a command prints, or None if it is absent, fails or does not answer."""
+    try:
+        done = subprocess.run(
+            [str(word) for word in argv],
+            env=env,
+            timeout=timeout_s,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def run(
+    label: str,
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float | None = None,
+) -> str:
+    """Run a command to its end, and return what it printed; Failed names the log and its likeliest line."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [str(word) for word in argv]
+    with log.open("wb") as out:
+        out.write(f"$ {' '.join(words)}\n".encode())
+        out.flush()
+        start = time.monotonic()
+        child = None
+        try:
+            with interrupts_held_back():
+                child = subprocess.Popen(
+                    words,
+                    env=env,
+                    cwd=cwd,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # its own process group: stop() reaches the grandchildren
+                )
+            timed_out = not _watch(child, label, log, start, timeout_s)
+        finally:
+            if child is not None:
+                stop(child)
+    text = log.read_text(errors="replace")
+    if timed_out:
+        raise Failed(f"{label}: no end after {timeout_s:.0f} s; {log}")
+    if child.returncode != 0:
+        raise Failed(f"{label} failed (exit {child.returncode}): {likeliest_line(text)}; log: {log}")
+    say(f"{label}: done in {time.monotonic() - start:.0f} s")
+    return text
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Between a fork and the moment that we know the child, an interrupt would leave the child behind."""
+    arrived = []
+    handlers = {
+        signum: signal.signal(signum, lambda number, _frame: arrived.append(number))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    for signum in arrived:
+        signal.raise_signal(signum)
+
+
+def stop(child: subprocess.Popen) -> None:
+    """End a child and its process group if it still runs."""
+    if child.poll() is not None:
+        return
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, signum)
+            child.wait(STOP_GRACE_S)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _watch(child: subprocess.Popen, label: str, log: Path, start: float, timeout_s: float | None) -> bool:
+    """Wait for the child's end with a sign of life; False when the time is up first."""
+    on_terminal = sys.stderr.isatty()
+    next_plain_s = PLAIN_EVERY_S
+    while True:
+        try:
+            child.wait(0.25)
+            return True
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if on_terminal:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+        elapsed_s = time.monotonic() - start
+        if timeout_s is not None and elapsed_s > timeout_s:
+            return False
+        line = f"{label}: {int(elapsed_s) // 60}:{int(elapsed_s) % 60:02d} {progress_in(log)}"
+        if on_terminal:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            print(
+                f"{'|/-' + chr(92)}"[int(4 * elapsed_s) % 4],
+                line[: width - 3],
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif elapsed_s >= next_plain_s:
+            say(line)
+            next_plain_s += PLAIN_EVERY_S
+
+
+def progress_in(log: Path) -> str:
+    """The last percentage that make printed, or else the package that pip is at."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 65536))
+        tail = file.read().decode(errors="replace")
+    if percents := re.findall(r"\[ *(\d+)%\]", tail):
+        return f"{percents[-1]} %"
+    doing = re.findall(r"^(?:Collecting|Downloading|Using cached|Installing) [^\s(]+", tail, re.MULTILINE)
+    return doing[-1] if doing else ""
+
+
+def likeliest_line(text: str) -> str:
+    """The line of a log that says why: a full disk before all, else the first error, else the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for pattern in (r"No space left on device", r"^CMake Error|\berror:|^ERROR|Error:", r""):
+        for line in lines[1:]:
+            if re.search(pattern, line) and not re.search(
+                r"subprocess-exited-with-error|did not run successfully", line
+            ):
+                return (line if pattern else lines[-1])[:200]
+    return "it printed nothing"

@@ -1,0 +1,85 @@
+"""Fixtures for the tests of launch/setup: a place to set up, fake tools, the script, Horovod's source."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from set_up_support import REPO, horovod, patches, place
+
+
+@pytest.fixture
+def here(tmp_path) -> place.Place:
+    """An installation that is about to be made, with a cache of its own and nothing on PATH."""
+    return place.Place(tmp_path / "venv", {"HOME": str(tmp_path / "home"), "PATH": str(tmp_path / "bin")})
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """Put a shell script of this name on the only PATH folder that the test's children see."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+
+    def write(name: str, body: str) -> Path:
+        script = folder / name
+        script.write_text(f"#!/bin/sh\n{body}\n")
+        script.chmod(0o755)
+        return script
+
+    return write
+
+
+@pytest.fixture
+def set_up(tmp_path):
+    """Run launch/setup with a fresh home and a bare PATH, far from this installation."""
+
+    def run(*words: str, **environ: str) -> subprocess.CompletedProcess:
+        env = {"HOME": str(tmp_path / "home"), "PATH": str(tmp_path / "bin"), **environ}
+        return subprocess.run(
+            [sys.executable, REPO / "launch" / "setup", "--venv", tmp_path / "venv", *words],
+            env=env,
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory) -> Path:
+    """Horovod's source archive: the one that set-up left in the cache, else a download checked by hash."""
+    cached = place.Place(Path(sys.prefix)).cache / "sdist" / horovod.SDIST
+    if cached.exists() and place.file_digest(cached) == horovod.SHA256:
+        return cached
+    environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    return horovod.fetch_sdist(place.Place(Path(sys.prefix), environ))
+
+
+@pytest.fixture
+def source(sdist, tmp_path) -> Path:
+    """Of Horovod's source, fresh and unpatched, the files that the patches touch and the CMake modules."""
+    wanted = {
+        line[6:].split()[0]
+        for patch in place.PATCHES
+        for line in patch.read_text().splitlines()
+        if line.startswith("+++ b/")
+    }
+    top = f"horovod-{horovod.VERSION}/"
+    with tarfile.open(sdist) as archive:
+        for member in archive:
+            name = member.name.removeprefix(top)
+            if name in wanted or name.startswith("cmake/"):
+                archive.extract(
+                    member, tmp_path, **({"filter": "data"} if sys.version_info >= (3, 12) else {})
+                )
+    return tmp_path / top
+
+
+@pytest.fixture
+def patched(source) -> Path:
+    for patch in place.PATCHES:
+        patches.apply(patch, source)
+    return source

@@ -1,0 +1,203 @@
+"""The installed Horovod, with real ranks: each fault that a patch mends, and every launcher."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from set_up_support import installed, lanes, mpi, proof
+
+LIMIT_S = 60
+NO_SUCH_HOST = "no-such-host.invalid"  # .invalid never resolves
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Start this many ranks of a program under a launcher; what they are and say ends with the test."""
+    started = []
+
+    def start(
+        np: int, program: str, *words: str, under: tuple[str, ...] = (), **environ: str
+    ) -> subprocess.Popen:
+        here = installed()
+        script = tmp_path / "program.py"
+        script.write_text(program)
+        launcher = [here.bin / "horovodrun", "--gloo", "-np", str(np)] if np > 1 else []
+        job = subprocess.Popen(
+            [*under, *launcher, sys.executable, script, *words],
+            env={**here.child_env(), **environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            cwd=tmp_path,
+        )
+        limit = threading.Timer(LIMIT_S, job.terminate)  # horovodrun ends its ranks; then reading ends too
+        limit.start()
+        started.append((job, limit))
+        return job
+
+    yield start
+    for job, limit in started:
+        limit.cancel()
+        if job.poll() is None:
+            job.terminate()
+        job.wait(20)
+        job.stdout.close()
+
+
+@pytest.fixture
+def on_a_host_whose_name_does_not_resolve() -> tuple[str, ...]:
+    words = ("unshare", "--uts", "sh", "-c", f'hostname {NO_SUCH_HOST} && exec "$@"', "sh")
+    if os.getuid() != 0 or subprocess.run([*words, "true"], capture_output=True).returncode != 0:
+        pytest.skip("another host name needs root and unshare")
+    return words
+
+
+LATE = """
+import os, sys, time
+import torch, horovod.torch as hvd
+hvd.init()
+while hvd.rank() == 1 and not os.path.exists(sys.argv[1]):
+    time.sleep(0.1)
+hvd.allreduce(torch.ones(1), name="late")
+print("summed", flush=True)
+"""
+
+
+def test_stall_inspector_names_the_missing_rank_under_gloo(ranks, tmp_path):
+    job = ranks(2, LATE, str(tmp_path / "come"), HOROVOD_STALL_CHECK_TIME_SECONDS="2")
+    said = ""
+    for line in job.stdout:  # without the patch not a word, to the time limit
+        said += line
+        if "1: [allreduce.late]" in line:
+            break
+    assert "Missing ranks" in said and "1: [allreduce.late]" in said, said
+    (tmp_path / "come").touch()
+    rest = job.stdout.read()
+    assert job.wait(20) == 0 and rest.count("summed") == 2
+
+
+def test_stall_shutdown_ends_the_job_under_gloo(ranks, tmp_path):
+    job = ranks(
+        2,
+        LATE,
+        str(tmp_path / "never"),
+        HOROVOD_STALL_CHECK_TIME_SECONDS="1",
+        HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="3",
+    )
+    said = job.stdout.read()
+    assert job.wait(20) not in (0, -15) and "shut" in said.lower(), said
+
+
+TWO_OF_THREE = """
+import torch, horovod.torch as hvd
+ends = hvd.ProcessSet([0, 2])
+hvd.init(process_sets=[ends])
+if ends.included():
+    print("sum of two:", hvd.allreduce(torch.ones(1), op=hvd.Sum, process_set=ends).item(), flush=True)
+hvd.barrier()    # the first rank to leave would end Horovod for the others
+"""
+
+
+def test_process_sets_keep_to_the_interface_they_are_told(ranks, on_a_host_whose_name_does_not_resolve):
+    """horovodrun names the interface (lo); unpatched, process sets ask for this host's name and crash."""
+    job = ranks(3, TWO_OF_THREE, under=on_a_host_whose_name_does_not_resolve)
+    said = job.stdout.read()
+    assert job.wait(20) == 0, said
+    assert said.count("sum of two: 2.0") == 2
+
+
+def test_a_host_name_that_does_not_resolve_is_named(ranks, on_a_host_whose_name_does_not_resolve):
+    program = "import horovod.torch as hvd; hvd.init()"
+    job = ranks(
+        1,
+        program,
+        under=on_a_host_whose_name_does_not_resolve,
+        HOROVOD_CONTROLLER="gloo",
+        OMPI_ALLOW_RUN_AS_ROOT="1",
+        OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+    )
+    said = job.stdout.read()
+    assert job.wait(20) != 0
+    assert f"Unable to resolve {NO_SUCH_HOST}" in said and "Segmentation fault" not in said, said
+
+
+def test_horovodrun_needs_no_distutils():
+    program = "import sys; sys.modules['distutils'] = None; import horovod.runner.launch"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=LIMIT_S)
+
+
+@pytest.fixture
+def built_mpi() -> mpi.Mpi:
+    import horovod.torch as hvd
+
+    if not hvd.mpi_built():
+        pytest.skip("this Horovod was built without MPI")
+    here = installed()
+    return mpi.kept(here) if mpi.kept(here).there else mpi.installed_from_pip(here)
+
+
+@pytest.fixture
+def proofs_cache(monkeypatch, tmp_path):
+    """Where the proof logs: not over the logs of a set-up."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "horovod_owt").mkdir()
+
+
+def two_ranks(name: str, chosen: mpi.Mpi) -> dict:
+    environ = {
+        **installed().child_env(),
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    return proof.prove_one(installed(), name, proof.launchers(chosen)[name], environ, chosen)
+
+
+def test_horovodrun_gloo_starts_ranks(proofs_cache):
+    assert two_ranks("horovodrun --gloo", mpi.NO_MPI)["controller"] == "gloo"
+
+
+def test_horovodrun_mpi_starts_ranks(proofs_cache, built_mpi):
+    facts = two_ranks("horovodrun --mpi", built_mpi)
+    assert facts["controller"] == "mpi"
+    assert len(facts["libmpi"]) == 1  # one MPI in the process, pip's from this very environment
+
+
+def test_mpirun_starts_ranks_and_mpi4py_sees_them(proofs_cache, built_mpi):
+    facts = two_ranks("mpirun", built_mpi)
+    assert (facts["controller"], facts["mpi4py_size"]) == ("mpi", 2)
+
+
+@pytest.mark.parametrize(
+    "rank, fault",
+    [
+        ({}, None),
+        ({"sum_is_right": False}, "the sum over the ranks is wrong"),
+        ({"size": 1}, "the sum over the ranks is wrong"),
+        ({"controller": "mpi"}, "ran under mpi, wanted gloo"),
+        ({"mpi4py_size": 1}, "mpi4py sees 1 rank"),
+        ({"libmpi": ["/a/libmpi.so.40", "/b/libmpi.so.40"]}, "two MPI libraries"),
+        ({"libmpi": ["/another/venv/lib/libmpi.so.40"]}, "Horovod loaded /another/venv"),
+        ({"rank": 0}, r"ranks \[0, 0\] answered"),
+    ],
+)
+def test_the_proof_does_not_take_a_wrong_answer(rank, fault, here):
+    sound = {"size": 2, "sum_is_right": True, "controller": "gloo", "mpi4py_size": None, "libmpi": []}
+    answers = [{**sound, "rank": 0}, {**sound, "rank": 1, **rank}]
+    said = proof.fault_in(answers, "gloo", here, mpi.Mpi("pip", "mpicc", "mpirun (Open MPI) 5.0.11"))
+    if fault is None:
+        assert said is None
+    else:
+        assert re.search(fault, said)
+
+
+def test_the_wheel_says_that_it_is_the_mended_one():
+    from importlib.metadata import version
+
+    assert "+owt." in version("horovod"), "stock Horovod here: run launch/setup"
+    assert lanes.LANES and Path(sys.prefix, "bin", "horovodrun").exists()

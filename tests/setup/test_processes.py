@@ -1,0 +1,94 @@
+"""Children of set-up: what a failure says, and that none of them is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from set_up_support import REPO, process
+
+
+def test_a_failure_names_the_log_and_the_line_that_says_why(tmp_path):
+    log = tmp_path / "build.log"
+    script = "echo compiling; echo 'x.cc:3:1: error: You need C++17'; echo 'make: *** [all] Error 2'; exit 2"
+    with pytest.raises(process.Failed) as stop:
+        process.run("building Horovod", ["sh", "-c", script], log=log)
+    assert str(stop.value) == f"building Horovod failed (exit 2): x.cc:3:1: error: You need C++17; log: {log}"
+    assert stop.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (
+            "$ pip\nERROR: a\nOSError: [Errno 28] No space left on device\n",
+            "OSError: [Errno 28] No space left on device",
+        ),
+        ("$ pip\nCMake Error at CMakeLists.txt:1\nmore\n", "CMake Error at CMakeLists.txt:1"),
+        (
+            "$ pip\nerror: subprocess-exited-with-error\nERROR: No matching distribution\n",
+            "ERROR: No matching distribution",
+        ),
+        ("$ pip\none\ntwo\n", "two"),
+        ("$ pip\n", "it printed nothing"),
+    ],
+)
+def test_the_likeliest_line_of_a_log(text, line):
+    assert process.likeliest_line(text) == line
+
+
+def test_a_child_that_does_not_end_is_ended(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(process.Failed, match="no end after 1 s"):
+        process.run("waiting", ["sleep", "60"], log=tmp_path / "log", timeout_s=1)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_grandchildren_too(tmp_path, signum):
+    mark = f"86{os.getpid()}"  # a sleep of our own, to be found among the processes
+    program = (
+        f"import signal, sys; sys.path.insert(0, {str(REPO / 'launch')!r})\n"
+        "from pathlib import Path; from steps import process\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        f"log = Path({str(tmp_path / 'log')!r})\n"
+        f"process.run('build', ['sh', '-c', 'sleep {mark} & echo ready; wait'], log=log)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    wait_for(
+        lambda: (
+            "ready" in ((tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else [])
+        )
+    )
+    assert sleeping(mark)
+    child.send_signal(signum)
+    child.wait(20)
+    wait_for(lambda: not sleeping(mark))
+
+
+def sleeping(mark: str) -> bool:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as words:
+                if words.read() == f"sleep\0{mark}\0".encode():
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def wait_for(condition, limit_s: float = 20) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_progress_is_the_percentage_of_make_or_what_pip_is_at(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("[  4%] Building CXX object a.o\n[ 37%] Building CXX object b.o\n")
+    assert process.progress_in(log) == "37 %"
+    log.write_text("Collecting torch==2.14.1 (from -c cpu.txt)\n  Downloading torch.whl\n")
+    assert process.progress_in(log) == "Collecting torch==2.14.1"

@@ -1,0 +1,99 @@
+"""The wheel of Horovod: its key changes with whatever changes the build, and a damaged one is not used."""
+
+import zipfile
+from dataclasses import replace
+
+import pytest
+from set_up_support import horovod, lanes, mpi, place
+from steps.machine import Gpu, Tools
+
+TOOLS = Tools("g++ (Debian 12.2.0-14) 12.2.0", "cmake version 3.25.1")
+MPI = mpi.Mpi("pip", "/venv/bin/mpicc", "mpirun (Open MPI) 5.0.11")
+ANSWER = '["2.14.1", "cpython-311-x86_64-linux-gnulinux-x86_64"]'
+
+
+@pytest.fixture
+def key(here, monkeypatch, tmp_path):
+    """The key of a build, with some of what it depends on changed."""
+    patch = tmp_path / "a.patch"
+
+    def of(
+        *,
+        torch=ANSWER,
+        lane="cpu",
+        tools=TOOLS,
+        chosen=MPI,
+        gpus=(),
+        diff="-a\n+b",
+        header="Why",
+        cpu=("avx",),
+        **environ,
+    ):
+        patch.write_text(f"{header}\n\ndiff --git a/x b/x\n{diff}\n")
+        monkeypatch.setattr(horovod, "PATCHES", [patch])
+        monkeypatch.setattr(horovod, "ask", lambda argv: torch)
+        monkeypatch.setattr(horovod, "build_cpu_flags", lambda: list(cpu))
+        where = place.Place(here.venv, {**here.environ, **environ})
+        return place.digest(horovod.all_ingredients(where, lanes.LANES[lane], tools, chosen, gpus))
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"torch": ANSWER.replace("2.14.1", "2.13.0")},
+        {"torch": ANSWER.replace("311", "312")},
+        {"lane": "cuda"},
+        {"tools": replace(TOOLS, compiler="g++ (Debian 13.3.0-1) 13.3.0")},
+        {"tools": replace(TOOLS, nvcc="release 13.0")},
+        {"chosen": mpi.NO_MPI},
+        {"chosen": replace(MPI, version="mpirun (Open MPI) 4.1.4")},
+        {"chosen": replace(MPI, source="site")},
+        {"diff": "-a\n+c"},
+        {"cpu": ("avx", "fma")},
+        {"HOROVOD_BUILD_ARCH_FLAGS": "-mavx"},
+        {"CXX": "g++-11"},
+    ],
+    ids=str,
+)
+def test_the_key_changes_with(key, change):
+    assert key(**change) != key()
+
+
+def test_the_key_changes_with_the_source_archive(key, monkeypatch):
+    before = key()
+    monkeypatch.setattr(horovod, "SHA256", "0" * 64)
+    assert key() != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"header": "Why, in better words"},
+        {"chosen": replace(MPI, mpicc="/another/venv/bin/mpicc")},  # the wheel finds libmpi beside itself
+        {"tools": replace(TOOLS, cmake="cmake version 4.0.1")},
+        {"gpus": [Gpu("H100", "580", 9.0)]},  # in the cpu lane
+    ],
+    ids=str,
+)
+def test_the_key_does_not_change_with(key, change):
+    assert key(**change) == key()
+
+
+def test_the_cpu_does_not_matter_where_the_flags_are_given(key):
+    assert key(cpu=(), HOROVOD_BUILD_ARCH_FLAGS="-mavx") == key(HOROVOD_BUILD_ARCH_FLAGS="-mavx")
+
+
+def test_a_damaged_wheel_is_not_used(here):
+    folder = here.cache / "wheels" / "key"
+    folder.mkdir(parents=True)
+    assert horovod.cached_wheel(here, "key") is None
+    wheel = folder / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("horovod/__init__.py", "x = 1\n" * 1000)
+    assert horovod.cached_wheel(here, "key") == wheel
+    whole = wheel.read_bytes()
+    for damaged in (whole[:-200], whole[:100].replace(b"x = 1", b"x = 2") + whole[100:], b""):
+        wheel.write_bytes(damaged)
+        assert horovod.cached_wheel(here, "key") is None
