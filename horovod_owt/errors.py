@@ -51,3 +51,4 @@ class Preempted(OwtError):
     """The run stopped at a checkpoint because it was told to; requeue it."""
 
     exit_code = 75
+    shared = True  # ranks agree on it, and rank 0 leaves first, when all is on disk
