@@ -61,8 +61,7 @@ def build_model(name: str, classes: int, *, dropout: float = 0.5, seed: int = 0)
     """The net `alexnet-owt` or `alexnet-owt-bn`, its initial weights a function of `seed` alone.
 
     The distribution is torch's default, uniform with variance 1 / (3 fan_in), which is behind the published
-    errors of torchvision and imagenet-multiGPU.torch. He's (6 times the variance) was tried on the plain net: at
-    the learning rates of those recipes its units die within the first steps.
+    errors of torchvision and imagenet-multiGPU.torch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

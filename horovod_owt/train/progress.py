@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from horovod_owt.train.replica import StepReport
 
@@ -20,6 +22,7 @@ class Progress:
     ) -> None:
         self._total, self._global_batch, self._every, self._show = total_steps, global_batch, every, show
         self._since: list[StepReport] = []
+        self._redirected = ExitStack()
         on_terminal = show and sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if on_terminal else None
 
@@ -46,9 +49,12 @@ class Progress:
         )  # fmt: skip
 
     def __enter__(self) -> Progress:
+        if self._bar is not None:  # log lines go above the bar, not through it
+            self._redirected.enter_context(logging_redirect_tqdm([logging.getLogger("horovod_owt")]))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._redirected.close()
         if self._bar is not None:
             self._bar.close()
 

@@ -7,9 +7,7 @@ import time
 
 import psutil
 import pytest
-from conftest import OWT, records
-
-SMALL = ["--recipe", "quickstart", "--set", "batch=4", "--set", "log_every=1"]
+from conftest import OWT, SMALL, records
 
 
 def wait_for(condition, limit_s=60):

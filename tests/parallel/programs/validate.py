@@ -11,7 +11,7 @@ from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import validation_pipeline
 from horovod_owt.train.replica import Replica
 
-cfg = resolve("quickstart", ["classes=12", "batch=4", "seed=8", "pipeline=torchvision"])
+cfg = resolve(str(Path(__file__).parents[1] / "small.yaml"), ["classes=8", "pipeline=torchvision"])
 world = runtime.init("cpu")
 with validation_pipeline(cfg, open_image_folder(Path(sys.argv[1])), world) as batches:
     score = validate(Replica(cfg, world), batches)
