@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import click
@@ -171,15 +172,22 @@ def _log_to_stderr() -> None:
 
 
 def main() -> None:
-    """Run the command line; an OwtError becomes one line and its exit code."""
+    """Run the command line: an OwtError becomes one line and its exit code, a bug ends the whole job."""
+    topology = read_topology()
+    alone = topology.world_size == 1
+    who = "" if alone else f"[rank {topology.rank} {topology.host}] "
     try:
         cli.main()
     except OwtError as error:
-        topology = read_topology()
         if error.shared and topology.local_rank != 0:
             time.sleep(SPEAKER_GRACE_S)
-        who = f"[rank {topology.rank} {topology.host}] " if topology.world_size > 1 else ""
-        sys.stdout.flush()
         print(f"owt: {who}{error}", file=sys.stderr, flush=True)
-        # A rank that leaves in mid-job must not wait for its peers in Horovod's exit handler.
-        os._exit(error.exit_code) if topology.world_size > 1 else sys.exit(error.exit_code)
+        exit_code = error.exit_code
+    except Exception:
+        print(f"owt: {who}a bug, please report it\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        exit_code = 1
+    if alone:
+        sys.exit(exit_code)
+    # Who leaves in mid-job must not wait for its peers in Horovod's exit handler: the launcher ends them.
+    sys.stdout.flush()
+    os._exit(exit_code)

@@ -64,6 +64,8 @@ def init(device: str, *, stall_limit_s: float = 600.0) -> World:
 
 
 def shutdown() -> None:
+    """Leave the job, all ranks together: the first to leave would end Horovod for the others."""
+    hvd.barrier()
     hvd.shutdown()
 
 

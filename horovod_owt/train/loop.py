@@ -8,12 +8,12 @@ from pathlib import Path
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.order import SampleOrder
-from horovod_owt.data.store import ImageFolder
-from horovod_owt.errors import OwtError, Preempted, RunError
+from horovod_owt.errors import DataError, OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import LostContact, broadcast_object, gather_objects, on_root
 from horovod_owt.parallel.runtime import World
 from horovod_owt.schedule import learning_rate
+from horovod_owt.topology import read_topology
 from horovod_owt.train.checkpoint import CheckpointWriter
 from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
@@ -36,26 +36,43 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
     try:
         with StopRequest() as stop:
             cfg = broadcast_object(request.cfg, "config")
+            _check_same_data(request)
             run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
-            Run(cfg, request.folder, world, run_dir, resume).train(stop)
+            Run(cfg, request, world, run_dir, resume).train(stop)
     except LostContact as error:
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"lost contact with another rank: {reason}", fix="see what it said last") from error
     runtime.shutdown()
 
 
+def _check_same_data(request: Request) -> None:
+    """Raise DataError on every rank when ranks see different data: they would part at an epoch's end."""
+    folder = request.folder
+    seen = f"{len(folder.train)} + {len(folder.val)} images of {len(folder.classes)} classes"
+    by_rank = gather_objects((seen, f"{read_topology().host}:{request.data}"), "data")
+    other = next((rank for rank, (what, _) in enumerate(by_rank) if what != by_rank[0][0]), None)
+    if other is not None:
+        (first, first_place), (second, second_place) = by_rank[0], by_rank[other]
+        error = DataError(
+            f"rank 0 sees {first} in {first_place}, rank {other} sees {second} in {second_place}",
+            wanted="the same data set on every rank",
+            fix="copy it to every host, or name a shared folder",
+        )
+        error.shared = True
+        raise error
+
+
 class Run:
     """A run under way: the replica, its place in the stream of samples, and its records."""
 
-    def __init__(
-        self, cfg: TrainConfig, folder: ImageFolder, world: World, run_dir: Path, resume: str
-    ) -> None:
-        self.cfg, self.folder, self.world, self.run_dir = cfg, folder, world, run_dir
+    def __init__(self, cfg: TrainConfig, request: Request, world: World, run_dir: Path, resume: str) -> None:
+        self.cfg, self.world, self.run_dir = cfg, world, run_dir
+        self.data, self.folder = request.data, request.folder
         self.global_batch = cfg.global_batch(world.size)
         self.replica = Replica(cfg, world)
-        self.position = Position(num_samples=len(folder.train))
+        self.position = Position(num_samples=len(self.folder.train))
         restore(self.replica, self.position, run_dir, resume)
-        remaining = max(0, cfg.epochs * len(folder.train) - self.position.consumed)
+        remaining = max(0, cfg.epochs * self.position.num_samples - self.position.consumed)
         self.total_steps = self.position.step + math.ceil(remaining / self.global_batch)
         if cfg.max_steps:
             self.total_steps = min(self.total_steps, cfg.max_steps)
@@ -163,6 +180,7 @@ class Run:
             config=cfg.to_dict(),
             versions=runtime.versions(),
             hosts=hosts,
+            data=str(self.data),
             world_size=world.size,
             global_batch=self.global_batch,
             peak_lr=cfg.peak_lr(world.size),

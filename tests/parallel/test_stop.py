@@ -7,7 +7,7 @@ import time
 
 import psutil
 import pytest
-from conftest import OWT, SMALL, records
+from conftest import OWT, PROGRAMS, SMALL, records
 
 
 def wait_for(condition, limit_s=60):
@@ -91,3 +91,13 @@ def test_a_bad_image_in_mid_run_ends_the_job_with_its_name(run, images, tmp_path
     done = run([*OWT, "train", data, "--run-dir", tmp_path / "run", *SMALL], exit_code=None)
     assert done.exit_code != 0
     assert victim.name in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun-mpi", "mpirun"])
+def test_a_bug_on_one_rank_ends_all_with_its_traceback(run, images, tmp_path, launcher):
+    command = ["python", PROGRAMS / "bug.py", "train", images, "--run-dir", tmp_path, *SMALL]
+    done = run(command, launcher=launcher, exit_code=None, limit_s=60)
+    said = done.stdout + done.stderr
+    assert done.exit_code != 0
+    assert "owt: [rank 1 " in said and "ZeroDivisionError: planted" in said
+    assert steps_done(tmp_path) == 1

@@ -48,7 +48,7 @@ def test_a_child_that_does_not_end_is_ended(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_grandchildren_too(tmp_path, signum):
-    mark = f"86{os.getpid()}"  # a sleep of our own, to be found among the processes
+    mark = f"86{os.getpid()}{signum:02}"  # a sleep of our own, to be found among the processes
     program = (
         f"import signal, sys; sys.path.insert(0, {str(REPO / 'launch')!r})\n"
         "from pathlib import Path; from steps import process\n"
@@ -57,15 +57,15 @@ def test_an_interrupt_ends_the_grandchildren_too(tmp_path, signum):
         f"process.run('build', ['sh', '-c', 'sleep {mark} & echo ready; wait'], log=log)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-    wait_for(
-        lambda: (
-            "ready" in ((tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else [])
-        )
-    )
-    assert sleeping(mark)
-    child.send_signal(signum)
-    child.wait(20)
-    wait_for(lambda: not sleeping(mark))
+    try:
+        log = tmp_path / "log"
+        wait_for(lambda: log.exists() and "ready" in log.read_text().splitlines())
+        assert sleeping(mark)
+        child.send_signal(signum)
+        child.wait(20)
+        wait_for(lambda: not sleeping(mark))
+    finally:
+        child.kill()
 
 
 def sleeping(mark: str) -> bool:

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import io
 import json
@@ -168,9 +169,13 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    process.stdout.readline()  # it is under way
-    assert list((tmp_path / "out").iterdir())
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
-    _, stderr = process.communicate(timeout=30)
+    try:
+        process.stdout.readline()  # it is under way
+        assert list((tmp_path / "out").iterdir())
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0 and b"KeyboardInterrupt" in stderr
     assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,17 @@
+"""`owt` with a bug that strikes rank 1 in its second step."""
+
+from horovod_owt.cli import main
+from horovod_owt.topology import read_topology
+from horovod_owt.train.replica import Replica
+
+train_step = Replica.train_step
+
+
+def struck(self, next_batch, *, step, lr, stop=False):
+    if step == 1 and read_topology().rank == 1:
+        raise ZeroDivisionError("planted")
+    return train_step(self, next_batch, step=step, lr=lr, stop=stop)
+
+
+Replica.train_step = struck
+main()
