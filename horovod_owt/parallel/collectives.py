@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import horovod.torch as hvd
-from horovod.common.exceptions import HorovodInternalError as LostContact
+from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
-from horovod_owt.errors import OwtError
-
-__all__ = [
-    "LostContact",  # what a collective raises when a rank is gone
-    "SumInBackground",
-    "broadcast_object",
-    "broadcast_tensors",
-    "gather_objects",
-    "mean_over_ranks",
-    "on_root",
-    "sum_over_ranks",
-]
+from horovod_owt.errors import OwtError, RunError
 
 T = TypeVar("T")
 
@@ -71,6 +61,18 @@ def broadcast_tensors(tensors: dict[str, Tensor]) -> None:
         )  # a copy where the tensor is channels_last: Horovod wants it contiguous
         hvd.broadcast_(flat, root_rank=0, name=f"broadcast.{name}")
         tensor.detach().copy_(flat.view(tensor.shape))
+
+
+@contextmanager
+def explain_lost_ranks() -> Iterator[None]:
+    """Turn what a collective raises when a peer is gone into a RunError that says so."""
+    try:
+        yield
+    except HorovodInternalError as error:
+        raise RunError(
+            "lost contact with another rank: it died, stood still, or left",
+            fix="see what it and the launcher said last; --resume auto goes on from the last checkpoint",
+        ) from error
 
 
 class SumInBackground:

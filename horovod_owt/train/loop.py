@@ -10,7 +10,7 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.errors import DataError, OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
-from horovod_owt.parallel.collectives import LostContact, broadcast_object, gather_objects, on_root
+from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.runtime import World
 from horovod_owt.schedule import learning_rate
 from horovod_owt.topology import read_topology
@@ -33,15 +33,11 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
     Raises OwtError for whatever a message can explain; Preempted (exit 75) after a stop signal.
     """
     world = runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
-    try:
-        with StopRequest() as stop:
-            cfg = broadcast_object(request.cfg, "config")
-            _check_same_data(request)
-            run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
-            Run(cfg, request, world, run_dir, resume).train(stop)
-    except LostContact as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"lost contact with another rank: {reason}", fix="see what it said last") from error
+    with explain_lost_ranks(), StopRequest() as stop:
+        cfg = broadcast_object(request.cfg, "config")
+        _check_same_data(request)
+        run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
+        Run(cfg, request, world, run_dir, resume).train(stop)
     runtime.shutdown()
 
 
@@ -83,8 +79,9 @@ class Run:
         """Step after step to the end; whatever happens, the run folder says how it ended."""
         reason, exit_code = "done", 0
         try:
-            self._introduce()
-            self._run_steps(stop)
+            with explain_lost_ranks():
+                self._introduce()
+                self._run_steps(stop)
         except BaseException as error:
             reason = str(error) or type(error).__name__
             exit_code = error.exit_code if isinstance(error, OwtError) else 1

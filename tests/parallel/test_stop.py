@@ -61,6 +61,16 @@ def test_ctrl_c_on_one_rank_alone_writes_a_checkpoint_and_the_next_run_goes_on(s
     assert [r["step"] for r in records(tmp_path, "step")] == list(range(1, stopped_at + 2))
 
 
+def test_a_killed_rank_ends_the_job_and_the_record_says_so(start, images, tmp_path):
+    job = start([*OWT, "train", images, "--run-dir", tmp_path, *SMALL])
+    wait_for(lambda: steps_done(tmp_path) >= 2)
+    ranks_below(job.process.pid)[1].kill()
+    done = job.finish(limit_s=30)
+    assert done.exit_code != 0
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome["exit_code"] == 1 and outcome["reason"].startswith("lost contact with another rank")
+
+
 def test_a_loss_that_is_no_number_ends_all_ranks_with_step_and_images(run, images, tmp_path):
     command = [
         *OWT,
