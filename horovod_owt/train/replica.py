@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -48,7 +49,7 @@ class Replica:
         self.strategy = DataParallel(
             self.model, world, accum_steps=cfg.accum_steps, compression=cfg.compression
         )
-        self.optimizer = _build_optimizer(self.model, cfg, world.device)
+        self.optimizer = _build_optimizer(self.model, cfg)
         self._scaler = _build_scaler() if cfg.precision == "fp16" else None
 
     def train_step(
@@ -82,7 +83,7 @@ class Replica:
             (self._scaler.scale(loss) if self._scaler else loss).backward()
         exposed_comm_s = self.strategy.finish()
         mean_loss, stops = shared.result().tolist()
-        if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
+        if not math.isfinite(mean_loss):
             raise FloatingPointError(f"loss is {mean_loss}")
         self._update(lr)
         return StepReport(mean_loss, stops > 0, perf_counter() - start, data_wait_s, exposed_comm_s)
@@ -119,7 +120,7 @@ class Replica:
             self.optimizer.step()
 
 
-def _build_optimizer(model: nn.Module, cfg: TrainConfig, device: torch.device) -> torch.optim.SGD:
+def _build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.SGD:
     """SGD with momentum, fused where torch has it: one pass over the weights, 24 not 147 ms on a CPU."""
     fused = "fused" in inspect.signature(torch.optim.SGD).parameters
     optimizer = torch.optim.SGD(
