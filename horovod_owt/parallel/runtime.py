@@ -69,13 +69,18 @@ def shutdown() -> None:
     hvd.shutdown()
 
 
+def uses_mpi() -> bool:
+    """Whether ranks talk over MPI, not Gloo."""
+    return hvd.mpi_built() and hvd.mpi_enabled()
+
+
 def versions() -> dict[str, str]:
     """What this rank computes with, for run folders and reports."""
     built = {"gloo": hvd.gloo_built, "mpi": hvd.mpi_built, "nccl": hvd.nccl_built}
     found = {
         "horovod_owt": __version__,
         "python": platform.python_version(),
-        "horovod_controller": "mpi" if hvd.mpi_built() and hvd.mpi_enabled() else "gloo",
+        "horovod_controller": "mpi" if uses_mpi() else "gloo",
         "horovod_operations": " ".join(name for name, ask in built.items() if ask()),
     }
     for distribution in metadata.distributions():
