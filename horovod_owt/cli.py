@@ -138,7 +138,7 @@ def step(
     against: str | None,
     as_json: bool,
 ) -> None:
-    """Time training steps on the images in DATA; without DATA on a synthetic set of 1000 classes.
+    """Time training steps on the images in DATA; without DATA on synthetic JPEGs and a net of 1000 classes.
 
     \b
     Example:  horovodrun --gloo -np 2 owt bench step --set batch=32 --against plain --json

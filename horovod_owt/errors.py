@@ -13,6 +13,11 @@ class OwtError(Exception):
         self.saw, self.wanted, self.fix = saw, wanted, fix
         super().__init__(saw, wanted, fix)  # all of them, so that an error survives pickling
 
+    def on_every_rank(self) -> OwtError:
+        """The same error, marked as one that each rank raises."""
+        self.shared = True
+        return self
+
     def __str__(self) -> str:
         parts = [self.saw, self.wanted and f"wanted {self.wanted}", self.fix and f"fix: {self.fix}"]
         return "; ".join(part for part in parts if part)

@@ -11,7 +11,7 @@ from torchvision.models import alexnet
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.parallel.runtime import World
-from horovod_owt.train.replica import StepReport
+from horovod_owt.train.replica import StepReport, autocast
 
 
 class PlainLoop:
@@ -35,10 +35,7 @@ class PlainLoop:
         self._images = torch.randn(shape, device=world.device)
         self._labels = torch.randint(cfg.classes, (cfg.batch,), device=world.device)
         self._accum_steps = cfg.accum_steps
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
-        self._autocast = lambda: torch.autocast(
-            world.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None
-        )
+        self._autocast = lambda: autocast(cfg.precision, world.device)
 
     def train_step(self, step: int) -> StepReport:
         """One update; what communication it does not hide is part of `optimizer.step`, not told apart."""

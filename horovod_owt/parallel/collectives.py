@@ -43,8 +43,7 @@ def on_root(action: Callable[[], T], name: str) -> T:
             outcome = error
     outcome = broadcast_object(outcome, name)
     if isinstance(outcome, OwtError):
-        outcome.shared = True
-        raise outcome
+        raise outcome.on_every_rank()
     return outcome
 
 

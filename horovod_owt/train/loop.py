@@ -13,7 +13,6 @@ from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.runtime import World
 from horovod_owt.schedule import learning_rate
-from horovod_owt.topology import read_topology
 from horovod_owt.train.checkpoint import CheckpointWriter
 from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
@@ -35,27 +34,25 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
     world = runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
     with explain_lost_ranks(), StopRequest() as stop:
         cfg = broadcast_object(request.cfg, "config")
-        _check_same_data(request)
+        _check_same_data(request, world)
         run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
         Run(cfg, request, world, run_dir, resume).train(stop)
     runtime.shutdown()
 
 
-def _check_same_data(request: Request) -> None:
+def _check_same_data(request: Request, world: World) -> None:
     """Raise DataError on every rank when ranks see different data: they would part at an epoch's end."""
     folder = request.folder
     seen = f"{len(folder.train)} + {len(folder.val)} images of {len(folder.classes)} classes"
-    by_rank = gather_objects((seen, f"{read_topology().host}:{request.data}"), "data")
+    by_rank = gather_objects((seen, f"{world.host}:{request.data}"), "data")
     other = next((rank for rank, (what, _) in enumerate(by_rank) if what != by_rank[0][0]), None)
     if other is not None:
         (first, first_place), (second, second_place) = by_rank[0], by_rank[other]
-        error = DataError(
+        raise DataError(
             f"rank 0 sees {first} in {first_place}, rank {other} sees {second} in {second_place}",
             wanted="the same data set on every rank",
             fix="copy it to every host, or name a shared folder",
-        )
-        error.shared = True
-        raise error
+        ).on_every_rank()
 
 
 class Run:
@@ -115,10 +112,13 @@ class Run:
 
                 epoch_over = int(position.epoch) > epoch_before
                 last = position.step == self.total_steps
+                due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
+                keep = epoch_over or last or due or report.stop_asked
+                if keep:
+                    self.replica.strategy.average_buffers()
                 if epoch_over or last:
                     self._validate()
-                due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
-                if epoch_over or last or due or report.stop_asked:
+                if keep:
                     self._checkpoint()
                 if report.stop_asked and not last:
                     on_root(self._finish_writing, "written")
@@ -140,21 +140,18 @@ class Run:
             step_epochs=self.global_batch / self.position.num_samples,
         )
 
-    def _no_number(self, error: FloatingPointError, lr: float) -> RunError:
+    def _no_number(self, error: FloatingPointError, lr: float) -> OwtError:
         """The step that went wrong, with the images it was made of."""
         position = self.position
         _, indices = SampleOrder(position.num_samples, self.cfg.seed).at(position.consumed, self.global_batch)
-        failure = RunError(
+        return RunError(
             f"{error} at step {position.step + 1}, lr {lr:.2e}, images number {indices.tolist()}",
             wanted="a finite loss",
             fix="a smaller lr or more warmup_epochs; the last checkpoint is from before",
-        )
-        failure.shared = True
-        return failure
+        ).on_every_rank()
 
     def _validate(self) -> None:
         position = self.position
-        self.replica.strategy.average_buffers()
         with validation_pipeline(self.cfg, self.folder, self.world) as batches:
             score = validate(self.replica, batches)
         self._record("validation", epoch=position.epoch, step=position.step, **score.to_dict())
@@ -163,7 +160,6 @@ class Run:
 
     def _checkpoint(self) -> None:
         """Copy the state; it is written while training goes on."""
-        self.replica.strategy.average_buffers()
         if self.writer is not None:
             self.writer.write(snapshot(self.replica, self.position))
             self._record("checkpoint", step=self.position.step)

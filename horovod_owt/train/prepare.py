@@ -46,6 +46,6 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
                 "precision=fp16 on a CPU", wanted="fp32 or bf16 there", fix="--set precision=bf16"
             )
     except OwtError as error:
-        error.shared = True
+        error.on_every_rank()
         raise
     return Request(cfg, Path(data).resolve(), folder, device)

@@ -37,6 +37,12 @@ class StepReport:
     exposed_comm_s: float
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The precision of forward passes; weights and gradients stay fp32."""
+    dtype = AUTOCAST_DTYPE[precision]
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 class Replica:
     """Model, strategy and optimizer of this rank."""
 
@@ -89,10 +95,7 @@ class Replica:
         return StepReport(mean_loss, stops > 0, perf_counter() - start, data_wait_s, exposed_comm_s)
 
     def autocast(self) -> torch.autocast:
-        """The precision of forward passes; weights and gradients stay fp32."""
-        dtype = AUTOCAST_DTYPE[self.cfg.precision]
-        kind = self.world.device.type
-        return torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        return autocast(self.cfg.precision, self.world.device)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The live tensors of model and optimizer by name: copy them to keep, write into them to restore."""
