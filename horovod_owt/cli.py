@@ -75,6 +75,12 @@ def synth(out: Path, classes: int, train_per_class: int, val_per_class: int, see
 SET_OPTION = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a config key."
 )
+PARALLEL_OPTION = click.option(
+    "--parallel",
+    type=click.Choice(["data", "hybrid", "auto"]),
+    help="data: every rank holds the whole net. hybrid: One Weird Trick, the ranks of a node share the fully "
+    "connected layers. auto: whichever is predicted to be faster here.  [default: data]",
+)
 RECIPE_OPTION = click.option("--recipe", metavar="NAME|FILE", help="Default: torchvision-90.")
 
 
@@ -89,9 +95,15 @@ RECIPE_OPTION = click.option("--recipe", metavar="NAME|FILE", help="Default: tor
     metavar="auto|never|PATH",
     help="Go on from the run folder's newest sound checkpoint, from none, or from the one at PATH.",
 )
+@PARALLEL_OPTION
 @SET_OPTION
 def train(
-    data: Path, run_dir: Path | None, recipe: str | None, resume: str, settings: tuple[str, ...]
+    data: Path,
+    run_dir: Path | None,
+    recipe: str | None,
+    resume: str,
+    parallel: str | None,
+    settings: tuple[str, ...],
 ) -> None:
     """Train on the images in DATA (train/CLASS/*.JPEG, val/CLASS/*.JPEG); each rank runs this command.
 
@@ -99,15 +111,15 @@ def train(
     Examples:  owt train /data/imagenet
                horovodrun -np 4 owt train /data/imagenet --run-dir runs/first --set precision=bf16
                mpirun -np 4 owt train /data/imagenet --recipe my.yaml
+               horovodrun -np 8 owt train /data/imagenet --parallel hybrid --set fc_group_size=4
 
     Ctrl-C, TERM, USR1 and USR2 end it after the current step, with a checkpoint and exit code 75.
     """
     _log_to_stderr()
     from horovod_owt.train.prepare import prepare_alone
 
-    request = prepare_alone(
-        data, recipe, settings
-    )  # nothing heavy is loaded before the input is known to be good
+    # nothing heavy is loaded before the input is known to be good
+    request = prepare_alone(data, recipe, _with_parallel(parallel, settings))
 
     from horovod_owt.train.loop import train_rank
 
@@ -122,6 +134,7 @@ def bench() -> None:
 @bench.command()
 @click.argument("data", type=click.Path(path_type=Path), required=False)
 @RECIPE_OPTION
+@PARALLEL_OPTION
 @SET_OPTION
 @click.option("--steps", default=20, show_default=True, help="Timed steps of each contender.")
 @click.option("--warmup", default=3, show_default=True, help="Steps of each contender before any is timed.")
@@ -132,6 +145,7 @@ def bench() -> None:
 def step(
     data: Path | None,
     recipe: str | None,
+    parallel: str | None,
     settings: tuple[str, ...],
     steps: int,
     warmup: int,
@@ -146,9 +160,15 @@ def step(
     _log_to_stderr()
     from horovod_owt.bench.step import bench_step, format_step_report
 
+    settings = _with_parallel(parallel, settings)
     report = bench_step(data, recipe, settings, steps=steps, warmup=warmup, against=against)
     if report is not None:  # rank 0
         click.echo(json.dumps(report) if as_json else format_step_report(report))
+
+
+def _with_parallel(parallel: str | None, settings: tuple[str, ...]) -> tuple[str, ...]:
+    """`--parallel hybrid` is a short way to say `--set parallel=hybrid`."""
+    return (*settings, f"parallel={parallel}") if parallel else settings
 
 
 class _RankPrefix(logging.Formatter):

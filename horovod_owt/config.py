@@ -21,8 +21,10 @@ DEFAULT_RECIPE = "torchvision-90"
 
 CHOICES = {
     "model": ("alexnet-owt", "alexnet-owt-bn"),
-    "precision": ("fp32", "bf16", "fp16"),
-    "parallel": ("data",),
+    "precision": ("fp32", "bf16", "fp16", "fp64"),
+    "parallel": ("data", "hybrid", "auto"),
+    "owt_scheme": ("a", "b"),
+    "fc_batch": ("global", "local"),
     "compression": ("none", "fp16"),
     "pipeline": ("auto", "dali", "torchvision"),
 }
@@ -51,12 +53,22 @@ class TrainConfig:
     dropout: float = 0.5  # share of units zeroed before each hidden FC layer
     label_smoothing: float = 0.0
 
-    precision: str = "fp32"  # fp32 | bf16 (autocast) | fp16 (autocast and loss scaling, GPU only)
+    precision: str = "fp32"  # fp32 | bf16 (autocast) | fp16 (loss scaling, GPU only) | fp64 (for proofs)
     channels_last: bool = True
     deterministic: bool = False  # only kernels that give the same bits each time; slower on a GPU
     seed: int = 0  # weights, order of samples, augmentation and dropout all follow from it
 
-    parallel: str = "data"  # data: each rank holds the whole net
+    parallel: str = (
+        "data"  # data: each rank holds the whole net; hybrid: One Weird Trick; auto: the faster one
+    )
+    fc_group_size: str = (
+        "node"  # ranks that share their FC layers in hybrid: a number, all, or node: its ranks
+    )
+    owt_scheme: str = "a"  # a: all of a group's images at once through the FC layers; b: its ranks in turn
+    fc_batch: str = (
+        "global"  # of an FC update: global, or local: one rank's batch in each group, scheme b only
+    )
+    sync_bn: bool = False  # batch normalisation over all ranks' images; else over one rank's
     compression: str = "none"  # none | fp16: gradients travel as 16-bit floats
 
     pipeline: str = "auto"  # auto | dali | torchvision
@@ -76,6 +88,11 @@ class TrainConfig:
     def global_batch(self, world_size: int) -> int:
         """Images that go into one optimizer update."""
         return self.rank_batch() * world_size
+
+    def ranks_per_classifier(self) -> int:
+        """How many ranks share the FC layers; to be asked when fc_group_size and parallel are resolved."""
+        assert self.parallel != "auto"
+        return 1 if self.parallel == "data" else int(self.fc_group_size)
 
     def peak_lr(self, world_size: int) -> float:
         """After warm-up: the linear rule of Goyal et al. 2017, arXiv:1706.02677, section 2.1."""
@@ -170,6 +187,7 @@ def _check(cfg: TrainConfig) -> None:
             fix = f"{key}={_nearest(value, allowed) or allowed[0]}"
             raise ConfigError(f"{key}={value}", wanted=" or ".join(allowed), fix=fix)
     parse_schedule(cfg.schedule)  # raises ConfigError
+    _check_hybrid(cfg)
     positive = (
         "batch",
         "accum_steps",
@@ -196,6 +214,38 @@ def _check(cfg: TrainConfig) -> None:
             wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             fix = f"--set {key}={FIELDS[key].default}"
             raise ConfigError(f"{key}={value}", wanted=wanted, fix=fix)
+
+
+def _check_hybrid(cfg: TrainConfig) -> None:
+    """Refuse what makes no sense together, and what does not hold for split layers."""
+    if not (cfg.fc_group_size in ("node", "all") or (cfg.fc_group_size.isdigit() and int(cfg.fc_group_size))):
+        raise ConfigError(
+            f"fc_group_size={cfg.fc_group_size}",
+            wanted="node, all or a number of ranks",
+            fix="fc_group_size=node",
+        )
+    if cfg.fc_batch == "local" and cfg.owt_scheme != "b":
+        raise ConfigError(
+            "fc_batch=local with owt_scheme=a, where all images go through the FC layers at once",
+            wanted="owt_scheme=b, where ranks take turns",
+            fix="--set owt_scheme=b",
+        )
+    if cfg.fc_batch == "local" and cfg.parallel != "hybrid":
+        raise ConfigError(
+            f"fc_batch=local with parallel={cfg.parallel}", wanted="parallel=hybrid", fix="--parallel hybrid"
+        )
+    if cfg.sync_bn and cfg.owt_scheme == "b" and cfg.parallel != "data":
+        raise ConfigError(
+            "sync_bn=true with owt_scheme=b, where no FC layer sees the whole batch",
+            wanted="owt_scheme=a",
+            fix="--set owt_scheme=a",
+        )
+    if cfg.precision == "fp16" and cfg.parallel != "data":
+        raise ConfigError(
+            f"precision=fp16 with parallel={cfg.parallel}, whose ranks would skip different steps",
+            wanted="fp32 or bf16 there",
+            fix="--set precision=bf16, or --parallel data",
+        )
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

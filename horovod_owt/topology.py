@@ -10,6 +10,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from horovod_owt.errors import ConfigError
+
 # launcher -> its variables for rank, world size, local rank, local size. The first whose rank is set wins;
 # horovodrun comes first: its workers may themselves live inside an mpirun or an srun.
 LAUNCHERS = {
@@ -34,6 +36,23 @@ class Topology:
     local_rank: int
     local_size: int
     host: str
+
+
+def resolve_group_size(setting: str, topology: Topology) -> int:
+    """`fc_group_size` as a number of ranks; ConfigError when the job has no whole number of such groups."""
+    ranks = topology.world_size
+    size = {"all": ranks, "node": topology.local_size}.get(setting) or int(setting)
+    if ranks % size:
+        choices = [str(n) for n in range(1, ranks + 1) if ranks % n == 0]
+        asked = f"fc_group_size={setting}" + (
+            f" ({size} ranks on {topology.host})" if setting == "node" else ""
+        )
+        raise ConfigError(
+            f"{asked} in a job of {ranks} ranks",
+            wanted=f"whole groups: {', '.join(choices)}",
+            fix=f"--set fc_group_size={choices[-2 if len(choices) > 1 else -1]}",
+        )
+    return size
 
 
 def read_topology(env: Mapping[str, str] | None = None) -> Topology:

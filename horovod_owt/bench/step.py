@@ -41,10 +41,17 @@ def bench_step(
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
         request = prepare_alone(root, recipe, settings)
-        world = runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
+        cfg = request.cfg
+        world = runtime.init(
+            request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=int(cfg.fc_group_size)
+        )
         with training_pipeline(request.cfg, request.folder, world) as batches:
             replica = Replica(request.cfg, world)
-            contenders = {"ours": lambda step: replica.train_step(batches.__next__, step=step, lr=1e-4)}
+            contenders = {
+                "ours": lambda step: replica.train_step(
+                    batches.__next__, consumed=step * cfg.global_batch(world.size), lr=1e-4
+                )
+            }
             if against == "plain":
                 contenders["plain"] = PlainLoop(request.cfg, world).train_step
             reports = _alternate(contenders, steps=steps, warmup=warmup)
@@ -85,7 +92,7 @@ def _summary(
             "images_per_s": 1e3 * images / median,
         }
 
-    totals = times["ours"].sum(axis=(0, 1))
+    totals, last = times["ours"].sum(axis=(0, 1)), reports["ours"][-1]
     report = {
         "strategy": replica.strategy.name,
         "precision": cfg.precision,
@@ -95,7 +102,9 @@ def _summary(
         **figures("ours"),
         "data_wait_share": totals[1] / totals[0],
         "exposed_comm_share": totals[2] / totals[0],
-        "bytes_sent_per_step": replica.strategy.bytes_sent_per_step,
+        "bytes_sent_per_step": sum(last.bytes_sent.values()),
+        "bytes_sent": last.bytes_sent,
+        "bytes_received": last.bytes_received,
         "method": {
             "warmup_steps": warmup,
             "block_steps": BLOCK,

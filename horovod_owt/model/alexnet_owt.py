@@ -53,8 +53,11 @@ class AlexNetOWT(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.avgpool(self.features(images))
-        return self.classifier(torch.flatten(x, 1))
+        return self.classifier(self.convolve(images))
+
+    def convolve(self, images: Tensor) -> Tensor:
+        """The features that the fully connected layers see: (b, 9216)."""
+        return torch.flatten(self.avgpool(self.features(images)), 1)
 
 
 def build_model(name: str, classes: int, *, dropout: float = 0.5, seed: int = 0) -> AlexNetOWT:

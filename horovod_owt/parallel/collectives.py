@@ -20,11 +20,6 @@ def sum_over_ranks(values: Tensor, name: str) -> Tensor:
     return hvd.allreduce(values, op=hvd.Sum, name=name)
 
 
-def mean_over_ranks(values: Tensor, name: str) -> Tensor:
-    """The elementwise mean of every rank's `values` (same shape and dtype on each)."""
-    return hvd.allreduce(values, op=hvd.Average, name=name)
-
-
 def broadcast_object(value: T | None, name: str) -> T:
     """Rank 0's `value` on every rank; what the others pass is not looked at."""
     return hvd.broadcast_object(value, root_rank=0, name=name)
@@ -52,14 +47,9 @@ def gather_objects(value: T, name: str) -> list[T]:
     return hvd.allgather_object(value, name=name)
 
 
-def broadcast_tensors(tensors: dict[str, Tensor]) -> None:
-    """Write rank 0's numbers into every rank's tensors of the same names, whatever their memory format."""
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().reshape(
-            -1
-        )  # a copy where the tensor is channels_last: Horovod wants it contiguous
-        hvd.broadcast_(flat, root_rank=0, name=f"broadcast.{name}")
-        tensor.detach().copy_(flat.view(tensor.shape))
+def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
+    """Rank 0's numbers on every rank; the others' tensors give shape and type."""
+    return hvd.broadcast(tensor.contiguous(), root_rank=0, name=name)  # Horovod wants it contiguous
 
 
 @contextmanager
@@ -72,14 +62,3 @@ def explain_lost_ranks() -> Iterator[None]:
             "lost contact with another rank: it died, stood still, or left",
             fix="see what it and the launcher said last; --resume auto goes on from the last checkpoint",
         ) from error
-
-
-class SumInBackground:
-    """A small sum over ranks that travels while the caller computes: start early, ask late."""
-
-    def __init__(self, values: Tensor, name: str) -> None:
-        self._handle = hvd.allreduce_async(values, op=hvd.Sum, name=name)
-
-    def result(self) -> Tensor:
-        """Wait for the sum, shaped as the values were."""
-        return hvd.synchronize(self._handle)

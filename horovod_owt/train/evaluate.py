@@ -47,18 +47,15 @@ class Score:
         }
 
 
-@torch.no_grad()
 def validate(replica: Replica, batches: Iterable[Batch]) -> Score:
     """Score the net on this rank's slice of the validation set and sum over ranks; every rank must call it.
 
     A slice's last batch is padded; padding weighs nothing. Sums are kept in float64, exact for the counts.
     """
-    replica.model.eval()
     totals = torch.zeros(4, dtype=torch.float64)
-    for batch in batches:
-        with replica.autocast():
-            logits = replica.model(batch.images)
-        totals += _count(logits.float(), batch).cpu()
+    with replica.evaluating() as logits_of:
+        for batch in batches:
+            totals += _count(logits_of(batch.images), batch).cpu()
     images, top1, top5, loss = sum_over_ranks(totals, "validation").tolist()
     return Score(int(images), int(top1), int(top5), loss / max(images, 1))
 

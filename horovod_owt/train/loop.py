@@ -31,7 +31,11 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
 
     Raises OwtError for whatever a message can explain; Preempted (exit 75) after a stop signal.
     """
-    world = runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
+    world = runtime.init(
+        request.device,
+        stall_limit_s=request.cfg.stall_limit_s,
+        fc_group_size=int(request.cfg.fc_group_size),
+    )
     with explain_lost_ranks(), StopRequest() as stop:
         cfg = broadcast_object(request.cfg, "config")
         _check_same_data(request, world)
@@ -101,7 +105,7 @@ class Run:
                 epoch_before, lr = int(position.epoch), self._learning_rate()
                 try:
                     report = self.replica.train_step(
-                        batches.__next__, step=position.step, lr=lr, stop=stop.asked
+                        batches.__next__, consumed=position.consumed, lr=lr, stop=stop.asked
                     )
                 except FloatingPointError as error:
                     raise self._no_number(error, lr) from None
@@ -115,7 +119,7 @@ class Run:
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
                 keep = epoch_over or last or due or report.stop_asked
                 if keep:
-                    self.replica.strategy.average_buffers()
+                    self.replica.strategy.average_running_statistics()
                 if epoch_over or last:
                     self._validate()
                 if keep:
@@ -160,8 +164,9 @@ class Run:
 
     def _checkpoint(self) -> None:
         """Copy the state; it is written while training goes on."""
+        state = snapshot(self.replica, self.position)
         if self.writer is not None:
-            self.writer.write(snapshot(self.replica, self.position))
+            self.writer.write(state)
             self._record("checkpoint", step=self.position.step)
 
     def _introduce(self) -> None:
@@ -206,6 +211,8 @@ class Run:
             step_ms=1e3 * report.step_s,
             data_wait_ms=1e3 * report.data_wait_s,
             exposed_comm_ms=1e3 * report.exposed_comm_s,
+            bytes_sent=report.bytes_sent,
+            bytes_received=report.bytes_received,
         )
 
     def _record(self, kind: str, **values) -> None:

@@ -10,7 +10,7 @@ from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import ImageFolder, open_image_folder
 from horovod_owt.errors import ConfigError, OwtError
-from horovod_owt.topology import read_topology
+from horovod_owt.topology import read_topology, resolve_group_size
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
                 fix="--set classes=0 takes the number from the data set",
             )
         cfg = dataclasses.replace(
-            cfg, classes=cfg.classes or len(folder.classes), pipeline=resolve_kind(cfg.pipeline)
+            cfg,
+            classes=cfg.classes or len(folder.classes),
+            pipeline=resolve_kind(cfg.pipeline),
+            fc_group_size=str(resolve_group_size(cfg.fc_group_size, topology)),
         )
         from horovod_owt.parallel.device import assign_device, visible_gpus  # loads torch
 

@@ -1,46 +1,38 @@
-"""One rank's copy of the net with its optimizer: a training step, and its state as tensors by name."""
+"""One rank's part of the net with its optimizer: a training step, and its state as whole tensors by name."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from time import perf_counter
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.hashing import hashed
 from horovod_owt.data.pipeline import Batch
 from horovod_owt.model import build_model
-from horovod_owt.parallel.collectives import SumInBackground
-from horovod_owt.parallel.data_parallel import DataParallel
+from horovod_owt.parallel.exchange import Slice
+from horovod_owt.parallel.one_weird_trick import OneWeirdTrick
 from horovod_owt.parallel.runtime import World
 
-_DROPOUT = 2  # keeps these draws apart from the order's and the augmentation's
-
-AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTUM = "momentum."  # before a parameter's name, that of its momentum
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer update did, the same on every rank but for the times."""
+    """What one optimizer update did; loss and stop are the same on every rank."""
 
     loss: float  # mean over the global batch
     stop_asked: bool  # by any rank
     step_s: float
     data_wait_s: float
     exposed_comm_s: float
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The precision of forward passes; weights and gradients stay fp32."""
-    dtype = AUTOCAST_DTYPE[precision]
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+    bytes_sent: dict[str, int] = field(default_factory=dict)  # by this rank, by what they carry
+    bytes_received: dict[str, int] = field(default_factory=dict)
 
 
 class Replica:
@@ -51,59 +43,84 @@ class Replica:
         torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: let cuDNN choose once
         model = build_model(cfg.model, cfg.classes, dropout=cfg.dropout, seed=cfg.seed).to(world.device)
-        self.model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
-        self.strategy = DataParallel(
-            self.model, world, accum_steps=cfg.accum_steps, compression=cfg.compression
-        )
-        self.optimizer = _build_optimizer(self.model, cfg)
+        model = model.double() if cfg.precision == "fp64" else model
+        model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
+        self.strategy = OneWeirdTrick(model, cfg, world, update_classifier=self._update_classifier)
+        conv, fc = self.strategy.conv_parameters, self.strategy.fc_parameters
+        in_turns = cfg.fc_batch == "local"  # then the classifier has an optimizer to itself
+        self._optimizers = [_build_optimizer(p, cfg) for p in ([fc, conv] if in_turns else [fc + conv])]
         self._scaler = _build_scaler() if cfg.precision == "fp16" else None
 
     def train_step(
-        self, next_batch: Callable[[], Batch], *, step: int, lr: float, stop: bool = False
+        self, next_batch: Callable[[], Batch], *, consumed: int, lr: float, stop: bool = False
     ) -> StepReport:
         """One optimizer update over `accum_steps` micro-batches; `stop` asks all ranks to stop after it.
 
-        Raises FloatingPointError on every rank, before the update, when the loss is NaN or infinite on any.
+        `consumed` samples of the endless stream came before this step. Raises FloatingPointError on every
+        rank, before the update, when the loss is NaN or infinite on any.
         """
-        start = perf_counter()
-        cfg, data_wait_s = self.cfg, 0.0
-        self.model.train()
-        # Dropout is a function of (seed, step, rank): a resumed run draws what the unbroken one would.
-        torch.manual_seed(int(hashed(_DROPOUT, cfg.seed, step, self.world.rank)[0] >> np.uint64(1)))
-        self.strategy.zero_grad()
+        start, data_wait_s, strategy = perf_counter(), 0.0, self.strategy
+        strategy.model.train()
+        strategy.begin_step()
+        self._set_lr(lr)
+        one = torch.ones((), device=self.world.device)
+        scale = self._scaler.scale(one) if self._scaler else one
         loss_sum = torch.zeros((), device=self.world.device)
-        for micro_step in range(cfg.accum_steps):
+        for micro_step in range(self.cfg.accum_steps):
+            last = micro_step == self.cfg.accum_steps - 1
             asked = perf_counter()
             batch = next_batch()
             data_wait_s += perf_counter() - asked
-            with self.autocast():
-                logits = self.model(batch.images)
-            loss = self.strategy.scale(
-                F.cross_entropy(logits.float(), batch.labels, label_smoothing=cfg.label_smoothing)
-            )
-            loss_sum += loss.detach()
-            if micro_step == cfg.accum_steps - 1:
+            passing = strategy.convolve(batch.images, batch.labels, consumed=consumed, micro_step=micro_step)
+            loss_sum += strategy.classify(passing, last=last, gradient_scale=scale)
+            if last:
                 facts = torch.stack([loss_sum, loss_sum.new_tensor(float(stop))])
-                shared = SumInBackground(facts, name="step_facts")
-                self.strategy.begin_last_backward()
-            (self._scaler.scale(loss) if self._scaler else loss).backward()
-        exposed_comm_s = self.strategy.finish()
-        mean_loss, stops = shared.result().tolist()
+                facts = strategy.start_sum(facts, "step facts")
+            strategy.backward(passing, last=last)
+        strategy.finish()
+        mean_loss, stops = facts.wait().tolist()
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"loss is {mean_loss}")
-        self._update(lr)
-        return StepReport(mean_loss, stops > 0, perf_counter() - start, data_wait_s, exposed_comm_s)
+        self._update()
+        return StepReport(
+            mean_loss,
+            stops > 0,
+            perf_counter() - start,
+            data_wait_s,
+            strategy.traffic.waited_s,
+            dict(strategy.traffic.sent),
+            dict(strategy.traffic.received),
+        )
 
-    def autocast(self) -> torch.autocast:
-        return autocast(self.cfg.precision, self.world.device)
+    @contextmanager
+    def evaluating(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The whole net in evaluation mode: images (b, 3, side, side) -> logits. Every rank must call it."""
+        with self.strategy.whole_model() as model, torch.no_grad():
+            model.eval()
 
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The live tensors of model and optimizer by name: copy them to keep, write into them to restore."""
-        named = dict(self.model.named_parameters())
-        momentum = {
-            f"momentum.{name}": self.optimizer.state[p]["momentum_buffer"] for name, p in named.items()
-        }
-        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}, momentum
+            def logits(images: Tensor) -> Tensor:
+                with self.strategy.autocast():
+                    return model(images).float()
+
+            yield logits
+
+    def parts(self) -> Iterator[tuple[str, Tensor, Slice | None]]:
+        """Weights, running statistics, momentum: name in the whole net, live tensor, which part it is."""
+        yield from self.strategy.named_buffers()
+        for name, parameter, part in self.strategy.named_parameters():
+            yield name, parameter.detach(), part
+            yield f"{MOMENTUM}{name}", self._momentum(parameter), part
+
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the whole tensors, by the names of `parts`."""
+        with torch.device("meta"):
+            model = build_model(self.cfg.model, self.cfg.classes)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return shapes | {f"{MOMENTUM}{name}": tuple(p.shape) for name, p in model.named_parameters()}
+
+    def gather(self) -> dict[str, Tensor]:
+        """All of `parts` as whole tensors; every rank must call it. What is not split is live, not a copy."""
+        return self.strategy.gather(self.parts())
 
     def scaler_state(self) -> dict[str, float]:
         """The loss scale of fp16, in plain numbers; nothing for the other precisions."""
@@ -113,27 +130,44 @@ class Replica:
         if self._scaler and state:
             self._scaler.load_state_dict(state)
 
-    def _update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
+    def weights_changed(self) -> None:
+        """To be called by whoever writes into `parts`."""
+        self.strategy.classifier.weights_changed()
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        return next(o.state[parameter] for o in self._optimizers if parameter in o.state)["momentum_buffer"]
+
+    def _set_lr(self, lr: float) -> None:
+        """The same for all layers, but for a classifier that is updated in turns: its batch is smaller."""
+        for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             group["lr"] = lr
+        if len(self._optimizers) > 1:
+            self._optimizers[0].param_groups[0]["lr"] = lr * self.strategy.fc_update_share
+
+    def _update_classifier(self) -> None:
+        self._optimizers[0].step()
+
+    def _update(self) -> None:
+        optimizer = self._optimizers[-1]
         if self._scaler:
-            self._scaler.step(self.optimizer)  # unscales, and skips the update if a gradient overflowed
+            self._scaler.step(optimizer)  # unscales, and skips the update if a gradient overflowed
             self._scaler.update()
         else:
-            self.optimizer.step()
+            optimizer.step()
+        self.weights_changed()
 
 
-def _build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.SGD:
+def _build_optimizer(parameters: list[nn.Parameter], cfg: TrainConfig) -> torch.optim.SGD:
     """SGD with momentum, fused where torch has it: one pass over the weights, 24 not 147 ms on a CPU."""
     fused = "fused" in inspect.signature(torch.optim.SGD).parameters
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        parameters,
         lr=cfg.lr,
         momentum=cfg.momentum,
         weight_decay=cfg.weight_decay,
         **({"fused": True} if fused else {}),
     )
-    for parameter in model.parameters():  # from the start, so that every checkpoint has the same tensors
+    for parameter in parameters:  # from the start, so that every checkpoint has the same tensors
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

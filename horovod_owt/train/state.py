@@ -9,9 +9,9 @@ from typing import Any
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
-from horovod_owt.parallel.collectives import broadcast_tensors, on_root
+from horovod_owt.parallel.collectives import broadcast_tensor, on_root
 from horovod_owt.train.checkpoint import Checkpoint, newest_sound, read_checkpoint
-from horovod_owt.train.replica import Replica
+from horovod_owt.train.replica import MOMENTUM, Replica
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,15 @@ class Position:
         return self.consumed / self.num_samples
 
 
-def snapshot(replica: Replica, position: Position) -> Checkpoint:
-    """A copy of the run's state that later steps leave alone."""
-    model, optimizer = replica.tensors()
+def snapshot(replica: Replica, position: Position) -> Checkpoint | None:
+    """A copy of the run's state that later steps leave alone, on rank 0. Every rank must call it."""
+    whole = replica.gather()
+    if not replica.world.is_root:
+        return None
+    copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in whole.items()}
     return Checkpoint(
-        model={name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.items()},
-        optimizer={name: tensor.to("cpu", copy=True).contiguous() for name, tensor in optimizer.items()},
+        model={name: tensor for name, tensor in copies.items() if not name.startswith(MOMENTUM)},
+        optimizer={name: tensor for name, tensor in copies.items() if name.startswith(MOMENTUM)},
         state={
             "step": position.step,
             "epoch": position.epoch,
@@ -71,19 +74,19 @@ def restore(replica: Replica, position: Position, run_dir: Path, resume: str) ->
     state = on_root(read_on_root, "resume")
     if state is None:
         return
-    model, optimizer = replica.tensors()
-    for checkpoint in found:  # on rank 0
-        for name, tensor in (model | optimizer).items():
-            tensor.copy_((checkpoint.model | checkpoint.optimizer)[name])
-    broadcast_tensors(model)
-    broadcast_tensors(optimizer)
+    saved = found[0].model | found[0].optimizer if found else {}  # on rank 0
+    shapes = replica.whole_shapes()
+    for name, tensor, part in replica.parts():
+        whole = saved.pop(name).to(tensor) if found else tensor.new_empty(shapes[name])
+        whole = broadcast_tensor(whole, f"restore.{name}")
+        tensor.copy_(part.of(whole) if part else whole)
+    replica.weights_changed()
     replica.load_scaler_state(state["scaler"])
     position.step, position.consumed = state["step"], state["samples_consumed"]
 
 
 def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica, num_samples: int) -> None:
-    model, optimizer = replica.tensors()
-    ours = {name: tuple(tensor.shape) for name, tensor in (model | optimizer).items()}
+    ours = replica.whole_shapes()
     theirs = {name: tuple(t.shape) for name, t in (checkpoint.model | checkpoint.optimizer).items()}
     odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if odd:

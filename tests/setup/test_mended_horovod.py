@@ -81,6 +81,26 @@ def test_stall_inspector_names_the_missing_rank_under_gloo(ranks, tmp_path):
     assert job.wait(20) == 0 and rest.count("summed") == 2
 
 
+WAITS = """
+import os, sys, time
+import torch, horovod.torch as hvd
+hvd.init()
+if hvd.rank() == 1:
+    time.sleep(2)
+start, start_cpu = time.perf_counter(), time.thread_time()
+hvd.allreduce(torch.ones(1), name="late")
+waited, burnt = time.perf_counter() - start, time.thread_time() - start_cpu
+if hvd.rank() == 0:
+    print(f"waited {waited:.3f} burnt {burnt:.3f}", flush=True)
+"""
+
+
+def test_a_waiting_rank_sleeps(ranks):
+    said = ranks(2, WAITS).stdout.read()
+    waited, burnt = map(float, re.search(r"waited (\S+) burnt (\S+)", said).groups())
+    assert waited > 1 and burnt < 0.1 * waited, said  # without the patch all of it is burnt
+
+
 def test_stall_shutdown_ends_the_job_under_gloo(ranks, tmp_path):
     job = ranks(
         2,

@@ -7,10 +7,10 @@ from horovod_owt.train.replica import Replica
 train_step = Replica.train_step
 
 
-def struck(self, next_batch, *, step, lr, stop=False):
-    if step == 1 and read_topology().rank == 1:
+def struck(self, next_batch, *, consumed, lr, stop=False):
+    if consumed > 0 and read_topology().rank == 1:
         raise ZeroDivisionError("planted")
-    return train_step(self, next_batch, step=step, lr=lr, stop=stop)
+    return train_step(self, next_batch, consumed=consumed, lr=lr, stop=stop)
 
 
 Replica.train_step = struck

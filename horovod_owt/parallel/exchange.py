@@ -1,0 +1,148 @@
+"""How features, hidden units and their gradients move inside an fc_group.
+
+Each way forward has its mirror image back: what gathers going forward sums coming back, and what sums
+forward gathers back. (`hvd.allgather`'s own backward would average, and lose a factor of the group's size.)
+
+    forward                                   backward
+    gather_rows    (b, n) -> (K*b, n)         sum_rows      (K*b, n) -> (b, n)
+    sum_units      (R, n) -> (R, n_own)       gather_units  (R, n_own) -> (R, n)
+    sum_everywhere (R, n) -> (R, n)           none: every rank of the group has the whole gradient
+    lend_rows      owner's (b, n) -> (b, n)   return_rows   (b, n) -> (b, n), summed at the owner
+
+Sums go by an alltoall of the parts and an addition in fp32 at their owner, not by a reduce-scatter: as many
+bytes, but 2.7 against 14.4 ms for 2 x 32 x 9216 numbers under Gloo. It also lets bf16 travel: Horovod
+takes no bf16 tensors on a CPU, but what only carries words can carry them as fp16-sized ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+from horovod_owt.parallel.groups import Group
+from horovod_owt.parallel.traffic import Arrived, Traffic, Transfer, bytes_of, start_sum
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a whole tensor that a weight shard holds: `units` along `dim`."""
+
+    dim: int
+    units: range
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole.narrow(self.dim, self.units.start, len(self.units))
+
+
+def split_sizes(units: int, parts: int) -> list[int]:
+    """How `units` are dealt out: as evenly as can be, the first ones get the rest."""
+    return [units // parts + (part < units % parts) for part in range(parts)]
+
+
+class Exchange:
+    """The transfers of one fc_group of K ranks. Each is to be started by all of them, in the same order."""
+
+    def __init__(self, group: Group, traffic: Traffic) -> None:
+        self.group = group
+        self._traffic = traffic
+
+    def gather_rows(self, own: Tensor, what: str) -> Transfer | Arrived:
+        """Every rank's rows, in the group's order: (b, n) -> (K*b, n); b is the same on all ranks."""
+        if self.group.is_alone:
+            return Arrived(own)
+        return self._allgather(own, what, bytes_of(own) * (self.group.size - 1))
+
+    def sum_rows(self, parts: Tensor, what: str) -> Transfer | Arrived:
+        """Own rows of the sum of all ranks' (K*b, n): (b, n) in fp32."""
+        if self.group.is_alone:
+            return Arrived(parts)
+        rows = parts.shape[0] // self.group.size
+        return self._sum_by_alltoall(parts, [rows] * self.group.size, what)
+
+    def sum_units(self, parts: Tensor, what: str) -> Transfer | Arrived:
+        """Own columns of the sum of all ranks' (R, n): (R, n_own) in fp32."""
+        if self.group.is_alone:
+            return Arrived(parts)
+        sizes = split_sizes(parts.shape[1], self.group.size)
+        summed = self._sum_by_alltoall(parts.t(), sizes, what)
+        return summed.then(Tensor.t)
+
+    def gather_units(self, own: Tensor, what: str) -> Transfer | Arrived:
+        """Every rank's columns side by side: (R, n_own) -> (R, n)."""
+        if self.group.is_alone:
+            return Arrived(own)
+        return self._allgather(own.t(), what, bytes_of(own) * (self.group.size - 1)).then(Tensor.t)
+
+    def sum_everywhere(self, parts: Tensor, what: str) -> Transfer | Arrived:
+        """The sum of all ranks' fp32 `parts`, on each of them."""
+        return start_sum(parts, self.group, self._traffic, what=what, name=what)
+
+    def lend_rows(self, own: Tensor, owner: int, what: str) -> Transfer | Arrived:
+        """The rows of the rank at index `owner`, on every rank; the others' only give shape and type."""
+        if self.group.is_alone:
+            return Arrived(own)
+        wire, back = _as_words(own)
+        if owner == self.group.index:
+            self._traffic.count(what, sent=bytes_of(wire) * (self.group.size - 1), received=0)
+        else:
+            self._traffic.count(what, sent=0, received=bytes_of(wire))
+        handle = hvd.broadcast_async(
+            wire,
+            root_rank=self.group.ranks[owner],
+            name=f"{what}.{owner}",
+            process_set=self.group.process_set,
+        )
+        return Transfer(handle, self._traffic, back)
+
+    def return_rows(self, parts: Tensor, owner: int, what: str) -> Transfer | Arrived:
+        """The sum of all ranks' (b, n) at index `owner`, in fp32; the others get no rows."""
+        if self.group.is_alone:
+            return Arrived(parts)
+        sizes = [parts.shape[0] if index == owner else 0 for index in range(self.group.size)]
+        return self._sum_by_alltoall(parts, sizes, what, turn=owner)
+
+    def gather_whole(self, shard: Tensor, part: Slice | None) -> Tensor:
+        """The whole tensor that the group's ranks hold parts of; the tensor itself if it is not split."""
+        if part is None or self.group.is_alone:
+            return shard
+        along = shard.movedim(part.dim, 0)
+        return self._allgather(along, "whole tensors", 0).wait().movedim(0, part.dim)
+
+    def _allgather(self, own: Tensor, what: str, sent: int) -> Transfer:
+        wire, back = _as_words(own.contiguous())
+        handle = hvd.allgather_async(wire, name=what, process_set=self.group.process_set)
+
+        def count(gathered: Tensor) -> Tensor:
+            self._traffic.count(what, sent=sent, received=bytes_of(gathered) - bytes_of(wire))
+            return back(gathered)
+
+        return Transfer(handle, self._traffic, count)
+
+    def _sum_by_alltoall(self, parts: Tensor, sizes: list[int], what: str, turn: int = 0) -> Transfer:
+        """Rows `sizes[i]` of `parts` go to index i, which adds up what it gets from all."""
+        size, mine = self.group.size, sizes[self.group.index]
+        wire, back = _as_words(parts.contiguous())
+        row_bytes = bytes_of(wire) // len(wire)
+        self._traffic.count(what, sent=(len(wire) - mine) * row_bytes, received=(size - 1) * mine * row_bytes)
+        handle = hvd.alltoall_async(
+            wire,
+            splits=torch.tensor(sizes, dtype=torch.int32),
+            name=f"{what}.{turn}",
+            process_set=self.group.process_set,
+        )
+
+        def add_up(arrived: tuple[Tensor, Tensor]) -> Tensor:
+            parts = back(arrived[0]).view(size, mine, *wire.shape[1:])
+            return parts.sum(dim=0, dtype=torch.float32 if parts.element_size() == 2 else None)
+
+        return Transfer(handle, self._traffic, add_up)
+
+
+def _as_words(tensor: Tensor):
+    """`tensor` as Horovod carries it, and the way back: bf16 goes as fp16-sized words, bit for bit."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor, lambda words: words
+    return tensor.view(torch.float16), lambda words: words.view(torch.bfloat16)

@@ -1,0 +1,86 @@
+"""What a rank sends, receives and waits for: counted where it happens, from the sizes that are sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import horovod.torch as hvd
+from torch import Tensor
+
+from horovod_owt.parallel.groups import Group
+
+
+@dataclass
+class Traffic:
+    """Bytes by what they carry, and the seconds that compute stood waiting for them.
+
+    A collective counts what its algorithm puts on the wire: a ring's share of an allreduce, own rows times
+    peers of a gather. Horovod's own few bytes of coordination are not in it.
+    """
+
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+    waited_s: float = 0.0
+
+    def reset(self) -> None:
+        self.sent.clear()
+        self.received.clear()
+        self.waited_s = 0.0
+
+    def count(self, what: str, *, sent: int, received: int) -> None:
+        self.sent[what] += sent
+        self.received[what] += received
+
+
+class Transfer:
+    """A collective under way. `wait` ends it and gives the result, after what `then` makes of it."""
+
+    def __init__(self, handle: int, traffic: Traffic, then: Callable[[Any], Tensor] | None = None) -> None:
+        self._handle, self._traffic = handle, traffic
+        self._steps = [then] if then else []
+
+    def then(self, step: Callable[[Any], Tensor]) -> Transfer:
+        """Let `step` have the result first."""
+        self._steps.append(step)
+        return self
+
+    def wait(self) -> Tensor:
+        start = perf_counter()
+        result = hvd.synchronize(self._handle)
+        self._traffic.waited_s += perf_counter() - start
+        for step in self._steps:
+            result = step(result)
+        return result
+
+
+class Arrived:
+    """The same where nothing has to travel."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        return self._tensor
+
+
+def start_sum(
+    values: Tensor, group: Group, traffic: Traffic, *, what: str, name: str, in_place: bool = False
+) -> Transfer | Arrived:
+    """Start to sum `values` over the group's ranks; `what` it is for the counters, `name` for Horovod.
+
+    A ring sends and receives 2 (n-1)/n of the buffer (Patarasuk and Yuan 2009).
+    """
+    if group.is_alone:
+        return Arrived(values)
+    share = 2 * (group.size - 1) * bytes_of(values) // group.size
+    traffic.count(what, sent=share, received=share)
+    allreduce = hvd.allreduce_async_ if in_place else hvd.allreduce_async
+    return Transfer(allreduce(values, op=hvd.Sum, name=name, process_set=group.process_set), traffic)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
