@@ -166,6 +166,63 @@ def step(
         click.echo(json.dumps(report) if as_json else format_step_report(report))
 
 
+@bench.command()
+@RECIPE_OPTION
+@SET_OPTION
+@click.option("--strategies", default="data,hybrid", show_default=True, help="Which of ours on all ranks.")
+@click.option(
+    "--against",
+    type=click.Choice(["ddp"]),
+    help="torch's DistributedDataParallel: the loop of torchvision's reference script (ddp), and that with "
+    "torch's own switches (ddp-tuned).",
+)
+@click.option("--steps", default=20, show_default=True, help="Timed steps of each contender.")
+@click.option("--warmup", default=3, show_default=True, help="Steps of each contender before any is timed.")
+@click.option(
+    "--count-interface",
+    "interface",
+    metavar="IFACE",
+    help="Count the bytes that hosts send on this network interface, beside those that we think we send.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def scaling(
+    recipe: str | None,
+    settings: tuple[str, ...],
+    strategies: str,
+    against: str | None,
+    steps: int,
+    warmup: int,
+    interface: str | None,
+    as_json: bool,
+) -> None:
+    """Hold strategies against each other and against one rank alone, on random images, in one job.
+
+    Contenders take turns in short blocks; ratios and efficiency come from lower quartiles of the step time.
+
+    \b
+    Example:  horovodrun --gloo -np 2 owt bench scaling --against ddp --set batch=32
+              launch/two-hosts -- owt bench scaling --set fc_group_size=all --count-interface eth0
+    """
+    _log_to_stderr()
+    from horovod_owt.bench.request import prepare
+
+    request = prepare(
+        recipe,
+        settings,
+        strategies=strategies,
+        against=against,
+        steps=steps,
+        warmup=warmup,
+        interface=interface,
+    )
+
+    from horovod_owt.bench.scaling import bench_scaling, format_scaling_report
+
+    report = bench_scaling(request)
+    if report is not None:  # rank 0
+        click.echo(json.dumps(report) if as_json else format_scaling_report(report))
+
+
 def _with_parallel(parallel: str | None, settings: tuple[str, ...]) -> tuple[str, ...]:
     """`--parallel hybrid` is a short way to say `--set parallel=hybrid`."""
     return (*settings, f"parallel={parallel}") if parallel else settings

@@ -218,9 +218,10 @@ def _check(cfg: TrainConfig) -> None:
 
 def _check_hybrid(cfg: TrainConfig) -> None:
     """Refuse what makes no sense together, and what does not hold for split layers."""
-    if not (cfg.fc_group_size in ("node", "all") or (cfg.fc_group_size.isdigit() and int(cfg.fc_group_size))):
+    size = cfg.fc_group_size
+    if size not in ("node", "all") and not (size.isdecimal() and int(size)):
         raise ConfigError(
-            f"fc_group_size={cfg.fc_group_size}",
+            f"fc_group_size={size}",
             wanted="node, all or a number of ranks",
             fix="fc_group_size=node",
         )
@@ -240,9 +241,9 @@ def _check_hybrid(cfg: TrainConfig) -> None:
             wanted="owt_scheme=a",
             fix="--set owt_scheme=a",
         )
-    if cfg.precision == "fp16" and cfg.parallel != "data":
+    if cfg.precision == "fp16" and cfg.parallel == "hybrid":
         raise ConfigError(
-            f"precision=fp16 with parallel={cfg.parallel}, whose ranks would skip different steps",
+            "precision=fp16 with parallel=hybrid, whose ranks would skip different steps",
             wanted="fp32 or bf16 there",
             fix="--set precision=bf16, or --parallel data",
         )

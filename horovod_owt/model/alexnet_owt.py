@@ -23,11 +23,12 @@ class AlexNetOWT(nn.Module):
     def __init__(self, classes: int = 1000, *, dropout: float = 0.5, batch_norm: bool = False) -> None:
         super().__init__()
 
-        def conv(channels_in: int, channels: int, kernel: int, stride: int = 1, padding: int = 0):
+        def conv(channels_in: int, channels: int, kernel: int, stride=1, padding=0, pool=False):
             layers: list[nn.Module] = [nn.Conv2d(channels_in, channels, kernel, stride, padding)]
             if batch_norm:
                 layers.append(nn.BatchNorm2d(channels, eps=BN_EPS))
-            return [*layers, nn.ReLU(inplace=True)]
+            # Pooled before rectified: the same numbers, as both keep order, from a quarter of the work.
+            return [*layers, *([nn.MaxPool2d(kernel_size=3, stride=2)] * pool), nn.ReLU(inplace=True)]
 
         def hidden(units_in: int, units: int):
             layers: list[nn.Module] = [nn.Dropout(dropout), nn.Linear(units_in, units)]
@@ -36,14 +37,11 @@ class AlexNetOWT(nn.Module):
             return [*layers, nn.ReLU(inplace=True)]
 
         self.features = nn.Sequential(
-            *conv(3, 64, kernel=11, stride=4, padding=2),  #  64 x 55 x 55
-            nn.MaxPool2d(kernel_size=3, stride=2),  #         64 x 27 x 27
-            *conv(64, 192, kernel=5, padding=2),  #          192 x 27 x 27
-            nn.MaxPool2d(kernel_size=3, stride=2),  #        192 x 13 x 13
-            *conv(192, 384, kernel=3, padding=1),  #         384 x 13 x 13
-            *conv(384, 256, kernel=3, padding=1),  #         256 x 13 x 13
-            *conv(256, 256, kernel=3, padding=1),  #         256 x 13 x 13
-            nn.MaxPool2d(kernel_size=3, stride=2),  #        256 x  6 x  6
+            *conv(3, 64, kernel=11, stride=4, padding=2, pool=True),  # 64 x 55 x 55 -> 64 x 27 x 27
+            *conv(64, 192, kernel=5, padding=2, pool=True),  # 192 x 27 x 27 -> 192 x 13 x 13
+            *conv(192, 384, kernel=3, padding=1),  # 384 x 13 x 13
+            *conv(384, 256, kernel=3, padding=1),  # 256 x 13 x 13
+            *conv(256, 256, kernel=3, padding=1, pool=True),  # 256 x 13 x 13 -> 256 x 6 x 6
         )
         self.avgpool = nn.AdaptiveAvgPool2d((FEATURE_SIDE, FEATURE_SIDE))
         self.classifier = nn.Sequential(
@@ -57,7 +55,10 @@ class AlexNetOWT(nn.Module):
 
     def convolve(self, images: Tensor) -> Tensor:
         """The features that the fully connected layers see: (b, 9216)."""
-        return torch.flatten(self.avgpool(self.features(images)), 1)
+        x = self.features(images)
+        if x.shape[-2:] != (FEATURE_SIDE, FEATURE_SIDE):  # at 224 px there is nothing to spread
+            x = self.avgpool(x)
+        return torch.flatten(x, 1)
 
 
 def build_model(name: str, classes: int, *, dropout: float = 0.5, seed: int = 0) -> AlexNetOWT:

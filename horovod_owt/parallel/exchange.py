@@ -24,6 +24,7 @@ from torch import Tensor
 
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.traffic import Arrived, Traffic, Transfer, bytes_of, start_sum
+from horovod_owt.perf.network import share
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Slice:
 
 
 def split_sizes(units: int, parts: int) -> list[int]:
-    """How `units` are dealt out: as evenly as can be, the first ones get the rest."""
-    return [units // parts + (part < units % parts) for part in range(parts)]
+    """How `units` are dealt out to the ranks of a group."""
+    return [share(units, parts, part) for part in range(parts)]
 
 
 class Exchange:

@@ -106,13 +106,13 @@ class SplitClassifier:
         exchange, fc6, fc7, fc8 = self._exchange, self._fc6, self._fc7, self._fc8
 
         x = features.to(self._dtype)
-        z6 = self._times(x, fc6).add_(fc6.bias)
+        z6 = self._times(x, fc6).to(self._kept) + fc6.bias
         h6, inputs6 = self._activate(z6, 0, batches, keep=self._keep(keys))
         x7 = h6.to(self._dtype)
-        z7 = exchange.sum_units(x7 @ self._cast(fc7.weight).t(), "fc7 units").wait() + fc7.bias
+        z7 = exchange.sum_units(self._times(x7, fc7), "fc7 units").wait() + fc7.bias
         h7, inputs7 = self._activate(z7, 1, batches)
         x8 = h7.to(self._dtype)
-        part = self._times(x8, fc8)
+        part = self._times(x8, fc8).to(self._kept).contiguous()
         part[:, self._classes.start : self._classes.stop] += fc8.bias
         logits = exchange.sum_everywhere(part, "logits").wait()
         loss, d_logits = self._loss(logits, labels, loss_factor, gradient_scale)
@@ -125,10 +125,10 @@ class SplitClassifier:
         gradients.add(fc8.bias, own_d_logits.sum(dim=0))
         gradients.add_product(fc8.weight, d8, x8)
         gradients.add(fc7.bias, d_z7.sum(dim=0))
-        d7 = units_back.wait()
+        d7 = units_back.wait().contiguous()
         d_h6 = (d7 @ self._cast(fc7.weight)).to(self._kept)
         d_z6 = self._deactivate(h6, inputs6, d_h6, gradients)
-        d6 = d_z6.to(self._dtype)
+        d6 = d_z6.to(self._dtype).contiguous()
         features_back = send_back(d6 @ self._cast(fc6.weight))
         gradients.add_product(fc7.weight, d7, x7)
         gradients.add(fc6.bias, d_z6.sum(dim=0))
@@ -136,8 +136,11 @@ class SplitClassifier:
         return loss, features_back
 
     def _times(self, x: Tensor, fc: _Part) -> Tensor:
-        """x (R, n_in) times the layer's weights: (R, n_out), in the weights' own precision."""
-        return (x @ self._cast(fc.weight).t()).to(self._kept)
+        """x (R, n_in) times the layer's weights: (R, n_out), units first in memory.
+
+        With few rows W x^T takes 0.3 to 0.8 of the time of x W^T, which would repack all of the weights.
+        """
+        return (self._cast(fc.weight) @ x.t().contiguous()).t()
 
     def _cast(self, weight: nn.Parameter) -> Tensor:
         """The weights in the precision of the pass, converted once an update."""

@@ -12,8 +12,10 @@ from horovod_owt.errors import DataError, OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.runtime import World
+from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.schedule import learning_rate
 from horovod_owt.train.checkpoint import CheckpointWriter
+from horovod_owt.train.choose import choose_parallel
 from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
@@ -39,8 +41,9 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
     with explain_lost_ranks(), StopRequest() as stop:
         cfg = broadcast_object(request.cfg, "config")
         _check_same_data(request, world)
+        cfg, predicted_step_ms = choose_parallel(cfg, world)
         run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
-        Run(cfg, request, world, run_dir, resume).train(stop)
+        Run(cfg, request, world, run_dir, resume, predicted_step_ms).train(stop)
     runtime.shutdown()
 
 
@@ -62,8 +65,17 @@ def _check_same_data(request: Request, world: World) -> None:
 class Run:
     """A run under way: the replica, its place in the stream of samples, and its records."""
 
-    def __init__(self, cfg: TrainConfig, request: Request, world: World, run_dir: Path, resume: str) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        request: Request,
+        world: World,
+        run_dir: Path,
+        resume: str,
+        predicted_step_ms: dict[str, float],
+    ) -> None:
         self.cfg, self.world, self.run_dir = cfg, world, run_dir
+        self.predicted_step_ms = predicted_step_ms  # by strategy, when parallel=auto chose one
         self.data, self.folder = request.data, request.folder
         self.global_batch = cfg.global_batch(world.size)
         self.replica = Replica(cfg, world)
@@ -183,6 +195,8 @@ class Run:
             global_batch=self.global_batch,
             peak_lr=cfg.peak_lr(world.size),
             first_step=self.position.step,
+            bytes_sent_per_step_expected=bytes_sent_per_step(cfg, world.size),
+            **({"predicted_step_ms": self.predicted_step_ms} if self.predicted_step_ms else {}),
             **images,
         )
         if world.is_root:

@@ -10,7 +10,7 @@ from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import ImageFolder, open_image_folder
 from horovod_owt.errors import ConfigError, OwtError
-from horovod_owt.topology import read_topology, resolve_group_size
+from horovod_owt.topology import Topology, read_topology, resolve_group_size
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,25 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
             cfg,
             classes=cfg.classes or len(folder.classes),
             pipeline=resolve_kind(cfg.pipeline),
-            fc_group_size=str(resolve_group_size(cfg.fc_group_size, topology)),
+            fc_group_size=_group_size(cfg, topology),
         )
-        from horovod_owt.parallel.device import assign_device, visible_gpus  # loads torch
-
-        device = assign_device(topology, visible_gpus())
-        if cfg.precision == "fp16" and device == "cpu":
-            raise ConfigError(
-                "precision=fp16 on a CPU", wanted="fp32 or bf16 there", fix="--set precision=bf16"
-            )
+        device = choose_device(cfg, topology)
     except OwtError as error:
         error.on_every_rank()
         raise
     return Request(cfg, Path(data).resolve(), folder, device)
+
+
+def _group_size(cfg: TrainConfig, topology: Topology) -> str:
+    """Ranks that share the FC layers. In `data` each has its own: hosts of any size may come together."""
+    return "1" if cfg.parallel == "data" else str(resolve_group_size(cfg.fc_group_size, topology))
+
+
+def choose_device(cfg: TrainConfig, topology: Topology) -> str:
+    """This rank's device; raises OwtError if there is none for it, or none that can compute as asked."""
+    from horovod_owt.parallel.device import assign_device, visible_gpus  # loads torch
+
+    device = assign_device(topology, visible_gpus())
+    if cfg.precision == "fp16" and device == "cpu":
+        raise ConfigError("precision=fp16 on a CPU", wanted="fp32 or bf16 there", fix="--set precision=bf16")
+    return device

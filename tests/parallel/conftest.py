@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,24 +85,27 @@ class Job:
                 pass
 
 
-@pytest.fixture
-def start():
-    """Start `argv` on `ranks` ranks under a launcher; the job is gone when the test is."""
-    jobs: list[Job] = []
-
-    def start(
-        argv: list, *, ranks: int = 2, launcher: str = "horovodrun", cwd: Path | None = None, **env: str
-    ) -> Job:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_COMM", "PMI"))}
-        clean.update(OMP_NUM_THREADS="1", PATH=f"{VENV_BIN}{os.pathsep}{os.environ['PATH']}")
-        clean.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **env)
-        jobs.append(Job([*launcher_argv(launcher, ranks), *map(str, argv)], clean, cwd))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
+@contextmanager
+def launch(
+    argv: list, *, ranks: int = 2, launcher: str = "horovodrun", cwd: Path | None = None, **env: str
+) -> Iterator[Job]:
+    """Start `argv` on `ranks` ranks under a launcher; the job is gone at the end of the block."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_COMM", "PMI"))}
+    clean.update(OMP_NUM_THREADS="1", PATH=f"{VENV_BIN}{os.pathsep}{os.environ['PATH']}")
+    clean.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **env)
+    job = Job([*launcher_argv(launcher, ranks), *map(str, argv)], clean, cwd)
+    try:
+        yield job
+    finally:
         job.kill()
         job.process.communicate()
+
+
+@pytest.fixture
+def start():
+    """Start a job as `launch` does; it is gone when the test is."""
+    with ExitStack() as jobs:
+        yield lambda argv, **options: jobs.enter_context(launch(argv, **options))
 
 
 @pytest.fixture

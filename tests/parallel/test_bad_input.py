@@ -90,6 +90,16 @@ def test_a_bad_setting_is_refused(run, images, setting):
     assert both.exit_code != 0 and BAD_SETTINGS[setting] in the_one_line(both)
 
 
+def test_ranks_that_make_no_whole_groups_are_refused_with_the_choices(run, images):
+    command = [*OWT, "train", images, "--parallel", "hybrid", "--set", "fc_group_size=3"]
+    done = run(command, ranks=4, exit_code=None, limit_s=60)
+    assert done.exit_code != 0
+    said = the_one_line(done)
+    assert (
+        "fc_group_size=3 in a job of 4 ranks; wanted whole groups: 1, 2, 4" in said and "fix: --set" in said
+    )
+
+
 def test_more_ranks_than_gpus_are_refused(run, images):
     done = run(
         ["python", PROGRAMS / "gpus.py", "train", images],

@@ -61,8 +61,10 @@ def test_ctrl_c_on_one_rank_alone_writes_a_checkpoint_and_the_next_run_goes_on(s
     assert [r["step"] for r in records(tmp_path, "step")] == list(range(1, stopped_at + 2))
 
 
-def test_a_killed_rank_ends_the_job_and_the_record_says_so(start, images, tmp_path):
-    job = start([*OWT, "train", images, "--run-dir", tmp_path, *SMALL])
+@pytest.mark.parametrize("parallel", ["data", "hybrid"])
+def test_a_killed_rank_ends_the_job_and_the_record_says_so(start, images, tmp_path, parallel):
+    """Its peers wait in a sum of gradients, or in a gather of features."""
+    job = start([*OWT, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", parallel])
     wait_for(lambda: steps_done(tmp_path) >= 2)
     ranks_below(job.process.pid)[1].kill()
     done = job.finish(limit_s=30)

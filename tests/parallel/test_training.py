@@ -108,24 +108,58 @@ def test_a_run_resumed_after_an_epoch_equals_the_unbroken_one(run, images, tmp_p
     assert [r["step"] for r in records(tmp_path / "broken", "validation")] == [4, 8]
 
 
-@pytest.fixture(scope="module")
-def plain_score(images):
-    """Counts by the book, over all validation images in one batch."""
+def test_a_run_may_change_ranks_and_strategy_on_the_way(run, images, tmp_path):
+    """2 ranks data-parallel, then 4 in hybrid, then 2 again, against one rank throughout: the same images,
+    the same dropout, the same momentum."""
+
+    def train(name: str, *, ranks: int, until: int, **values):
+        values |= dict(max_steps=until, batch=8 // ranks, dropout=0.5, seed=5, pipeline="torchvision")
+        launcher = "none" if ranks == 1 else "horovodrun"
+        argv = [*OWT, "train", images, "--run-dir", tmp_path / name, *SMALL, *settings(**values)]
+        run(argv, ranks=ranks, launcher=launcher)
+
+    train("unbroken", ranks=1, until=6)
+    train("broken", ranks=2, until=2)
+    train("broken", ranks=4, until=4, parallel="hybrid", fc_group_size=2)
+    train("broken", ranks=2, until=6)
+    broken, unbroken = (records(tmp_path / name, "step") for name in ("broken", "unbroken"))
+    assert [step["step"] for step in broken] == [1, 2, 3, 4, 5, 6]
+    assert [s["loss"] for s in broken] == pytest.approx([s["loss"] for s in unbroken], rel=1e-4)
+    weights = [weights_at(tmp_path / name, 6) for name in ("broken", "unbroken")]
+    assert distance(*weights) < 1e-3 * distance(
+        weights[1], build_model("alexnet-owt", 2, seed=5).state_dict()
+    )
+
+    # after step 4 it was the hybrid that validated
+    net = build_model("alexnet-owt", 2)
+    net.load_state_dict(weights_at(tmp_path / "broken", 4))
+    by_the_book = score_by_the_book(net, images, best=2)
+    (score,) = [score for score in records(tmp_path / "broken", "validation") if score["step"] == 4]
+    assert score | by_the_book | {"loss": score["loss"]} == score
+    assert score["loss"] == pytest.approx(by_the_book["loss"], rel=1e-5)
+
+
+def score_by_the_book(net, images, best: int = 5) -> dict:
+    """Counts over all validation images in one batch."""
     store = open_image_folder(images).val
-    net = build_model("alexnet-owt", 8, seed=0).eval()
+    net = net.eval()
     feed = ValidationFeed(store, batch=len(store))
     with make_pipeline("torchvision", feed, image_size=64, device_id=None, num_threads=1) as batches:
         batch = next(batches)
     with torch.no_grad():
         logits = net(batch.images)
-    best = logits.topk(5).indices
-    hits = best == batch.labels[:, None]
+    hits = logits.topk(best).indices == batch.labels[:, None]
     return {
         "images": len(store),
         "correct_top1": int(hits[:, 0].sum()),
         "correct_top5": int(hits.sum()),
         "loss": F.cross_entropy(logits, batch.labels).item(),
     }
+
+
+@pytest.fixture(scope="module")
+def plain_score(images):
+    return score_by_the_book(build_model("alexnet-owt", 8, seed=0), images)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -4,6 +4,7 @@ import pytest
 
 from horovod_owt.config import DEFAULT_RECIPE, TrainConfig, from_mapping, recipe_names, resolve
 from horovod_owt.errors import ConfigError
+from horovod_owt.topology import Topology, resolve_group_size
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -71,3 +72,91 @@ def test_learning_rate_and_steps_follow_the_global_batch():
     cfg = TrainConfig(batch=32, accum_steps=2, lr=0.1, lr_batch=256, epochs=3)
     assert cfg.global_batch(world_size=8) == 512
     assert cfg.peak_lr(world_size=8) == pytest.approx(0.2)
+
+
+def test_fp16_is_refused_for_hybrid_only():
+    assert resolve(None, ["precision=fp16", "parallel=auto"]).parallel == "auto"  # which makes it data
+    with pytest.raises(ConfigError, match="precision=fp16 with parallel=hybrid"):
+        resolve(None, ["precision=fp16", "parallel=hybrid"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "saw", "fix"),
+    [
+        (["parallel=hybird"], "parallel=hybird; wanted data or hybrid or auto", "parallel=hybrid"),
+        (["fc_group_size=0"], "fc_group_size=0; wanted node, all or a number of ranks", "fc_group_size=node"),
+        (["fc_group_size=-2"], "fc_group_size=-2; wanted node, all or a number", ""),
+        (["fc_group_size=many"], "fc_group_size=many; wanted node, all or a number", ""),
+        (["fc_group_size=1.5"], "fc_group_size=1.5; wanted node, all or a number", ""),
+        (["fc_group_size=²"], "fc_group_size=²; wanted node, all or a number", ""),
+        (["owt_scheme=c"], "owt_scheme=c; wanted a or b", ""),
+        (["parallel=hybrid", "fc_batch=local"], "fc_batch=local with owt_scheme=a", "owt_scheme=b"),
+        (["owt_scheme=b", "fc_batch=local"], "fc_batch=local with parallel=data", "--parallel hybrid"),
+        (
+            ["parallel=hybrid", "owt_scheme=b", "sync_bn=true"],
+            "sync_bn=true with owt_scheme=b",
+            "owt_scheme=a",
+        ),
+        (["parallel=hybrid", "precision=fp16"], "precision=fp16 with parallel=hybrid", "precision=bf16"),
+    ],
+)
+def test_hybrid_settings_that_make_no_sense_are_refused(settings, saw, fix):
+    with pytest.raises(ConfigError) as caught:
+        resolve(None, settings)
+    message = str(caught.value)
+    assert saw in message and fix in message
+    assert caught.value.exit_code == 2 and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["parallel=hybrid", "owt_scheme=b", "fc_batch=local"],
+        ["parallel=hybrid", "sync_bn=true"],
+        ["parallel=data", "owt_scheme=b", "sync_bn=true"],
+        ["parallel=data", "precision=fp16"],
+    ],
+)
+def test_what_makes_sense_together_is_taken(settings):
+    resolve(None, settings)
+
+
+def job(world_size: int, local_size: int) -> Topology:
+    return Topology("mpirun", 0, world_size=world_size, local_rank=0, local_size=local_size, host="gpu01")
+
+
+@pytest.mark.parametrize(
+    ("setting", "size"), [("node", 4), ("all", 8), ("1", 1), ("2", 2), ("8", 8)]
+)  # fmt: skip
+def test_a_group_is_of_a_node_of_all_or_of_a_number_of_ranks(setting, size):
+    assert resolve_group_size(setting, job(world_size=8, local_size=4)) == size
+
+
+@pytest.mark.parametrize(
+    ("setting", "ranks", "local", "message"),
+    [
+        (
+            "3",
+            4,
+            4,
+            "fc_group_size=3 in a job of 4 ranks; wanted whole groups: 1, 2, 4; fix: --set fc_group_size=2",
+        ),
+        ("8", 4, 4, "fc_group_size=8 in a job of 4 ranks; wanted whole groups: 1, 2, 4"),
+        (
+            "2",
+            1,
+            1,
+            "fc_group_size=2 in a job of 1 ranks; wanted whole groups: 1; fix: --set fc_group_size=1",
+        ),
+        (
+            "node",
+            5,
+            3,
+            "fc_group_size=node (3 ranks on gpu01) in a job of 5 ranks; wanted whole groups: 1, 5",
+        ),
+    ],
+)
+def test_a_job_of_no_whole_number_of_groups_is_refused_with_the_choices(setting, ranks, local, message):
+    with pytest.raises(ConfigError) as caught:
+        resolve_group_size(setting, job(world_size=ranks, local_size=local))
+    assert message in str(caught.value) and caught.value.exit_code == 2

@@ -1,6 +1,9 @@
-"""Train on random images that are a function of the step; rank 0 saves whole weights and prints the losses.
+"""Train on random images, many configurations in one job: starting ranks takes longer than the steps.
 
-usage: train_random.py OUT STEPS HIDDEN [key=value ...]
+usage: train_random.py OUT RUNS     RUNS is a JSON list of {"name": ..., "settings": {...}, "steps": ...}
+
+Rank 0 writes OUT/NAME.safetensors, the whole weights, and OUT/NAME.json: the losses and each rank's bytes in
+the last step. OUT/exchange.json has what exchange_checks.py saw.
 """
 
 import json
@@ -9,36 +12,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from exchange_checks import check_exchange
 from safetensors.torch import save_file
 
-from horovod_owt.config import resolve
+from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.data.pipeline import Batch
 from horovod_owt.model import alexnet_owt
 from horovod_owt.parallel import runtime
-from horovod_owt.topology import read_topology, resolve_group_size
+from horovod_owt.parallel.collectives import gather_objects
+from horovod_owt.parallel.runtime import World
+from horovod_owt.topology import read_topology
 from horovod_owt.train.replica import MOMENTUM, Replica
 
+SMALL = Path(__file__).parents[1] / "small.yaml"
 SIDE = 63  # px, the smallest
+HIDDEN = 98  # units; few, and 4 ranks cannot share them evenly
 
 
 def global_batch(step: int, images: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same on every rank and in the plain program."""
+    """The same on every rank and in the plain programs."""
     generator = torch.Generator().manual_seed(1000 + step)
     pictures = torch.randn(images, 3, SIDE, SIDE, generator=generator)
     return pictures, torch.randint(classes, (images,), generator=generator)
 
 
-def main() -> None:
-    out, steps, hidden, *settings = sys.argv[1:]
-    alexnet_owt.HIDDEN = int(hidden)
-    # the rate is that of the global batch, whatever the number of ranks
-    cfg = resolve(str(Path(__file__).parents[1] / "small.yaml"), ["classes=10", "image_size=63", *settings])
-    size = resolve_group_size(cfg.fc_group_size, read_topology())
-    world = runtime.init("cpu", fc_group_size=size)
-    cfg = resolve(None, [f"{k}={v}" for k, v in (cfg.to_dict() | {"fc_group_size": size}).items()])
+def configure(settings: dict) -> TrainConfig:
+    """The recipe of the tests with these settings; lr is that of the global batch, whatever the ranks."""
+    return resolve(str(SMALL), [f"{key}={value}" for key, value in settings.items()])
+
+
+def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.Tensor], dict]:
+    """Whole weights after `steps` steps, and the record of the run."""
     replica = Replica(cfg, world)
     images, losses, traffic = cfg.global_batch(world.size), [], {}
-    for step in range(int(steps)):
+    for step in range(steps):
         pictures, labels = global_batch(step, images, cfg.classes)
 
         def micro_batches(pictures=pictures, labels=labels):
@@ -51,12 +58,26 @@ def main() -> None:
         losses.append(report.loss)
         traffic = {"sent": report.bytes_sent, "received": report.bytes_received}
     replica.strategy.average_running_statistics()
-    whole = {name: tensor.contiguous().clone() for name, tensor in replica.gather().items()}
+    whole = {name: t.contiguous().clone() for name, t in replica.gather().items() if MOMENTUM not in name}
+    return whole, {"losses": losses, "traffic": gather_objects(traffic, "traffic")}
+
+
+def main() -> None:
+    out, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    alexnet_owt.HIDDEN = HIDDEN
+    # the process sets of groups of 2 among 4 do for groups of 1, 2 and 4
+    world = runtime.init("cpu", fc_group_size=2)
+    checks = {size: check_exchange(world, size) for size in range(2, world.size + 1, 2)}
     if world.is_root:
-        save_file({n: t for n, t in whole.items() if not n.startswith(MOMENTUM)}, out)
-        print(json.dumps({"losses": losses, "traffic": traffic}), flush=True)
+        (out / "exchange.json").write_text(json.dumps(checks))
+    for run in runs:
+        whole, record = train(configure(run["settings"]), run["steps"], world)
+        if world.is_root:
+            save_file(whole, out / f"{run['name']}.safetensors")
+            (out / f"{run['name']}.json").write_text(json.dumps(record))
     runtime.shutdown()
 
 
 if __name__ == "__main__":
+    assert read_topology().world_size % 2 == 0
     main()

@@ -1,0 +1,129 @@
+"""Who takes part in `bench scaling`, and where: in this process, or in one beside it without Horovod.
+
+Horovod's thread looks for work a thousand times a second, over the network with all ranks: that costs a rank
+10 to 20 % of a core even when there is none. Training with Horovod pays it; torch's DDP does not, nor does
+one rank alone. So these run in a process of their own while the one that Horovod lives in stands still.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+
+from horovod_owt.bench.ddp_loop import LR, DdpLoop, torch_process_group
+from horovod_owt.bench.request import PEERS
+from horovod_owt.config import TrainConfig
+from horovod_owt.data.pipeline import Batch
+from horovod_owt.parallel.runtime import World
+from horovod_owt.train.replica import Replica, StepReport
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for when the parent ends
+
+
+class Name(NamedTuple):
+    """A contender: a strategy on all ranks of the job, or on rank 0 alone."""
+
+    strategy: str
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.strategy} x{self.ranks}"
+
+
+def build(name: Name, cfg: TrainConfig, world: World) -> Callable[[int], StepReport]:
+    """The contender's training step, on random images that stay the same: no pipeline has to make them."""
+    place, batch = world if name.ranks == world.size else _alone(world), _random_batch(cfg, world)
+    if name.strategy in PEERS:
+        return DdpLoop(cfg, place, batch, tuned=name.strategy == "ddp-tuned").train_step
+    if name.strategy == "data":
+        cfg = dataclasses.replace(cfg, parallel="data", fc_batch="global")
+    replica, images = Replica(cfg, place), cfg.global_batch(place.size)
+    return lambda step: replica.train_step(lambda: batch, consumed=step * images, lr=LR)
+
+
+class Aside:
+    """A process beside this one, which stands still while the other takes steps."""
+
+    def __init__(self, cfg: TrainConfig, world: World, meeting_point: str | None) -> None:
+        """`meeting_point`: where torch's process groups form, if there is to be one."""
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._stands_still = world.size > 1  # a lone rank waits for nobody, and a shell may be watching it
+        plain_world = dataclasses.replace(world, process_sets=())
+        self._process = context.Process(
+            target=_serve, args=(theirs, cfg, plain_world, meeting_point, self._stands_still), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def run(self, name: Name, steps: range) -> list[StepReport]:
+        """These steps of the contender, which is built when it is first asked for."""
+        self._connection.send((name, steps))
+        if self._stands_still:
+            os.kill(os.getpid(), signal.SIGSTOP)  # until the other process says CONT
+        return self._receive()
+
+    def close(self) -> None:
+        self._connection.send(None)
+        self._process.join()
+
+    def _receive(self) -> list[StepReport]:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            raise RuntimeError("the process for contenders without Horovod has died") from None
+        if isinstance(answer, str):
+            raise RuntimeError(f"in the process for contenders without Horovod: {answer}")
+        return answer
+
+
+def _serve(
+    connection: Connection, cfg: TrainConfig, world: World, meeting_point: str | None, stop_parent: bool
+) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(world.threads)
+    parent, contenders = psutil.Process(os.getppid()), {}
+    with torch_process_group(world, meeting_point):
+        connection.send([])
+        while (request := connection.recv()) is not None:
+            name, steps = request
+            while stop_parent and parent.status() != psutil.STATUS_STOPPED:
+                time.sleep(1e-3)
+            try:
+                if name not in contenders:
+                    contenders[name] = build(name, cfg, world)
+                answer = [contenders[name](step) for step in steps]
+            except Exception:
+                answer = traceback.format_exc()
+            connection.send(answer)
+            if stop_parent:
+                parent.send_signal(signal.SIGCONT)
+
+
+def _alone(world: World) -> World:
+    return dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1, process_sets=())
+
+
+def _random_batch(cfg: TrainConfig, world: World) -> Batch:
+    torch.manual_seed(cfg.seed + world.rank)
+    images = torch.randn(cfg.batch, 3, cfg.image_size, cfg.image_size, device=world.device)
+    return Batch(
+        images.contiguous(memory_format=torch.channels_last),
+        torch.randint(cfg.classes, (cfg.batch,), device=world.device),
+        torch.ones(cfg.batch, dtype=torch.bool, device=world.device),
+        np.arange(cfg.batch),
+    )

@@ -1,0 +1,88 @@
+"""torch's own way, DistributedDataParallel over its own process group: the peers in `bench scaling`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+import psutil
+import torch
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import alexnet
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.data.pipeline import Batch
+from horovod_owt.parallel.one_weird_trick import autocast
+from horovod_owt.parallel.runtime import World
+from horovod_owt.train.replica import StepReport
+
+LR = 1e-4  # random labels teach nothing; small enough that no loss grows
+
+
+class DdpLoop:
+    """torchvision's alexnet in a plain training loop on one batch; in a world of one rank without DDP.
+
+    As torchvision's reference script runs it: contiguous tensors, default SGD. `tuned`: the same with
+    torch's own switches, channels_last, fused SGD, gradients that are views of DDP's buckets.
+    """
+
+    def __init__(self, cfg: TrainConfig, world: World, batch: Batch, *, tuned: bool) -> None:
+        memory_format = torch.channels_last if tuned else torch.contiguous_format
+        model = alexnet(weights=None, num_classes=cfg.classes, dropout=cfg.dropout)
+        model = model.to(world.device, memory_format=memory_format)
+        fused = tuned and "fused" in inspect.signature(torch.optim.SGD).parameters  # torch 2.0 has it not
+        self._optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=LR,
+            momentum=cfg.momentum,
+            weight_decay=cfg.weight_decay,
+            **({"fused": True} if fused else {}),
+        )
+        if world.size > 1:
+            switches = {"gradient_as_bucket_view": True, "static_graph": True} if tuned else {}
+            model = DistributedDataParallel(model, **switches)
+        self._model = model
+        self._images, self._labels = batch.images.contiguous(memory_format=memory_format), batch.labels
+        self._label_smoothing = cfg.label_smoothing
+        self._autocast = lambda: autocast(cfg.precision, world.device)
+
+    def train_step(self, step: int) -> StepReport:
+        """One update; what DDP does not hide of its communication is part of backward, not told apart."""
+        start = perf_counter()
+        with self._autocast():
+            logits = self._model(self._images)
+            loss = F.cross_entropy(logits, self._labels, label_smoothing=self._label_smoothing)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        value = loss.item()
+        return StepReport(value, False, perf_counter() - start, data_wait_s=0.0, exposed_comm_s=0.0)
+
+
+def free_meeting_point() -> str:
+    """On rank 0: where its peers in torch.distributed can find it, on the interface of Horovod's Gloo."""
+    addresses = psutil.net_if_addrs().get(os.environ.get("HOROVOD_GLOO_IFACE", ""), [])
+    found = [address.address for address in addresses if address.family == socket.AF_INET]
+    host = found[0] if found else socket.gethostbyname(socket.gethostname())
+    with socket.create_server((host, 0)) as server:
+        return f"tcp://{host}:{server.getsockname()[1]}"
+
+
+@contextmanager
+def torch_process_group(world: World, meeting_point: str | None) -> Iterator[None]:
+    """torch.distributed among these ranks, on the same interface; nothing where there is no meeting point."""
+    if not meeting_point:
+        yield
+        return
+    if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    backend = "gloo" if world.device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, meeting_point, rank=world.rank, world_size=world.size)
+    yield
+    dist.destroy_process_group()

@@ -1,0 +1,84 @@
+"""What `bench scaling` is asked for; bad input is refused before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import psutil
+
+from horovod_owt.config import TrainConfig, resolve
+from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.topology import read_topology, resolve_group_size
+from horovod_owt.train.prepare import choose_device
+
+OURS, PEERS = ("data", "hybrid"), ("ddp", "ddp-tuned")
+CLASSES = 1000  # of the net, unless the recipe or --set says otherwise
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be timed, as far as one rank can tell."""
+
+    cfg: TrainConfig
+    strategies: tuple[str, ...]
+    against: str | None
+    steps: int
+    warmup: int
+    interface: str | None  # whose bytes are counted
+    device: str
+
+
+def prepare(
+    recipe: str | None,
+    settings: tuple[str, ...],
+    *,
+    strategies: str,
+    against: str | None,
+    steps: int,
+    warmup: int,
+    interface: str | None,
+) -> Request:
+    """Refuse what can be refused before ranks meet, with an OwtError."""
+    try:
+        for name, value, low in (("steps", steps, 1), ("warmup", warmup, 0)):
+            if value < low:
+                raise ConfigError(f"--{name} {value}", wanted=f"at least {low}")
+        wanted = tuple(dict.fromkeys(word.strip() for word in strategies.split(",")))
+        if unknown := [word for word in wanted if word not in OURS]:
+            raise ConfigError(f"--strategies {unknown[0]!r}", wanted=" or ".join(OURS))
+        if any(setting.partition("=")[0].strip() == "parallel" for setting in settings):
+            raise ConfigError("--set parallel", wanted="--strategies, as several are compared")
+        if interface and interface not in psutil.net_io_counters(pernic=True):
+            known = ", ".join(psutil.net_io_counters(pernic=True))
+            raise ConfigError(f"--count-interface {interface}", wanted=f"one of {known}")
+
+        topology = read_topology()
+        if topology.world_size == 1:
+            wanted = tuple(word for word in wanted if word != "hybrid")
+        cfg = resolve(recipe, (*settings, f"parallel={'hybrid' if 'hybrid' in wanted else 'data'}"))
+        group_size = resolve_group_size(cfg.fc_group_size, topology)
+        if "hybrid" in wanted and group_size == 1:
+            raise ConfigError(
+                f"fc_group_size={cfg.fc_group_size}, one rank: hybrid would be data",
+                wanted="more ranks in a group",
+                fix="--set fc_group_size=all",
+            )
+        cfg = dataclasses.replace(cfg, classes=cfg.classes or CLASSES, fc_group_size=str(group_size))
+        if against:
+            _refuse_unfit_for_ddp(cfg)
+        device = choose_device(cfg, topology)
+    except OwtError as error:
+        error.on_every_rank()
+        raise
+    return Request(cfg, wanted, against, steps, warmup, interface, device)
+
+
+def _refuse_unfit_for_ddp(cfg: TrainConfig) -> None:
+    """ConfigError for what the peers cannot do as ours does, so that the comparison would be none."""
+    if cfg.model != "alexnet-owt":
+        raise ConfigError(f"model={cfg.model} against ddp", wanted="alexnet-owt, the net of torchvision")
+    if cfg.accum_steps > 1:
+        raise ConfigError(f"accum_steps={cfg.accum_steps} against ddp", wanted="1", fix="set batch instead")
+    if cfg.precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision={cfg.precision} against ddp", wanted="fp32 or bf16")

@@ -1,0 +1,1 @@
+"""The arithmetic of a training step: bytes and seconds from sizes alone. Loads no torch."""

@@ -1,0 +1,41 @@
+"""The sizes of AlexNet-OWT, and what follows from them. A test holds them to the model itself."""
+
+from __future__ import annotations
+
+FC6_IN = 256 * 6 * 6  # channels * height * width after the last pool
+HIDDEN = 4096
+# channels in, channels out, side of the kernel
+CONVOLUTIONS = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
+
+
+def conv_channels() -> int:
+    """Of all convolutions: what batch normalisation has statistics of."""
+    return sum(channels for _, channels, _ in CONVOLUTIONS)
+
+
+def conv_parameters(*, batch_norm: bool = False) -> int:
+    """Weights and biases of the convolutions, with their batch normalisations'."""
+    linear = sum(c_out * (c_in * kernel**2 + 1) for c_in, c_out, kernel in CONVOLUTIONS)
+    return linear + (2 * conv_channels() if batch_norm else 0)
+
+
+def share(units: int, parts: int, index: int) -> int:
+    """How many of `units` fall to part `index`: as evenly as can be, the first parts get the rest."""
+    return units // parts + (index < units % parts)
+
+
+def fc_layers(classes: int, *, group_size: int = 1) -> list[tuple[int, int]]:
+    """(units in, units out) of the part of fc6, fc7 and fc8 that the first rank of a group holds.
+
+    fc6 is split by output units, fc7 and fc8 by input units; see parallel.split_classifier.
+    """
+    own = share(HIDDEN, group_size, 0)
+    return [(FC6_IN, own), (own, HIDDEN), (own, classes)]
+
+
+def fc_parameters(classes: int, *, group_size: int = 1, index: int = 0, batch_norm: bool = False) -> int:
+    """Weights and biases of the fully connected layers that one rank of a group holds."""
+    own, own_classes = share(HIDDEN, group_size, index), share(classes, group_size, index)
+    weights = own * (FC6_IN + HIDDEN + classes)
+    biases = 2 * own + own_classes
+    return weights + biases + (4 * own if batch_norm else 0)

@@ -1,0 +1,39 @@
+"""`--parallel auto` measures, says what it chose, and trains with it."""
+
+import json
+import re
+
+import pytest
+from conftest import OWT, SMALL, records
+
+
+def test_auto_prints_its_choice_with_both_predictions_and_goes_on_with_it(run, images, tmp_path):
+    more = ["--set", "max_steps=1", "--set", "pipeline=torchvision"]
+    done = run(
+        [*OWT, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", "auto", *more], limit_s=200
+    )
+    (line,) = re.findall(r"parallel auto: .*", done.stderr + done.stdout)
+    said = re.fullmatch(
+        r"parallel auto: (data|hybrid) \(predicted ([\d.e-]+) s a step on 2 ranks; "
+        r"(data|hybrid) ([\d.e-]+) s\); --parallel (data|hybrid) overrules",
+        line.strip(),
+    )
+    choice, seconds, other, other_seconds, overruled = said.groups()
+    assert {choice, other} == {"data", "hybrid"} and overruled == other
+    assert float(seconds) <= float(other_seconds)
+
+    assert json.loads((tmp_path / "config.json").read_text())["parallel"] == choice
+    (first,) = records(tmp_path, "run")
+    assert first["predicted_step_ms"][choice] == pytest.approx(1e3 * float(seconds), rel=0.01)
+    assert first["predicted_step_ms"][other] == pytest.approx(1e3 * float(other_seconds), rel=0.01)
+    (step,) = records(tmp_path, "step")
+    assert step["bytes_sent"] == first["bytes_sent_per_step_expected"]
+    assert ("features" in step["bytes_sent"]) == (choice == "hybrid")
+
+
+def test_auto_on_one_rank_is_data(run, images, tmp_path):
+    more = ["--set", "max_steps=1", "--set", "pipeline=torchvision"]
+    argv = [*OWT, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", "auto", *more]
+    done = run(argv, ranks=1, launcher="none")
+    assert "parallel auto: data (one rank)" in done.stderr
+    assert json.loads((tmp_path / "config.json").read_text())["parallel"] == "data"

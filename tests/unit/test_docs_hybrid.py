@@ -1,0 +1,43 @@
+"""docs/hybrid.md: its picture is the one that the script draws, its figures are those of perf."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.perf.network import FC6_IN, HIDDEN, fc_parameters
+from horovod_owt.perf.traffic import break_even_batch, bytes_sent_per_step
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def megabytes(group_size: int, **values) -> str:
+    cfg = TrainConfig(classes=1000, fc_group_size=str(group_size), **values)
+    return f"{sum(bytes_sent_per_step(cfg, group_size).values()) / 1e6:.1f}"
+
+
+def test_the_picture_is_what_the_script_draws():
+    spec = importlib.util.spec_from_file_location("draw_hybrid", DOCS / "draw_hybrid.py")
+    draw_hybrid = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw_hybrid)
+    assert draw_hybrid.FILE.read_text() == draw_hybrid.drawing()
+
+
+@pytest.mark.parametrize("group_size", [2, 4, 8, 16])
+@pytest.mark.parametrize(("precision", "pass_bytes"), [("fp32", 4), ("bf16", 2)])
+def test_the_table_of_bytes_is_the_closed_form(group_size, precision, pass_bytes):
+    cells = [
+        group_size,
+        megabytes(group_size, parallel="data", batch=32),
+        *(megabytes(group_size, parallel="hybrid", precision=precision, batch=b) for b in (32, 128, 512)),
+        round(break_even_batch(group_size, pass_bytes=pass_bytes)),
+    ]
+    assert f"| {' | '.join(map(str, cells))} |" in (DOCS / "hybrid.md").read_text()
+
+
+@pytest.mark.parametrize(("group_size", "percent"), [(2, 4), (8, 28)])
+def test_the_other_split_would_send_so_much_less(group_size, percent):
+    ours, other = FC6_IN + HIDDEN + 1000, FC6_IN / group_size + 2 * HIDDEN + 1000
+    assert round(100 * (1 - other / ours)) == percent
+    assert round(fc_parameters(1000) / 1e6, 1) == 58.6
