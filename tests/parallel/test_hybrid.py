@@ -27,6 +27,7 @@ pytestmark = pytest.mark.timeout(500)  # the first tests wait for the jobs
 IMAGES, CLASSES = 8, 10  # of a global batch
 LR = 0.02
 SEED = 7
+FP64_STEPS = 10  # half of those in fp32, which are quicker: what is wrong shows in the second already
 
 
 def plan(ranks: int, steps: int, **settings) -> dict:
@@ -42,10 +43,10 @@ def hybrid(ranks: int, steps: int, size: int, scheme: str, **settings) -> dict:
 
 BN = dict(model="alexnet-owt-bn", precision="fp64")
 ON_2_RANKS = {
-    "fp64-data": plan(2, 20, precision="fp64"),
-    "fp64-a": hybrid(2, 20, 2, "a", precision="fp64"),
-    "fp64-b": hybrid(2, 20, 2, "b", precision="fp64"),
-    "fp64-a-accum": hybrid(2, 20, 2, "a", precision="fp64", accum_steps=2),
+    "fp64-data": plan(2, FP64_STEPS, precision="fp64"),
+    "fp64-a": hybrid(2, FP64_STEPS, 2, "a", precision="fp64"),
+    "fp64-b": hybrid(2, FP64_STEPS, 2, "b", precision="fp64"),
+    "fp64-a-accum": hybrid(2, 4, 2, "a", precision="fp64", accum_steps=2),
     "fp64-b-accum": hybrid(2, 4, 2, "b", precision="fp64", accum_steps=2),
     "fp32-data": plan(2, 20),
     "fp32-a": hybrid(2, 20, 2, "a"),
@@ -55,14 +56,14 @@ ON_2_RANKS = {
     "dropout-data": plan(2, 5, precision="fp64", dropout=0.5, accum_steps=2),
     "dropout-a": hybrid(2, 5, 2, "a", precision="fp64", dropout=0.5),
     "dropout-b-accum": hybrid(2, 5, 2, "b", precision="fp64", dropout=0.5, accum_steps=2),
-    "local": hybrid(2, 10, 2, "b", precision="fp64", fc_batch="local"),
+    "local": hybrid(2, 5, 2, "b", precision="fp64", fc_batch="local"),
     "bf16-a": hybrid(2, 5, 2, "a", precision="bf16"),
     "bf16-b": hybrid(2, 5, 2, "b", precision="bf16"),
     "compressed": hybrid(2, 5, 2, "a", compression="fp16"),
 }
 ON_4_RANKS = {
     **{
-        f"fp64-{name}-{scheme}": hybrid(4, 20, size, scheme, precision="fp64")
+        f"fp64-{name}-{scheme}": hybrid(4, FP64_STEPS, size, scheme, precision="fp64")
         for name, size in (("one-group", 4), ("2x2", 2))
         for scheme in "ab"
     },
@@ -79,8 +80,8 @@ ON_4_RANKS = {
     "bn-2x2-b": hybrid(4, 5, 2, "b", **BN),
     "dropout-one-group": hybrid(4, 5, 4, "a", precision="fp64", dropout=0.5),
     "dropout-2x2": hybrid(4, 5, 2, "b", precision="fp64", dropout=0.5),
-    "local-2x2": hybrid(4, 10, 2, "b", precision="fp64", fc_batch="local"),
-    "local-2x2-compressed": hybrid(4, 10, 2, "b", fc_batch="local", compression="fp16"),
+    "local-2x2": hybrid(4, 5, 2, "b", precision="fp64", fc_batch="local"),
+    "local-2x2-compressed": hybrid(4, 5, 2, "b", fc_batch="local", compression="fp16"),
     "bf16-2x2": hybrid(4, 5, 2, "b", precision="bf16"),
     "2-classes": hybrid(4, 5, 4, "a", precision="fp64", classes=2),
 }
@@ -143,6 +144,7 @@ def net_for(cfg):
     return (net.double() if cfg.precision == "fp64" else net).train()
 
 
+@cache
 def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], dict[str, torch.Tensor]]:
     """One process, the whole net, the whole global batch at once, autograd and torch's SGD.
 
@@ -170,6 +172,7 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
     return losses, weights_of(net)
 
 
+@cache
 def plain_local(steps: int, *, ranks: int, size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The paper's variable batch size as a sequence: one process, classifier updates in `size` turns a step.
 
@@ -217,10 +220,14 @@ def assert_same(ours: dict, theirs: dict, tolerance: float) -> None:
     assert not far
 
 
-@pytest.fixture(scope="module")
-def plain_20():
-    """20 steps of the plain program, by precision and number of steps."""
-    return cache(lambda precision, steps=20: plain(steps, precision=precision))
+def distance(ours: dict, theirs: dict) -> float:
+    """Euclidean, over all tensors."""
+    return sum((ours[n].double() - theirs[n].double()).square().sum().item() for n in theirs) ** 0.5
+
+
+def way_of(weights: dict) -> float:
+    """How far these have gone from the first weights."""
+    return distance(net_for(configure(plan(1, 0)["settings"])).state_dict(), weights)
 
 
 def named(prefix: str, chosen=PLANS) -> list[tuple[int, str]]:
@@ -228,22 +235,22 @@ def named(prefix: str, chosen=PLANS) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(("ranks", "name"), named("fp64"))
-def test_ranks_train_to_the_weights_of_one_process(trained, plain_20, ranks, name):
-    losses, weights = plain_20("fp64", PLANS[ranks][name]["steps"])
+def test_ranks_train_to_the_weights_of_one_process(trained, ranks, name):
+    losses, weights = plain(PLANS[ranks][name]["steps"], precision="fp64")
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)  # they are reported in fp32
     assert_same(job.weights(name), weights, 1e-9)
 
 
 @pytest.mark.parametrize(("ranks", "name"), named("fp32"))
-def test_in_fp32_the_weights_are_near_those_of_one_process(trained, plain_20, ranks, name):
+def test_in_fp32_the_weights_are_near_those_of_one_process(trained, ranks, name):
     """Within 1e-5, and 1e-7 is usual; but not for every seed, nor for certain with another torch.
 
     An input of a rectifier or a pool that ties within rounding lets its gradient go the other way, and then
     some biases are off by 1e-4. It happened with 5 of 11 seeds, in single processes too whose convolutions
     add up in another order. That nothing else is behind such a distance is what fp64 shows above.
     """
-    losses, weights = plain_20("fp32")
+    losses, weights = plain(20)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-5)
     assert_same(job.weights(name), weights, 1e-5)
@@ -279,12 +286,12 @@ def test_dropout_belongs_to_sample_and_unit(trained, ranks, name):
 
 @pytest.mark.parametrize(("ranks", "name"), [(2, "local"), (4, "local-2x2")])
 def test_fc_batch_local_is_a_sequence_of_smaller_updates(trained, ranks, name):
-    losses, weights = plain_local(10, ranks=ranks, size=2)
+    losses, weights = plain_local(5, ranks=ranks, size=2)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)
     assert_same(job.weights(name), weights, 1e-9)
-    whole = trained(2).weights("fp64-b")["classifier.6.bias"]
-    assert (weights["classifier.6.bias"] - whole).norm() > 1e-3 * whole.norm()
+    at_once = plain(5, precision="fp64")[1]
+    assert distance(weights, at_once) > 1e-3 * way_of(at_once)
 
 
 def test_ranks_without_a_class_of_their_own_train_too(trained):
@@ -294,20 +301,22 @@ def test_ranks_without_a_class_of_their_own_train_too(trained):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "name", "exact", "tolerance"),
+    ("ranks", "name", "tolerance"),
     [
-        (2, "bf16-a", "fp32-a", 0.02),
-        (2, "bf16-b", "fp32-b", 0.02),
-        (4, "bf16-2x2", "fp32-2x2-b", 0.02),
-        (2, "compressed", "fp32-a", 0.001),
-        (4, "local-2x2-compressed", "local-2x2", 0.001),
+        (2, "bf16-a", 0.12),
+        (2, "bf16-b", 0.12),
+        (4, "bf16-2x2", 0.12),
+        (2, "compressed", 0.001),
+        (4, "local-2x2-compressed", 0.001),
     ],
 )
-def test_fewer_bits_train_to_nearly_the_same_losses(trained, ranks, name, exact, tolerance):
-    losses = trained(ranks).losses(name)
-    wanted = trained(ranks).losses(exact)[: len(losses)]
-    assert losses == pytest.approx(wanted, rel=tolerance)
-    assert losses != pytest.approx(wanted, rel=1e-7)
+def test_fewer_bits_train_to_nearly_the_same_weights(trained, ranks, name, tolerance):
+    """Losses hardly differ so early: the distance is held against the way that the weights went."""
+    local = "local" in name
+    losses, weights = plain_local(5, ranks=4, size=2) if local else plain(5)
+    assert trained(ranks).losses(name) == pytest.approx(losses, rel=0.01)
+    off = distance(trained(ranks).weights(name), weights) / way_of(weights)
+    assert tolerance / 50 < off < tolerance  # the lower bound: fewer bits there are
 
 
 def closed_form(ranks: int, size: int, batch: int, *, word: int = 4, gradient: int = 4) -> dict[str, float]:
