@@ -18,7 +18,7 @@ VENV_BIN = Path(sys.executable).parent
 PROGRAMS = Path(__file__).parent / "programs"
 SMALL = ["--recipe", Path(__file__).with_name("small.yaml")]
 OWT = [sys.executable, "-m", "horovod_owt"]
-LIMIT_S = 100
+LIMIT_S = 200
 
 
 @dataclass(frozen=True)

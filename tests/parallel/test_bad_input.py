@@ -67,9 +67,9 @@ def test_bad_data_is_refused(run, copy, spoil):
 
     spoil(copy)
     guard = WITHOUT_ROOTS_RIGHTS if os.geteuid() == 0 and spoil is unreadable_folder else []
-    alone = run([*guard, *OWT, "train", copy], launcher="none", exit_code=2, limit_s=30)
+    alone = run([*guard, *OWT, "train", copy], launcher="none", exit_code=2, limit_s=60)
     assert BAD_DATA[spoil] in the_one_line(alone) and "fix:" in the_one_line(alone)
-    both = run([*guard, *OWT, "train", copy], exit_code=None, limit_s=30)
+    both = run([*guard, *OWT, "train", copy], exit_code=None, limit_s=60)
     assert both.exit_code != 0
     assert BAD_DATA[spoil] in the_one_line(both)
 
@@ -85,8 +85,8 @@ BAD_SETTINGS = {
 @pytest.mark.parametrize("setting", BAD_SETTINGS)
 def test_a_bad_setting_is_refused(run, images, setting):
     command = [*OWT, "train", images, "--set", setting]
-    assert BAD_SETTINGS[setting] in the_one_line(run(command, launcher="none", exit_code=2, limit_s=30))
-    both = run(command, exit_code=None, limit_s=30)
+    assert BAD_SETTINGS[setting] in the_one_line(run(command, launcher="none", exit_code=2, limit_s=60))
+    both = run(command, exit_code=None, limit_s=60)
     assert both.exit_code != 0 and BAD_SETTINGS[setting] in the_one_line(both)
 
 
@@ -105,7 +105,7 @@ def test_more_ranks_than_gpus_are_refused(run, images):
         ["python", PROGRAMS / "gpus.py", "train", images],
         ranks=3,
         exit_code=None,
-        limit_s=40,
+        limit_s=60,
         OWT_TEST_GPUS="2",
     )
     assert done.exit_code != 0
@@ -125,7 +125,7 @@ def test_ranks_that_see_different_data_are_refused(run, copy, tmp_path):
 
 
 def test_an_mpirun_ends_with_our_exit_code(run, images):
-    done = run([*OWT, "train", images, "--set", "batch=0"], launcher="mpirun", exit_code=2, limit_s=30)
+    done = run([*OWT, "train", images, "--set", "batch=0"], launcher="mpirun", exit_code=2, limit_s=60)
     assert "batch=0" in the_one_line(done)
 
 

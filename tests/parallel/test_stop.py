@@ -10,7 +10,7 @@ import pytest
 from conftest import OWT, PROGRAMS, SMALL, records
 
 
-def wait_for(condition, limit_s=60):
+def wait_for(condition, limit_s=120):
     """Poll until `condition` gives something true, and return that."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
