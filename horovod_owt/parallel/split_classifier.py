@@ -193,13 +193,13 @@ class SplitClassifier:
             key: self._take_parameter(f"{name}.{key}", parameter, units)
             for key, parameter in whole.named_parameters()
         }
-        buffers = {}
-        for key, buffer in whole.named_buffers():
+        buffers = dict(whole.named_buffers())
+        for key, buffer in buffers.items():
             if buffer.dim():  # num_batches_tracked is a plain number
                 self.slices[f"{name}.{key}"] = units
-            buffers[key] = self.buffers[f"{name}.{key}"] = (
-                units.of(buffer).clone() if buffer.dim() else buffer
-            )
+                if not self._exchange.group.is_alone:
+                    buffers[key] = units.of(buffer).clone()
+            self.buffers[f"{name}.{key}"] = buffers[key]
         self.norms.append(UnitNorm(parameters, buffers, whole))
 
     def _take_parameter(self, name: str, whole: nn.Parameter, part: Slice) -> nn.Parameter:

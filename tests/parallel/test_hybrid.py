@@ -375,3 +375,19 @@ def test_what_goes_back_is_the_mirror_image_of_what_went_forward(trained, ranks,
         assert abs(forward) > 1e-3 and back == pytest.approx(forward, rel=1e-12), what
     unequal = {what: count for what, count in found.items() if what not in products}
     assert unequal == {what: 0 for what in ("whole tensors", "bf16 rows", "bf16 lent", "bf16 sums")}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        (2, "fp64-a"),
+        (2, "sync-bn-data"),
+        (2, "sync-bn-a"),
+        (4, "bn-data"),
+        (4, "bn-2x2-b"),
+        (4, "fp32-2x2-a"),
+    ],
+)
+def test_what_is_evaluated_is_what_a_checkpoint_holds(trained, ranks, name):
+    """Running statistics too: a net loaded from the gathered tensors gives the same logits."""
+    assert trained(ranks).record(name)["evaluation_is_off_by"] < 1e-5

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.data.pipeline import Batch
-from horovod_owt.model import alexnet_owt
+from horovod_owt.model import alexnet_owt, build_model
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.runtime import World
@@ -59,7 +59,16 @@ def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.T
         traffic = {"sent": report.bytes_sent, "received": report.bytes_received}
     replica.strategy.average_running_statistics()
     whole = {name: t.contiguous().clone() for name, t in replica.gather().items() if MOMENTUM not in name}
-    return whole, {"losses": losses, "traffic": gather_objects(traffic, "traffic")}
+    record = {"losses": losses, "traffic": gather_objects(traffic, "traffic")}
+    pictures, _ = global_batch(0, images, cfg.classes)
+    kept = next(iter(whole.values())).dtype
+    with replica.evaluating() as logits_of:
+        logits = logits_of(pictures.to(kept))
+    plain = build_model(cfg.model, cfg.classes).to(kept).eval()
+    plain.load_state_dict(whole)
+    with torch.no_grad():
+        record["evaluation_is_off_by"] = (logits - plain(pictures.to(kept)).float()).abs().max().item()
+    return whole, record
 
 
 def main() -> None:
