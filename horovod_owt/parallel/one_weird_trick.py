@@ -118,6 +118,11 @@ class OneWeirdTrick:
     def name(self) -> str:
         return "data" if self.fc_group_size == 1 else "hybrid"
 
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """What weights and gradients are kept in, whatever the passes compute in."""
+        return self.conv_parameters[0].dtype
+
     def begin_step(self) -> None:
         self.traffic.reset()
         self._conv_gradients.begin_step()
@@ -130,7 +135,7 @@ class OneWeirdTrick:
         starts = [consumed + rank * cfg.rank_batch() + micro_step * cfg.batch for rank in group.ranks]
         positions = np.concatenate([np.arange(start, start + len(labels)) for start in starts])
         keys = torch.from_numpy(sample_keys(cfg.seed, positions)).to(images.device)
-        kept = self.conv_parameters[0].dtype
+        kept = self.kept_dtype
         with self.autocast():
             features = self.model.convolve(images.to(kept)).to(kept)
         if cfg.dropout:

@@ -100,7 +100,7 @@ class Replica:
 
             def logits(images: Tensor) -> Tensor:
                 with self.strategy.autocast():
-                    return model(images).float()
+                    return model(images.to(self.strategy.kept_dtype)).float()
 
             yield logits
 
