@@ -54,7 +54,7 @@ class Exchange:
         """Every rank's rows, in the group's order: (b, n) -> (K*b, n); b is the same on all ranks."""
         if self.group.is_alone:
             return Arrived(own)
-        return self._allgather(own, what, bytes_of(own) * (self.group.size - 1))
+        return self._allgather(own, what)
 
     def sum_rows(self, parts: Tensor, what: str) -> Transfer | Arrived:
         """Own rows of the sum of all ranks' (K*b, n): (b, n) in fp32."""
@@ -75,7 +75,7 @@ class Exchange:
         """Every rank's columns side by side: (R, n_own) -> (R, n)."""
         if self.group.is_alone:
             return Arrived(own)
-        return self._allgather(own.t(), what, bytes_of(own) * (self.group.size - 1)).then(Tensor.t)
+        return self._allgather(own.t(), what).then(Tensor.t)
 
     def sum_everywhere(self, parts: Tensor, what: str) -> Transfer | Arrived:
         """The sum of all ranks' fp32 `parts`, on each of them."""
@@ -110,13 +110,14 @@ class Exchange:
         if part is None or self.group.is_alone:
             return shard
         along = shard.movedim(part.dim, 0)
-        return self._allgather(along, "whole tensors", 0).wait().movedim(0, part.dim)
+        return self._allgather(along, "whole tensors").wait().movedim(0, part.dim)
 
-    def _allgather(self, own: Tensor, what: str, sent: int) -> Transfer:
+    def _allgather(self, own: Tensor, what: str) -> Transfer:
         wire, back = _as_words(own.contiguous())
         handle = hvd.allgather_async(wire, name=what, process_set=self.group.process_set)
 
         def count(gathered: Tensor) -> Tensor:
+            sent = bytes_of(wire) * (self.group.size - 1)
             self._traffic.count(what, sent=sent, received=bytes_of(gathered) - bytes_of(wire))
             return back(gathered)
 

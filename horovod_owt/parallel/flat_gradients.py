@@ -52,7 +52,6 @@ class FlatGradients:
         self._group, self._traffic, self._name = group, traffic, name
         self._compress = hvd.Compression.fp16 if compression == "fp16" and not group.is_alone else None
         self._flat = self._parameters[0].new_zeros(sum(p.numel() for p in self._parameters))
-        self._flat.requires_grad_(False)
         self._views: dict[nn.Parameter, Tensor] = {}
         self._pieces: list[_Piece] = []
         self._pieces_of: dict[nn.Parameter, list[_Piece]] = {}

@@ -12,7 +12,7 @@ import horovod_owt
 
 PACKAGE = Path(horovod_owt.__file__).parent
 HEAVY = {"torch", "torchvision", "horovod", "nvidia", "mpi4py"}
-LIGHT = ["cli", "config", "errors", "schedule", "topology", "train.prepare"]
+LIGHT = ["cli", "commands.data", "config", "errors", "schedule", "topology", "train.prepare"]
 LIGHT += [f"data.{name}" for name in ("store", "order", "augment", "hashing", "jpeg", "synthetic", "feed")]
 LIGHT += [f"perf.{name}" for name in ("network", "traffic", "predict")]
 

@@ -34,13 +34,13 @@ def test_parameters_are_the_papers():
 
 
 def test_batch_norm_follows_each_conv_and_each_hidden_layer():
-    def before_relu(stage):
-        return [type(layer).__name__ for layer, after in zip(stage, stage[1:], strict=False)
-                if isinstance(after, torch.nn.ReLU)]  # fmt: skip
+    def after(stage, weights):
+        return [type(follower).__name__ for layer, follower in zip(stage, stage[1:], strict=False)
+                if isinstance(layer, weights)]  # fmt: skip
 
     model = build_model("alexnet-owt-bn", 1000)
-    assert before_relu(model.features) == ["BatchNorm2d"] * 5
-    assert before_relu(model.classifier) == ["BatchNorm1d"] * 2
+    assert after(model.features, torch.nn.Conv2d) == ["BatchNorm2d"] * 5
+    assert after(model.classifier, torch.nn.Linear) == ["BatchNorm1d"] * 2
 
 
 @pytest.mark.parametrize("name", ["alexnet-owt", "alexnet-owt-bn"])

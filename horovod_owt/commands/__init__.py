@@ -1,0 +1,1 @@
+"""The commands of `owt`. Their bodies import the heavy machinery, so that --help answers at once."""

@@ -1,0 +1,114 @@
+"""owt bench: measure, with the method beside the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from horovod_owt.commands.log import log_to_stderr
+from horovod_owt.commands.options import (
+    JSON_OPTION,
+    PARALLEL_OPTION,
+    RECIPE_OPTION,
+    SET_OPTION,
+    with_parallel,
+)
+
+
+@click.group()
+def bench() -> None:
+    """Measure, with the method beside the figures."""
+
+
+@bench.command()
+@click.argument("data", type=click.Path(path_type=Path), required=False)
+@RECIPE_OPTION
+@PARALLEL_OPTION
+@SET_OPTION
+@click.option("--steps", default=20, show_default=True, help="Timed steps of each contender.")
+@click.option("--warmup", default=3, show_default=True, help="Steps of each contender before any is timed.")
+@click.option(
+    "--against", type=click.Choice(["plain"]), help="A hand-written Horovod loop on random tensors."
+)
+@JSON_OPTION
+def step(
+    data: Path | None,
+    recipe: str | None,
+    parallel: str | None,
+    settings: tuple[str, ...],
+    steps: int,
+    warmup: int,
+    against: str | None,
+    as_json: bool,
+) -> None:
+    """Time training steps on the images in DATA; without DATA on synthetic JPEGs and a net of 1000 classes.
+
+    \b
+    Example:  horovodrun --gloo -np 2 owt bench step --set batch=32 --against plain --json
+    """
+    log_to_stderr()
+    from horovod_owt.bench.step import bench_step, format_step_report
+
+    settings = with_parallel(parallel, settings)
+    report = bench_step(data, recipe, settings, steps=steps, warmup=warmup, against=against)
+    if report is not None:  # rank 0
+        click.echo(json.dumps(report) if as_json else format_step_report(report))
+
+
+@bench.command()
+@RECIPE_OPTION
+@SET_OPTION
+@click.option("--strategies", default="data,hybrid", show_default=True, help="Which of ours on all ranks.")
+@click.option(
+    "--against",
+    type=click.Choice(["ddp"]),
+    help="torch's DistributedDataParallel: the loop of torchvision's reference script (ddp), and that with "
+    "torch's own switches (ddp-tuned).",
+)
+@click.option("--steps", default=20, show_default=True, help="Timed steps of each contender.")
+@click.option("--warmup", default=3, show_default=True, help="Steps of each contender before any is timed.")
+@click.option(
+    "--count-interface",
+    "interface",
+    metavar="IFACE",
+    help="Count the bytes that hosts send on this network interface, beside those that we think we send.",
+)
+@JSON_OPTION
+def scaling(
+    recipe: str | None,
+    settings: tuple[str, ...],
+    strategies: str,
+    against: str | None,
+    steps: int,
+    warmup: int,
+    interface: str | None,
+    as_json: bool,
+) -> None:
+    """Hold strategies against each other and against one rank alone, on random images, in one job.
+
+    Contenders take turns in short blocks; ratios and efficiency come from lower quartiles of the step time.
+
+    \b
+    Example:  horovodrun --gloo -np 2 owt bench scaling --against ddp --set batch=32
+              launch/two-hosts -- owt bench scaling --set fc_group_size=all --count-interface eth0
+    """
+    log_to_stderr()
+    from horovod_owt.bench.request import prepare
+
+    request = prepare(
+        recipe,
+        settings,
+        strategies=strategies,
+        against=against,
+        steps=steps,
+        warmup=warmup,
+        interface=interface,
+    )
+
+    from horovod_owt.bench.scaling import bench_scaling, format_scaling_report
+
+    report = bench_scaling(request)
+    if report is not None:  # rank 0
+        click.echo(json.dumps(report) if as_json else format_scaling_report(report))

@@ -1,0 +1,28 @@
+"""What a command says on stderr while it works."""
+
+from __future__ import annotations
+
+import logging
+
+from horovod_owt.topology import read_topology
+
+
+class _RankPrefix(logging.Formatter):
+    """`10:42:07 text` for rank 0's news, `10:42:09 WARNING [rank 13 gpu07] text` for anybody's trouble."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = self.formatTime(record, "%H:%M:%S")
+        if record.levelno < logging.WARNING:
+            return f"{time} {record.getMessage()}"
+        topology = read_topology()
+        who = f" [rank {topology.rank} {topology.host}]" if topology.world_size > 1 else ""
+        return f"{time} {record.levelname}{who} {record.getMessage()}"
+
+
+def log_to_stderr() -> None:
+    """Send the package's log there, with the rank before warnings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_RankPrefix())
+    logger = logging.getLogger("horovod_owt")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,52 @@
+"""owt train: one rank of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from horovod_owt.commands.log import log_to_stderr
+from horovod_owt.commands.options import PARALLEL_OPTION, RECIPE_OPTION, SET_OPTION, with_parallel
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/MODEL-DATE-TIME.")
+@RECIPE_OPTION
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|PATH",
+    help="Go on from the run folder's newest sound checkpoint, from none, or from the one at PATH.",
+)
+@PARALLEL_OPTION
+@SET_OPTION
+def train(
+    data: Path,
+    run_dir: Path | None,
+    recipe: str | None,
+    resume: str,
+    parallel: str | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Train on the images in DATA (train/CLASS/*.JPEG, val/CLASS/*.JPEG); each rank runs this command.
+
+    \b
+    Examples:  owt train /data/imagenet
+               horovodrun -np 4 owt train /data/imagenet --run-dir runs/first --set precision=bf16
+               mpirun -np 4 owt train /data/imagenet --recipe my.yaml
+               horovodrun -np 8 owt train /data/imagenet --parallel hybrid --set fc_group_size=4
+
+    Ctrl-C, TERM, USR1 and USR2 end it after the current step, with a checkpoint and exit code 75.
+    """
+    log_to_stderr()
+    from horovod_owt.train.prepare import prepare_alone
+
+    # nothing heavy is loaded before the input is known to be good
+    request = prepare_alone(data, recipe, with_parallel(parallel, settings))
+
+    from horovod_owt.train.loop import train_rank
+
+    train_rank(request, run_dir=run_dir, resume=resume)
