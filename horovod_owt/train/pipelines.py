@@ -5,11 +5,11 @@ from __future__ import annotations
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.feed import Feed, TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import Pipeline, make_pipeline
-from horovod_owt.data.store import ImageFolder
+from horovod_owt.data.store import DataSet
 from horovod_owt.parallel.runtime import World
 
 
-def training_pipeline(cfg: TrainConfig, folder: ImageFolder, world: World, *, position: int = 0) -> Pipeline:
+def training_pipeline(cfg: TrainConfig, folder: DataSet, world: World, *, position: int = 0) -> Pipeline:
     """Micro-batches without end, from `position` (samples consumed by all ranks so far) on."""
     feed = TrainFeed(
         folder.train,
@@ -24,7 +24,7 @@ def training_pipeline(cfg: TrainConfig, folder: ImageFolder, world: World, *, po
     return _pipeline(cfg, feed, world)
 
 
-def validation_pipeline(cfg: TrainConfig, folder: ImageFolder, world: World) -> Pipeline:
+def validation_pipeline(cfg: TrainConfig, folder: DataSet, world: World) -> Pipeline:
     """This rank's share of the validation images, each of them once, the last batch padded."""
     feed = ValidationFeed(folder.val, batch=cfg.batch, rank=world.rank, world_size=world.size)
     return _pipeline(cfg, feed, world)

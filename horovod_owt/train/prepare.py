@@ -8,7 +8,7 @@ from pathlib import Path
 
 from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.data.pipeline import resolve_kind
-from horovod_owt.data.store import ImageFolder, open_image_folder
+from horovod_owt.data.store import DataSet, open_data_set
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.topology import Topology, read_topology, resolve_group_size
 
@@ -19,7 +19,7 @@ class Request:
 
     cfg: TrainConfig  # with the number of classes filled in
     data: Path
-    folder: ImageFolder
+    folder: DataSet
     device: str  # of this rank: cpu, cuda:0, ...
 
 
@@ -28,7 +28,7 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
     topology = read_topology()
     try:
         cfg = resolve(recipe, settings)
-        folder = open_image_folder(data)
+        folder = open_data_set(data)
         if 0 < cfg.classes < len(folder.classes):
             raise ConfigError(
                 f"classes={cfg.classes}, but {data} has {len(folder.classes)}",

@@ -11,7 +11,7 @@ from torchvision.models import alexnet
 
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import make_pipeline
-from horovod_owt.data.store import open_image_folder
+from horovod_owt.data.store import open_data_set
 from horovod_owt.model import build_model
 
 STEPS, GLOBAL_BATCH = 4, 12
@@ -34,7 +34,7 @@ def distance(ours: dict, theirs: dict) -> float:
 @pytest.fixture(scope="module")
 def plain(images):
     """The plain program: torchvision's net, torch's SGD, one process, the whole global batch at once."""
-    folder = open_image_folder(images)
+    folder = open_data_set(images)
     net = alexnet(num_classes=2, dropout=0.0)
     net.load_state_dict(build_model("alexnet-owt", 2, seed=5).state_dict())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
@@ -142,7 +142,7 @@ def test_a_run_may_change_ranks_and_strategy_on_the_way(run, images, tmp_path):
 
 def score_by_the_book(net, images, best: int = 5) -> dict:
     """Counts over all validation images in one batch."""
-    store = open_image_folder(images).val
+    store = open_data_set(images).val
     net = net.eval()
     feed = ValidationFeed(store, batch=len(store))
     with make_pipeline("torchvision", feed, image_size=64, device_id=None, num_threads=1) as batches:

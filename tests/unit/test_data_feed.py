@@ -7,7 +7,7 @@ import pytest
 
 from horovod_owt.data.feed import EncodedBatch, TrainFeed, ValidationFeed
 from horovod_owt.data.prefetch import Prefetched
-from horovod_owt.data.store import open_image_folder
+from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import RunError
 
@@ -23,7 +23,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(root):
-    return open_image_folder(root)
+    return open_data_set(root)
 
 
 def rows(batches: list[EncodedBatch]) -> list[tuple]:
@@ -113,7 +113,7 @@ def test_a_bad_file_is_named_after_the_good_batches_before_it(tmp_path, damage, 
     write_synthetic(
         tmp_path / "set", classes=1, train_per_class=1, val_per_class=12, size=(32, 48), workers=1
     )
-    store = open_image_folder(tmp_path / "set").val
+    store = open_data_set(tmp_path / "set").val
     damage(Path(store.path(9)))
     with ValidationFeed(store, batch=4) as feed:
         assert next(feed).indices.tolist() == [0, 1, 2, 3]

@@ -15,7 +15,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from horovod_owt.data import pipeline
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import MEAN, STD, Batch, make_pipeline, resolve_kind
-from horovod_owt.data.store import open_image_folder
+from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import ConfigError, RunError
 
@@ -29,7 +29,7 @@ KINDS = [pytest.param("dali", marks=needs_dali), "torchvision"]
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "set"
     write_synthetic(root, classes=3, train_per_class=20, val_per_class=7, size=(80, 200), workers=1)
-    return open_image_folder(root)
+    return open_data_set(root)
 
 
 def run(kind, feed, image_size=64, steps=None) -> list[Batch]:
@@ -104,7 +104,7 @@ def soft(tmp_path_factory):
         for split in ("train", "val"):
             (root / split / "c").mkdir(parents=True, exist_ok=True)
             cloud.save(root / split / "c" / f"{number}.JPEG", quality=95)
-    return open_image_folder(root)
+    return open_data_set(root)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +159,7 @@ def test_odd_files_named_jpeg_look_the_same_in_both(data, tmp_path, kind):
     for split in ("train", "val"):
         (tmp_path / split / "c").mkdir(parents=True)
         (tmp_path / split / "c" / "odd.JPEG").write_bytes(save_as(image, kind))
-    store = open_image_folder(tmp_path).val
+    store = open_data_set(tmp_path).val
     dali, plain = (levels(run(k, ValidationFeed(store, batch=1))) for k in ("dali", "torchvision"))
     assert (dali - plain).abs()[..., 1:-1, 1:-1].max() < 2.1
 
@@ -221,7 +221,7 @@ def test_a_bad_image_ends_the_run_with_its_name(data, tmp_path, kind, damage, fa
     write_synthetic(
         tmp_path / "set", classes=1, train_per_class=1, val_per_class=30, size=(80, 120), workers=1
     )
-    store = open_image_folder(tmp_path / "set").val
+    store = open_data_set(tmp_path / "set").val
     damage(Path(store.path(at)))
     seen = []
     with make_pipeline(

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from horovod_owt.data.store import FolderStore, open_image_folder
+from horovod_owt.data.folder import FolderStore
+from horovod_owt.data.store import open_data_set
 from horovod_owt.errors import DataError
 
 
@@ -25,7 +26,7 @@ def root(tmp_path):
 
 
 def test_samples_are_in_sorted_order(root):
-    store = open_image_folder(root).train
+    store = open_data_set(root).train
     assert store.classes == ("n01", "n02") and len(store) == 8
     assert store.labels.dtype == np.int64 and store.labels.tolist() == [0] * 4 + [1] * 4
     names = ["a.jpg", "b.JPEG", "c.PNG", "d.Jpeg"]
@@ -42,14 +43,14 @@ def test_hidden_and_foreign_files_are_ignored(root):
     (root / "train" / "n01" / "._a.jpg").touch()
     (root / "train" / "n01" / "labels.csv").touch()
     (root / "train" / "n01" / "thumbs.jpg").mkdir()
-    assert len(open_image_folder(root).train) == 8
+    assert len(open_data_set(root).train) == 8
 
 
 def test_links_and_odd_names_are_read(root):
     os.symlink(root / "val" / "n01" / "a.jpg", root / "train" / "n01" / "e.jpg")
     odd = os.path.join(os.fsencode(root), b"train", b"n02", b"caf\xe9.jpg")  # not UTF-8
     Path(os.fsdecode(odd)).write_bytes(b"latin")
-    store = open_image_folder(root).train
+    store = open_data_set(root).train
     assert store.read(4) == b"val n01 a.jpg" and store.read(9) == b"train n02 d.Jpeg"
     assert store.path(8) == os.fsdecode(odd) and store.read(8) == b"latin"
 
@@ -112,10 +113,10 @@ def empty_class(root):
 def test_a_bad_folder_is_named_with_its_fix(root, damage, saw):
     damage(root)
     if saw is None:
-        open_image_folder(root)
+        open_data_set(root)
         return
     with pytest.raises(DataError, match=saw) as caught:
-        open_image_folder(root)
+        open_data_set(root)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
@@ -124,8 +125,8 @@ def test_a_bad_folder_is_named_with_its_fix(root, damage, saw):
 def test_an_unreadable_folder_is_named(root, folder, mode):
     (root / folder).chmod(mode)
     script = (
-        "import sys; from horovod_owt.data.store import open_image_folder\n"
-        "try: open_image_folder(sys.argv[1])\n"
+        "import sys; from horovod_owt.data.store import open_data_set\n"
+        "try: open_data_set(sys.argv[1])\n"
         "except Exception as trouble: print(type(trouble).__name__, trouble)"
     )
     command = [sys.executable, "-c", script, str(root)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from horovod_owt.data.store import open_image_folder
+from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import PATTERNS, SyntheticSet, class_name, draw, write_synthetic
 from horovod_owt.errors import DataError
 
@@ -39,7 +39,7 @@ def test_bytes_depend_on_the_seed_and_not_on_the_number_of_workers(tmp_path):
 def test_it_is_an_image_folder_with_the_asked_numbers(tmp_path):
     seen = []
     assert write_synthetic(tmp_path / "new" / "set", **SMALL, progress=lambda *at: seen.append(at))
-    data = open_image_folder(tmp_path / "new" / "set")
+    data = open_data_set(tmp_path / "new" / "set")
     assert data.classes == tuple(class_name(label, 3) for label in range(3))
     assert Counter(data.train.labels.tolist()) == {0: 30, 1: 30, 2: 30} and len(data.val) == 6
     assert seen[-1] == (96, 96) and [done for done, _ in seen] == sorted(done for done, _ in seen)
