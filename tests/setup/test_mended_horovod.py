@@ -101,6 +101,39 @@ def test_a_waiting_rank_sleeps(ranks):
     assert waited > 1 and burnt < 0.1 * waited, said  # without the patch all of it is burnt
 
 
+IDLE = """
+import re, statistics, time
+from pathlib import Path
+import torch, horovod.torch as hvd
+
+def switches():
+    texts = [(task / "status").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum(int(re.search(r"^voluntary_ctxt_switches:\\s+(\\d+)", text, re.M)[1]) for text in texts)
+
+hvd.init()
+hvd.barrier()
+before = switches()
+time.sleep(2)
+woken = switches() - before
+took = []
+for turn in range(11):
+    time.sleep(0.02)  # long enough for the thread to fall asleep again
+    start = time.perf_counter()
+    hvd.allreduce(torch.ones(1), name="one")
+    took.append(time.perf_counter() - start)
+if hvd.rank() == 0:
+    print(f"woken {woken} took {statistics.median(took):.3f}", flush=True)
+hvd.barrier()
+"""
+
+
+def test_an_idle_thread_sleeps_until_there_is_work(ranks):
+    said = ranks(2, IDLE, HOROVOD_IDLE_CYCLE_TIME="500").stdout.read()
+    woken, took = map(float, re.search(r"woken (\S+) took (\S+)", said).groups())
+    assert woken < 1500, said  # 400, most of them by Gloo; 5600 in cycles of 1 ms
+    assert took < 0.2, said  # not at the end of its sleep, but at once
+
+
 def test_stall_shutdown_ends_the_job_under_gloo(ranks, tmp_path):
     job = ranks(
         2,
