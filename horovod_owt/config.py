@@ -27,6 +27,7 @@ CHOICES = {
     "fc_batch": ("global", "local"),
     "compression": ("none", "fp16"),
     "pipeline": ("auto", "dali", "torchvision"),
+    "bad_images": ("fail", "skip"),
 }
 
 
@@ -73,6 +74,7 @@ class TrainConfig:
 
     pipeline: str = "auto"  # auto | dali | torchvision
     decode_threads: int = 0  # a rank; 0: its share of the cores
+    bad_images: str = "fail"  # fail: one ends the run; skip: each is named, and weighs nothing
     log_every: int = 10  # steps between two progress lines
     checkpoint_every: int = 0  # steps; 0: at epoch ends only
     keep_checkpoints: int = 3  # newest ones that stay on disk

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import numpy as np
+from PIL import Image
 
 from horovod_owt.data import augment
-from horovod_owt.data.jpeg import image_size
+from horovod_owt.data.faults import BadImages, check_image, read_fault
 from horovod_owt.data.order import SampleOrder, batch_positions, validation_slice
 from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.store import Store
@@ -17,6 +20,10 @@ from horovod_owt.errors import RunError
 
 READERS = 4  # threads that wait for the file system
 READ_AHEAD = 2  # batches
+
+IGNORED = -100  # the label of a row that must not count: torch's cross_entropy leaves it out
+
+Windows = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # (n, 2) sizes -> windows and flips
 
 
 @dataclass(frozen=True)
@@ -26,17 +33,64 @@ class EncodedBatch:
     jpegs: list[np.ndarray]  # the files' bytes, uint8
     windows: np.ndarray  # (b, 4) int32: top, left, height, width
     flips: np.ndarray  # (b,) bool
-    labels: np.ndarray  # (b,) int64
+    labels: np.ndarray  # (b,) int64; IGNORED where not valid
     indices: np.ndarray  # (b,) int64, into the store
-    valid: np.ndarray  # (b,) bool; False is padding that must not count
+    valid: np.ndarray  # (b,) bool; False is padding, or stands in for a bad image: it must not count
+    faults: Mapping[int, str] = field(default_factory=dict)  # row -> fault, of the bad images
+
+    def without(self, faults: Mapping[int, str]) -> EncodedBatch:
+        """The same batch, in which the rows of bad images (row -> fault) show a good one and do not count."""
+        valid = self.valid.copy()
+        valid[list(faults)] = False
+        found = {row: fault for row, fault in faults.items() if self.valid[row]}
+        batch = replace(
+            self,
+            labels=np.where(valid, self.labels, IGNORED),
+            valid=valid,
+            faults={**self.faults, **found},
+        )
+        if not valid.any():
+            jpeg, window = _stand_in()
+            return replace(batch, jpegs=[jpeg] * len(valid), windows=np.tile(window, (len(valid), 1)))
+        rows = np.where(valid, np.arange(len(valid)), np.argmax(valid))
+        return batch._showing(rows)
+
+    def padded(self, batch: int) -> EncodedBatch:
+        """The same with `batch` rows: the last one is repeated, and does not count."""
+        rows = np.minimum(np.arange(batch), len(self.valid) - 1)
+        valid = self.valid[rows] & (np.arange(batch) < len(self.valid))
+        return replace(
+            self._showing(rows),
+            labels=np.where(valid, self.labels[rows], IGNORED),
+            indices=self.indices[rows],
+            valid=valid,
+        )
+
+    def _showing(self, rows: np.ndarray) -> EncodedBatch:
+        """With the pictures of these rows."""
+        jpegs = [self.jpegs[row] for row in rows]
+        return replace(self, jpegs=jpegs, windows=self.windows[rows], flips=self.flips[rows])
+
+
+@cache
+def _stand_in() -> tuple[np.ndarray, np.ndarray]:
+    """A grey image and the window that is all of it, for a batch without a good image."""
+    jpeg = io.BytesIO()
+    Image.new("RGB", (16, 16), (124, 116, 104)).save(jpeg, "JPEG")
+    return np.frombuffer(jpeg.getvalue(), np.uint8), np.array([0, 0, 16, 16], np.int32)
 
 
 class Feed:
-    """An iterator of encoded batches over a store, read ahead by a thread until closed."""
+    """An iterator of encoded batches over a store, read ahead by a thread until closed.
 
-    def __init__(self, store: Store, batch: int) -> None:
+    With `bad_images` a bad image does not count, another stands in for it, and the batch says so; without, it
+    is a RunError. Pipelines hand in what they cannot decode by `without`.
+    """
+
+    def __init__(self, store: Store, batch: int, bad_images: BadImages | None = None) -> None:
         assert batch > 0
         self.store, self.batch = store, batch
+        self._bad_images = bad_images
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read-image")
         self._batches = Prefetched(self._read_batches(), READ_AHEAD, "read-batches")
 
@@ -52,8 +106,17 @@ class Feed:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def bad_image(self, index: int, fault: str) -> RunError:
-        return RunError(f"bad image {self.store.path(index)}: {fault}", fix="replace the file or remove it")
+    def without(self, batch: EncodedBatch, faults: Mapping[int, str]) -> EncodedBatch:
+        """`batch` with these rows (row -> fault) replaced and remembered as bad; RunError if none may be."""
+        for row, fault in faults.items():
+            if not batch.valid[row]:
+                continue  # it stands in for another, and shows what is bad in a row of its own
+            index = int(batch.indices[row])
+            if self._bad_images is None:
+                fix = "replace the file or remove it"
+                raise RunError(f"bad image {self.store.path(index)}: {fault}", fix=fix)
+            self._bad_images.add(index, fault)
+        return batch.without(faults)
 
     def close(self) -> None:
         self._batches.close()
@@ -62,24 +125,30 @@ class Feed:
     def _read_batches(self) -> Iterator[EncodedBatch]:
         raise NotImplementedError
 
-    def _read(self, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """Bytes and (height, width) of each sample; RunError names a file that cannot be read."""
+    def _read(self, indices: np.ndarray, windows_of: Windows) -> EncodedBatch:
         parts = self._readers.map(self._read_part, np.array_split(indices, min(READERS, len(indices))))
         samples = [sample for part in parts for sample in part]
-        return [data for data, _ in samples], np.array([size for _, size in samples], np.int64)
+        windows, flips = windows_of(np.array([size for _, size, _ in samples], np.int64))
+        jpegs, valid = [data for data, _, _ in samples], np.ones(len(indices), bool)
+        batch = EncodedBatch(jpegs, windows, flips, self.store.labels[indices], indices, valid)
+        faults = {row: fault for row, (_, _, fault) in enumerate(samples) if fault}
+        return self.without(batch, faults) if faults else batch
 
-    def _read_part(self, indices: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
+    def _read_part(self, indices: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int], str]]:
         return [self._read_one(index) for index in indices.tolist()]
 
-    def _read_one(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        try:
-            data = self.store.read(index)
-            return np.frombuffer(data, np.uint8), image_size(data)
-        except OSError as trouble:
-            saw = f"cannot read {self.store.path(index)}: {trouble.strerror or trouble}"
-            raise RunError(saw, fix="check the file and the disk it is on") from trouble
-        except ValueError as trouble:
-            raise self.bad_image(index, str(trouble)) from trouble
+    def _read_one(self, index: int) -> tuple[np.ndarray, tuple[int, int], str]:
+        """The file's bytes, (height, width), and what is wrong with it."""
+        fault = self._bad_images.fault(index) if self._bad_images else None
+        if not fault:
+            try:
+                data = self.store.read(index)
+                return np.frombuffer(data, np.uint8), check_image(data)[:2], ""
+            except OSError as trouble:
+                fault = read_fault(trouble)
+            except ValueError as trouble:
+                fault = str(trouble)
+        return np.empty(0, np.uint8), (1, 1), fault
 
 
 class TrainFeed(Feed):
@@ -96,37 +165,38 @@ class TrainFeed(Feed):
         accum_steps: int = 1,
         position: int = 0,
         scale: tuple[float, float] = augment.SCALE,
+        bad_images: BadImages | None = None,
     ) -> None:
         self._scale = scale
         self.order = SampleOrder(len(store), seed)
         self._positions = batch_positions(
             position, rank=rank, world_size=world_size, batch=batch, accum_steps=accum_steps
         )
-        super().__init__(store, batch)
+        super().__init__(store, batch, bad_images)
 
     def _read_batches(self) -> Iterator[EncodedBatch]:
         for position in self._positions:
             epochs, indices = self.order.at(position, self.batch)
-            jpegs, sizes = self._read(indices)
-            seed, labels = self.order.seed, self.store.labels[indices]
-            windows, flips = augment.training_windows(sizes, seed, epochs, indices, scale=self._scale)
-            yield EncodedBatch(jpegs, windows, flips, labels, indices, np.ones(self.batch, bool))
+            of = dict(seed=self.order.seed, epochs=epochs, indices=indices, scale=self._scale)
+            yield self._read(indices, partial(augment.training_windows, **of))
 
 
 class ValidationFeed(Feed):
     """This rank's slice of the validation set, once; the last batch is padded with rows not `valid`."""
 
-    def __init__(self, store: Store, *, batch: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        bad_images: BadImages | None = None,
+    ) -> None:
         self._slice = validation_slice(len(store), rank, world_size)
-        super().__init__(store, batch)
+        super().__init__(store, batch, bad_images)
 
     def _read_batches(self) -> Iterator[EncodedBatch]:
         for start in range(self._slice.start, self._slice.stop, self.batch):
-            rows = np.arange(start, start + self.batch)
-            valid = rows < self._slice.stop
-            indices = rows[valid]
-            jpegs, sizes = self._read(indices)
-            last = np.minimum(np.arange(self.batch), len(indices) - 1)  # repeats the last sample
-            indices, sizes, jpegs = indices[last], sizes[last], [jpegs[i] for i in last]
-            windows, flips = augment.validation_windows(sizes)
-            yield EncodedBatch(jpegs, windows, flips, self.store.labels[indices], indices, valid)
+            indices = np.arange(start, min(start + self.batch, self._slice.stop))
+            yield self._read(indices, augment.validation_windows).padded(self.batch)

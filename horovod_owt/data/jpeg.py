@@ -1,50 +1,54 @@
-"""What can be told of an image file: its size, from the header alone, and what is wrong with it."""
+"""What the header of an image file tells, without decoding it."""
 
 from __future__ import annotations
 
 import io
+from typing import NamedTuple
 
 from PIL import Image
 
-_NO_FRAME = {
-    0xC4,
-    0xC8,
-    0xCC,
-}  # Huffman tables, a reserved code, arithmetic coding: in the range of SOF markers
+# Huffman tables, a reserved code, arithmetic coding: in the range of SOF markers, but no frames
+_NO_FRAME = {0xC4, 0xC8, 0xCC}
+
+
+class Header(NamedTuple):
+    """What an image file says of itself."""
+
+    height: int  # as stored, without EXIF rotation
+    width: int
+    kind: str  # Pillow's name: JPEG, PNG, ...
+    components: int  # of a pixel as stored; in a JPEG, 4 are CMYK
+    pixels_from: int  # offset in the file from which on the image's data come; 0 where it is not known
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) as stored (no EXIF rotation); ValueError says what is wrong with the file."""
-    height, width = _jpeg_size(data) if data[:2] == b"\xff\xd8" else _other_size(data)
-    if not (height and width):
-        raise ValueError(f"impossible size {width} x {height}")
-    return height, width
+    header = read_header(data)
+    return header.height, header.width
 
 
-def find_fault(data: bytes) -> str | None:
-    """What keeps Pillow from decoding the image, or None. Slow: it decodes."""
-    try:
-        image_size(data)
-        with Image.open(io.BytesIO(data)) as image:
-            image.convert("RGB")
-    except Exception as trouble:  # as below
-        return str(trouble) or type(trouble).__name__
-    return None
+def read_header(data: bytes) -> Header:
+    """Size and kind; ValueError says what is wrong with the file."""
+    header = _jpeg_header(data) if data[:2] == b"\xff\xd8" else _other_header(data)
+    if not (header.height and header.width):
+        raise ValueError(f"impossible size {header.width} x {header.height}")
+    return header
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_header(data: bytes) -> Header:
     """Walk from marker to marker up to the start of the frame (SOF), ITU T.81 annex B."""
     at = 2
-    while at + 9 <= len(data):
+    while at + 10 <= len(data):
         if data[at] != 0xFF:
             raise ValueError("broken JPEG header")
         marker = data[at + 1]
-        if (
-            marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD7
-        ):  # fill byte, or a marker without contents
-            at += 1 if marker == 0xFF else 2
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # a marker without contents
+            at += 2
         elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            height, width = (int.from_bytes(data[at + k : at + k + 2], "big") for k in (5, 7))
+            return Header(height, width, "JPEG", data[at + 9], at)
         elif marker in (0xD9, 0xDA):  # the end, or pixels before any frame
             raise ValueError("JPEG without a frame header")
         else:
@@ -52,12 +56,22 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     raise ValueError("JPEG cut short within its header")
 
 
-def _other_size(data: bytes) -> tuple[int, int]:
+def _other_header(data: bytes) -> Header:
     if not data:
         raise ValueError("empty file")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
+            return Header(image.height, image.width, image.format or "", len(image.getbands()), 0)
+    except Image.DecompressionBombError:
+        raise ValueError("impossible size") from None
     except Exception as trouble:  # Pillow's parsers raise nearly anything on hostile bytes
-        raise ValueError("not an image") from trouble
-    return height, width
+        raise ValueError(f"not an image: {_looks_like(data)}") from trouble
+
+
+def _looks_like(data: bytes) -> str:
+    """A hint at what came in place of an image."""
+    if not data.strip(b"\0"):
+        return f"{len(data)} zero bytes"
+    start = data.lstrip()[:16]
+    kind = "HTML or XML, " if start.startswith(b"<") else ""
+    return f"{kind}begins with {start!r}"

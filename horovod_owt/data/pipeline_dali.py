@@ -3,61 +3,67 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, backend, fn, types
+from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
+from horovod_owt.data.dali_decoder import decoder_options, find_refused, undecodable
 from horovod_owt.data.feed import EncodedBatch, Feed
-from horovod_owt.data.jpeg import find_fault
 from horovod_owt.data.pipeline import MEAN, STD, Batch
 from horovod_owt.errors import RunError
 
 PREFETCH = 2  # batches that DALI decodes ahead
 
+Inputs = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]  # bytes, anchors, shapes, mirror
+
 
 class DaliPipeline:
-    """DALI pulls encoded batches from the feed and works on the next ones while the caller uses this one."""
+    """DALI pulls encoded batches from the feed and works on the next ones while the caller uses this one.
+
+    A DALI pipeline is of no use after a failed decode, and does not say which image it was. So the images
+    under way are tried one by one, the culprits replaced, and a new pipeline begins with the same batches.
+    """
 
     def __init__(self, feed: Feed, *, image_size: int, device_id: int | None, num_threads: int) -> None:
-        self._feed = feed
+        self._feed, self._image_size = feed, image_size
+        self._device_id, self._num_threads = device_id, num_threads
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
         self._in_flight: deque[EncodedBatch] = deque()  # given to DALI, not yet taken from it
+        self._again: deque[EncodedBatch] = deque()  # to be given to DALI once more, before the feed's next
         self._fault: RunError | None = None  # from the feed; raised after the batches before it
-        self._started = self._closed = False
-        self._pipe = Pipeline(feed.batch, num_threads, device_id, prefetch_queue_depth=PREFETCH)
-        with self._pipe:
-            self._pipe.set_outputs(_graph(self._next_encoded, image_size, on_gpu=device_id is not None))
-        self._pipe.build()
+        self._closed = False
+        self._begin()
 
     def __iter__(self) -> DaliPipeline:
         return self
 
     def __next__(self) -> Batch:
-        if self._closed:
-            raise StopIteration
-        try:
-            if not self._started:
-                self._pipe.schedule_run()  # the first time, this schedules PREFETCH batches
-                self._started = True
-            (decoded,) = self._pipe.share_outputs()
+        while not self._closed:
+            try:
+                if not self._started:
+                    self._pipe.schedule_run()  # the first time, this schedules PREFETCH batches
+                    self._started = True
+                (decoded,) = self._pipe.share_outputs()
+            except StopIteration:  # from share_outputs: nothing is scheduled any more
+                if self._fault:
+                    raise self._fault from None
+                raise
+            except RuntimeError as trouble:
+                self._recover(trouble)
+                continue
             images = self._copied(decoded.as_tensor())
             encoded = self._in_flight.popleft()
-            self._pipe.release_outputs()
-            self._pipe.schedule_run()
-        except StopIteration:  # from share_outputs: nothing is scheduled any more
-            if self._fault:
-                raise self._fault from None
-            raise
-        except RuntimeError as trouble:
-            raise self._culprit(trouble) from trouble
-        return Batch(
-            images=images.permute(0, 3, 1, 2),  # a view: the memory stays channels_last
-            labels=torch.from_numpy(encoded.labels).to(self._device, non_blocking=True),
-            valid=torch.from_numpy(encoded.valid).to(self._device, non_blocking=True),
-            indices=encoded.indices,
-        )
+            try:
+                self._pipe.release_outputs()
+                self._pipe.schedule_run()
+            except RuntimeError as trouble:  # of a later batch: this one is safe
+                self._recover(trouble)
+            return Batch.of(encoded, images)
+        raise StopIteration
 
     def __enter__(self) -> DaliPipeline:
         return self
@@ -70,21 +76,26 @@ class DaliPipeline:
         self._feed.close()
         self._pipe = None
 
-    def _next_encoded(self) -> tuple:
+    def _begin(self) -> None:
+        self._pipe = self._build(self._next_inputs, batch=self._feed.batch, prefetch=PREFETCH)
+        self._started = False
+
+    def _build(self, source: Callable[[], Inputs], *, batch: int, prefetch: int = 1) -> Pipeline:
+        pipe = Pipeline(batch, self._num_threads, self._device_id, prefetch_queue_depth=prefetch)
+        with pipe:
+            pipe.set_outputs(_graph(source, self._image_size, on_gpu=self._device_id is not None))
+        pipe.build()
+        return pipe
+
+    def _next_inputs(self) -> Inputs:
         """Called by DALI for each batch it schedules."""
         try:
-            encoded = next(self._feed)
+            encoded = self._again.popleft() if self._again else next(self._feed)
         except RunError as fault:  # let DALI finish what it has; __next__ raises the fault then
             self._fault = fault
             raise StopIteration from None
         self._in_flight.append(encoded)
-        anchors, shapes = np.split(encoded.windows, 2, axis=1)
-        return (
-            encoded.jpegs,
-            np.ascontiguousarray(anchors),
-            np.ascontiguousarray(shapes),
-            encoded.flips.astype(np.int32),
-        )
+        return _inputs(encoded, slice(None))
 
     def _copied(self, tensor) -> torch.Tensor:
         """DALI reuses its buffers, so the batch moves to a tensor of torch's, on torch's stream."""
@@ -92,18 +103,42 @@ class DaliPipeline:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         return feed_ndarray(tensor, images, cuda_stream=stream)
 
-    def _culprit(self, trouble: RuntimeError) -> RunError:
-        """DALI says that a decode failed, not which, and cannot go on: try the batches it had with Pillow."""
-        for encoded in self._in_flight:
-            for jpeg, index in zip(encoded.jpegs, encoded.indices, strict=True):
-                if fault := find_fault(jpeg.tobytes()):
-                    return self._feed.bad_image(index, fault)
-        suspects = {self._feed.store.path(index) for encoded in self._in_flight for index in encoded.indices}
-        return RunError(
-            f"DALI stopped on one of {len(suspects)} images that Pillow can read, {min(suspects)} first: "
-            + " ".join(str(trouble).split())[:300],
-            fix="set pipeline=torchvision",
+    def _recover(self, trouble: RuntimeError) -> None:
+        """Begin again with the batches under way, without the images that DALI refuses.
+
+        RunError if it refuses none of them, or where no bad image may be survived.
+        """
+        self._pipe = None
+        under_way = [*self._in_flight, *self._again]
+        self._in_flight.clear()
+        refused = [self._refused(encoded) for encoded in under_way]
+        if not any(refused):
+            paths = [self._feed.store.path(index) for encoded in under_way for index in encoded.indices]
+            raise RunError(
+                f"DALI stopped on {len(paths)} images of which it decodes each alone, {min(paths)} first: "
+                + " ".join(str(trouble).split())[:300],
+                fix="set pipeline=torchvision",
+            ) from trouble
+        self._again = deque(map(self._feed.without, under_way, refused))
+        self._begin()
+
+    def _refused(self, encoded: EncodedBatch) -> dict[int, str]:
+        """row -> fault of the rows that DALI does not decode."""
+        rows = range(len(encoded.jpegs))
+        refused = find_refused(
+            partial(self._build, batch=1), (_inputs(encoded, slice(row, row + 1)) for row in rows)
         )
+        return {row: undecodable(encoded.jpegs[row].tobytes()) for row in refused}
+
+
+def _inputs(encoded: EncodedBatch, rows: slice) -> Inputs:
+    anchors, shapes = np.split(encoded.windows[rows], 2, axis=1)
+    return (
+        encoded.jpegs[rows],
+        np.ascontiguousarray(anchors),
+        np.ascontiguousarray(shapes),
+        encoded.flips[rows].astype(np.int32),
+    )
 
 
 def _graph(source, image_size: int, *, on_gpu: bool):
@@ -119,10 +154,7 @@ def _graph(source, image_size: int, *, on_gpu: bool):
         start=anchors,
         shape=shapes,
         axes=[0, 1],  # height, width
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        jpeg_fancy_upsampling=True,  # chroma as libjpeg and Pillow do it, on the GPU too
-        **_keep_stored_orientation(),
+        **decoder_options(on_gpu=on_gpu),
     )
     images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
     return fn.crop_mirror_normalize(
@@ -133,9 +165,3 @@ def _graph(source, image_size: int, *, on_gpu: bool):
         mean=[255 * mean for mean in MEAN],
         std=[255 * std for std in STD],
     )
-
-
-def _keep_stored_orientation() -> dict:
-    """Windows are in stored pixels: leave EXIF rotation alone (older decoders never look at it)."""
-    options = backend.GetSchema("decoders__ImageSlice").GetArgumentNames()
-    return {"adjust_orientation": False} if "adjust_orientation" in options else {}

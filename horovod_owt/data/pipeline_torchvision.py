@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import resized_crop
 
+from horovod_owt.data.faults import pillow_says
 from horovod_owt.data.feed import EncodedBatch, Feed
 from horovod_owt.data.pipeline import MEAN, STD, Batch
 from horovod_owt.data.prefetch import Prefetched
@@ -36,12 +37,7 @@ class TorchvisionPipeline:
         encoded, pixels = next(self._decoded)
         images = torch.from_numpy(pixels).to(self._device, torch.float32)
         images = images.sub_(self._mean).div_(self._std)
-        return Batch(
-            images=images.permute(0, 3, 1, 2),  # a view: the memory stays channels_last
-            labels=torch.from_numpy(encoded.labels).to(self._device),
-            valid=torch.from_numpy(encoded.valid).to(self._device),
-            indices=encoded.indices,
-        )
+        return Batch.of(encoded, images)
 
     def __enter__(self) -> TorchvisionPipeline:
         return self
@@ -56,16 +52,27 @@ class TorchvisionPipeline:
 
     def _decode_batches(self) -> Iterator[tuple[EncodedBatch, np.ndarray]]:
         for encoded in self._feed:
-            rows = zip(encoded.jpegs, encoded.windows.tolist(), encoded.flips, encoded.indices, strict=True)
-            yield encoded, np.stack(list(self._decoders.map(self._decode, rows)))
+            pixels = np.empty((len(encoded.jpegs), self._image_size, self._image_size, 3), np.uint8)
+            rows = range(len(encoded.jpegs))
+            while faults := self._decode_rows(encoded, rows, pixels):
+                encoded = self._feed.without(encoded, faults)
+                rows = np.flatnonzero(~encoded.valid).tolist()  # these show another image now
+            yield encoded, pixels
 
-    def _decode(self, row: tuple) -> np.ndarray:
-        """(S, S, 3) uint8."""
-        jpeg, window, flip, index = row
-        try:
-            with Image.open(io.BytesIO(jpeg)) as stored:
-                image = stored.convert("RGB")
-        except Exception as trouble:  # Pillow's decoders raise nearly anything on hostile bytes
-            raise self._feed.bad_image(index, str(trouble) or type(trouble).__name__) from trouble
-        pixels = np.asarray(resized_crop(image, *window, size=[self._image_size] * 2))
-        return pixels[:, ::-1] if flip else pixels
+    def _decode_rows(self, encoded: EncodedBatch, rows: Sequence[int], out: np.ndarray) -> dict[int, str]:
+        """Decode these rows into `out`; row -> fault of those that cannot be."""
+        faults: dict[int, str] = {}
+
+        def decode(row: int) -> None:
+            try:
+                with Image.open(io.BytesIO(encoded.jpegs[row])) as stored:
+                    image = stored.convert("RGB")
+            except Exception as trouble:  # Pillow's decoders raise nearly anything on hostile bytes
+                faults[row] = f"undecodable: {pillow_says(trouble)}"
+                return
+            window = encoded.windows[row].tolist()
+            pixels = np.asarray(resized_crop(image, *window, size=[self._image_size] * 2))
+            out[row] = pixels[:, ::-1] if encoded.flips[row] else pixels
+
+        list(self._decoders.map(decode, rows))
+        return dict(sorted(faults.items()))

@@ -108,6 +108,10 @@ class FlatGradients:
                     piece.values.copy_(summed)
                 piece.transfer = None
 
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients, after `finish`."""
+        self._flat.mul_(factor)
+
     def _lay_out(self) -> None:
         """Give each parameter its stretch of the buffer, and each piece its parameters."""
         total = self._flat.numel()

@@ -70,7 +70,8 @@ class OneWeirdTrick:
     A step: `begin_step`; for each micro-batch `convolve`, `classify`, `backward`; `finish`. Then each
     `parameter.grad` has the mean over the global batch. With fc_batch=local the classifier is updated on
     the way: `update_classifier` is called after each turn, when its gradients are the mean over the turn's
-    images.
+    images. Images whose label is negative count nothing; the means are over all images nevertheless, until
+    `leave_out` is told how many those are.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class OneWeirdTrick:
             backs.append(back)
             total += loss
             if self._local:
-                self._update_in_turn(loss)
+                self._update_in_turn(loss, labels[turn.rows], images)
         self.classifier.end_micro_batch()
         d_features = [back.wait() for back in backs][self._fc_group.index if len(backs) > 1 else 0]
         batch.d_features = d_features * self.fc_update_share if self._local else d_features
@@ -197,6 +198,13 @@ class OneWeirdTrick:
         """Wait until every gradient is the mean over the global batch."""
         self._fc_gradients.finish()
         self._conv_gradients.finish()
+
+    def leave_out(self, bad_images: int) -> None:
+        """Make the mean over the global batch one over its good images; after `finish`, by every rank."""
+        images = self.cfg.global_batch(self.world.size)
+        self._conv_gradients.scale(images / (images - bad_images))
+        if not self._local:  # there each turn has seen to it
+            self._fc_gradients.scale(images / (images - bad_images))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Slice | None]]:
         """What this rank's optimizer updates: name in the whole net, parameter, and which part of it."""
@@ -276,12 +284,21 @@ class OneWeirdTrick:
             for owner in range(size)
         ]
 
-    def _update_in_turn(self, loss: Tensor) -> None:
-        """Update the classifier with the gradients of one turn, if the loss is a number on all ranks."""
-        share = loss / self.world.size
-        total = start_sum(share, self._everyone, self.traffic, what="loss", name="turn_loss")
+    def _update_in_turn(self, loss: Tensor, labels: Tensor, images: int) -> None:
+        """Update the classifier by the mean gradient of the good ones among the `images` of one turn.
+
+        None of them good, none to learn from: the weights stay. `labels` are those of this fc_group.
+        """
+        facts = torch.stack([loss / self.world.size, (labels < 0).sum().to(loss) / self._fc_group.size])
+        facts = start_sum(facts, self._everyone, self.traffic, what="loss", name="turn_facts")
         self._fc_gradients.finish()
-        if not math.isfinite(mean_loss := total.wait().item()):
+        mean_loss, bad = facts.wait().tolist()
+        if not math.isfinite(mean_loss):
             raise FloatingPointError(f"loss is {mean_loss}")
+        good = images - round(bad)
+        if not good:
+            return
+        if good < images:
+            self._fc_gradients.scale(images / good)
         self._update_classifier()
         self.classifier.weights_changed()

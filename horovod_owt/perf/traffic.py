@@ -41,8 +41,8 @@ def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) ->
         **{what: cfg.accum_steps * number for what, number in micro_step.items()},
         "conv gradients": ring(conv_parameters(batch_norm=batch_norm) * gradient, world_size),
         "fc gradients": fc_updates * ring(shard * gradient, groups),
-        "step facts": ring(2 * 4, world_size),
-        "loss": fc_updates * ring(kept, world_size) if cfg.fc_batch == "local" else 0,
+        "step facts": ring(4 * 4, world_size),
+        "loss": fc_updates * ring(2 * kept, world_size) if cfg.fc_batch == "local" else 0,
     }
     return {what: number for what, number in sent.items() if number}
 

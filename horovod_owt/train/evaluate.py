@@ -15,26 +15,28 @@ from horovod_owt.train.replica import Replica
 
 @dataclass(frozen=True)
 class Score:
-    """Exact counts over the whole validation set, and the mean loss."""
+    """Exact counts over all good images of the validation set, and the mean loss."""
 
     images: int
     correct_top1: int
     correct_top5: int
     loss: float
+    bad_images: int = 0  # left out
 
     @property
     def top1(self) -> float:
         """Percent."""
-        return 100 * self.correct_top1 / self.images
+        return 100 * self.correct_top1 / max(self.images, 1)
 
     @property
     def top5(self) -> float:
         """Percent."""
-        return 100 * self.correct_top5 / self.images
+        return 100 * self.correct_top5 / max(self.images, 1)
 
     def __str__(self) -> str:
         top1 = f"top-1 {self.top1:.2f} % ({self.correct_top1} of {self.images})"
-        return f"{top1} | top-5 {self.top5:.2f} % | loss {self.loss:.3f}"
+        left_out = f" | {self.bad_images} bad images left out" if self.bad_images else ""
+        return f"{top1} | top-5 {self.top5:.2f} % | loss {self.loss:.3f}{left_out}"
 
     def to_dict(self) -> dict[str, int | float]:
         return {
@@ -44,28 +46,31 @@ class Score:
             "top1": self.top1,
             "top5": self.top5,
             "loss": self.loss,
+            "bad_images": self.bad_images,
         }
 
 
 def validate(replica: Replica, batches: Iterable[Batch]) -> Score:
     """Score the net on this rank's slice of the validation set and sum over ranks; every rank must call it.
 
-    A slice's last batch is padded; padding weighs nothing. Sums are kept in float64, exact for the counts.
+    A slice's last batch is padded; padding and bad images weigh nothing. Sums are kept in float64, exact for
+    the counts.
     """
-    totals = torch.zeros(4, dtype=torch.float64)
+    totals = torch.zeros(5, dtype=torch.float64)
     with replica.evaluating() as logits_of:
         for batch in batches:
-            totals += _count(logits_of(batch.images), batch).cpu()
-    images, top1, top5, loss = sum_over_ranks(totals, "validation").tolist()
-    return Score(int(images), int(top1), int(top5), loss / max(images, 1))
+            totals[:4] += _count(logits_of(batch.images), batch).cpu()
+            totals[4] += len(batch.faults)
+    images, top1, top5, loss, bad = sum_over_ranks(totals, "validation").tolist()
+    return Score(int(images), int(top1), int(top5), loss / max(images, 1), int(bad))
 
 
 def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Of the valid images: how many, right in 1, right in 5, and the sum of losses."""
     valid = batch.valid.double()
-    losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
+    losses = F.cross_entropy(logits, batch.labels, reduction="none").double()  # 0 for a negative label
     # A label's place is the number of classes that score higher; a NaN for it is never right.
-    own = logits.gather(1, batch.labels[:, None])
+    own = logits.gather(1, batch.labels[:, None].clamp(min=0))
     place = (logits > own).sum(dim=1) + 1_000_000 * own[:, 0].isnan()
     return torch.stack(
         [

@@ -14,13 +14,14 @@ from horovod_owt.parallel.collectives import broadcast_object, explain_lost_rank
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.schedule import learning_rate
+from horovod_owt.train.bad_images import BadImageLog
 from horovod_owt.train.checkpoint import CheckpointWriter
 from horovod_owt.train.choose import choose_parallel
 from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
-from horovod_owt.train.replica import Replica, StepReport
+from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.run_folder import MetricsLog, open_run_folder, write_outcome
 from horovod_owt.train.state import Position, restore, snapshot
 from horovod_owt.train.stop import StopRequest
@@ -87,6 +88,8 @@ class Run:
             self.total_steps = min(self.total_steps, cfg.max_steps)
         self.metrics = MetricsLog(run_dir) if world.is_root else None
         self.writer = CheckpointWriter(run_dir, keep=cfg.keep_checkpoints) if world.is_root else None
+        self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
+        self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
 
     def train(self, stop: StopRequest) -> None:
         """Step after step to the end; whatever happens, the run folder says how it ended."""
@@ -103,7 +106,7 @@ class Run:
             self._close(exit_code, reason)
 
     def _run_steps(self, stop: StopRequest) -> None:
-        cfg, position = self.cfg, self.position
+        cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
         progress = Progress(
             total_steps=self.total_steps,
             first_step=position.step,
@@ -111,20 +114,33 @@ class Run:
             every=cfg.log_every,
             show=self.world.is_root,
         )
-        batches = training_pipeline(cfg, self.folder, self.world, position=position.consumed)
+        batches = training_pipeline(
+            cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
+        )
         with batches, progress:
+            next_batch = bad_images.noting(batches).__next__
             while position.step < self.total_steps:
                 epoch_before, lr = int(position.epoch), self._learning_rate()
                 try:
                     report = self.replica.train_step(
-                        batches.__next__, consumed=position.consumed, lr=lr, stop=stop.asked
+                        next_batch,
+                        consumed=position.consumed,
+                        lr=lr,
+                        stop=stop.asked,
+                        named=bad_images.known.named,
                     )
                 except FloatingPointError as error:
                     raise self._no_number(error, lr) from None
+                except BadBatch:
+                    raise bad_images.refuse(
+                        position.step + 1, none_is_good=cfg.bad_images == "skip"
+                    ) from None
                 position.step += 1
                 position.consumed += self.global_batch
                 progress.step(position.step, position.epoch, lr, report)
                 self._record_step(lr, report)
+                if report.any_unnamed:
+                    bad_images.name(position.step)
 
                 epoch_over = int(position.epoch) > epoch_before
                 last = position.step == self.total_steps
@@ -144,6 +160,8 @@ class Run:
                         fix=f"the same command with --run-dir {self.run_dir} goes on from there",
                     )
             on_root(self._finish_writing, "written")
+        if self.world.is_root and self._bad_images:
+            log.info("%d bad images left out: the lines of kind fault in metrics.jsonl", self._bad_images)
 
     def _learning_rate(self) -> float:
         cfg = self.cfg
@@ -167,9 +185,13 @@ class Run:
         ).on_every_rank()
 
     def _validate(self) -> None:
-        position = self.position
-        with validation_pipeline(self.cfg, self.folder, self.world) as batches:
-            score = validate(self.replica, batches)
+        position, bad_images = self.position, self.bad_validation_images
+        with validation_pipeline(self.cfg, self.folder, self.world, bad_images=bad_images.known) as batches:
+            score = validate(self.replica, bad_images.noting(batches))
+        if score.bad_images:
+            if self.cfg.bad_images == "fail":
+                raise bad_images.refuse(position.step)
+            bad_images.name(position.step)
         self._record("validation", epoch=position.epoch, step=position.step, **score.to_dict())
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
@@ -227,7 +249,13 @@ class Run:
             exposed_comm_ms=1e3 * report.exposed_comm_s,
             bytes_sent=report.bytes_sent,
             bytes_received=report.bytes_received,
+            bad_images=report.bad_images,
         )
+
+    @property
+    def _bad_images(self) -> int:
+        """Files, met so far by any rank."""
+        return sum(len(met.known.named) for met in (self.bad_training_images, self.bad_validation_images))
 
     def _record(self, kind: str, **values) -> None:
         if self.metrics is not None:
@@ -246,6 +274,7 @@ class Run:
                 "reason": reason,
                 "step": self.position.step,
                 "epoch": self.position.epoch,
+                "bad_images": self._bad_images,
             }
             self.metrics.write("outcome", **outcome)
             self.metrics.close()

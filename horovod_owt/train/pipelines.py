@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from horovod_owt.config import TrainConfig
+from horovod_owt.data.faults import BadImages
 from horovod_owt.data.feed import Feed, TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import Pipeline, make_pipeline
 from horovod_owt.data.store import DataSet
 from horovod_owt.parallel.runtime import World
 
 
-def training_pipeline(cfg: TrainConfig, folder: DataSet, world: World, *, position: int = 0) -> Pipeline:
-    """Micro-batches without end, from `position` (samples consumed by all ranks so far) on."""
+def training_pipeline(
+    cfg: TrainConfig,
+    folder: DataSet,
+    world: World,
+    *,
+    position: int = 0,
+    bad_images: BadImages | None = None,
+) -> Pipeline:
+    """Micro-batches without end, from `position` (samples consumed by all ranks so far) on.
+
+    Without `bad_images`, here and below, a bad image is a RunError.
+    """
     feed = TrainFeed(
         folder.train,
         seed=cfg.seed,
@@ -20,13 +31,18 @@ def training_pipeline(cfg: TrainConfig, folder: DataSet, world: World, *, positi
         accum_steps=cfg.accum_steps,
         position=position,
         scale=(cfg.crop_scale_min, 1.0),
+        bad_images=bad_images,
     )
     return _pipeline(cfg, feed, world)
 
 
-def validation_pipeline(cfg: TrainConfig, folder: DataSet, world: World) -> Pipeline:
+def validation_pipeline(
+    cfg: TrainConfig, folder: DataSet, world: World, *, bad_images: BadImages | None = None
+) -> Pipeline:
     """This rank's share of the validation images, each of them once, the last batch padded."""
-    feed = ValidationFeed(folder.val, batch=cfg.batch, rank=world.rank, world_size=world.size)
+    feed = ValidationFeed(
+        folder.val, batch=cfg.batch, rank=world.rank, world_size=world.size, bad_images=bad_images
+    )
     return _pipeline(cfg, feed, world)
 
 

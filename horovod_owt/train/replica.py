@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -26,13 +26,19 @@ MOMENTUM = "momentum."  # before a parameter's name, that of its momentum
 class StepReport:
     """What one optimizer update did; loss and stop are the same on every rank."""
 
-    loss: float  # mean over the global batch
+    loss: float  # mean over the good images of the global batch
     stop_asked: bool  # by any rank
     step_s: float
     data_wait_s: float
     exposed_comm_s: float
     bytes_sent: dict[str, int] = field(default_factory=dict)  # by this rank, by what they carry
     bytes_received: dict[str, int] = field(default_factory=dict)
+    bad_images: int = 0  # in the global batch: they counted nothing
+    any_unnamed: bool = False  # whether a rank met a bad image that it has not been told of
+
+
+class BadBatch(Exception):
+    """A global batch that must not be learned from, or from which nothing can be. Raised on every rank."""
 
 
 class Replica:
@@ -52,12 +58,19 @@ class Replica:
         self._scaler = _build_scaler() if cfg.precision == "fp16" else None
 
     def train_step(
-        self, next_batch: Callable[[], Batch], *, consumed: int, lr: float, stop: bool = False
+        self,
+        next_batch: Callable[[], Batch],
+        *,
+        consumed: int,
+        lr: float,
+        stop: bool = False,
+        named: Container[int] = (),
     ) -> StepReport:
         """One optimizer update over `accum_steps` micro-batches; `stop` asks all ranks to stop after it.
 
-        `consumed` samples of the endless stream came before this step. Raises FloatingPointError on every
-        rank, before the update, when the loss is NaN or infinite on any.
+        `consumed` samples of the endless stream came before this step; `named` are the bad images that all
+        ranks know of. Raises on every rank, before the update, FloatingPointError when the loss is NaN or
+        infinite on any, and BadBatch for a bad image under bad_images=fail, or when no image is good.
         """
         start, data_wait_s, strategy = perf_counter(), 0.0, self.strategy
         strategy.model.train()
@@ -66,19 +79,24 @@ class Replica:
         one = torch.ones((), device=self.world.device)
         scale = self._scaler.scale(one) if self._scaler else one
         loss_sum = torch.zeros((), device=self.world.device)
+        own_bad, own_unnamed = 0, 0
         for micro_step in range(self.cfg.accum_steps):
             last = micro_step == self.cfg.accum_steps - 1
             asked = perf_counter()
             batch = next_batch()
             data_wait_s += perf_counter() - asked
+            own_bad += len(batch.faults)
+            own_unnamed += sum(index not in named for index in batch.bad_images())
             passing = strategy.convolve(batch.images, batch.labels, consumed=consumed, micro_step=micro_step)
             loss_sum += strategy.classify(passing, last=last, gradient_scale=scale)
             if last:
-                facts = torch.stack([loss_sum, loss_sum.new_tensor(float(stop))])
-                facts = strategy.start_sum(facts, "step facts")
+                counts = loss_sum.new_tensor([float(stop), own_bad, own_unnamed])
+                facts = strategy.start_sum(torch.cat([loss_sum[None], counts]), "step facts")
             strategy.backward(passing, last=last)
         strategy.finish()
-        mean_loss, stops = facts.wait().tolist()
+        mean_loss, stops, bad, unnamed = facts.wait().tolist()
+        if bad:
+            mean_loss = self._leave_out(round(bad), mean_loss)
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"loss is {mean_loss}")
         self._update()
@@ -90,6 +108,8 @@ class Replica:
             strategy.traffic.waited_s,
             dict(strategy.traffic.sent),
             dict(strategy.traffic.received),
+            round(bad),
+            unnamed > 0,
         )
 
     @contextmanager
@@ -143,6 +163,14 @@ class Replica:
             group["lr"] = lr
         if len(self._optimizers) > 1:
             self._optimizers[0].param_groups[0]["lr"] = lr * self.strategy.fc_update_share
+
+    def _leave_out(self, bad: int, loss: float) -> float:
+        """Let gradients and loss be means over the good images of the global batch; returns that loss."""
+        images = self.cfg.global_batch(self.world.size)
+        if self.cfg.bad_images == "fail" or bad == images:
+            raise BadBatch
+        self.strategy.leave_out(bad)
+        return loss * images / (images - bad)
 
     def _update_classifier(self) -> None:
         self._optimizers[0].step()

@@ -20,7 +20,7 @@ from horovod_owt.model.alexnet_owt import FC6_IN
 from horovod_owt.model.dropout import keep_scale, sample_keys
 
 sys.path.insert(0, str(PROGRAMS))
-from train_random import HIDDEN, configure, global_batch  # noqa: E402
+from train_random import BAD, HIDDEN, configure, global_batch  # noqa: E402
 
 pytestmark = pytest.mark.timeout(500)  # the first tests wait for the jobs
 
@@ -42,6 +42,7 @@ def hybrid(ranks: int, steps: int, size: int, scheme: str, **settings) -> dict:
 
 
 BN = dict(model="alexnet-owt-bn", precision="fp64")
+SKIP = dict(bad_images="skip", precision="fp64", label_smoothing=0.1)
 ON_2_RANKS = {
     "fp64-data": plan(2, FP64_STEPS, precision="fp64"),
     "fp64-a": hybrid(2, FP64_STEPS, 2, "a", precision="fp64"),
@@ -60,6 +61,10 @@ ON_2_RANKS = {
     "bf16-a": hybrid(2, 5, 2, "a", precision="bf16"),
     "bf16-b": hybrid(2, 5, 2, "b", precision="bf16"),
     "compressed": hybrid(2, 5, 2, "a", compression="fp16"),
+    "skip-data": plan(2, 5, **SKIP),
+    "skip-a": hybrid(2, 5, 2, "a", **SKIP),
+    "skip-b-accum": hybrid(2, 5, 2, "b", accum_steps=2, **SKIP),
+    "skip-local": hybrid(2, 5, 2, "b", fc_batch="local", **SKIP),
 }
 ON_4_RANKS = {
     **{
@@ -84,6 +89,8 @@ ON_4_RANKS = {
     "local-2x2-compressed": hybrid(4, 5, 2, "b", fc_batch="local", compression="fp16"),
     "bf16-2x2": hybrid(4, 5, 2, "b", precision="bf16"),
     "2-classes": hybrid(4, 5, 4, "a", precision="fp64", classes=2),
+    "skip-2x2": hybrid(4, 5, 2, "b", **SKIP),
+    "skip-local-2x2": hybrid(4, 5, 2, "b", fc_batch="local", **SKIP),
 }
 PLANS = {2: ON_2_RANKS, 4: ON_4_RANKS}
 
@@ -155,6 +162,8 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
     optimizer, losses = sgd(net.parameters(), cfg), []
     for step in range(steps):
         images, labels = global_batch(step, IMAGES, cfg.classes)
+        good = good_rows(step, cfg)
+        images, labels = images[good], labels[good]
         features = net.convolve(images.to(next(net.parameters()).dtype))
         if masked:
             positions = torch.arange(step * IMAGES, (step + 1) * IMAGES).numpy()
@@ -165,22 +174,30 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
         else:
             logits = net.classifier(features)
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     return losses, weights_of(net)
 
 
+def good_rows(step: int, cfg) -> list[int]:
+    """Of the global batch, when some of it is bad."""
+    return [row for row in range(IMAGES) if cfg.bad_images == "fail" or row not in BAD.get(step, [])]
+
+
 @cache
-def plain_local(steps: int, *, ranks: int, size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_local(
+    steps: int, *, ranks: int, size: int, **settings
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The paper's variable batch size as a sequence: one process, classifier updates in `size` turns a step.
 
     In turn k the classifier sees the sub-batch of the k-th rank of every group and is updated by their mean
     gradient, with the learning rate of a batch so much smaller. The features' gradients are those of the
-    weights before that update; the convolutions are updated last, by the mean over the global batch.
+    weights before that update; the convolutions are updated last, by the mean over the global batch. Bad
+    images are in neither mean, and a turn without a good one is no update.
     """
-    cfg = configure(plan(1, steps, precision="fp64")["settings"])
+    cfg = configure(plan(1, steps, **{"precision": "fp64", **settings})["settings"])
     net = net_for(cfg)
     share, batch = 1 / size, IMAGES // ranks
     fc_optimizer = sgd(net.classifier.parameters(), cfg, lr=cfg.lr * share)
@@ -188,17 +205,19 @@ def plain_local(steps: int, *, ranks: int, size: int) -> tuple[list[float], dict
     for step in range(steps):
         images, labels = global_batch(step, IMAGES, cfg.classes)
         features = net.convolve(images.double())
-        d_features, step_loss = torch.zeros_like(features), 0.0
+        d_features, step_loss, good = torch.zeros_like(features), 0.0, good_rows(step, cfg)
         for turn in range(size):
             takers = range(turn, ranks, size)
-            rows = torch.cat([torch.arange(rank * batch, (rank + 1) * batch) for rank in takers])
+            rows = [row for rank in takers for row in range(rank * batch, (rank + 1) * batch) if row in good]
+            if not rows:
+                continue
             own = features[rows].detach().requires_grad_()
-            loss = F.cross_entropy(net.classifier(own), labels[rows])
+            loss = F.cross_entropy(net.classifier(own), labels[rows], label_smoothing=cfg.label_smoothing)
             fc_optimizer.zero_grad()
             loss.backward()
             fc_optimizer.step()
-            d_features[rows] = own.grad * share
-            step_loss += loss.item() * share
+            d_features[rows] = own.grad * len(rows) / len(good)
+            step_loss += loss.item() * len(rows) / len(good)
         conv_optimizer.zero_grad()
         features.backward(d_features)
         conv_optimizer.step()
@@ -294,6 +313,19 @@ def test_fc_batch_local_is_a_sequence_of_smaller_updates(trained, ranks, name):
     assert distance(weights, at_once) > 1e-3 * way_of(at_once)
 
 
+@pytest.mark.parametrize(("ranks", "name"), named("skip"))
+def test_bad_images_weigh_nothing(trained, ranks, name):
+    """The weights of a program that has only the good ones, whole ranks and turns of bad ones included."""
+    if "local" in name:
+        losses, weights = plain_local(5, ranks=ranks, size=2, **SKIP)
+    else:
+        losses, weights = plain(5, **SKIP)
+    assert trained(ranks).losses(name) == pytest.approx(losses, rel=1e-6)
+    assert_same(trained(ranks).weights(name), weights, 1e-9)
+    with_all = plain(5, **SKIP | {"bad_images": "fail"})[1]
+    assert distance(weights, with_all) > 1e-2 * way_of(with_all)
+
+
 def test_ranks_without_a_class_of_their_own_train_too(trained):
     losses, weights = plain(5, precision="fp64", classes=2)
     assert trained(4).losses("2-classes") == pytest.approx(losses, rel=1e-6)
@@ -336,7 +368,7 @@ def closed_form(ranks: int, size: int, batch: int, *, word: int = 4, gradient: i
         "logits": 2 * peers / size * size * batch * CLASSES * 4,
         "conv gradients": 2 * (ranks - 1) / ranks * conv * gradient,
         "fc gradients": 2 * (groups - 1) / groups * fc / size * gradient,
-        "step facts": 2 * (ranks - 1) / ranks * 2 * 4,  # the loss, and whether to stop
+        "step facts": 2 * (ranks - 1) / ranks * 4 * 4,  # the loss, whether to stop, counts of bad images
     }
     return {what: number for what, number in expected.items() if number}
 

@@ -189,6 +189,7 @@ def test_every_launcher_trains(run, images, tmp_path, launcher):
         "reason": "done",
         "step": 2,
         "epoch": 2 * 4 * ranks / 96,
+        "bad_images": 0,
     }
     kinds = [json.loads(line)["kind"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert kinds == ["run", "step", "step", "validation", "checkpoint", "outcome"]
@@ -223,7 +224,7 @@ def test_bench_step_prints_one_json_document(run, images):
     assert report["images_per_s"] == pytest.approx(8e3 / step_ms["median"])
     assert 0 <= report["data_wait_share"] < 1 and 0 < report["exposed_comm_share"] < 1
     parameters = sum(p.numel() for p in build_model("alexnet-owt", 2).parameters())
-    # 2 (n-1)/n of the gradients for n = 2, and of two numbers: the loss, and whether to stop
-    assert report["bytes_sent_per_step"] == 4 * parameters + 8
+    # 2 (n-1)/n of the gradients for n = 2, and of four numbers: loss, whether to stop, counts of bad images
+    assert report["bytes_sent_per_step"] == 4 * parameters + 16
     assert report["method"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert report["against"]["name"] == "plain" and report["against"]["speedup_at_p25"] > 0

@@ -103,7 +103,7 @@ def test_a_rank_without_validation_images_yields_nothing(data):
 @pytest.mark.parametrize(
     ("damage", "saw"),
     [
-        (lambda file: file.unlink(), "cannot read {}: No such file"),
+        (lambda file: file.unlink(), "bad image {}: unreadable: No such file"),
         (lambda file: file.write_bytes(b""), "bad image {}: empty file"),
         (lambda file: file.write_bytes(b"<html>"), "bad image {}: not an image"),
         (lambda file: file.write_bytes(file.read_bytes()[:90]), "bad image {}: JPEG cut short"),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from horovod_owt.data.jpeg import find_fault, image_size
+from horovod_owt.data.faults import pillow_fault
+from horovod_owt.data.jpeg import image_size
 
 
 def encoded(kind="JPEG", mode="RGB", size=(61, 37), **options) -> bytes:
@@ -63,7 +64,7 @@ def test_a_real_size_needs_two_bytes():
 def test_a_broken_header_is_a_value_error(data, fault):
     with pytest.raises(ValueError, match=fault):
         image_size(data)
-    assert find_fault(data)
+    assert pillow_fault(data)
 
 
 def test_random_bytes_after_the_magic_end_in_a_size_or_a_value_error():
@@ -79,6 +80,6 @@ def test_random_bytes_after_the_magic_end_in_a_size_or_a_value_error():
             pass
 
 
-def test_find_fault_decodes():
-    assert find_fault(encoded()) is None and find_fault(encoded(mode="CMYK")) is None
-    assert "truncated" in find_fault(encoded(size=(300, 300))[:-2000])
+def test_pillow_fault_decodes():
+    assert pillow_fault(encoded()) is None and pillow_fault(encoded(mode="CMYK")) is None
+    assert "truncated" in pillow_fault(encoded(size=(300, 300))[:-2000])

@@ -2,6 +2,8 @@
 
 usage: train_random.py OUT RUNS     RUNS is a JSON list of {"name": ..., "settings": {...}, "steps": ...}
 
+The images of BAD are bad in a run with bad_images=skip.
+
 Rank 0 writes OUT/NAME.safetensors, the whole weights, and OUT/NAME.json: the losses and each rank's bytes in
 the last step. OUT/exchange.json has what exchange_checks.py saw.
 """
@@ -16,6 +18,7 @@ from exchange_checks import check_exchange
 from safetensors.torch import save_file
 
 from horovod_owt.config import TrainConfig, resolve
+from horovod_owt.data.feed import IGNORED
 from horovod_owt.data.pipeline import Batch
 from horovod_owt.model import alexnet_owt, build_model
 from horovod_owt.parallel import runtime
@@ -27,6 +30,8 @@ from horovod_owt.train.replica import MOMENTUM, Replica
 SMALL = Path(__file__).parents[1] / "small.yaml"
 SIDE = 63  # px, the smallest
 HIDDEN = 98  # units; few, and 4 ranks cannot share them evenly
+# step -> rows of the global batch of 8: one, all of one rank of two, most of a rank
+BAD = {0: [1], 1: [4, 5, 6, 7], 2: [0, 1, 3], 4: [7]}
 
 
 def global_batch(step: int, images: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,14 +52,18 @@ def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.T
     images, losses, traffic = cfg.global_batch(world.size), [], {}
     for step in range(steps):
         pictures, labels = global_batch(step, images, cfg.classes)
+        bad = BAD.get(step, []) if cfg.bad_images == "skip" else []
+        labels[bad] = IGNORED
 
         def micro_batches(pictures=pictures, labels=labels):
             for start in range(world.rank * cfg.rank_batch(), (world.rank + 1) * cfg.rank_batch(), cfg.batch):
                 rows = slice(start, start + cfg.batch)
-                valid = torch.ones(cfg.batch, dtype=torch.bool)
-                yield Batch(pictures[rows], labels[rows], valid, np.arange(start, start + cfg.batch))
+                faults = {row: "bad" for row, label in enumerate(labels[rows]) if label == IGNORED}
+                indices = np.arange(start, start + cfg.batch)
+                yield Batch(pictures[rows], labels[rows], labels[rows] >= 0, indices, faults)
 
         report = replica.train_step(micro_batches().__next__, consumed=step * images, lr=cfg.lr)
+        assert report.bad_images == len(bad) and report.any_unnamed == bool(bad)
         losses.append(report.loss)
         traffic = {"sent": report.bytes_sent, "received": report.bytes_received}
     replica.strategy.average_running_statistics()

@@ -1,0 +1,77 @@
+"""How DALI decodes here, and which image it was when it did not."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+from nvidia.dali import Pipeline, backend, fn, types
+
+from horovod_owt.data.faults import pillow_fault
+
+T = TypeVar("T")
+
+
+def decoder_options(*, on_gpu: bool) -> dict:
+    """Of DALI's decoders, whole images or windows."""
+    options = {
+        "device": "mixed" if on_gpu else "cpu",
+        "output_type": types.RGB,
+        "jpeg_fancy_upsampling": True,  # chroma as libjpeg and Pillow do it, on the GPU too
+    }
+    # Windows are in stored pixels: leave EXIF rotation alone (older decoders never look at it).
+    if "adjust_orientation" in backend.GetSchema("decoders__ImageSlice").GetArgumentNames():
+        options["adjust_orientation"] = False
+    return options
+
+
+def find_refused(build: Callable[[Callable[[], T]], Pipeline], inputs: Iterable[T]) -> list[int]:
+    """The numbers of the inputs that a pipeline does not decode; `build` makes one over a source of them."""
+    refused, pipe, current = [], None, deque(maxlen=1)
+    for number, one in enumerate(inputs):
+        pipe = pipe or build(lambda: current.pop())  # DALI wants a function written in Python
+        current.append(one)
+        try:
+            pipe.run()
+        except RuntimeError:
+            refused.append(number)
+            pipe = None  # of no use any more
+    return refused
+
+
+def undecodable(data: bytes) -> str:
+    """The fault of an image that DALI refuses: in Pillow's words, if it has any."""
+    fault = pillow_fault(data)
+    return f"undecodable: {fault}" if fault else "undecodable by DALI, though not by Pillow"
+
+
+class DaliDecoder:
+    """Whole images, to see whether they can be decoded."""
+
+    def __init__(self, threads: int, device_id: int | None, batch: int) -> None:
+        self._threads, self._device_id, self._batch = threads, device_id, batch
+        self._images: list[np.ndarray] = []
+        self._pipe: Pipeline | None = None
+
+    def faults(self, images: Sequence[bytes]) -> dict[int, str]:
+        """position in `images` -> fault, of those that DALI does not decode; at most `batch` images."""
+        self._pipe = self._pipe or self._build(lambda: self._images, self._batch)
+        self._images = [np.frombuffer(data, np.uint8) for data in images]
+        try:
+            self._pipe.run()
+            return {}
+        except RuntimeError:
+            self._pipe = None  # of no use any more, and does not say which image it was
+        alone = ([image] for image in self._images)
+        refused = find_refused(lambda source: self._build(source, 1), alone)
+        return {number: undecodable(images[number]) for number in refused}
+
+    def _build(self, source: Callable[[], list[np.ndarray]], batch: int) -> Pipeline:
+        pipe = Pipeline(batch, self._threads, self._device_id, prefetch_queue_depth=1)
+        with pipe:
+            images = fn.external_source(source, dtype=types.UINT8, ndim=1)
+            pipe.set_outputs(fn.decoders.image(images, **decoder_options(on_gpu=self._device_id is not None)))
+        pipe.build()
+        return pipe
