@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from horovod_owt.bench.blocks import alternate, figures, method, seconds_by_rank
+from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.plain_loop import PlainLoop
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
@@ -21,7 +18,6 @@ from horovod_owt.train.prepare import prepare_alone
 from horovod_owt.train.replica import Replica, StepReport
 
 CLASSES = 1000  # of the net that is timed when no data set is given
-SYNTHETIC = {"classes": 10, "train_per_class": 20, "val_per_class": 1, "size": (300, 400)}  # ImageNet's sizes
 
 
 def bench_step(
@@ -34,7 +30,7 @@ def bench_step(
     against: str | None,
 ) -> dict[str, Any] | None:
     """Time `steps` steps of each contender after `warmup` untimed ones; the report on rank 0, else None."""
-    with _data_or_synthetic(data) as root:
+    with given_or_synthetic(data) as root:
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
         request = prepare_alone(root, recipe, settings)
@@ -93,18 +89,6 @@ def _summary(
         ratio = theirs["step_ms"]["p25"] / report["step_ms"]["p25"]
         report["against"] = {"name": name, **theirs, "speedup_at_p25": ratio}
     return report
-
-
-@contextmanager
-def _data_or_synthetic(data: Path | None) -> Iterator[Path]:
-    """The user's data set, or for the time of the measurement a synthetic one, each rank its own."""
-    if data is not None:
-        yield data
-        return
-    with tempfile.TemporaryDirectory(prefix="owt-bench-") as folder:
-        root = Path(folder) / "synthetic"
-        write_synthetic(root, **SYNTHETIC, workers=1)
-        yield root
 
 
 def format_step_report(report: dict[str, Any]) -> str:

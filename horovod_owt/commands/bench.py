@@ -112,3 +112,32 @@ def scaling(
     report = bench_scaling(request)
     if report is not None:  # rank 0
         click.echo(json.dumps(report) if as_json else format_scaling_report(report))
+
+
+@bench.command("input")
+@click.argument("data", type=click.Path(path_type=Path), required=False)
+@RECIPE_OPTION
+@SET_OPTION
+@click.option("--blocks", default=8, show_default=True, help="Turns of each contender.")
+@click.option("--batches", default=16, show_default=True, help="Timed batches in a turn.")
+@JSON_OPTION
+def input_(
+    data: Path | None,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    blocks: int,
+    batches: int,
+    as_json: bool,
+) -> None:
+    """Time reading and decoding the training images in DATA, without a net; without DATA synthetic JPEGs.
+
+    Ours takes turns with torch's DataLoader over torchvision's transforms and with DALI's own file reader.
+
+    \b
+    Example:  owt bench input /data/imagenet --set batch=64 --set decode_threads=8 --json
+    """
+    log_to_stderr()
+    from horovod_owt.bench.input import bench_input, format_input_report
+
+    report = bench_input(data, recipe, settings, blocks=blocks, batches=batches)
+    click.echo(json.dumps(report) if as_json else format_input_report(report))

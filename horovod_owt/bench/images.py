@@ -1,0 +1,24 @@
+"""The images that a measurement reads: the user's, or synthetic ones of ImageNet's sizes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from horovod_owt.data.synthetic import write_synthetic
+
+SYNTHETIC = {"classes": 10, "train_per_class": 20, "val_per_class": 1, "size": (300, 400)}  # ImageNet's sizes
+
+
+@contextmanager
+def given_or_synthetic(data: Path | None) -> Iterator[Path]:
+    """The user's data set, or for the time of the measurement a synthetic one, each rank its own."""
+    if data is not None:
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="owt-bench-") as folder:
+        root = Path(folder) / "synthetic"
+        write_synthetic(root, **SYNTHETIC, workers=1)
+        yield root

@@ -1,0 +1,163 @@
+"""How fast images come: read, decoded, cropped, normalised, with no net behind them.
+
+Contenders take turns in short blocks. All of them work ahead, so a turn begins with batches that were ready:
+these are taken and not counted. It ends when the contender's threads have gone to sleep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from horovod_owt.bench.images import given_or_synthetic
+from horovod_owt.bench.input_contenders import open_dali_reader, open_data_loader, open_ours
+from horovod_owt.errors import ConfigError
+from horovod_owt.parallel import runtime
+from horovod_owt.topology import read_topology
+from horovod_owt.train.prepare import Request, prepare_alone
+
+AHEAD = 8  # batches; no contender has more of them ready or under way
+IDLE_SHARE = 0.05  # of a core
+IDLE_LIMIT_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+def bench_input(
+    data: Path | None, recipe: str | None, settings: tuple[str, ...], *, blocks: int, batches: int
+) -> dict[str, Any]:
+    """Time `blocks` turns of `batches` batches of each contender; ConfigError under a launcher."""
+    if read_topology().world_size > 1:
+        raise ConfigError("bench input under a launcher", wanted="one process", fix="leave out the launcher")
+    for name, value in (("blocks", blocks), ("batches", batches)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}", wanted="at least 1")
+    with given_or_synthetic(data) as root, ExitStack() as keep:
+        request = _with_threads(prepare_alone(root, recipe, settings))
+        contenders = _contenders(request, root, keep)
+        turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        for block in range(blocks):
+            for name, source in contenders.items():
+                turns[name].append(_take_turn(source, batches))
+            rates = (f"{name} {_rate(request, batches, rows[-1]):.0f}" for name, rows in turns.items())
+            log.info("block %d of %d | images/s: %s", block + 1, blocks, ", ".join(rates))
+        return _report(request, turns, batches)
+
+
+def _with_threads(request: Request) -> Request:
+    threads = request.cfg.decode_threads or len(psutil.Process().cpu_affinity())
+    return dataclasses.replace(request, cfg=dataclasses.replace(request.cfg, decode_threads=threads))
+
+
+def _contenders(request: Request, root: Path, keep: ExitStack) -> dict[str, Iterator[Tensor]]:
+    """Ours first. The DataLoader's workers are forked before there are threads that a fork would break."""
+    cfg, store, device = request.cfg, request.folder.train, torch.device(request.device)
+    loader = open_data_loader(cfg, store, device)
+    next(loader)
+    ours = "dali" if cfg.pipeline == "dali" else "torchvision-threads"
+    contenders = {ours: open_ours(cfg, store, device, keep)}
+    if cfg.pipeline == "dali" and not any((root / "train").glob("*.tar")):
+        contenders["dali-file-reader"] = open_dali_reader(cfg, root / "train", device)
+    return contenders | {"torchvision": loader}
+
+
+def _take_turn(source: Iterator[Tensor], batches: int) -> tuple[float, float]:
+    """Wall and CPU seconds, of this process and its children, for `batches` batches."""
+    for _ in range(AHEAD):
+        next(source)
+    cpu_before, start = _cpu_seconds(), time.perf_counter()
+    for _ in range(batches):
+        next(source)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    turn = time.perf_counter() - start, _cpu_seconds() - cpu_before
+    _wait_until_idle()
+    return turn
+
+
+def _cpu_seconds() -> float:
+    process = psutil.Process()
+    times = (p.cpu_times() for p in (process, *process.children(recursive=True)))
+    return sum(t.user + t.system for t in times)
+
+
+def _wait_until_idle() -> None:
+    """Until what works ahead has filled its queues."""
+    give_up, nap_s = time.monotonic() + IDLE_LIMIT_S, 0.1
+    while time.monotonic() < give_up:
+        before = _cpu_seconds()
+        time.sleep(nap_s)
+        if _cpu_seconds() - before <= IDLE_SHARE * nap_s:
+            return
+
+
+def _rate(request: Request, batches: int, turn: tuple[float, float]) -> float:
+    return batches * request.cfg.batch / turn[0]
+
+
+def _report(request: Request, turns: dict[str, list[tuple[float, float]]], batches: int) -> dict[str, Any]:
+    cfg, rows = request.cfg, []
+    for name, pairs in turns.items():
+        wall, cpu = np.array(pairs).T
+        p25, median, p75 = np.percentile(batches * cfg.batch / wall, [25, 50, 75])
+        rows.append(
+            {
+                "pipeline": name,
+                "images_per_s": median,
+                "images_per_s_quartiles": [p25, p75],
+                "cpu_s_per_image": float(np.median(cpu)) / (batches * cfg.batch),
+            }
+        )
+    ours, *others = rows
+    return {
+        "rows": rows,
+        "ratios": {
+            f"{ours['pipeline']}/{other['pipeline']}": ours["images_per_s"] / other["images_per_s"]
+            for other in others
+        },
+        "method": {
+            "blocks": len(next(iter(turns.values()))),
+            "batches_per_block": batches,
+            "untimed_batches_per_block": AHEAD,
+            "batch": cfg.batch,
+            "image_size": cfg.image_size,
+            "threads_or_workers": cfg.decode_threads,
+            "training_images": len(request.folder.train),
+            "device": request.device,
+            "figures": "medians of blocks that alternate; CPU seconds of all threads and worker processes",
+            "versions": runtime.versions(),
+        },
+    }
+
+
+def format_input_report(report: dict[str, Any]) -> str:
+    """The same figures for a person."""
+    method = report["method"]
+    lines = [
+        f"{method['training_images']} training images to {method['image_size']} px, batches of "
+        f"{method['batch']}, {method['threads_or_workers']} threads or workers, {method['device']}",
+        "",
+        f"{'pipeline':18}{'images/s':>10}{'quartiles':>16}{'CPU ms/image':>14}",
+    ]
+    for row in report["rows"]:
+        low, high = row["images_per_s_quartiles"]
+        spread = f"{low:.0f} - {high:.0f}"
+        cpu_ms = 1e3 * row["cpu_s_per_image"]
+        lines.append(f"{row['pipeline']:18}{row['images_per_s']:10.0f}{spread:>16}{cpu_ms:14.2f}")
+    lines += ["", *(f"{ratio:6.2f}  {name}" for name, ratio in report["ratios"].items()), ""]
+    lines.append(
+        f"{method['figures']}; {method['blocks']} blocks of {method['batches_per_block']} batches, "
+        f"{method['untimed_batches_per_block']} untimed before each"
+    )
+    lines.append(", ".join(f"{name} {version}" for name, version in method["versions"].items()))
+    return "\n".join(lines)

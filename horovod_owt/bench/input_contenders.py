@@ -1,0 +1,112 @@
+"""Who takes part in `bench input`: our pipeline, and what one would use without it. All work ahead.
+
+Each yields batches of float32 images, normalised, in tensors of torch's: same files, cores, crops and sizes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.data.augment import RATIO
+from horovod_owt.data.feed import TrainFeed
+from horovod_owt.data.pipeline import MEAN, STD, make_pipeline
+from horovod_owt.data.store import Store
+
+ENDLESS = 2**40  # samples
+
+
+def open_ours(cfg: TrainConfig, store: Store, device: torch.device, keep: ExitStack) -> Iterator[Tensor]:
+    """What training uses: our order of samples, our draws, decoded by `cfg.pipeline`."""
+    feed = TrainFeed(store, seed=cfg.seed, batch=cfg.batch, scale=(cfg.crop_scale_min, 1.0))
+    pipeline = make_pipeline(
+        cfg.pipeline,
+        feed,
+        image_size=cfg.image_size,
+        device_id=device.index if device.type == "cuda" else None,
+        num_threads=cfg.decode_threads,
+    )
+    return (batch.images for batch in keep.enter_context(pipeline))
+
+
+def open_data_loader(cfg: TrainConfig, store: Store, device: torch.device) -> Iterator[Tensor]:
+    """torch's DataLoader with torchvision's transforms, one worker for each decoding thread of the others."""
+    seen = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(cfg.image_size, scale=(cfg.crop_scale_min, 1.0), ratio=RATIO),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    images = _Images(store, seen)
+    loader = DataLoader(
+        images,
+        batch_size=cfg.batch,
+        sampler=RandomSampler(images, replacement=True, num_samples=ENDLESS),
+        num_workers=cfg.decode_threads,
+        pin_memory=device.type == "cuda",
+    )
+    return (batch.to(device, non_blocking=True) for batch in loader)
+
+
+class _Images(Dataset):
+    """torchvision's ImageFolder, over a store instead of a folder."""
+
+    def __init__(self, store: Store, transform: Callable[[Image.Image], Tensor]) -> None:
+        self._store, self._transform = store, transform
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(io.BytesIO(self._store.read(index))) as image:
+            return self._transform(image.convert("RGB"))
+
+
+def open_dali_reader(cfg: TrainConfig, folder: Path, device: torch.device) -> Iterator[Tensor]:
+    """DALI with its own file reader, shuffle and random crops, as its ResNet example has it."""
+    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    on_gpu = device.type == "cuda"
+    pipe = Pipeline(cfg.batch, cfg.decode_threads, device.index if on_gpu else None, seed=cfg.seed)
+    with pipe:
+        jpegs, _ = fn.readers.file(file_root=str(folder), random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(
+            jpegs,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            jpeg_fancy_upsampling=True,
+            random_area=[cfg.crop_scale_min, 1.0],
+            random_aspect_ratio=list(RATIO),
+        )
+        images = fn.resize(images, size=[cfg.image_size] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(),
+            dtype=types.FLOAT,
+            output_layout="HWC",
+            mean=[255 * mean for mean in MEAN],
+            std=[255 * std for std in STD],
+        )
+        pipe.set_outputs(images)
+    pipe.build()
+    pipe.schedule_run()
+    while True:
+        (decoded,) = pipe.share_outputs()
+        tensor = decoded.as_tensor()
+        own = torch.empty(tensor.shape(), dtype=torch.float32, device=device)
+        feed_ndarray(tensor, own, cuda_stream=torch.cuda.current_stream(device) if on_gpu else None)
+        pipe.release_outputs()
+        pipe.schedule_run()
+        yield own
