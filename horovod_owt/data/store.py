@@ -10,10 +10,13 @@ from typing import Protocol
 
 import numpy as np
 
-from horovod_owt.data.folder import LAYOUT, FolderStore, scan
+from horovod_owt.data.folder import FolderStore
+from horovod_owt.data.listing import LAYOUT, scan
+from horovod_owt.data.shards import INDEX, ShardStore, shard_name
 from horovod_owt.errors import DataError
 
 SPLITS = ("train", "val")
+UNFINISHED = ".unfinished"  # the folder in which prepare and pack work until all is there
 
 
 class Store(Protocol):
@@ -23,8 +26,15 @@ class Store(Protocol):
     labels: np.ndarray  # index -> label, int64
 
     def __len__(self) -> int: ...
-    def read(self, index: int) -> bytes: ...
+    def read(self, index: int) -> bytes: ...  # OSError; trouble in passing is waited for
+    def check(self, index: int, data: bytes) -> str | None: ...  # what is wrong with bytes read, if known
     def path(self, index: int) -> str: ...  # for messages
+    def name(self, index: int) -> bytes: ...  # the file's, without its class
+    def empty_classes(self) -> list[str]: ...
+
+    def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two int64 of each sample: its bytes, and a number that changes when it does."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,10 @@ class DataSet:
 
 
 def open_data_set(root: Path) -> DataSet:
-    """List both splits of `root` and check that they fit together; raises DataError."""
+    """Open both splits of `root`, each a folder of class folders or packed; raises DataError.
+
+    They must have the same classes.
+    """
     root = Path(root)
     _check_root(root)
     train, val = (_open_split(root / split) for split in SPLITS)
@@ -62,6 +75,9 @@ def _check_root(root: Path) -> None:
     entries = scan(os.fsencode(root))
     folders = {os.fsdecode(entry.name) for entry in entries if entry.is_dir()}
     if missing := [split for split in SPLITS if split not in folders]:
+        if (root / UNFINISHED).is_dir():
+            fix = "run the command that makes it again: it goes on where it stopped"
+            raise DataError(f"{root} is not finished", wanted="a whole data set", fix=fix)
         names = [os.fsdecode(entry.name) for entry in entries]
         holds = f"holds {first_few(names)}" if names else "is empty"
         raise DataError(
@@ -71,9 +87,12 @@ def _check_root(root: Path) -> None:
         )
 
 
-def _open_split(folder: Path) -> FolderStore:
-    store = FolderStore(folder)
+def _open_split(folder: Path) -> Store:
+    store = ShardStore.open(folder) if os.path.exists(folder / INDEX) else FolderStore(folder)
     if not store.classes:
+        if os.path.exists(folder / shard_name(0)):
+            fix = "copy the index too, or unpack the shards: `tar x`"
+            raise DataError(f"{folder} has shards, but no {INDEX}", wanted="both", fix=fix)
         raise DataError(f"{folder} has no class folders", wanted=LAYOUT)
     if empty := store.empty_classes():
         raise DataError(

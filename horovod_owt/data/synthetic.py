@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from horovod_owt.data.store import SPLITS, first_few
+from horovod_owt.data.workers import in_processes, usable_cores
 from horovod_owt.errors import DataError
 
 CHUNK = 25  # images a worker draws before it reports back
@@ -233,7 +231,7 @@ def write_synthetic(
                 for label in range(classes):
                     (scratch / split / class_name(label, classes)).mkdir(parents=True)
             done = 0
-            for written in _write_chunks(scratch, spec, workers or _usable_cores()):
+            for written in _write_chunks(scratch, spec, workers or usable_cores()):
                 done += written
                 if progress:
                     progress(done, spec.num_images)
@@ -287,19 +285,7 @@ def _written_beside(out: Path) -> Iterator[Path]:
 def _write_chunks(root: Path, spec: SyntheticSet, workers: int) -> Iterator[int]:
     """Write every image under `root`; yields how many after each piece of work."""
     tasks = [(root, spec, *chunk) for chunk in spec.chunks()]
-    workers = min(workers, len(tasks))
-    if workers == 1:
-        yield from map(_write_chunk, tasks)
-        return
-    # spawn: the caller may have threads. Workers leave Ctrl-C to the parent, which lets them end their part.
-    # An executor, not a Pool: in a script without a __main__ guard it fails at once, a Pool spawns for ever.
-    spawn = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_interrupts)
-    try:
-        for done in as_completed([executor.submit(_write_chunk, task) for task in tasks]):
-            yield done.result()
-    finally:
-        executor.shutdown(cancel_futures=True)
+    yield from in_processes(_write_chunk, tasks, workers)
 
 
 def _write_chunk(task: tuple[Path, SyntheticSet, str, int, range]) -> int:
@@ -309,11 +295,3 @@ def _write_chunk(task: tuple[Path, SyntheticSet, str, int, range]) -> int:
     for number in numbers:
         (folder / f"{synset}_{number:05d}.JPEG").write_bytes(draw(spec, split, label, number))
     return len(numbers)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

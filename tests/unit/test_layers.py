@@ -13,8 +13,8 @@ import horovod_owt
 PACKAGE = Path(horovod_owt.__file__).parent
 HEAVY = {"torch", "torchvision", "horovod", "nvidia", "mpi4py"}
 LIGHT = ["cli", "commands.data", "config", "errors", "schedule", "topology", "train.prepare"]
-LIGHT += [f"data.{name}" for name in ("store", "folder", "order", "augment", "hashing", "jpeg")]
-LIGHT += [f"data.{name}" for name in ("synthetic", "feed")]
+LIGHT += [f"data.{name}" for name in ("store", "folder", "listing", "order", "augment", "hashing", "jpeg")]
+LIGHT += [f"data.{name}" for name in ("synthetic", "feed", "shards", "pack", "prepare", "making")]
 LIGHT += [f"perf.{name}" for name in ("network", "traffic", "predict")]
 
 

@@ -1,0 +1,147 @@
+"""The names of all images under one split, remembered from one run to the next.
+
+Listing a million files takes seconds on a local disk and minutes on a file server. So the names are kept in a
+file; the next run asks each class folder for its times of change (one stat) and lists those anew that differ.
+The times are the folder's mtime and ctime: `rsync -a` and `tar x` set the first one back, nobody the second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
+from horovod_owt.errors import DataError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (b".jpeg", b".jpg", b".png")
+LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
+CACHE_FROM = 20_000  # images; fewer are listed in the blink of an eye
+VERSION = 1  # of the cache file
+# A folder that changed so short a time before we listed it may change again without a new mtime, for a file
+# system counts time in ticks, of 2 s at the coarsest: what we know of it is not trusted the next time.
+SETTLED_NS = 2_000_000_000
+_UNSETTLED = (-1, -1)
+
+
+@dataclass
+class Listing:
+    """Class folders in order, and the images of each in order."""
+
+    classes: list[bytes]
+    stamps: list[tuple[int, int]]  # (mtime_ns, ctime_ns) of each class folder before it was listed
+    counts: np.ndarray  # (classes,) int64: images of each
+    names: Names  # of all images, class after class
+
+    def of_each_class(self) -> Iterator[tuple[bytes, tuple[int, int], Names]]:
+        start = 0
+        for name, stamp, count in zip(self.classes, self.stamps, self.counts.tolist(), strict=True):
+            yield name, stamp, self.names.part(start, start + count)
+            start += count
+
+
+def list_split(folder: Path) -> Listing:
+    """The listing of a split folder, from the cache as far as that still holds; raises DataError."""
+    split = os.fsencode(folder)
+    known = _read_cached(folder)
+    remembered = {name: (stamp, images) for name, stamp, images in known.of_each_class()} if known else {}
+    classes, stamps, parts = sorted(entry.name for entry in scan(split) if entry.is_dir()), [], []
+    for name in classes:
+        path = os.path.join(split, name)
+        stamp = _stamp(path)  # before the listing: a change meanwhile shows the next time
+        old_stamp, images = remembered.get(name, (_UNSETTLED, None))
+        if images is None or stamp != old_stamp:
+            settled = max(stamp) < time.time_ns() - SETTLED_NS
+            images, stamp = Names.joined(_image_names(path)), stamp if settled else _UNSETTLED
+        stamps.append(stamp)
+        parts.append(images)
+    counts = np.array([len(part) for part in parts], np.int64)
+    listing = Listing(classes, stamps, counts, Names.chained(parts))
+    fresh = known is not None and (known.classes, known.stamps) == (classes, stamps)
+    if len(listing.names) >= CACHE_FROM and not fresh:
+        _write_cached(folder, listing)
+    return listing
+
+
+def _stamp(folder: bytes) -> tuple[int, int]:
+    try:
+        found = os.stat(folder)
+    except OSError as trouble:
+        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {trouble.strerror}") from trouble
+    return found.st_mtime_ns, found.st_ctime_ns
+
+
+def _image_names(folder: bytes) -> list[bytes]:
+    images = (entry for entry in scan(folder) if entry.name.lower().endswith(SUFFIXES))
+    return sorted(entry.name for entry in images if entry.is_file())
+
+
+def scan(folder: bytes) -> list[os.DirEntry[bytes]]:
+    """What is in a folder, without hidden entries (._n01440764_18.JPEG, .snapshot, ...)."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(b".")]
+        if not os.access(folder, os.X_OK):  # listed, but nothing in it can be opened
+            raise PermissionError
+    except PermissionError:
+        raise DataError(
+            f"{os.fsdecode(folder)} may not be read by user {os.geteuid()}",
+            fix=f"chmod -R a+rX {os.fsdecode(folder)}, or run as its owner",
+        ) from None
+    except NotADirectoryError:
+        raise DataError(f"{os.fsdecode(folder)} is not a folder", wanted=f"a folder with {LAYOUT}") from None
+    except OSError as trouble:  # a dangling link, a stale NFS handle
+        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {trouble.strerror}") from trouble
+    return found
+
+
+# ---- the cache file ----
+
+
+def cache_files(folder: Path) -> list[Path]:
+    """Where the names may be kept: beside the split folder, else below the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
+    return [folder.parent / f".owt-index-{folder.name}.npz", home / "horovod_owt" / "listings" / f"{key}.npz"]
+
+
+def _read_cached(folder: Path) -> Listing | None:
+    """The first cache file that is sound; one that is damaged or of another version counts for nothing."""
+    for path in cache_files(folder):
+        try:
+            arrays = read_arrays(path)
+            if int(arrays["version"]) != VERSION:
+                continue
+            classes, names = list(Names.from_arrays(arrays, "class")), Names.from_arrays(arrays, "image")
+            stamps, counts = arrays["stamps"], arrays["counts"]
+            if stamps.shape != (len(classes), 2) or counts.shape != (len(classes),):
+                raise ValueError("columns of different length")
+            if (counts < 0).any() or counts.sum() != len(names):
+                raise ValueError("counts that do not add up")
+            return Listing(classes, [tuple(stamp) for stamp in stamps.tolist()], counts, names)
+        except FileNotFoundError:
+            continue
+        except (*UNREADABLE, TypeError) as trouble:
+            log.debug("%s is not used: %s", path, trouble)
+    return None
+
+
+def _write_cached(folder: Path, listing: Listing) -> None:
+    arrays = {"version": np.int64(VERSION), "counts": listing.counts}
+    arrays |= {"stamps": np.array(listing.stamps, np.int64).reshape(-1, 2)}
+    arrays |= Names.joined(listing.classes).to_arrays("class") | listing.names.to_arrays("image")
+    for path in cache_files(folder):
+        try:
+            if path.parent != folder.parent:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            return write_arrays(path, arrays)
+        except OSError as trouble:  # read-only, full: the next place, or every run lists anew
+            log.debug("%s cannot be kept: %s", path, trouble)

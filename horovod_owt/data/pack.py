@@ -1,0 +1,59 @@
+"""Any data set to tar shards: owt data pack."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from horovod_owt.data import workplace
+from horovod_owt.data.making import Form, Progress, make
+from horovod_owt.data.store import SPLITS, DataSet, open_data_set
+from horovod_owt.data.workers import usable_cores
+from horovod_owt.errors import DataError
+
+
+def pack(
+    source: Path, out: Path, form: Form, *, workers: int | None = None, progress: Progress | None = None
+) -> tuple[dict, bool]:
+    """Pack `source` into `out`. Returns the facts of the whole, and False if it was there already.
+
+    Killed, it is continued by the same call. Raises DataError.
+    """
+    form.check()
+    _check_apart(source, out)
+    data = open_data_set(source)
+    spec = {"made_by": "owt data pack", "source_sha256": _fingerprint(data), **form.spec()}
+    with workplace.opened(out, spec) as place:
+        if done := place.finished:
+            return done, False
+        stores = {split: getattr(data, split) for split in SPLITS}
+        return make(place, stores, form, workers=workers or usable_cores(), progress=progress), True
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    real_source, real_out = Path(source).resolve(), Path(out).resolve()
+    if real_source == real_out or real_source in real_out.parents or real_out in real_source.parents:
+        saw = f"{out} and {source} are one within the other"
+        saw = f"{out} is {source} itself" if real_source == real_out else saw
+        raise DataError(saw, wanted="two folders apart", fix="choose another name to write to")
+
+
+def _fingerprint(data: DataSet) -> str:
+    """Changes when an image is added, removed, renamed or written again."""
+    digest = hashlib.sha256()
+    for store in (data.train, data.val):
+        digest.update("\0".join(store.classes).encode(errors="surrogateescape") + b"\0\0")
+        digest.update(np.ascontiguousarray(store.labels))
+        for index in range(len(store)):
+            digest.update(store.name(index) + b"\0")
+        try:
+            for column in store.sizes_and_times():
+                digest.update(np.ascontiguousarray(column, np.int64))
+        except OSError as trouble:
+            path = os.fsdecode(trouble.filename) if trouble.filename else store.path(0)
+            saw = f"cannot read {path}: {trouble.strerror}"
+            raise DataError(saw, fix="check the file and the disk it is on") from trouble
+    return digest.hexdigest()

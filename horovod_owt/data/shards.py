@@ -1,0 +1,207 @@
+"""Samples in tar shards, found through an index beside them: SPLIT/shard-000000.tar, ..., SPLIT/index.npz.
+
+The order of the index is that of a folder (class, then file name), wherever the bytes lie in the shards. So a
+packed data set and the folder that it was made from give the same batches.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
+from horovod_owt.data.patience import PASSING, patiently
+from horovod_owt.errors import DataError
+
+INDEX = "index.npz"
+VERSION = 1
+OPEN_FILES = 256  # shards held open at a time: a process may have 1024 files, and not all for us
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+@dataclass
+class Index:
+    """Where each sample lies. One row a sample, in the order of a folder."""
+
+    classes: list[bytes]
+    shard_bytes: np.ndarray  # (shards,) int64: whole files, to tell another one of the same name
+    shard: np.ndarray  # (n,) uint32
+    offset: np.ndarray  # (n,) int64: of the image, not of its header
+    length: np.ndarray  # (n,) int64
+    label: np.ndarray  # (n,) int64
+    crc32: np.ndarray | None  # (n,) uint32 of the image; None: not known
+    names: Names  # of the members, without their class
+
+    def write(self, path: Path) -> None:
+        columns = {"shard": self.shard, "offset": self.offset, "length": self.length, "label": self.label}
+        columns |= {"crc32": self.crc32} if self.crc32 is not None else {}
+        columns |= Names.joined(self.classes).to_arrays("class") | self.names.to_arrays("name")
+        arrays = {"version": np.int64(VERSION), "shard_bytes": self.shard_bytes, **columns}
+        write_arrays(path, arrays, durable=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Index:
+        """Raises one of arrays.UNREADABLE, or TypeError."""
+        arrays = read_arrays(path)
+        if int(arrays["version"]) != VERSION:
+            raise ValueError(f"version {arrays['version']}, and this program reads {VERSION}")
+        classes, names = list(Names.from_arrays(arrays, "class")), Names.from_arrays(arrays, "name")
+        columns = [arrays[name] for name in ("shard", "offset", "length", "label")]
+        crc32 = arrays.get("crc32")
+        index = cls(classes, arrays["shard_bytes"], *columns, crc32, names)
+        index._check()
+        return index
+
+    def _check(self) -> None:
+        known = [self.shard, self.offset, self.length, self.label] + [self.crc32] * (self.crc32 is not None)
+        if any(column.shape != (len(self.names),) or column.dtype.kind not in "iu" for column in known):
+            raise ValueError("columns of different length")
+        if not len(self.names):
+            raise ValueError("no samples")
+        if self.shard.max() >= len(self.shard_bytes) or self.label.max() >= len(self.classes):
+            raise ValueError("a sample of no shard or no class")
+        ends = self.offset + self.length
+        if min(self.offset.min(), self.length.min(), self.label.min()) < 0:
+            raise ValueError("a sample before the beginning")
+        if (ends > self.shard_bytes[self.shard]).any():
+            raise ValueError("a sample beyond the end of its shard")
+
+
+class ShardStore:
+    """Samples that are ranges of bytes in a few large files. Safe for threads; a read is one pread."""
+
+    def __init__(self, files: list[Path], index: Index) -> None:
+        self._paths, self._index = files, index
+        self.classes = tuple(os.fsdecode(name) for name in index.classes)
+        self.labels = index.label.astype(np.int64, copy=False)
+        self._files = _Files(files, index.shard_bytes)
+
+    @classmethod
+    def open(cls, folder: Path) -> ShardStore:
+        """The shards of one split; DataError if the index is damaged or a shard is missing."""
+        path = folder / INDEX
+        again = "make the data set again with `owt data pack` or `owt data prepare`"
+        try:
+            index = Index.read(path)
+        except (*UNREADABLE, TypeError) as trouble:
+            raise DataError(f"{path} cannot be used: {trouble}", fix=again) from trouble
+        files = [folder / shard_name(number) for number in range(len(index.shard_bytes))]
+        for file, wanted in zip(files, index.shard_bytes.tolist(), strict=True):
+            try:
+                saw = os.stat(file).st_size
+            except OSError as trouble:
+                raise DataError(f"{file} cannot be read: {trouble.strerror}", fix=again) from trouble
+            if saw != wanted:
+                raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, says {path.name}", fix=again)
+        return cls(files, index)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        """`SHARD: CLASS/NAME`, for messages."""
+        member = os.path.join(self.classes[self.labels[index]], os.fsdecode(self.name(index)))
+        return f"{self._paths[self._index.shard[index]]}: {member}"
+
+    def name(self, index: int) -> bytes:
+        return self._index.names[index]
+
+    def read(self, index: int) -> bytes:
+        return patiently(self._read_once, index, self.path)
+
+    def check(self, index: int, data: bytes) -> str | None:
+        """What is wrong with bytes that were read: None, or that they are not those that were packed."""
+        if self._index.crc32 is None or zlib.crc32(data) == self._index.crc32[index]:
+            return None
+        return f"crc32 {zlib.crc32(data):08x}, {INDEX} says {self._index.crc32[index]:08x}"
+
+    def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of each sample, and what changes when it does: its checksum, or 0 where there is none."""
+        crc32 = self._index.crc32
+        return self._index.length, np.zeros(len(self), np.int64) if crc32 is None else crc32.astype(np.int64)
+
+    def empty_classes(self) -> list[str]:
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        return [name for name, count in zip(self.classes, counts, strict=True) if not count]
+
+    def _read_once(self, index: int) -> bytes:
+        row = self._index
+        shard, offset, length = int(row.shard[index]), int(row.offset[index]), int(row.length[index])
+        with self._files.opened(shard) as descriptor:
+            data = os.pread(descriptor, length, offset)
+            while len(data) < length:  # a network file system may give less at once; a cut file gives nothing
+                more = os.pread(descriptor, length - len(data), offset + len(data))
+                if not more:
+                    raise OSError(f"the shard ends within the sample, {length - len(data)} bytes too early")
+                data += more
+        return data
+
+    def __reduce__(self):
+        return ShardStore, (self._paths, self._index)
+
+
+class _Files:
+    """Open files by number: opened at first use and kept; beyond a limit the least recently used closes."""
+
+    def __init__(self, paths: list[Path], sizes: np.ndarray) -> None:
+        self._paths, self._sizes = paths, sizes
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _File] = OrderedDict()  # least recently used first
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[int]:
+        """A descriptor that stays open within the block; after trouble in passing the file is opened anew."""
+        with self._lock:
+            file = self._open.get(number)
+            if file is None:
+                self._make_room()
+                file = self._open[number] = _File(self._paths[number], int(self._sizes[number]))
+            self._open.move_to_end(number)
+            file.users += 1
+        failed = False
+        try:
+            yield file.descriptor
+        except OSError as trouble:
+            failed = trouble.errno in PASSING or trouble.errno == errno.EBADF
+            raise
+        finally:
+            with self._lock:
+                file.users -= 1
+                if failed and self._open.get(number) is file:
+                    del self._open[number]
+                if file.users == 0 and self._open.get(number) is not file:
+                    file.close()
+
+    def _make_room(self) -> None:
+        while len(self._open) >= OPEN_FILES:
+            _, file = self._open.popitem(last=False)
+            if file.users == 0:  # else its last user closes it
+                file.close()
+
+    def __del__(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+
+class _File:
+    def __init__(self, path: Path, size: int) -> None:
+        self.users = 0
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if (saw := os.fstat(self.descriptor).st_size) != size:
+            self.close()
+            raise OSError(f"the file has {saw} bytes, {INDEX} says {size}")
+
+    def close(self) -> None:
+        os.close(self.descriptor)

@@ -1,0 +1,116 @@
+"""Work on all cores, in processes that end with whoever started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing.connection import wait as wait_for_any
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+POLL_S = 0.2  # between two looks at the count
+
+
+class Stopped(Exception):
+    """The one who asked for the work no longer wants it."""
+
+
+class _Local:
+    """Stands in for the shared count and the sign to stop where there is one process."""
+
+    value = 0
+
+    def is_set(self) -> bool:
+        return False
+
+
+_stop = _count = _Local()
+
+
+def tick(count: int = 1) -> None:
+    """Called by the work now and then: `count` more pieces are done. Raises Stopped."""
+    if isinstance(_count, _Local):
+        _count.value += count
+        return
+    with _count.get_lock():
+        _count.value += count
+    if _stop.is_set():
+        raise Stopped
+
+
+def in_processes(
+    work: Callable[[Task], Result],
+    tasks: list[Task],
+    workers: int,
+    *,
+    begin: Callable[..., None] | None = None,
+    begin_args: tuple = (),
+    ticked: Callable[[int], None] | None = None,
+) -> Iterator[Result]:
+    """Results of `work(task)` as they become ready; `begin(*begin_args)` is called first in each process.
+
+    `ticked(count)` hears how often the work has called `tick`. Leaving the loop early stops the processes at
+    their next tick. With one worker, or one task, all happens in this process.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from _here(work, tasks, begin, begin_args, ticked)
+        return
+    # spawn: the caller may have threads.
+    # An executor, not a Pool: in a script without a __main__ guard it fails at once, a Pool spawns for ever.
+    spawn = multiprocessing.get_context("spawn")
+    stop, count = spawn.Event(), spawn.Value("q", 0)
+    executor = ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=_begin, initargs=(stop, count, begin, begin_args)
+    )
+    try:
+        pending = {executor.submit(work, task) for task in tasks}
+        while pending:
+            ready, pending = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            if ticked:
+                ticked(count.value)
+            for future in ready:
+                yield future.result()
+    finally:
+        stop.set()
+        executor.shutdown(cancel_futures=True)
+
+
+def _here(work, tasks, begin, begin_args, ticked) -> Iterator:
+    _count.value = 0
+    if begin and tasks:
+        begin(*begin_args)
+    for task in tasks:
+        result = work(task)
+        if ticked:
+            ticked(_count.value)
+        yield result
+
+
+def _begin(stop, count, begin, begin_args) -> None:
+    """In a new process: Ctrl-C is left to the parent, and the parent's death is ours.
+
+    An orphaned worker of a ProcessPoolExecutor would wait for ever, for it holds both ends of its queue.
+    """
+    global _stop, _count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        wait_for_any([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True, name="end-with-parent").start()
+    _stop, _count = stop, count
+    if begin:
+        begin(*begin_args)
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
