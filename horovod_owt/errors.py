@@ -1,4 +1,7 @@
-"""What a user can get wrong, each with its exit code: 1 the run failed, 2 bad usage or config."""
+"""What a user can get wrong, each with its exit code.
+
+1 the run failed; 2 bad usage or config; 3 a check found a problem; 75 stopped at a checkpoint, requeue me.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,12 @@ class DeviceError(OwtError):
     """Ranks and devices do not match."""
 
     exit_code = 2
+
+
+class ProblemFound(OwtError):
+    """A check did its work, and what it looked at is not as it should be."""
+
+    exit_code = 3
 
 
 class Preempted(OwtError):

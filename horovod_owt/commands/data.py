@@ -7,10 +7,20 @@ from pathlib import Path
 
 import click
 
+from horovod_owt.commands.data_making import pack, prepare
+from horovod_owt.commands.data_stats import stats
+from horovod_owt.commands.data_verify import verify
+
 
 @click.group()
 def data() -> None:
     """Make and look after data sets."""
+
+
+data.add_command(prepare)
+data.add_command(pack)
+data.add_command(verify)
+data.add_command(stats)
 
 
 @data.command()

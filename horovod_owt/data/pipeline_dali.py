@@ -124,10 +124,10 @@ class DaliPipeline:
 
     def _refused(self, encoded: EncodedBatch) -> dict[int, str]:
         """row -> fault of the rows that DALI does not decode."""
-        rows = range(len(encoded.jpegs))
-        refused = find_refused(
-            partial(self._build, batch=1), (_inputs(encoded, slice(row, row + 1)) for row in rows)
-        )
+        if not find_refused(partial(self._build, batch=self._feed.batch), [_inputs(encoded, slice(None))]):
+            return {}
+        alone = (_inputs(encoded, slice(row, row + 1)) for row in range(len(encoded.jpegs)))
+        refused = find_refused(partial(self._build, batch=1), alone)
         return {row: undecodable(encoded.jpegs[row].tobytes()) for row in refused}
 
 

@@ -17,6 +17,7 @@ from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
+from horovod_owt.errors import RunError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -150,6 +151,15 @@ def test_an_unreadable_file_is_tried_again(sound, tmp_path):
     away.rename(store.path(5))
     with ValidationFeed(store, batch=IMAGES, bad_images=known) as feed:
         assert next(feed).valid.all()
+
+
+@needs_dali
+def test_a_failure_of_dali_that_is_no_images_ends_the_run(damaged, monkeypatch):
+    from horovod_owt.data import pipeline_dali
+
+    monkeypatch.setattr(pipeline_dali, "find_refused", lambda build, inputs: [])
+    with pytest.raises(RunError, match="DALI stopped on .* fix: set pipeline=torchvision"):
+        run("dali", ValidationFeed(open_data_set(damaged).val, batch=BATCH, bad_images=BadImages()))
 
 
 @needs_dali

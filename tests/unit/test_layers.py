@@ -15,6 +15,7 @@ HEAVY = {"torch", "torchvision", "horovod", "nvidia", "mpi4py"}
 LIGHT = ["cli", "commands.data", "config", "errors", "schedule", "topology", "train.prepare"]
 LIGHT += [f"data.{name}" for name in ("store", "folder", "listing", "order", "augment", "hashing", "jpeg")]
 LIGHT += [f"data.{name}" for name in ("synthetic", "feed", "shards", "pack", "prepare", "making")]
+LIGHT += [f"data.{name}" for name in ("faults", "oddities", "verify", "stats")] + ["parallel.mpi"]
 LIGHT += [f"perf.{name}" for name in ("network", "traffic", "predict")]
 
 

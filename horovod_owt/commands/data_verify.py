@@ -1,0 +1,149 @@
+"""owt data verify: which images are bad."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from horovod_owt.commands.options import JSON_OPTION
+
+if TYPE_CHECKING:
+    from horovod_owt.data.verify import Finding
+
+
+@click.command()
+@click.argument("root", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["train", "val"]), help="Default: both.")
+@click.option(
+    "--workers", type=click.IntRange(1), help="Threads that decode.  [default: the cores of this rank]"
+)
+@click.option(
+    "--pipeline",
+    type=click.Choice(["auto", "dali", "torchvision"]),
+    default="auto",
+    show_default=True,
+    help="Whose decoder; name the one that you train with.",
+)
+@JSON_OPTION
+def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as_json: bool) -> None:
+    """Decode every image below ROOT and list the bad ones, each with its fault. Exit code 3 if there are any.
+
+    \b
+    Examples:  owt data verify /tmp/synth
+               owt data verify /tmp/synth --split val --json
+               mpirun -np 4 --bind-to none owt data verify /data/imagenet
+
+    Under mpirun the ranks share the images, and rank 0 speaks. What is odd but decodes (a PNG named .JPEG, a
+    CMYK JPEG) is remarked on, and is no fault. Ctrl-C ends it with what was found so far; mpirun gives its
+    ranks no time for that, so there bad images are named on stderr too, as they are met.
+    """
+    from horovod_owt.commands.log import log_to_stderr
+    from horovod_owt.data.pipeline import resolve_kind
+    from horovod_owt.data.store import SPLITS, open_data_set
+    from horovod_owt.data.verify import make_decoder, merged
+    from horovod_owt.data.verify import verify as verify_share
+    from horovod_owt.errors import ProblemFound, RunError
+    from horovod_owt.parallel.mpi import broadcast_number, check_started_by_mpi, gather_json
+    from horovod_owt.topology import read_topology
+
+    log_to_stderr()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: say what was found
+    topology, started = read_topology(), time.perf_counter()
+    check_started_by_mpi(topology, "owt data verify")
+    kind = resolve_kind(pipeline)
+    data = open_data_set(root)
+    stores = {name: getattr(data, name) for name in SPLITS if split in (None, name)}
+    threads = workers or _own_cores(topology.local_size)
+    decoder = make_decoder(kind, threads=threads, device_id=_own_gpu(topology) if kind == "dali" else None)
+    images = sum(map(len, stores.values()))
+    with _bar(images, topology) as progress:
+        found = verify_share(
+            stores, decoder, rank=topology.rank, world_size=topology.world_size, progress=progress
+        )
+    parts = gather_json(found.to_dict(), topology)
+    whole = merged(parts) if parts else found
+    bad, done, stopped = (
+        broadcast_number(int(number), topology) for number in (len(whole.bad), whole.images, whole.stopped)
+    )
+    if topology.rank == 0:
+        seconds = time.perf_counter() - started
+        click.echo(_json(whole) if as_json else _text(whole, images, kind, seconds))
+    if bad:
+        saw = f"bad images: {bad} of {done}" + (
+            f" (stopped before the other {images - done})" if stopped else ""
+        )
+        fix = "replace or remove them, or train with --set bad_images=skip"
+        raise ProblemFound(saw, wanted="none", fix=fix).on_every_rank()
+    if stopped:
+        raise RunError(f"stopped after {done} of {images} images, none of them bad").on_every_rank()
+
+
+def _own_cores(ranks_on_host: int) -> int:
+    """Cores that this rank may use; those of a host are for all of its ranks."""
+    from horovod_owt.data.workers import usable_cores
+
+    return max(1, min(usable_cores(), (os.cpu_count() or 1) // ranks_on_host))
+
+
+def _own_gpu(topology) -> int | None:
+    """The GPU that a rank of training would take here."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None  # no driver, no GPU: spare the seconds of loading torch
+    from horovod_owt.parallel.device import assign_device, visible_gpus  # loads torch
+
+    _, _, number = assign_device(topology, visible_gpus()).partition(":")
+    return int(number) if number else None
+
+
+@contextmanager
+def _bar(images: int, topology):
+    """A bar on a terminal: of rank 0's share, which stands for all.
+
+    mpirun ends ranks at Ctrl-C before they could report: there each bad image is named at once as well.
+    """
+    from tqdm import tqdm
+
+    log, found = logging.getLogger("horovod_owt"), []
+    hidden = topology.rank > 0 or not sys.stderr.isatty()
+    with tqdm(total=images, unit="image", disable=hidden, desc="verifying") as bar:
+
+        def show(done: int, bad: list[Finding]) -> None:
+            found.extend(bad)
+            bar.update(min(done * topology.world_size, images - bar.n))
+            bar.set_postfix_str(f"{len(found)} bad" + (" on rank 0" if topology.world_size > 1 else ""))
+            for one in bad if topology.world_size > 1 else ():
+                log.warning("bad image %s: %s", one.path, one.text)
+
+        yield show
+
+
+def _json(found) -> str:
+    report = {
+        "images": found.images,
+        "bad": [{"path": bad.path, "fault": bad.text} for bad in found.bad],
+        "remarks": [{"path": odd.path, "remark": odd.text} for odd in found.remarks],
+    }
+    return json.dumps(report | ({"stopped": True} if found.stopped else {}))
+
+
+def _text(found, images: int, kind: str, seconds: float) -> str:
+    lines = [f"bad     {bad.path}: {bad.text}" for bad in found.bad]
+    lines += [f"remark  {odd.path}: {odd.text}" for odd in found.remarks]
+    of = f" of {images}" if found.stopped else ""
+    lines.append(
+        f"{found.images}{of} images decoded by {kind} in {seconds:.1f} s: "
+        f"{len(found.bad)} bad, {len(found.remarks)} odd"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""What a data set is like: images, classes, sizes, bytes, and the mean and std of its colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from horovod_owt.data.faults import check_image
+from horovod_owt.data.order import SampleOrder
+from horovod_owt.data.store import DataSet, Store
+from horovod_owt.data.workers import usable_cores
+from horovod_owt.errors import DataError
+
+LEVELS = np.arange(256) / 255
+
+
+class _Seen(NamedTuple):
+    """One image."""
+
+    width: int
+    height: int
+    mean: np.ndarray  # (3,) RGB, 0..1
+    square: np.ndarray  # (3,) mean of the squares
+
+
+def data_stats(
+    data: DataSet, *, sample: int, seed: int = 0, progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """Counts and bytes of all images; sizes and colours of `sample` training images drawn by `seed`.
+
+    Each image of the sample weighs the same in the colours, whatever its size. Bad images are left out, and
+    counted. DataError if a file is gone.
+    """
+    store = data.train
+    _, indices = SampleOrder(len(store), seed).at(0, min(sample, len(store)))
+    seen, bad = [], 0
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="measure-image") as threads:
+        for one in threads.map(lambda index: _measure(store, index), indices.tolist()):
+            progress(1)
+            if one is None:
+                bad += 1
+            else:
+                seen.append(one)
+    report: dict[str, Any] = {
+        "images": {"train": len(data.train), "val": len(data.val)},
+        "bytes": {"train": _bytes(data.train), "val": _bytes(data.val)},
+        "classes": _classes(store),
+        "sampled": len(seen),
+        "bad_in_sample": bad,
+        "seed": seed,
+    }
+    if seen:
+        report |= _figures(seen)
+    return report
+
+
+def _bytes(store: Store) -> int:
+    try:
+        sizes, _ = store.sizes_and_times()
+    except OSError as trouble:
+        saw = f"{trouble.filename} is listed but cannot be looked at: {trouble.strerror}"
+        raise DataError(saw, fix="`owt data verify` lists all that are bad") from trouble
+    return int(sizes.sum())
+
+
+def _classes(store: Store) -> dict[str, Any]:
+    counts = np.bincount(store.labels, minlength=len(store.classes))
+    ends = {"smallest": int(counts.argmin()), "largest": int(counts.argmax())}
+    named = {
+        which: {"name": store.classes[label], "images": int(counts[label])} for which, label in ends.items()
+    }
+    return {"count": len(counts), **named}
+
+
+def _figures(seen: list[_Seen]) -> dict[str, Any]:
+    widths, heights, means, squares = map(np.array, zip(*seen, strict=True))
+    mean = means.mean(axis=0)
+    std = np.sqrt(np.maximum(squares.mean(axis=0) - mean**2, 0))
+    return {
+        "width": _spread(widths),
+        "height": _spread(heights),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+
+
+def _measure(store: Store, index: int) -> _Seen | None:
+    """None for an image that is bad."""
+    try:
+        data = store.read(index)
+        header = check_image(data)
+        with Image.open(io.BytesIO(data)) as image:
+            counts = np.reshape(image.convert("RGB").histogram(), (3, 256))
+    except Exception:  # Pillow's decoders raise nearly anything on hostile bytes
+        return None
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    return _Seen(header.width, header.height, shares @ LEVELS, shares @ LEVELS**2)

@@ -1,0 +1,167 @@
+"""Decode every image of a data set, whole, and say which are bad and which are odd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from horovod_owt.data.faults import check_image, pillow_fault, read_fault
+from horovod_owt.data.jpeg import Header
+from horovod_owt.data.oddities import remark
+from horovod_owt.data.order import validation_slice
+from horovod_owt.data.prefetch import Prefetched
+from horovod_owt.data.store import Store
+
+READERS = 4  # threads that wait for the file system
+GROUP = 64  # images that are decoded together, at most
+GROUP_PIXELS = 2**26  # and pixels, unless one image has more: they are 200 MB when decoded
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is to be said of one image."""
+
+    split: str
+    index: int  # into the split's store
+    path: str
+    text: str
+
+
+Progress = Callable[[int, list[Finding]], None]  # images done since the last call, and the bad ones of them
+
+
+@dataclass
+class Findings:
+    """What a rank has seen so far."""
+
+    images: int = 0
+    bad: list[Finding] = field(default_factory=list)
+    remarks: list[Finding] = field(default_factory=list)
+    stopped: bool = False  # by Ctrl-C, before the end
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An image that looks whole."""
+
+    index: int
+    data: bytes
+    header: Header
+
+
+class Decoder(Protocol):
+    """Decodes whole images, many at a time."""
+
+    def faults(self, images: Sequence[bytes]) -> dict[int, str]:
+        """position in `images` -> fault, of those that it does not decode"""
+
+
+class PillowDecoder:
+    """As pipeline=torchvision decodes."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="verify-image")
+
+    def faults(self, images: Sequence[bytes]) -> dict[int, str]:
+        said = self._threads.map(pillow_fault, images)
+        return {number: f"undecodable: {fault}" for number, fault in enumerate(said) if fault}
+
+
+def make_decoder(pipeline: str, *, threads: int, device_id: int | None) -> Decoder:
+    """The decoder of a pipeline, dali or torchvision; a GPU is of use to the first."""
+    if pipeline == "torchvision":
+        return PillowDecoder(threads)
+    from horovod_owt.data.dali_decoder import DaliDecoder
+
+    return DaliDecoder(threads, device_id, GROUP)
+
+
+def verify(
+    stores: dict[str, Store], decoder: Decoder, *, rank: int, world_size: int, progress: Progress
+) -> Findings:
+    """Check this rank's share of each split's images. Ctrl-C ends it with what was found until then."""
+    found = Findings()
+    try:
+        for split, store in stores.items():
+            share = validation_slice(len(store), rank, world_size)
+            _verify_split(split, store, share, decoder, found, progress)
+    except KeyboardInterrupt:
+        found.stopped = True
+    return found
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> Findings:
+    """The findings of all ranks, in the order of the files."""
+    whole = Findings()
+    for part in parts:
+        whole.images += part["images"]
+        whole.bad += [Finding(**finding) for finding in part["bad"]]
+        whole.remarks += [Finding(**finding) for finding in part["remarks"]]
+        whole.stopped |= part["stopped"]
+    for findings in (whole.bad, whole.remarks):
+        findings.sort(key=lambda finding: (finding.split, finding.index))
+    return whole
+
+
+def _verify_split(
+    split: str, store: Store, share: range, decoder: Decoder, found: Findings, progress: Progress
+) -> None:
+    def note(index: int, text: str, findings: list[Finding]) -> None:
+        findings.append(Finding(split, index, store.path(index), text))
+
+    groups = Prefetched(_groups(store, share), 2, "read-groups")
+    try:
+        for images, faults in groups:
+            known = len(found.bad)
+            refused = decoder.faults([image.data for image in images]) if images else {}
+            for index, fault in faults.items():
+                note(index, fault, found.bad)
+            for number, image in enumerate(images):
+                if number in refused:
+                    note(image.index, refused[number], found.bad)
+                elif odd := remark(store.path(image.index), image.header):
+                    note(image.index, odd, found.remarks)
+            done = len(images) + len(faults)
+            found.images += done
+            progress(done, found.bad[known:])
+    finally:
+        groups.close()
+
+
+def _groups(store: Store, share: range) -> Iterator[tuple[list[_Read], dict[int, str]]]:
+    """Images to be decoded together, and the faults of those that need not be (index -> fault)."""
+
+    def read(index: int) -> _Read | str:
+        try:
+            data = store.read(index)
+            if fault := store.check(index, data):
+                return f"not the bytes that were packed: {fault}"
+            return _Read(index, data, check_image(data))
+        except OSError as trouble:
+            return read_fault(trouble)
+        except ValueError as trouble:
+            return str(trouble)
+
+    images: list[_Read] = []
+    faults: dict[int, str] = {}
+    pixels = 0
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read-image") as readers:
+        for start in range(share.start, share.stop, GROUP):
+            chunk = range(start, min(start + GROUP, share.stop))
+            for index, seen in zip(chunk, readers.map(read, chunk), strict=True):
+                if isinstance(seen, str):
+                    faults[index] = seen
+                    continue
+                own = seen.header.height * seen.header.width
+                if images and (len(images) == GROUP or pixels + own > GROUP_PIXELS):
+                    yield images, faults
+                    images, faults, pixels = [], {}, 0
+                images.append(seen)
+                pixels += own
+    if images or faults:
+        yield images, faults
