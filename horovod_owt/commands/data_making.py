@@ -96,16 +96,14 @@ def pack(src: Path, out: Path, shard_mb: int, short_side: int | None, workers: i
 
 
 def _make(out: Path, make: Callable[[Callable], tuple[dict, bool]]) -> None:
+    from horovod_owt.data.workplace import size_text
+
     begun = time.monotonic()
     with _bars() as progress:
         facts, written = make(progress)
     took = f" in {_duration(time.monotonic() - begun)}" if written else ""
-    what = f"{facts['images']:,} images, {facts['classes']} classes, {_size(facts['bytes'])}{took}"
+    what = f"{facts['images']:,} images, {facts['classes']} classes, {size_text(facts['bytes'])}{took}"
     click.echo(f"{'wrote' if written else 'already there:'} {out}: {what}")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

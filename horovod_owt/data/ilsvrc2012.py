@@ -192,7 +192,7 @@ def read_devkit(path: Path) -> Devkit:
         with tarfile.open(path, "r:*") as archive:
             files = {name: _member(archive, name) for name in (META, GROUND_TRUTH)}
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as trouble:
-        raise DataError(f"{path} is no devkit: {trouble}", wanted=wanted) from trouble
+        raise DataError(f"{path} is no devkit: {_first_line(trouble)}", wanted=wanted) from trouble
     from scipy.io import loadmat  # loads slowly
 
     try:
@@ -203,10 +203,14 @@ def read_devkit(path: Path) -> Devkit:
         }
         ground_truth = [int(line) for line in files[GROUND_TRUTH].split()]
     except Exception as trouble:  # scipy's reader raises nearly anything on foreign bytes
-        raise DataError(f"{path} cannot be understood: {trouble}", wanted=wanted) from trouble
+        raise DataError(f"{path} cannot be understood: {_first_line(trouble)}", wanted=wanted) from trouble
     if strange := sorted(set(ground_truth) - synsets.keys()):
         raise DataError(f"{path}: validation images of id {strange[0]}, which is no class", wanted=wanted)
     return Devkit(synsets, ground_truth)
+
+
+def _first_line(trouble: Exception) -> str:
+    return str(trouble).partition("\n")[0] or type(trouble).__name__
 
 
 def _member(archive: tarfile.TarFile, ending: str) -> bytes:

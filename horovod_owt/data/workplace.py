@@ -142,14 +142,18 @@ def write_json(path: Path, what: dict) -> None:
         file.write(json.dumps(what, indent=2).encode() + b"\n")
 
 
+def size_text(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def check_room(out: Path, needed_bytes: int, needed_files: int) -> None:
     """DataError if the disk cannot hold that much more."""
     disk = os.statvfs(out)
     free = disk.f_bavail * disk.f_frsize
     fix = "free some, or choose a folder on another disk"
     if needed_bytes > free:
-        saw = f"{out} is on a disk with {free / 1e9:.1f} GB free"
-        raise DataError(saw, wanted=f"{needed_bytes / 1e9:.1f} GB", fix=fix)
+        saw = f"{out} is on a disk with {size_text(free)} free"
+        raise DataError(saw, wanted=size_text(needed_bytes), fix=fix)
     if disk.f_files and needed_files > disk.f_favail:  # 0: the file system does not count them
         saw = f"{out} is on a disk with room for {disk.f_favail} more files"
         raise DataError(saw, wanted=f"{needed_files} files", fix=f"{fix}, or use --format shards")
