@@ -11,7 +11,9 @@ from PIL import Image
 from horovod_owt.cli import cli
 from horovod_owt.data import verify as module
 from horovod_owt.data.jpeg import read_header
+from horovod_owt.data.making import Form
 from horovod_owt.data.oddities import ILSVRC2012_CMYK, remark
+from horovod_owt.data.pack import pack
 from horovod_owt.data.stats import data_stats
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
@@ -100,13 +102,22 @@ def test_ctrl_c_ends_it_with_what_was_found(spoilt, monkeypatch):
     assert found.stopped and 10 <= found.images < 40 and found.bad
 
 
-def test_other_bytes_than_were_packed_are_a_fault(sound, monkeypatch):
-    store = open_data_set(sound).train
-    monkeypatch.setattr(
-        type(store), "check", lambda self, index, data: "crc32 1, index says 2" if index == 7 else None
-    )
-    (bad,) = look(sound, PillowDecoder(1)).bad[:1]
-    assert bad.path == store.path(7) and "not the bytes that were packed: crc32 1" in bad.text
+def test_packed_samples_have_the_faults_of_their_files_and_of_their_checksums(spoilt, tmp_path):
+    root, bad = spoilt
+    pack(root, tmp_path / "packed", Form(), workers=1)
+    of_files, of_samples = look(root, PillowDecoder(1)), look(tmp_path / "packed", PillowDecoder(1))
+    assert [(bad.index, bad.text) for bad in of_samples.bad] == [
+        (bad.index, bad.text) for bad in of_files.bad
+    ]
+
+    known, sample = {bad.index for bad in of_samples.bad}, open_data_set(root).train.read(1)
+    assert 1 not in known
+    (shard,) = (tmp_path / "packed" / "train").glob("*.tar")
+    packed = bytearray(shard.read_bytes())
+    packed[packed.index(sample) + len(sample) // 2] ^= 1  # one bit amid the pixels: it still decodes
+    shard.write_bytes(packed)
+    (new,) = [bad for bad in look(tmp_path / "packed", PillowDecoder(1)).bad if bad.index not in known]
+    assert new.index == 1 and "not the bytes that were packed: crc32" in new.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
