@@ -31,7 +31,7 @@ def train(
     parallel: str | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Train on the images in DATA (train/CLASS/*.JPEG, val/CLASS/*.JPEG); each rank runs this command.
+    """Train on the images in DATA (train/CLASS/*.JPEG, val/CLASS/*.JPEG, or packed); each rank runs this.
 
     \b
     Examples:  owt train /data/imagenet
