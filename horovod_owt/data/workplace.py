@@ -77,9 +77,11 @@ def opened(out: Path, spec: dict) -> Iterator[Workplace]:
 def _check(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file", wanted="a new or empty folder", fix="choose another name")
-    found = {entry.name for entry in out.iterdir()} - {"lost+found"} if out.exists() else set()
-    ours = NOTE in found or UNFINISHED in found
-    if foreign := found - {NOTE, UNFINISHED, *SPLITS} if ours else found:
+    found = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if NOTE in found:  # a finished set, which may have got company
+        return
+    visible = {name for name in found if not name.startswith(".")} - {"lost+found"}  # of a whole disk
+    if foreign := visible - set(SPLITS) if UNFINISHED in found else visible:
         raise DataError(
             f"{out} is not empty: it holds {first_few(foreign)}",
             wanted="a new or empty folder",

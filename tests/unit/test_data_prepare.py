@@ -212,6 +212,8 @@ def test_the_md5_is_not_taken_again_while_a_file_is_the_same(own, tmp_path, monk
 
 def test_a_finished_set_is_left_alone_and_other_options_are_refused(mini, tmp_path):
     assert run(mini, tmp_path / "out")
+    (tmp_path / "out" / ".owt-index-train.npz").touch()  # as training leaves it in large ones
+    (tmp_path / "out" / "notes.txt").touch()
     before = tree(tmp_path / "out")
     assert not run(mini, tmp_path / "out")
     with pytest.raises(DataError, match=r'holds another data set \(format "folder", not "shards", shard_mb'):
@@ -310,3 +312,9 @@ def test_a_folder_in_use_is_refused(mini, tmp_path):
     with pytest.raises(DataError, match="is not empty: it holds train; wanted a new or empty folder"):
         run(mini, tmp_path)
     assert os.listdir(tmp_path) == ["train"]
+
+
+def test_a_disk_of_its_own_is_empty_enough(mini, tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".snapshot").mkdir()
+    assert run(mini, tmp_path)
