@@ -123,7 +123,8 @@ def stop_when(process: subprocess.Popen, out: Path, enough: int, sign: signal.Si
             os.killpg(process.pid, sign)  # as a terminal does
         elif killed:
             process.send_signal(sign)  # the workers are not told
-        process.communicate(timeout=30)
+        _, trouble = process.communicate(timeout=30)
+        assert "Traceback" not in trouble
         deadline = time.monotonic() + 20
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < deadline:
@@ -162,6 +163,17 @@ def test_killed_at_random_moments_and_continued_it_writes_the_same_bytes(larger,
     said, trouble = last.communicate(timeout=60)
     assert last.returncode == 0 and said.endswith("s\n") and "463 images, 3 classes" in said, trouble
     assert tree(out) == tree(tmp_path / "unbroken")
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from horovod_owt.data.arrays import written_beside\n"
+        "with written_beside(Path(sys.argv[1])) as file:\n"
+        "    file.write(bytes(100_000)); file.flush(); os.kill(os.getpid(), 9)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.JPEG")], env=env).returncode == -9
+    assert not (tmp_path / "a.JPEG").exists() and len(os.listdir(tmp_path)) == 1
 
 
 class Killed(Exception):
