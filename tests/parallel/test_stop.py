@@ -36,11 +36,10 @@ def ranks_below(pid: int) -> dict[int, psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_any_rank_ends_all_after_a_checkpoint(start, images, tmp_path, number):
+def test_a_signal_to_any_rank_ends_all_after_a_checkpoint(start, images, tmp_path):
     job = start([*OWT, "train", images, "--run-dir", tmp_path, *SMALL])
     wait_for(lambda: steps_done(tmp_path) >= 2)
-    ranks_below(job.process.pid)[1].send_signal(number)
+    ranks_below(job.process.pid)[1].send_signal(signal.SIGUSR1)
     job.finish()
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert outcome["exit_code"] == 75 and "checkpoint written" in outcome["reason"]
@@ -94,18 +93,7 @@ def test_a_loss_that_is_no_number_ends_all_ranks_with_step_and_images(run, image
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_bad_image_in_mid_run_ends_the_job_with_its_name(run, images, tmp_path):
-    import shutil
-
-    data = shutil.copytree(images, tmp_path / "data")
-    victim = sorted((data / "train").rglob("*.JPEG"))[17]
-    victim.write_bytes(victim.read_bytes()[:200])
-    done = run([*OWT, "train", data, "--run-dir", tmp_path / "run", *SMALL], exit_code=None)
-    assert done.exit_code != 0
-    assert victim.name in done.stderr
-
-
-@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun-mpi", "mpirun"])
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
 def test_a_bug_on_one_rank_ends_all_with_its_traceback(run, images, tmp_path, launcher):
     command = ["python", PROGRAMS / "bug.py", "train", images, "--run-dir", tmp_path, *SMALL]
     done = run(command, launcher=launcher, exit_code=None, limit_s=60)

@@ -54,10 +54,8 @@ def plain(images):
 @pytest.mark.parametrize(
     ("ranks", "batch", "accum_steps", "more"),
     [
-        (2, 6, 1, {}),
         (2, 3, 2, {"channels_last": "false"}),
         (3, 4, 1, {}),
-        (1, 12, 1, {}),
     ],
 )
 def test_ranks_train_to_the_weights_of_one_process(
@@ -72,19 +70,6 @@ def test_ranks_train_to_the_weights_of_one_process(
     torch.testing.assert_close(ours, weights, rtol=1e-5, atol=1e-5)
     # and against the way they went, which is where a wrong factor would show
     assert distance(ours, weights) < 1e-4 * distance(weights, start)
-
-
-@pytest.mark.parametrize(
-    ("values", "tolerance"),
-    [({"precision": "bf16"}, 0.05), ({"compression": "fp16"}, 0.01)],
-)
-def test_fewer_bits_train_to_nearly_the_same_losses(run, images, tmp_path, plain, values, tolerance):
-    values |= dict(batch=6, max_steps=STEPS, seed=5, dropout=0, lr=0.02, lr_batch=GLOBAL_BATCH)
-    values |= dict(pipeline="torchvision")
-    run([*OWT, "train", images, "--run-dir", tmp_path, *SMALL, *settings(**values)])
-    losses = [r["loss"] for r in records(tmp_path, "step")]
-    assert losses == pytest.approx(plain[0], rel=tolerance)
-    assert losses != plain[0]
 
 
 def test_a_run_resumed_after_an_epoch_equals_the_unbroken_one(run, images, tmp_path):
@@ -174,7 +159,7 @@ def test_validation_counts_each_image_once(run, images, plain_score, ranks):
     assert score["top1"] == pytest.approx(100 * plain_score["correct_top1"] / 26)
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun-mpi", "mpirun", "none"])
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun", "none"])  # horovodrun --mpi is mpirun
 def test_every_launcher_trains(run, images, tmp_path, launcher):
     ranks = 1 if launcher == "none" else 2
     command = [*OWT, "train", images.name, "--run-dir", "runs/here", *SMALL]
