@@ -148,7 +148,7 @@ def plain_score(images):
     return score_by_the_book(build_model("alexnet-owt", 8, seed=0), images)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_validation_counts_each_image_once(run, images, plain_score, ranks):
     score = run(["python", PROGRAMS / "validate.py", images], ranks=ranks).json()
     assert plain_score["images"] == 26  # no multiple of ranks x batch
