@@ -29,11 +29,3 @@ def test_auto_prints_its_choice_with_both_predictions_and_goes_on_with_it(run, i
     (step,) = records(tmp_path, "step")
     assert step["bytes_sent"] == first["bytes_sent_per_step_expected"]
     assert ("features" in step["bytes_sent"]) == (choice == "hybrid")
-
-
-def test_auto_on_one_rank_is_data(run, images, tmp_path):
-    more = ["--set", "max_steps=1", "--set", "pipeline=torchvision"]
-    argv = [*OWT, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", "auto", *more]
-    done = run(argv, ranks=1, launcher="none")
-    assert "parallel auto: data (one rank)" in done.stderr
-    assert json.loads((tmp_path / "config.json").read_text())["parallel"] == "data"
