@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from horovod_owt.data.arrays import sync_folder, written_beside
+from horovod_owt.data.arrays import sync, written_beside
 from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
 from horovod_owt.errors import DataError
 
@@ -49,7 +49,7 @@ class Workplace:
         for split in SPLITS:
             if not self.split_is_done(split):
                 os.replace(self.folder / split, self.out / split)
-        sync_folder(self.out)
+        sync(self.out)
         write_json(self.out / NOTE, {**self.spec, **facts})
         shutil.rmtree(self.folder)
 

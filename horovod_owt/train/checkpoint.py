@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from horovod_owt.data.arrays import sync
 from horovod_owt.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -113,12 +114,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     try:
         yield scratch
         for path in scratch.iterdir():
-            _fsync(path)
-        _fsync(scratch)
+            sync(path)
+        sync(scratch)
         if final.exists():  # the same step again, after a resume
             shutil.rmtree(final)
         os.replace(scratch, final)
-        _fsync(final.parent)
+        sync(final.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -128,7 +129,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file's text in one instant: a reader sees the old one or the new one."""
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text(text)
-    _fsync(scratch)
+    sync(scratch)
     os.replace(scratch, path)
 
 
@@ -164,11 +165,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
