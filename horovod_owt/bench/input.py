@@ -21,6 +21,7 @@ from torch import Tensor
 
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.input_contenders import open_dali_reader, open_data_loader, open_ours
+from horovod_owt.data.workers import usable_cores
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.topology import read_topology
@@ -39,9 +40,6 @@ def bench_input(
     """Time `blocks` turns of `batches` batches of each contender; ConfigError under a launcher."""
     if read_topology().world_size > 1:
         raise ConfigError("bench input under a launcher", wanted="one process", fix="leave out the launcher")
-    for name, value in (("blocks", blocks), ("batches", batches)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value}", wanted="at least 1")
     with given_or_synthetic(data) as root, ExitStack() as keep:
         request = _with_threads(prepare_alone(root, recipe, settings))
         contenders = _contenders(request, root, keep)
@@ -55,7 +53,7 @@ def bench_input(
 
 
 def _with_threads(request: Request) -> Request:
-    threads = request.cfg.decode_threads or len(psutil.Process().cpu_affinity())
+    threads = request.cfg.decode_threads or usable_cores()
     return dataclasses.replace(request, cfg=dataclasses.replace(request.cfg, decode_threads=threads))
 
 

@@ -78,17 +78,17 @@ def open_dali_reader(cfg: TrainConfig, folder: Path, device: torch.device) -> It
     from nvidia.dali import Pipeline, fn, types
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
+    from horovod_owt.data.dali_decoder import decoder_options
+
     on_gpu = device.type == "cuda"
     pipe = Pipeline(cfg.batch, cfg.decode_threads, device.index if on_gpu else None, seed=cfg.seed)
     with pipe:
         jpegs, _ = fn.readers.file(file_root=str(folder), random_shuffle=True, name="reader")
         images = fn.decoders.image_random_crop(
             jpegs,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            jpeg_fancy_upsampling=True,
             random_area=[cfg.crop_scale_min, 1.0],
             random_aspect_ratio=list(RATIO),
+            **decoder_options(on_gpu=on_gpu),
         )
         images = fn.resize(images, size=[cfg.image_size] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
         images = fn.crop_mirror_normalize(

@@ -118,8 +118,12 @@ def scaling(
 @click.argument("data", type=click.Path(path_type=Path), required=False)
 @RECIPE_OPTION
 @SET_OPTION
-@click.option("--blocks", default=8, show_default=True, help="Turns of each contender.")
-@click.option("--batches", default=16, show_default=True, help="Timed batches in a turn.")
+@click.option(
+    "--blocks", type=click.IntRange(1), default=8, show_default=True, help="Turns of each contender."
+)
+@click.option(
+    "--batches", type=click.IntRange(1), default=16, show_default=True, help="Timed batches in a turn."
+)
 @JSON_OPTION
 def input_(
     data: Path | None,
