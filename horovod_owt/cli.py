@@ -11,6 +11,7 @@ import click
 
 from horovod_owt import __version__
 from horovod_owt.commands.bench import bench
+from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.train import train
 from horovod_owt.errors import OwtError
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (data, train, bench):
+for command in (data, train, checkpoint, bench):
     cli.add_command(command)
 
 

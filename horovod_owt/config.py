@@ -49,6 +49,7 @@ class TrainConfig:
     lr_batch: int = 256  # images; the learning rate grows linearly with global batch / lr_batch
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    clip_norm: float = 0.0  # longest gradient that an update may take, Euclidean norm; 0: no limit
     warmup_epochs: float = 0.0  # linear ramp from 0 to the scaled learning rate
     schedule: str = "step:30:0.1"  # constant | cosine | poly:POWER | step:EPOCHS:FACTOR
     dropout: float = 0.5  # share of units zeroed before each hidden FC layer
@@ -77,7 +78,8 @@ class TrainConfig:
     bad_images: str = "fail"  # fail: one ends the run; skip: each is named, and weighs nothing
     log_every: int = 10  # steps between two progress lines
     checkpoint_every: int = 0  # steps; 0: at epoch ends only
-    keep_checkpoints: int = 3  # newest ones that stay on disk
+    keep_checkpoints: int = 3  # newest ones that stay on disk, and the best by validation
+    checkpoint_retries: int = 3  # checkpoints in a row that the disk may refuse before the run ends
     stall_limit_s: float = 600.0  # a collective that waits longer than this for a rank ends the run
 
     def __post_init__(self) -> None:
@@ -202,7 +204,8 @@ def _check(cfg: TrainConfig) -> None:
     limits: dict[str, tuple[float, float]] = {
         **{key: (1, math.inf) for key in positive},
         **{key: (0, math.inf) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
-        **{key: (0, math.inf) for key in ("decode_threads", "checkpoint_every")},
+        **{key: (0, math.inf) for key in ("decode_threads", "checkpoint_every", "checkpoint_retries")},
+        "clip_norm": (0, math.inf),
         "image_size": (MIN_IMAGE_SIZE, math.inf),
         "crop_scale_min": (0.01, 1),
         "momentum": (0, 0.9999),
@@ -236,6 +239,12 @@ def _check_hybrid(cfg: TrainConfig) -> None:
     if cfg.fc_batch == "local" and cfg.parallel != "hybrid":
         raise ConfigError(
             f"fc_batch=local with parallel={cfg.parallel}", wanted="parallel=hybrid", fix="--parallel hybrid"
+        )
+    if cfg.fc_batch == "local" and cfg.clip_norm:
+        raise ConfigError(
+            "clip_norm with fc_batch=local, whose FC layers are updated before the norm is known",
+            wanted="fc_batch=global",
+            fix="--set fc_batch=global",
         )
     if cfg.sync_bn and cfg.owt_scheme == "b" and cfg.parallel != "data":
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,6 +48,16 @@ class DataSet:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.train.classes
+
+    def fingerprint(self) -> str:
+        """What two copies of a data set have in common, in whatever form: counts, names and labels."""
+        digest = hashlib.sha256()
+        for store in (self.train, self.val):
+            digest.update("\0".join(store.classes).encode(errors="surrogateescape"))
+            digest.update(store.labels.tobytes())
+            digest.update(b"\0".join(map(store.name, range(len(store)))))
+        counts = f"{len(self.train)} + {len(self.val)} images of {len(self.classes)} classes"
+        return f"{counts}, sha256 {digest.hexdigest()[:12]}"
 
 
 def open_data_set(root: Path) -> DataSet:

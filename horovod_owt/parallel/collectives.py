@@ -25,10 +25,10 @@ def broadcast_object(value: T | None, name: str) -> T:
     return hvd.broadcast_object(value, root_rank=0, name=name)
 
 
-def on_root(action: Callable[[], T], name: str) -> T:
+def on_root(action: Callable[[], T] | None, name: str) -> T:
     """Let rank 0 do it and hand its result to every rank; an OwtError is raised on every rank.
 
-    No rank goes on before rank 0 is done.
+    What the others pass is not looked at. No rank goes on before rank 0 is done.
     """
     outcome = None
     if hvd.rank() == 0:

@@ -120,6 +120,11 @@ class OneWeirdTrick:
         return "data" if self.fc_group_size == 1 else "hybrid"
 
     @property
+    def beside_root(self) -> bool:
+        """Whether this rank shares its FC layers with rank 0."""
+        return 0 in self._fc_group.ranks
+
+    @property
     def kept_dtype(self) -> torch.dtype:
         """What weights and gradients are kept in, whatever the passes compute in."""
         return self.conv_parameters[0].dtype
@@ -202,9 +207,23 @@ class OneWeirdTrick:
     def leave_out(self, bad_images: int) -> None:
         """Make the mean over the global batch one over its good images; after `finish`, by every rank."""
         images = self.cfg.global_batch(self.world.size)
-        self._conv_gradients.scale(images / (images - bad_images))
-        if not self._local:  # there each turn has seen to it
-            self._fc_gradients.scale(images / (images - bad_images))
+        self.scale_gradients(images / (images - bad_images))
+
+    def scale_gradients(self, factor: float) -> None:
+        """Those of the classifier too, unless its turns have seen to it."""
+        self._conv_gradients.scale(factor)
+        if not self._local:
+            self._fc_gradients.scale(factor)
+
+    def gradient_norm(self) -> float:
+        """Euclidean, of the whole net's gradient; after `finish`, by every rank. The same on each."""
+        split, whole = (
+            [p.grad for _, p, part in self.named_parameters() if (part is None) == unsplit]
+            for unsplit in (False, True)
+        )
+        total = _sum_of_squares(split, self.world.device)
+        total = self._exchange.sum_everywhere(total, "gradient norm").wait()
+        return math.sqrt((total + _sum_of_squares(whole, self.world.device)).item())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Slice | None]]:
         """What this rank's optimizer updates: name in the whole net, parameter, and which part of it."""
@@ -302,3 +321,8 @@ class OneWeirdTrick:
             self._fc_gradients.scale(images / good)
         self._update_classifier()
         self.classifier.weights_changed()
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    zero = torch.zeros(1, dtype=torch.float64, device=device)
+    return sum((torch.linalg.vector_norm(tensor).double().square() for tensor in tensors), zero)

@@ -42,6 +42,7 @@ def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) ->
         "conv gradients": ring(conv_parameters(batch_norm=batch_norm) * gradient, world_size),
         "fc gradients": fc_updates * ring(shard * gradient, groups),
         "step facts": ring(4 * 4, world_size),
+        "gradient norm": ring(8, group_size) if cfg.clip_norm else 0,
         "loss": fc_updates * ring(2 * kept, world_size) if cfg.fc_batch == "local" else 0,
     }
     return {what: number for what, number in sent.items() if number}

@@ -2,8 +2,9 @@
 
     RUN/checkpoints/step-00001234/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
 
-Each is written beside its final place, fsynced and renamed, by a background thread from a copy.
-Tensors are whole, under the names of the state dict, so a checkpoint resumes on any number of ranks.
+Each is written beside its final place, fsynced and renamed. Tensors are whole, under the names of the state
+dict, so a checkpoint resumes on any number of ranks. `checkpoints/best.json` names the step with the best
+validation; that one stays, however old.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,15 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+BEST = "best.json"
+
+
+class DiskError(Exception):
+    """A checkpoint that could not be written, and why in a few words."""
+
+    def __init__(self, folder: Path, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        super().__init__(f"checkpoint {folder} not written: {reason}")
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,18 @@ class Checkpoint:
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    state: dict[str, Any]  # step, samples_consumed, epoch, seed, world_size, config, versions
+    state: dict[str, Any]  # step, samples_consumed, epoch, validation_due, seed, config, versions, ...
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoint folders, newest first; whatever is not named like one is left out."""
     folders = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def find_fault(folder: Path) -> str:
@@ -63,13 +77,43 @@ def find_fault(folder: Path) -> str:
 
 
 def newest_sound(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
-    for folder in list_checkpoints(run_dir):
+    """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+
+    None where there are no checkpoints. Raises RunError where there are some and none is whole: to start
+    afresh in their place would hide what happened.
+    """
+    folders = list_checkpoints(run_dir)
+    for folder in folders:
         fault = find_fault(folder)
         if not fault:
             return folder
         log.warning("checkpoint %s passed over: %s", folder, fault)
+    if folders:
+        raise RunError(
+            f"{run_dir}: none of {len(folders)} checkpoints is whole, the newest: {fault}",
+            wanted="a whole one to go on from",
+            fix="copy one back, or start anew with another --run-dir; `owt checkpoint verify` tells all",
+        )
     return None
+
+
+def read_best(run_dir: Path) -> dict[str, Any]:
+    """`step`, `epoch` and `top1` (percent) of the best validation so far; empty before the first."""
+    try:
+        best = json.loads((run_dir / "checkpoints" / BEST).read_text())
+        return {"step": int(best["step"]), "epoch": float(best["epoch"]), "top1": float(best["top1"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
+    """Let the checkpoint of `step` be the best one if it is; OSError if that can't be written."""
+    if top1 <= read_best(run_dir).get("top1", -1.0):
+        return False
+    best = {"step": step, "epoch": epoch, "top1": top1}
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    write_atomically(run_dir / "checkpoints" / BEST, json.dumps(best) + "\n")
+    return True
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -87,7 +131,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def write_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write one checkpoint, then drop all but the newest `keep`; raises RunError when the disk refuses."""
+    """Write one checkpoint, then drop all but the newest `keep` and the best; raises DiskError."""
     folder = run_dir / "checkpoints" / f"step-{checkpoint.state['step']:08d}"
     try:
         with atomic_folder(folder) as scratch:
@@ -96,12 +140,12 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Pat
             (scratch / "state.json").write_text(json.dumps(checkpoint.state, indent=1) + "\n")
             sums = {name: _sha256(scratch / name) for name in FILES}
             (scratch / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")
+        best = read_best(run_dir).get("step")
         for old in list_checkpoints(run_dir)[keep:]:
-            shutil.rmtree(old)
+            if step_of(old) != best:
+                shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"checkpoint {folder} not written: {error}", fix="make room or rights there, then --resume auto"
-        ) from error
+        raise DiskError(folder, error) from error
     return folder
 
 
@@ -131,32 +175,6 @@ def write_atomically(path: Path, text: str) -> None:
     scratch.write_text(text)
     sync(scratch)
     os.replace(scratch, path)
-
-
-class CheckpointWriter:
-    """Writes one checkpoint at a time, off the training thread."""
-
-    def __init__(self, run_dir: Path, *, keep: int) -> None:
-        self._run_dir, self._keep = run_dir, keep
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[Path] | None = None
-
-    def write(self, checkpoint: Checkpoint) -> None:
-        """Start writing `checkpoint`, whose tensors nobody changes any more.
-
-        Waits for the previous one first, so that at most one copy is in memory, and raises what became of it.
-        """
-        self.wait()
-        self._pending = self._thread.submit(write_checkpoint, self._run_dir, checkpoint, keep=self._keep)
-
-    def wait(self) -> None:
-        """Return once the last checkpoint is on disk; raises RunError if it is not."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            log.info("checkpoint %s", pending.result())
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True)
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -50,18 +50,26 @@ class Score:
         }
 
 
-def validate(replica: Replica, batches: Iterable[Batch]) -> Score:
+def validate(
+    replica: Replica, batches: Iterable[Batch], *, stop_asked: Callable[[], bool] = lambda: False
+) -> Score | None:
     """Score the net on this rank's slice of the validation set and sum over ranks; every rank must call it.
 
-    A slice's last batch is padded; padding and bad images weigh nothing. Sums are kept in float64, exact for
+    None, on every rank, when any was asked to stop before it was through. A slice's
+    last batch is padded; padding and bad images weigh nothing. Sums are kept in float64, exact for
     the counts.
     """
-    totals = torch.zeros(5, dtype=torch.float64)
+    totals = torch.zeros(6, dtype=torch.float64)
     with replica.evaluating() as logits_of:
         for batch in batches:
+            if stop_asked():
+                totals[5] = 1
+                break
             totals[:4] += _count(logits_of(batch.images), batch).cpu()
             totals[4] += len(batch.faults)
-    images, top1, top5, loss, bad = sum_over_ranks(totals, "validation").tolist()
+    images, top1, top5, loss, bad, stopped = sum_over_ranks(totals, "validation").tolist()
+    if stopped:
+        return None
     return Score(int(images), int(top1), int(top5), loss / max(images, 1), int(bad))
 
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from time import perf_counter
+
+from torch import Tensor
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.order import SampleOrder
-from horovod_owt.errors import DataError, OwtError, Preempted, RunError
+from horovod_owt.errors import OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.schedule import learning_rate
+from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
-from horovod_owt.train.checkpoint import CheckpointWriter
+from horovod_owt.train.checkpoint import note_score
+from horovod_owt.train.checkpoint_writer import CheckpointWriter
 from horovod_owt.train.choose import choose_parallel
-from horovod_owt.train.evaluate import validate
+from horovod_owt.train.evaluate import Score, validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
@@ -40,27 +45,12 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
         fc_group_size=int(request.cfg.fc_group_size),
     )
     with explain_lost_ranks(), StopRequest() as stop:
+        check_agreement(request, world)
         cfg = broadcast_object(request.cfg, "config")
-        _check_same_data(request, world)
         cfg, predicted_step_ms = choose_parallel(cfg, world)
         run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
         Run(cfg, request, world, run_dir, resume, predicted_step_ms).train(stop)
     runtime.shutdown()
-
-
-def _check_same_data(request: Request, world: World) -> None:
-    """Raise DataError on every rank when ranks see different data: they would part at an epoch's end."""
-    folder = request.folder
-    seen = f"{len(folder.train)} + {len(folder.val)} images of {len(folder.classes)} classes"
-    by_rank = gather_objects((seen, f"{world.host}:{request.data}"), "data")
-    other = next((rank for rank, (what, _) in enumerate(by_rank) if what != by_rank[0][0]), None)
-    if other is not None:
-        (first, first_place), (second, second_place) = by_rank[0], by_rank[other]
-        raise DataError(
-            f"rank 0 sees {first} in {first_place}, rank {other} sees {second} in {second_place}",
-            wanted="the same data set on every rank",
-            fix="copy it to every host, or name a shared folder",
-        ).on_every_rank()
 
 
 class Run:
@@ -81,13 +71,14 @@ class Run:
         self.global_batch = cfg.global_batch(world.size)
         self.replica = Replica(cfg, world)
         self.position = Position(num_samples=len(self.folder.train))
-        restore(self.replica, self.position, run_dir, resume)
+        self._owes_validation = restore(self.replica, self.position, run_dir, resume)
+        self._copies: dict[str, Tensor] = {}  # of the state, made for checkpoints
         remaining = max(0, cfg.epochs * self.position.num_samples - self.position.consumed)
         self.total_steps = self.position.step + math.ceil(remaining / self.global_batch)
         if cfg.max_steps:
             self.total_steps = min(self.total_steps, cfg.max_steps)
         self.metrics = MetricsLog(run_dir) if world.is_root else None
-        self.writer = CheckpointWriter(run_dir, keep=cfg.keep_checkpoints) if world.is_root else None
+        self.writer = self._make_writer() if world.is_root else None
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
 
@@ -97,6 +88,8 @@ class Run:
         try:
             with explain_lost_ranks():
                 self._introduce()
+                if self._owes_validation:
+                    self._validate(stop)
                 self._run_steps(stop)
         except BaseException as error:
             reason = str(error) or type(error).__name__
@@ -136,6 +129,8 @@ class Run:
                         position.step + 1, none_is_good=cfg.bad_images == "skip"
                     ) from None
                 position.step += 1
+                if self.writer is not None:
+                    self.writer.poll()
                 position.consumed += self.global_batch
                 progress.step(position.step, position.epoch, lr, report)
                 self._record_step(lr, report)
@@ -148,18 +143,12 @@ class Run:
                 keep = epoch_over or last or due or report.stop_asked
                 if keep:
                     self.replica.strategy.average_running_statistics()
+                    self._checkpoint(validation_due=epoch_over or last)
+                if report.stop_asked:
+                    raise self._stopped(stop)
                 if epoch_over or last:
-                    self._validate()
-                if keep:
-                    self._checkpoint()
-                if report.stop_asked and not last:
-                    on_root(self._finish_writing, "written")
-                    name = stop.signal.name if stop.signal else "a signal to another rank"
-                    raise Preempted(
-                        f"stopped by {name} after step {position.step}, checkpoint written",
-                        fix=f"the same command with --run-dir {self.run_dir} goes on from there",
-                    )
-            on_root(self._finish_writing, "written")
+                    self._validate(stop)
+            self._finish_writing()
         if self.world.is_root and self._bad_images:
             log.info("%d bad images left out: the lines of kind fault in metrics.jsonl", self._bad_images)
 
@@ -184,10 +173,13 @@ class Run:
             fix="a smaller lr or more warmup_epochs; the last checkpoint is from before",
         ).on_every_rank()
 
-    def _validate(self) -> None:
+    def _validate(self, stop: StopRequest) -> None:
+        """Score the net. A stop signal ends it: the state is on disk, and the next run begins with this."""
         position, bad_images = self.position, self.bad_validation_images
         with validation_pipeline(self.cfg, self.folder, self.world, bad_images=bad_images.known) as batches:
-            score = validate(self.replica, bad_images.noting(batches))
+            score = validate(self.replica, bad_images.noting(batches), stop_asked=lambda: stop.asked)
+        if score is None:
+            raise self._stopped(stop)
         if score.bad_images:
             if self.cfg.bad_images == "fail":
                 raise bad_images.refuse(position.step)
@@ -195,13 +187,42 @@ class Run:
         self._record("validation", epoch=position.epoch, step=position.step, **score.to_dict())
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
+            self._note_score(score)
 
-    def _checkpoint(self) -> None:
+    def _note_score(self, score: Score) -> None:
+        position = self.position
+        try:
+            note_score(self.run_dir, step=position.step, epoch=position.epoch, top1=score.top1)
+        except OSError as error:
+            log.warning("the best checkpoint is not noted: %s", error.strerror)
+
+    def _checkpoint(self, *, validation_due: bool) -> None:
         """Copy the state; it is written while training goes on."""
-        state = snapshot(self.replica, self.position)
+        start = perf_counter()
+        on_root(self.writer.settle if self.writer else None, "checkpoint")
+        state = snapshot(self.replica, self.position, self._copies, validation_due=validation_due)
         if self.writer is not None:
-            self.writer.write(state)
-            self._record("checkpoint", step=self.position.step)
+            self.writer.write(state, stall_s=perf_counter() - start)
+
+    def _finish_writing(self) -> None:
+        on_root(self.writer.finish if self.writer else None, "written")
+
+    def _stopped(self, stop: StopRequest) -> Preempted:
+        """To be raised on every rank: why, and how to go on."""
+        self._finish_writing()
+        asked = gather_objects(stop.signal and (stop.signal.name, self.world.host), "signals")
+        names = [f"{ask[0]} to rank {rank} on {ask[1]}" for rank, ask in enumerate(asked) if ask]
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        return Preempted(
+            f"stopped by {names[0]}{more} after step {self.position.step}, checkpoint written",
+            fix=f"the same command with --run-dir {self.run_dir} goes on from there",
+        )
+
+    def _make_writer(self) -> CheckpointWriter:
+        cfg = self.cfg
+        return CheckpointWriter(
+            self.run_dir, keep=cfg.keep_checkpoints, retries=cfg.checkpoint_retries, record=self._record
+        )
 
     def _introduce(self) -> None:
         cfg, world = self.cfg, self.world
@@ -250,6 +271,7 @@ class Run:
             bytes_sent=report.bytes_sent,
             bytes_received=report.bytes_received,
             bad_images=report.bad_images,
+            **({} if report.grad_norm is None else {"grad_norm": report.grad_norm}),
         )
 
     @property
@@ -260,10 +282,6 @@ class Run:
     def _record(self, kind: str, **values) -> None:
         if self.metrics is not None:
             self.metrics.write(kind, **values)
-
-    def _finish_writing(self) -> None:
-        if self.writer is not None:
-            self.writer.wait()
 
     def _close(self, exit_code: int, reason: str) -> None:
         if self.writer is not None:

@@ -35,6 +35,7 @@ class StepReport:
     bytes_received: dict[str, int] = field(default_factory=dict)
     bad_images: int = 0  # in the global batch: they counted nothing
     any_unnamed: bool = False  # whether a rank met a bad image that it has not been told of
+    grad_norm: float | None = None  # of the whole net, before it was clipped; None where none is asked for
 
 
 class BadBatch(Exception):
@@ -70,7 +71,8 @@ class Replica:
 
         `consumed` samples of the endless stream came before this step; `named` are the bad images that all
         ranks know of. Raises on every rank, before the update, FloatingPointError when the loss is NaN or
-        infinite on any, and BadBatch for a bad image under bad_images=fail, or when no image is good.
+        infinite on any (or the gradient, where its norm is asked for), and BadBatch for a
+        bad image under bad_images=fail, or when no image is good.
         """
         start, data_wait_s, strategy = perf_counter(), 0.0, self.strategy
         strategy.model.train()
@@ -99,6 +101,7 @@ class Replica:
             mean_loss = self._leave_out(round(bad), mean_loss)
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"loss is {mean_loss}")
+        grad_norm = self._clip() if self.cfg.clip_norm else None
         self._update()
         return StepReport(
             mean_loss,
@@ -110,6 +113,7 @@ class Replica:
             dict(strategy.traffic.received),
             round(bad),
             unnamed > 0,
+            grad_norm,
         )
 
     @contextmanager
@@ -139,8 +143,11 @@ class Replica:
         return shapes | {f"{MOMENTUM}{name}": tuple(p.shape) for name, p in model.named_parameters()}
 
     def gather(self) -> dict[str, Tensor]:
-        """All of `parts` as whole tensors; every rank must call it. What is not split is live, not a copy."""
-        return self.strategy.gather(self.parts())
+        """All of `parts` as whole tensors on the ranks of rank 0's fc_group, nothing on others.
+
+        Every rank must call it. What is not split is live, not a copy.
+        """
+        return self.strategy.gather(self.parts()) if self.strategy.beside_root else {}
 
     def scaler_state(self) -> dict[str, float]:
         """The loss scale of fp16, in plain numbers; nothing for the other precisions."""
@@ -171,6 +178,20 @@ class Replica:
             raise BadBatch
         self.strategy.leave_out(bad)
         return loss * images / (images - bad)
+
+    def _clip(self) -> float:
+        """Let the gradient be no longer than clip_norm; returns how long it was (Pascanu et al. 2013).
+
+        fp16's scaler sees to infinite gradients itself.
+        """
+        if self._scaler:
+            self._scaler.unscale_(self._optimizers[-1])
+        norm = self.strategy.gradient_norm()
+        if not math.isfinite(norm) and not self._scaler:
+            raise FloatingPointError(f"gradient norm is {norm}")
+        if norm > self.cfg.clip_norm:
+            self.strategy.scale_gradients(self.cfg.clip_norm / norm)
+        return norm
 
     def _update_classifier(self) -> None:
         self._optimizers[0].step()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
 from horovod_owt.train.checkpoint import list_checkpoints, write_atomically
+
+log = logging.getLogger(__name__)
 
 # A resumed run must keep what gives the weights their shape and the samples their order.
 FIXED_KEYS = ("model", "classes", "image_size", "seed")
@@ -33,9 +37,21 @@ def open_run_folder(run_dir: Path | None, cfg: TrainConfig, *, resume: bool) -> 
         ) from None
     config_file = run_dir / "config.json"
     if config_file.exists():
-        _check_continues(run_dir, json.loads(config_file.read_text()), cfg, resume=resume)
+        _check_continues(run_dir, _read_config(config_file), cfg, resume=resume)
     write_atomically(config_file, json.dumps(cfg.to_dict(), indent=1) + "\n")
     return run_dir
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+        if isinstance(config, dict):
+            return config
+        what = "holds no configuration"
+    except (OSError, ValueError) as error:
+        what = f"is unreadable: {error}"
+    fix = "remove it: the next run writes it again"
+    raise ConfigError(f"{file} {what}", wanted="the run's configuration", fix=fix)
 
 
 def _check_continues(run_dir: Path, before: dict[str, Any], cfg: TrainConfig, *, resume: bool) -> None:
@@ -58,18 +74,64 @@ def _check_continues(run_dir: Path, before: dict[str, Any], cfg: TrainConfig, *,
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line with its `kind`, on disk as soon as it is known."""
+    """`metrics.jsonl`: one JSON object a line with its `kind`, handed to the system as soon as it is known.
+
+    While the disk refuses lines they are kept, and written when it takes them again.
+    """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        """Raises ConfigError where the file can't be opened."""
+        path = run_dir / "metrics.jsonl"
+        try:
+            _drop_half_a_line(path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            fix = "rights to write there, or another --run-dir"
+            raise ConfigError(f"{path}: {error.strerror}", wanted="a file to append to", fix=fix) from None
+        self._unwritten = b""
+        self._refused = False
 
     def write(self, kind: str, **values: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._unwritten += (json.dumps({"kind": kind, **values}) + "\n").encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                log.warning("metrics.jsonl: %s; its lines are kept until it takes them", error.strerror)
+            self._refused = True
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what a network file system says last
+            log.warning("metrics.jsonl: %s", error.strerror)
+
+
+def validated_steps(run_dir: Path) -> set[int]:
+    """The steps after which metrics.jsonl has a validation."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return set()
+    found = (
+        json.loads(line) for line in lines if line.startswith('{"kind": "validation"') and line.endswith("}")
+    )
+    return {record["step"] for record in found}
 
 
 def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
     """How the run ended, on record: mpirun and horovodrun may return exit codes of their own."""
-    write_atomically(run_dir / "outcome.json", json.dumps(outcome) + "\n")
+    try:
+        write_atomically(run_dir / "outcome.json", json.dumps(outcome) + "\n")
+    except OSError as error:
+        log.warning("outcome.json not written: %s", error.strerror)
+
+
+def _drop_half_a_line(path: Path) -> None:
+    """A run that was killed while its disk was full may have left one."""
+    if path.exists():
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
 from horovod_owt.train.checkpoint import Checkpoint, newest_sound, read_checkpoint
 from horovod_owt.train.replica import MOMENTUM, Replica
+from horovod_owt.train.run_folder import validated_steps
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +34,21 @@ class Position:
         return self.consumed / self.num_samples
 
 
-def snapshot(replica: Replica, position: Position) -> Checkpoint | None:
-    """A copy of the run's state that later steps leave alone, on rank 0. Every rank must call it."""
+def snapshot(
+    replica: Replica, position: Position, copies: dict[str, Tensor], *, validation_due: bool
+) -> Checkpoint | None:
+    """A copy of the run's state that later steps leave alone, on rank 0. Every rank must call it.
+
+    It is made in `copies`, those of the snapshot before: to ask for fresh memory each time takes longer than
+    to copy. `validation_due` says whether this state is to be validated.
+    """
     whole = replica.gather()
     if not replica.world.is_root:
         return None
-    copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in whole.items()}
+    for name, tensor in whole.items():
+        if name not in copies:
+            copies[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+        copies[name].copy_(tensor)
     return Checkpoint(
         model={name: tensor for name, tensor in copies.items() if not name.startswith(MOMENTUM)},
         optimizer={name: tensor for name, tensor in copies.items() if name.startswith(MOMENTUM)},
@@ -44,6 +57,7 @@ def snapshot(replica: Replica, position: Position) -> Checkpoint | None:
             "epoch": position.epoch,
             "samples_consumed": position.consumed,
             "num_samples": position.num_samples,
+            "validation_due": validation_due,
             "seed": replica.cfg.seed,
             "world_size": replica.world.size,
             "scaler": replica.scaler_state(),
@@ -53,13 +67,14 @@ def snapshot(replica: Replica, position: Position) -> Checkpoint | None:
     )
 
 
-def restore(replica: Replica, position: Position, run_dir: Path, resume: str) -> None:
+def restore(replica: Replica, position: Position, run_dir: Path, resume: str) -> bool:
     """Go on where a checkpoint stopped, if there is one: rank 0 reads it, all receive. Every rank calls it.
 
-    `resume` is auto (the newest sound checkpoint of the run), never, or the path of a checkpoint.
+    `resume` is auto (the newest sound checkpoint of the run), never, or the path of a checkpoint. Returns
+    whether the run ended before it had validated that state.
     """
     if resume == "never":
-        return
+        return False
     found: list[Checkpoint] = []
 
     def read_on_root() -> dict[str, Any] | None:
@@ -69,11 +84,13 @@ def restore(replica: Replica, position: Position, run_dir: Path, resume: str) ->
         found.append(read_checkpoint(path))
         _check_fits(path, found[0], replica, position.num_samples)
         log.info("resuming from %s", path)
-        return found[0].state
+        state = found[0].state
+        owed = state.get("validation_due", False) and state["step"] not in validated_steps(run_dir)
+        return state | {"validation_due": owed}
 
     state = on_root(read_on_root, "resume")
     if state is None:
-        return
+        return False
     saved = found[0].model | found[0].optimizer if found else {}  # on rank 0
     shapes = replica.whole_shapes()
     for name, tensor, part in replica.parts():
@@ -83,6 +100,7 @@ def restore(replica: Replica, position: Position, run_dir: Path, resume: str) ->
     replica.weights_changed()
     replica.load_scaler_state(state["scaler"])
     position.step, position.consumed = state["step"], state["samples_consumed"]
+    return state["validation_due"]
 
 
 def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica, num_samples: int) -> None:

@@ -7,18 +7,22 @@ import torch
 
 from horovod_owt.errors import RunError
 from horovod_owt.train import checkpoint as module
+from horovod_owt.train import checkpoint_writer
 from horovod_owt.train.checkpoint import (
     FILES,
     MANIFEST,
     Checkpoint,
-    CheckpointWriter,
+    DiskError,
     atomic_folder,
     find_fault,
     list_checkpoints,
     newest_sound,
+    note_score,
+    read_best,
     read_checkpoint,
     write_checkpoint,
 )
+from horovod_owt.train.checkpoint_writer import CheckpointWriter
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -79,7 +83,7 @@ def test_a_write_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_file", full_disk)
-    with pytest.raises(RunError, match="No space left on device"):
+    with pytest.raises(DiskError, match="No space left on device"):
         write_checkpoint(tmp_path, checkpoint(2), keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert find_fault(tmp_path / "checkpoints" / "step-00000001") == ""
@@ -101,10 +105,88 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
 
 
-def test_the_writer_reports_a_failed_write_to_the_training_thread(tmp_path):
-    writer = CheckpointWriter(tmp_path, keep=1)
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    writer.write(checkpoint(1))
-    with pytest.raises(RunError, match="not written"):
-        writer.wait()
+def test_the_best_one_stays_however_old(tmp_path):
+    for step, top1 in ((1, 10.0), (2, 30.0), (3, 30.0), (4, 20.0), (5, 5.0)):
+        write_checkpoint(tmp_path, checkpoint(step), keep=1)
+        assert note_score(tmp_path, step=step, epoch=step / 2, top1=top1) == (step in (1, 2))
+    assert read_best(tmp_path) == {"step": 2, "epoch": 1.0, "top1": 30.0}
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000002"]
+    (tmp_path / "checkpoints" / "best.json").write_text("{half")
+    assert read_best(tmp_path) == {}
+
+
+def test_damaged_ones_alone_are_not_taken_for_a_fresh_start(tmp_path):
+    for step in (1, 2):
+        flip_a_byte(write_checkpoint(tmp_path, checkpoint(step), keep=3), "model.safetensors")
+    with pytest.raises(RunError, match="none of 2 checkpoints is whole") as caught:
+        newest_sound(tmp_path)
+    assert "owt checkpoint verify" in caught.value.fix
+
+
+@pytest.fixture
+def writer(tmp_path, monkeypatch):
+    """A writer that puts up with one failure, and what it tells."""
+    monkeypatch.setattr(checkpoint_writer, "RETRY_S", 0.01)
+    told = []
+    writer = CheckpointWriter(
+        tmp_path, keep=1, retries=1, record=lambda kind, **values: told.append((kind, values))
+    )
+    writer.told = told
+    yield writer
     writer.close()
+
+
+def spoil(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+
+
+def test_a_failed_write_is_told_and_put_up_with_as_often_as_asked(tmp_path, writer, caplog):
+    spoil(tmp_path)
+    writer.write(checkpoint(1))
+    writer.settle()
+    assert "step-00000001 not written" in caplog.text and "1 more such" in caplog.text
+    writer.write(checkpoint(2))
+    with pytest.raises(RunError, match="step-00000002 not written"):
+        writer.settle()
+    assert [kind for kind, _ in writer.told] == ["fault", "fault"]
+
+
+def test_a_disk_that_comes_back_is_forgiven(tmp_path, writer):
+    spoil(tmp_path)
+    writer.write(checkpoint(1))
+    writer.settle()
+    (tmp_path / "checkpoints").unlink()
+    writer.write(checkpoint(2), stall_s=0.25)
+    writer.settle()
+    spoiled, written = writer.told
+    assert written[0] == "checkpoint" and written[1]["step"] == 2 and written[1]["stall_ms"] == 250
+    shutil.rmtree(tmp_path / "checkpoints")
+    spoil(tmp_path)
+    writer.write(checkpoint(3))
+    writer.settle()  # the first failure again, not the second
+
+
+def test_the_last_checkpoint_is_tried_again_until_it_is_there(tmp_path, writer, monkeypatch):
+    spoil(tmp_path)
+    writer.write(checkpoint(1))
+    monkeypatch.setattr(checkpoint_writer.time, "sleep", lambda _: (tmp_path / "checkpoints").unlink())
+    writer.finish()
+    assert find_fault(tmp_path / "checkpoints" / "step-00000001") == ""
+
+
+def test_the_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, writer):
+    spoil(tmp_path)
+    writer.write(checkpoint(1))
+    with pytest.raises(RunError, match="nor 1 before it"):
+        writer.finish()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_do_not_reach_the_disk(tmp_path, writer, number):
+    write_checkpoint(tmp_path, checkpoint(1), keep=1)
+    bad = checkpoint(2)
+    bad.optimizer["momentum.w"][1, 1] = number
+    writer.write(bad)
+    with pytest.raises(RunError, match="momentum.w has numbers that are not finite after step 2"):
+        writer.settle()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]

@@ -67,7 +67,11 @@ def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.T
         losses.append(report.loss)
         traffic = {"sent": report.bytes_sent, "received": report.bytes_received}
     replica.strategy.average_running_statistics()
-    whole = {name: t.contiguous().clone() for name, t in replica.gather().items() if MOMENTUM not in name}
+    whole = {
+        name: t.contiguous().clone()
+        for name, t in replica.strategy.gather(replica.parts()).items()
+        if MOMENTUM not in name
+    }
     record = {"losses": losses, "traffic": gather_objects(traffic, "traffic")}
     pictures, _ = global_batch(0, images, cfg.classes)
     kept = next(iter(whole.values())).dtype

@@ -1,0 +1,100 @@
+"""owt checkpoint: what a run has kept, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from horovod_owt.commands.options import JSON_OPTION
+
+RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path))
+
+
+@click.group()
+def checkpoint() -> None:
+    """List or check the checkpoints of a run.
+
+    \b
+    Example:  owt checkpoint verify runs/first
+    """
+
+
+@checkpoint.command("list")
+@RUN_DIR
+@JSON_OPTION
+def list_(run_dir: Path, as_json: bool) -> None:
+    """List the checkpoints of RUN_DIR, newest first: step, epoch, size, time, and which one is the best.
+
+    \b
+    Example:  owt checkpoint list runs/first
+    """
+    rows = [_row(folder, run_dir) for folder in _folders(run_dir)]
+    if as_json:
+        click.echo(json.dumps({"checkpoints": rows}))
+        return
+    click.echo(f"{'step':>10}  {'epoch':>8}  {'MB':>7}  {'written':19}")
+    for row in rows:
+        best = f"  best: top-1 {row['best_top1']:.2f} %" if "best_top1" in row else ""
+        epoch = "?" if row["epoch"] is None else f"{row['epoch']:.2f}"
+        size = row["bytes"] / 1e6
+        click.echo(f"{row['step']:10}  {epoch:>8}  {size:7.1f}  {row['written']}{best}")
+
+
+@checkpoint.command()
+@RUN_DIR
+@JSON_OPTION
+def verify(run_dir: Path, as_json: bool) -> None:
+    """Compare every file of every checkpoint of RUN_DIR with its sha256. Exit code 3 if one is damaged.
+
+    \b
+    Example:  owt checkpoint verify runs/first
+    """
+    from horovod_owt.errors import ProblemFound
+    from horovod_owt.train.checkpoint import find_fault
+
+    rows = []
+    for folder in _folders(run_dir):
+        rows.append({"path": str(folder), "fault": find_fault(folder)})
+        if not as_json:
+            click.echo(f"{folder.name}  {rows[-1]['fault'] or 'whole'}")
+    if as_json:
+        click.echo(json.dumps({"checkpoints": rows}))
+    if bad := sum(bool(row["fault"]) for row in rows):
+        raise ProblemFound(
+            f"{bad} of {len(rows)} checkpoints damaged",
+            fix="remove them or let them be: --resume auto passes them over",
+        )
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    from horovod_owt.errors import ConfigError
+    from horovod_owt.train.checkpoint import list_checkpoints
+
+    folders = list_checkpoints(run_dir)
+    if not folders:
+        there = "has no checkpoints" if run_dir.is_dir() else "does not exist"
+        raise ConfigError(f"{run_dir} {there}", wanted="the --run-dir of a run")
+    return folders
+
+
+def _row(folder: Path, run_dir: Path) -> dict[str, Any]:
+    """What the names, sizes and state.json say; the files' content is not looked at."""
+    from horovod_owt.train.checkpoint import read_best, step_of
+
+    try:
+        epoch = float(json.loads((folder / "state.json").read_text())["epoch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        epoch = None
+    row = {
+        "step": step_of(folder),
+        "epoch": epoch,
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime)),
+        "path": str(folder),
+    }
+    best = read_best(run_dir)
+    return row | ({"best_top1": best["top1"]} if best.get("step") == row["step"] else {})

@@ -1,0 +1,69 @@
+"""Before the first step: do all ranks have the same versions, code, configuration and data?"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import horovod_owt
+from horovod_owt.errors import ConfigError
+from horovod_owt.parallel import runtime
+from horovod_owt.parallel.collectives import gather_objects
+from horovod_owt.parallel.runtime import World
+from horovod_owt.train.prepare import Request
+
+FIX = {  # by the first word of what differs
+    "version": "the same environment on every host",
+    "code": "the same checkout of horovod_owt on every host",
+    "config": "the same recipe and --set on every rank",
+    "data": "copy it to every host, or name a shared folder",
+}
+
+
+def check_agreement(request: Request, world: World) -> None:
+    """Raise ConfigError on every rank, with a table of who has what, when ranks differ."""
+    everyone = gather_objects((world.host, facts(request)), "agreement")
+    if table := differences(everyone):
+        kinds = dict.fromkeys(line.split()[0] for line in table if not line.startswith(" "))
+        rows = "".join(f"\n  {line}" for line in table)
+        raise ConfigError(
+            f"ranks disagree on {', '.join(kinds)}:{rows}\n",
+            wanted="the same on every rank",
+            fix="; ".join(FIX[kind] for kind in kinds),
+        ).on_every_rank()
+
+
+def facts(request: Request) -> dict[str, str]:
+    """What must be equal on every rank, by a name of two words."""
+    versions = {f"version {name}": value for name, value in runtime.versions().items()}
+    config = {f"config {key}": str(value) for key, value in request.cfg.to_dict().items()}
+    return {**versions, "code sha256": code_digest(), **config, "data set": request.folder.fingerprint()}
+
+
+def differences(everyone: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """Lines of a table: what, and who has which value of it; `everyone` is (host, facts) by rank.
+
+    A rank that lacks a fact has `none` of it. No lines where all have the same.
+    """
+    names = dict.fromkeys(name for _, own in everyone for name in own)
+    lines = []
+    for name in names:
+        ranks_by_value: dict[str, list[str]] = {}
+        for rank, (host, own) in enumerate(everyone):
+            ranks_by_value.setdefault(own.get(name, "none"), []).append(f"{rank} ({host})")
+        if len(ranks_by_value) > 1:
+            for number, (value, ranks) in enumerate(ranks_by_value.items()):
+                what = name if number == 0 else " " * len(name)
+                some = ", ".join(ranks[:4]) + (f" and {len(ranks) - 4} more" if ranks[4:] else "")
+                lines.append(f"{what}  {value}: rank{'s'[: len(ranks) > 1]} {some}")
+    return lines
+
+
+def code_digest(package: Path = Path(horovod_owt.__file__).parent) -> str:
+    """A short sha256 of the package's sources and recipes: a checkout can differ under one version."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        if path.suffix in (".py", ".yaml"):
+            digest.update(f"{path.relative_to(package)}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,111 @@
+"""Checkpoints written off the training thread, and what becomes of a run whose disk refuses them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from horovod_owt.errors import RunError
+from horovod_owt.train.checkpoint import Checkpoint, DiskError, step_of, write_checkpoint
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0  # between tries at the end of a run, when there is no next checkpoint to wait for
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time. A disk that refuses `retries` in a row is put up with.
+
+    What happened is told to `record` as lines of kind `checkpoint` and `fault`.
+    """
+
+    def __init__(self, run_dir: Path, *, keep: int, retries: int, record: Callable[..., None]) -> None:
+        self._run_dir, self._keep, self._retries, self._record = run_dir, keep, retries, record
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[tuple[Path, float]] | None = None
+        self._last: Checkpoint | None = None  # until it is on disk
+        self._stall_s = 0.0
+        self._failures = 0  # in a row
+        self._fatal: RunError | None = None
+
+    def write(self, checkpoint: Checkpoint, *, stall_s: float = 0.0) -> None:
+        """Start to write `checkpoint`, whose tensors nobody changes before `settle` was called.
+
+        `stall_s` is how long training stood still for it, for the record.
+        """
+        assert self._pending is None
+        self._last, self._stall_s = checkpoint, stall_s
+        self._pending = self._thread.submit(self._write, checkpoint)
+
+    def poll(self) -> None:
+        """Take note of a write that has ended, without waiting and without raising."""
+        if self._pending is not None and self._pending.done():
+            self._take_note(self._pending)
+
+    def settle(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises RunError when the disk refused once more than `retries` times in a row, or when the weights
+        were no finite numbers.
+        """
+        if self._pending is not None:
+            self._take_note(self._pending)
+        if self._fatal:
+            raise self._fatal
+
+    def finish(self) -> None:
+        """Return when the last checkpoint is on disk, trying again for a while; RunError if it is not."""
+        self.settle()
+        while self._last is not None:
+            time.sleep(RETRY_S)
+            self.write(self._last, stall_s=self._stall_s)
+            self.settle()
+
+    def close(self) -> None:
+        """Let a write under way come to its end."""
+        self._thread.shutdown(wait=True)
+        self.poll()
+
+    def _write(self, checkpoint: Checkpoint) -> tuple[Path, float]:
+        start = perf_counter()
+        for name, tensor in (checkpoint.model | checkpoint.optimizer).items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise RunError(
+                    f"{name} has numbers that are not finite after step {checkpoint.state['step']}",
+                    wanted="finite weights to write a checkpoint of",
+                    fix="a smaller lr, or --set clip_norm; the last checkpoint is from before",
+                )
+        folder = write_checkpoint(self._run_dir, checkpoint, keep=self._keep)
+        return folder, perf_counter() - start
+
+    def _take_note(self, pending: Future[tuple[Path, float]]) -> None:
+        try:
+            folder, seconds = pending.result()
+        except DiskError as error:
+            self._failures += 1
+            self._note_failure(str(error))
+        except RunError as error:
+            self._fatal = error
+        else:
+            self._last, self._failures = None, 0
+            log.info("checkpoint %s", folder)
+            self._record("checkpoint", step=step_of(folder), stall_ms=1e3 * self._stall_s, write_s=seconds)
+        self._pending = None
+
+    def _note_failure(self, fault: str) -> None:
+        left = self._retries - self._failures
+        self._record("fault", fault=fault, failures=self._failures)
+        if left >= 0:
+            log.warning("%s; training goes on, %d more such and it stops", fault, left + 1)
+            return
+        self._fatal = RunError(
+            f"{fault}, nor {self._retries} before it" if self._retries else fault,
+            wanted="a folder with room and rights",
+            fix="mend that, then the same command goes on from the last checkpoint",
+        )
