@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from horovod_owt.data.arrays import sync
+from horovod_owt.data.arrays import sync, written_beside
 from horovod_owt.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """A folder to fill: it takes its final name when the block succeeds and is gone when it fails."""
     scratch = final.with_name(f".{final.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)  # of an attempt that was killed
-    scratch.mkdir(parents=True)
+    final.parent.mkdir(exist_ok=True)  # not what is above: nothing takes a lost mount's place
+    scratch.mkdir()
     try:
         yield scratch
         for path in scratch.iterdir():
@@ -171,10 +172,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's text in one instant: a reader sees the old one or the new one."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text)
-    sync(scratch)
-    os.replace(scratch, path)
+    with written_beside(path, durable=True) as file:
+        file.write(text.encode())
 
 
 def _sha256(path: Path) -> str:

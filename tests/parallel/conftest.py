@@ -7,17 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 VENV_BIN = Path(sys.executable).parent
 PROGRAMS = Path(__file__).parent / "programs"
 SMALL = ["--recipe", Path(__file__).with_name("small.yaml")]
 OWT = [sys.executable, "-m", "horovod_owt"]
+NARROW = [sys.executable, PROGRAMS / "narrow.py"]  # the same with few hidden units: small checkpoints
 LIMIT_S = 200
 
 
@@ -71,8 +74,6 @@ class Job:
 
     def kill(self) -> None:
         """End the launcher and every process below it, also those that made groups of their own."""
-        import psutil
-
         try:
             family = [psutil.Process(self.process.pid)]
             family += family[0].children(recursive=True)
@@ -130,6 +131,37 @@ def images(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("images") / "data"
     write_synthetic(root, classes=2, train_per_class=48, val_per_class=13, size=(80, 120))
     return root
+
+
+def settings(**values) -> list[str]:
+    """`--set key=value` for each."""
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def wait_for(condition, limit_s: float = 120):
+    """Poll until `condition` gives something true, and return that."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    pytest.fail(f"waited {limit_s} s in vain")
+
+
+def ranks_below(pid: int) -> dict[int, psutil.Process]:
+    """The ranks of a job under horovodrun, by rank."""
+    found = {}
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if "train" in process.cmdline() and "python" in process.name():
+                found[int(process.environ()["HOROVOD_RANK"])] = process
+        except (psutil.NoSuchProcess, psutil.ZombieProcess, KeyError):
+            continue
+    return found
+
+
+def steps_done(run_dir: Path) -> int:
+    return len(records(run_dir, "step")) if (run_dir / "metrics.jsonl").exists() else 0
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
