@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= quickstart/data
 RUNS ?= quickstart/runs
+MINUTES ?= 30
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: setup quickstart test lint docs clean
+.PHONY: setup quickstart test soak lint docs clean
 
 setup:
 	@$(PYTHON) launch/setup --venv $(VENV)
@@ -15,6 +16,9 @@ quickstart: setup
 
 test: setup
 	@$(IN_VENV) pytest
+
+soak: setup
+	@$(IN_VENV) python tests/soak.py --minutes $(MINUTES)
 
 lint: setup
 	@$(IN_VENV) ruff check

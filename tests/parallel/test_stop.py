@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from conftest import OWT, PROGRAMS, SMALL, ranks_below, steps_done, wait_for
+from conftest import NARROW, PROGRAMS, SMALL, ranks_below, steps_done, wait_for
 
 
 @pytest.mark.parametrize("parallel", ["data", "hybrid"])
 def test_a_killed_rank_ends_the_job_and_the_record_says_so(start, images, tmp_path, parallel):
     """Its peers wait in a sum of gradients, or in a gather of features."""
-    job = start([*OWT, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", parallel])
+    job = start([*NARROW, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", parallel])
     wait_for(lambda: steps_done(tmp_path) >= 2)
     ranks_below(job.process.pid)[1].kill()
     done = job.finish(limit_s=30)

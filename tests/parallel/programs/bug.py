@@ -1,6 +1,7 @@
 """`owt` with a bug that strikes rank 1 in its second step."""
 
-from horovod_owt.cli import main
+from narrow import main
+
 from horovod_owt.topology import read_topology
 from horovod_owt.train.replica import Replica
 
