@@ -43,6 +43,7 @@ def hybrid(ranks: int, steps: int, size: int, scheme: str, **settings) -> dict:
 
 BN = dict(model="alexnet-owt-bn", precision="fp64")
 SKIP = dict(bad_images="skip", precision="fp64", label_smoothing=0.1)
+CLIP_NORM = 0.05
 ON_2_RANKS = {
     "fp64-data": plan(2, FP64_STEPS, precision="fp64"),
     "fp64-a": hybrid(2, FP64_STEPS, 2, "a", precision="fp64"),
@@ -63,6 +64,8 @@ ON_2_RANKS = {
     "bf16-b": hybrid(2, 5, 2, "b", precision="bf16"),
     "compressed-data": plan(2, 5, compression="fp16"),
     "compressed": hybrid(2, 5, 2, "a", compression="fp16"),
+    "clipped-data": plan(2, 5, precision="fp64", clip_norm=CLIP_NORM),
+    "clipped-a": hybrid(2, 5, 2, "a", precision="fp64", clip_norm=CLIP_NORM),
     "skip-data": plan(2, 5, **SKIP),
     "skip-a": hybrid(2, 5, 2, "a", **SKIP),
     "skip-b-accum": hybrid(2, 5, 2, "b", accum_steps=2, **SKIP),
@@ -91,6 +94,7 @@ ON_4_RANKS = {
     "local-2x2-compressed": hybrid(4, 5, 2, "b", fc_batch="local", compression="fp16"),
     "bf16-2x2": hybrid(4, 5, 2, "b", precision="bf16"),
     "2-classes": hybrid(4, 5, 4, "a", precision="fp64", classes=2),
+    "clipped-2x2": hybrid(4, 5, 2, "b", precision="fp64", clip_norm=CLIP_NORM),
     "skip-2x2": hybrid(4, 5, 2, "b", **SKIP),
     "skip-local-2x2": hybrid(4, 5, 2, "b", fc_batch="local", **SKIP),
 }
@@ -178,6 +182,9 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
         optimizer.zero_grad()
         loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
         loss.backward()
+        if cfg.clip_norm:
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm)
+            assert norm > cfg.clip_norm, "nothing to clip"
         optimizer.step()
         losses.append(loss.item())
     return losses, weights_of(net)
@@ -302,6 +309,15 @@ def test_dropout_belongs_to_sample_and_unit(trained, ranks, name):
     losses, weights = plain(5, precision="fp64", masked=0.5)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)
+    assert_same(job.weights(name), weights, 1e-9)
+
+
+@pytest.mark.parametrize(("ranks", "name"), named("clipped"))
+def test_a_clipped_gradient_is_that_of_one_process(trained, ranks, name):
+    """Though no rank has the whole of it, and some numbers of it are on several."""
+    losses, weights = plain(5, precision="fp64", clip_norm=CLIP_NORM)
+    job = trained(ranks)
+    assert job.losses(name) == pytest.approx(losses, rel=1e-9)
     assert_same(job.weights(name), weights, 1e-9)
 
 
