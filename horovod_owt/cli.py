@@ -39,8 +39,8 @@ for command in (data, train, checkpoint, bench):
 
 def main() -> None:
     """Run the command line: an OwtError becomes one line and its exit code, a bug ends the whole job."""
-    # torch's large tensors in huge pages, or each new one costs a page fault for every 4 KB: a step of 32 images
-    # on a CPU core takes 8 to 20 % longer. Asked for once, before torch allocates; what the user set stays.
+    # torch's large tensors in huge pages, or each new one costs a page fault for every 4 KB: a step of 32
+    # images on a CPU core takes 10 to 17 % longer. Before torch allocates; what the user set stays.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     topology = read_topology()
     alone = topology.world_size == 1

@@ -11,18 +11,21 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from horovod_owt.errors import OwtError, RunError
+from horovod_owt.parallel.activity import now
 
 T = TypeVar("T")
 
 
 def sum_over_ranks(values: Tensor, name: str) -> Tensor:
     """The elementwise sum of every rank's `values` (same shape and dtype on each)."""
-    return hvd.allreduce(values, op=hvd.Sum, name=name)
+    with now.waiting_in(name):
+        return hvd.allreduce(values, op=hvd.Sum, name=name)
 
 
 def broadcast_object(value: T | None, name: str) -> T:
     """Rank 0's `value` on every rank; what the others pass is not looked at."""
-    return hvd.broadcast_object(value, root_rank=0, name=name)
+    with now.waiting_in(name):
+        return hvd.broadcast_object(value, root_rank=0, name=name)
 
 
 def on_root(action: Callable[[], T] | None, name: str) -> T:
@@ -33,7 +36,8 @@ def on_root(action: Callable[[], T] | None, name: str) -> T:
     outcome = None
     if hvd.rank() == 0:
         try:
-            outcome = action()
+            with now.phase(name):
+                outcome = action()
         except OwtError as error:
             outcome = error
     outcome = broadcast_object(outcome, name)
@@ -44,21 +48,26 @@ def on_root(action: Callable[[], T] | None, name: str) -> T:
 
 def gather_objects(value: T, name: str) -> list[T]:
     """Every rank's `value`, in rank order, on every rank."""
-    return hvd.allgather_object(value, name=name)
+    with now.waiting_in(name):
+        return hvd.allgather_object(value, name=name)
 
 
 def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
     """Rank 0's numbers on every rank; the others' tensors give shape and type."""
-    return hvd.broadcast(tensor.contiguous(), root_rank=0, name=name)  # Horovod wants it contiguous
+    with now.waiting_in(name):
+        return hvd.broadcast(tensor.contiguous(), root_rank=0, name=name)  # Horovod wants it contiguous
 
 
 @contextmanager
-def explain_lost_ranks() -> Iterator[None]:
-    """Turn what a collective raises when a peer is gone into a RunError that says so."""
+def explain_lost_ranks(who: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turn what a collective raises when a peer is gone into a RunError; `who` may know which it was."""
     try:
         yield
     except HorovodInternalError as error:
+        lost = who()
         raise RunError(
-            "lost contact with another rank: it died, stood still, or left",
+            f"lost contact with {lost}: it died"
+            if lost
+            else "lost contact with another rank: it died, stood still, or left",
             fix="see what it and the launcher said last; --resume auto goes on from the last checkpoint",
         ) from error

@@ -96,7 +96,7 @@ class Exchange:
             name=f"{what}.{owner}",
             process_set=self.group.process_set,
         )
-        return Transfer(handle, self._traffic, back)
+        return Transfer(handle, self._traffic, what, back)
 
     def return_rows(self, parts: Tensor, owner: int, what: str) -> Transfer | Arrived:
         """The sum of all ranks' (b, n) at index `owner`, in fp32; the others get no rows."""
@@ -109,8 +109,15 @@ class Exchange:
         """The whole tensor that the group's ranks hold parts of; the tensor itself if it is not split."""
         if part is None or self.group.is_alone:
             return shard
-        along = shard.movedim(part.dim, 0)
-        return self._allgather(along, "whole tensors").wait().movedim(0, part.dim)
+        if part.dim == 0:
+            return self._allgather(shard, "whole tensors").wait()
+        # As they lie, then put together: to turn them around for the way takes longer than the way itself.
+        everyones = self._allgather(shard.reshape(-1), "whole tensors").wait()
+        unit_numel = shard.numel() // len(part.units)
+        sizes = split_sizes(everyones.numel() // unit_numel, self.group.size)
+        pieces = everyones.split([units * unit_numel for units in sizes])
+        shapes = [[*shard.shape[: part.dim], units, *shard.shape[part.dim + 1 :]] for units in sizes]
+        return torch.cat([p.view(shape) for p, shape in zip(pieces, shapes, strict=True)], dim=part.dim)
 
     def _allgather(self, own: Tensor, what: str) -> Transfer:
         wire, back = _as_words(own.contiguous())
@@ -121,7 +128,7 @@ class Exchange:
             self._traffic.count(what, sent=sent, received=bytes_of(gathered) - bytes_of(wire))
             return back(gathered)
 
-        return Transfer(handle, self._traffic, count)
+        return Transfer(handle, self._traffic, what, count)
 
     def _sum_by_alltoall(self, parts: Tensor, sizes: list[int], what: str, turn: int = 0) -> Transfer:
         """Rows `sizes[i]` of `parts` go to index i, which adds up what it gets from all."""
@@ -140,7 +147,7 @@ class Exchange:
             parts = back(arrived[0]).view(size, mine, *wire.shape[1:])
             return parts.sum(dim=0, dtype=torch.float32 if parts.element_size() == 2 else None)
 
-        return Transfer(handle, self._traffic, add_up)
+        return Transfer(handle, self._traffic, what, add_up)
 
 
 def _as_words(tensor: Tensor):

@@ -58,8 +58,10 @@ def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -
     threads = use_share_of_cores(topology)  # before Horovod and DALI start threads, which inherit the cores
     defaults = {
         "HOROVOD_FUSION_THRESHOLD": "0",
-        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, min(60, int(stall_limit_s) // 2))),
-        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(max(1, int(stall_limit_s))),
+        # Where the roll call is at work, it speaks and ends the job before either of these does.
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(int(stall_limit_s) + 15),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(int(stall_limit_s) + 30),
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(stall_limit_s) + 60),  # its 30 s end runs at a hiccup
     }
     if device == "cpu":
         defaults |= _sleep_of_horovods_thread(topology.world_size, fc_group_size)

@@ -11,6 +11,7 @@ from typing import Any
 import horovod.torch as hvd
 from torch import Tensor
 
+from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.groups import Group
 
 
@@ -39,8 +40,10 @@ class Traffic:
 class Transfer:
     """A collective under way. `wait` ends it and gives the result, after what `then` makes of it."""
 
-    def __init__(self, handle: int, traffic: Traffic, then: Callable[[Any], Tensor] | None = None) -> None:
-        self._handle, self._traffic = handle, traffic
+    def __init__(
+        self, handle: int, traffic: Traffic, name: str, then: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        self._handle, self._traffic, self._name = handle, traffic, name
         self._steps = [then] if then else []
 
     def then(self, step: Callable[[Any], Tensor]) -> Transfer:
@@ -50,7 +53,8 @@ class Transfer:
 
     def wait(self) -> Tensor:
         start = perf_counter()
-        result = hvd.synchronize(self._handle)
+        with now.waiting_in(self._name):
+            result = hvd.synchronize(self._handle)
         self._traffic.waited_s += perf_counter() - start
         for step in self._steps:
             result = step(result)
@@ -79,7 +83,8 @@ def start_sum(
     share = 2 * (group.size - 1) * bytes_of(values) // group.size
     traffic.count(what, sent=share, received=share)
     allreduce = hvd.allreduce_async_ if in_place else hvd.allreduce_async
-    return Transfer(allreduce(values, op=hvd.Sum, name=name, process_set=group.process_set), traffic)
+    handle = allreduce(values, op=hvd.Sum, name=name, process_set=group.process_set)
+    return Transfer(handle, traffic, name)
 
 
 def bytes_of(tensor: Tensor) -> int:

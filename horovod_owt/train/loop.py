@@ -13,6 +13,7 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.errors import OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
+from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
@@ -30,6 +31,7 @@ from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.run_folder import MetricsLog, open_run_folder, write_outcome
 from horovod_owt.train.state import Position, restore, snapshot
 from horovod_owt.train.stop import StopRequest
+from horovod_owt.train.watch import watched
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +86,10 @@ class Run:
 
     def train(self, stop: StopRequest) -> None:
         """Step after step to the end; whatever happens, the run folder says how it ended."""
-        reason, exit_code = "done", 0
+        reason, exit_code, now.step = "done", 0, self.position.step
+        watch = watched(self.world, self.run_dir, stall_limit_s=self.cfg.stall_limit_s, record=self._record)
         try:
-            with explain_lost_ranks():
+            with watch as roll_call, explain_lost_ranks(roll_call.lost):
                 self._introduce()
                 if self._owes_validation:
                     self._validate(stop)
@@ -128,7 +131,7 @@ class Run:
                     raise bad_images.refuse(
                         position.step + 1, none_is_good=cfg.bad_images == "skip"
                     ) from None
-                position.step += 1
+                position.step = now.step = position.step + 1
                 if self.writer is not None:
                     self.writer.poll()
                 position.consumed += self.global_batch
@@ -177,7 +180,8 @@ class Run:
         """Score the net. A stop signal ends it: the state is on disk, and the next run begins with this."""
         position, bad_images = self.position, self.bad_validation_images
         with validation_pipeline(self.cfg, self.folder, self.world, bad_images=bad_images.known) as batches:
-            score = validate(self.replica, bad_images.noting(batches), stop_asked=lambda: stop.asked)
+            with now.phase("validating"):
+                score = validate(self.replica, bad_images.noting(batches), stop_asked=lambda: stop.asked)
         if score is None:
             raise self._stopped(stop)
         if score.bad_images:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.pipeline import Batch
 from horovod_owt.model import build_model
+from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.one_weird_trick import OneWeirdTrick
 from horovod_owt.parallel.runtime import World
@@ -85,7 +86,8 @@ class Replica:
         for micro_step in range(self.cfg.accum_steps):
             last = micro_step == self.cfg.accum_steps - 1
             asked = perf_counter()
-            batch = next_batch()
+            with now.phase("reading images"):
+                batch = next_batch()
             data_wait_s += perf_counter() - asked
             own_bad += len(batch.faults)
             own_unnamed += sum(index not in named for index in batch.bad_images())

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from horovod_owt.config import TrainConfig
@@ -89,18 +90,20 @@ class MetricsLog:
             fix = "rights to write there, or another --run-dir"
             raise ConfigError(f"{path}: {error.strerror}", wanted="a file to append to", fix=fix) from None
         self._unwritten = b""
+        self._one_at_a_time = Lock()
         self._refused = False
 
     def write(self, kind: str, **values: Any) -> None:
-        self._unwritten += (json.dumps({"kind": kind, **values}) + "\n").encode()
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-            self._refused = False
-        except OSError as error:
-            if not self._refused:
-                log.warning("metrics.jsonl: %s; its lines are kept until it takes them", error.strerror)
-            self._refused = True
+        with self._one_at_a_time:
+            self._unwritten += (json.dumps({"kind": kind, **values}) + "\n").encode()
+            try:
+                while self._unwritten:
+                    self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+                self._refused = False
+            except OSError as error:
+                if not self._refused:
+                    log.warning("metrics.jsonl: %s; its lines are kept until it takes them", error.strerror)
+                self._refused = True
 
     def close(self) -> None:
         try:

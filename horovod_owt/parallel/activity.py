@@ -1,0 +1,40 @@
+"""What this rank's main thread does at the moment, for those who ask from beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+
+
+@dataclass
+class Activity:
+    """A phase of the work, or a collective that is waited for; written by the main thread alone."""
+
+    what: str = "computing"
+    waiting: bool = False  # for other ranks, in the collective `what`
+    since: float = field(default_factory=monotonic)
+    step: int = 0  # optimizer updates done
+
+    @contextmanager
+    def waiting_in(self, collective: str) -> Iterator[None]:
+        with self._during(collective, True):
+            yield
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self._during(name, False):
+            yield
+
+    @contextmanager
+    def _during(self, what: str, waiting: bool) -> Iterator[None]:
+        before = self.what, self.waiting
+        self.what, self.waiting, self.since = what, waiting, monotonic()
+        try:
+            yield
+        finally:
+            (self.what, self.waiting), self.since = before, monotonic()
+
+
+now = Activity()  # of this process

@@ -1,0 +1,92 @@
+"""The operator's eyes on a run: who died, who keeps whom waiting, and what each rank is at."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from horovod_owt.errors import RunError
+from horovod_owt.parallel.activity import now
+from horovod_owt.parallel.roll_call import RollCall
+from horovod_owt.parallel.runtime import World
+from horovod_owt.train.checkpoint import list_checkpoints
+from horovod_owt.train.run_folder import write_outcome
+
+log = logging.getLogger(__name__)
+
+REPORT_S = 60.0  # a collective may wait so long before it is spoken of, or half the stall limit
+
+
+class Stacks:
+    """RUN/stacks/rank-0001.txt: where each thread of a rank is, on SIGQUIT and when ranks wait too long."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._path = run_dir / "stacks" / f"rank-{rank:04d}.txt"
+        self._path.parent.mkdir(exist_ok=True)
+        self._file = self._path.open("a", buffering=1)
+        faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
+
+    def dump(self, why: str) -> None:
+        self._file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
+        faulthandler.dump_traceback(self._file, all_threads=True)
+
+    def close(self) -> None:
+        """An empty file is not left behind."""
+        faulthandler.unregister(signal.SIGQUIT)
+        self._file.close()
+        with suppress(OSError):
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
+            self._path.parent.rmdir()  # if it was the last
+
+
+@contextmanager
+def watched(
+    world: World, run_dir: Path, *, stall_limit_s: float, record: Callable[..., None]
+) -> Iterator[RollCall]:
+    """A roll call of the ranks, reports in log and metrics; after the stall limit the job is ended."""
+
+    def report(who: str) -> None:
+        log.warning("stalled: %s; stacks are in %s", who, run_dir / "stacks")
+        record("fault", fault=f"stalled: {who}", step=now.step)
+
+    def give_up(who: str) -> None:
+        reason = RunError(f"stalled: {who}", fix=_how_to_go_on(run_dir))
+        write_outcome(run_dir, {"exit_code": 1, "reason": str(reason), "step": now.step})
+        print(f"owt: [rank {world.rank} {world.host}] {reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread waits in a collective that will not end; the launcher ends the others
+
+    def on_death(who: str) -> None:
+        """In case that the launcher ends this rank before it comes to its own end."""
+        if world.rank in (0, 1):
+            outcome = {"exit_code": 1, "reason": f"lost contact with {who}: it died", "step": now.step}
+            write_outcome(run_dir, outcome)
+
+    stacks = Stacks(run_dir, world.rank)
+    try:
+        with RollCall(
+            world,
+            report_s=min(REPORT_S, stall_limit_s / 2),
+            give_up_s=stall_limit_s,
+            report=report,
+            give_up=give_up,
+            dump=stacks.dump,
+            on_death=on_death,
+        ) as roll_call:
+            yield roll_call
+    finally:
+        stacks.close()
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        return "there is no checkpoint yet: the same command starts anew"
+    return f"the same command with --run-dir {run_dir} goes on from {checkpoints[0].name}"
