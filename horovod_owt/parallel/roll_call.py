@@ -143,6 +143,8 @@ class RollCall:
                 next_report = self._report_s
             elif waited_s >= self._give_up_s:
                 self._dump_everywhere(who)
+                for peer in self._peers.values():  # or a stopped rank that is woken takes our end for a death,
+                    self._tell(peer, {"bye": True})  # and writes that over the true reason
                 self._give_up(who)
                 return
             elif waited_s >= next_report:

@@ -149,12 +149,13 @@ def wait_for(condition, limit_s: float = 120):
 
 
 def ranks_below(pid: int) -> dict[int, psutil.Process]:
-    """The ranks of a job under horovodrun, by rank."""
+    """The ranks of a job on this host, by rank."""
     found = {}
     for process in psutil.Process(pid).children(recursive=True):
         try:
             if "train" in process.cmdline() and "python" in process.name():
-                found[int(process.environ()["HOROVOD_RANK"])] = process
+                env = process.environ()
+                found[int(env.get("HOROVOD_RANK") or env["OMPI_COMM_WORLD_RANK"])] = process
         except (psutil.NoSuchProcess, psutil.ZombieProcess, KeyError):
             continue
     return found

@@ -1,0 +1,73 @@
+"""What the supervisor makes of a run's end."""
+
+import json
+
+import pytest
+
+from horovod_owt.errors import ConfigError
+from horovod_owt.supervise import Attempt, RunFolder, run_dir_of, why_not_again
+
+
+def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False) -> Attempt:
+    return Attempt(exit_code, "lost contact", last_step, "", new_checkpoint, asked_to_stop)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "why"),
+    [
+        ([attempt()], ""),
+        ([attempt(exit_code=0)], "done"),
+        ([attempt(exit_code=2)], "configuration"),
+        ([attempt(exit_code=75)], "told to stop"),
+        ([attempt(exit_code=1, asked_to_stop=True)], "told to stop"),
+        ([attempt(last_step=0)], "before its first step"),
+        ([attempt(last_step=5), attempt(last_step=5)], "second time"),
+        ([attempt(last_step=5), attempt(last_step=5, new_checkpoint=True)], ""),
+        ([attempt(last_step=5), attempt(last_step=4)], ""),
+        ([attempt(last_step=n) for n in (5, 6, 7)], ""),
+        ([attempt(last_step=n) for n in (5, 6, 7, 8)], "3 restarts did not help"),
+    ],
+)
+def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
+    said = why_not_again(attempts, max_restarts=3)
+    assert why in said and bool(why) == bool(said)
+
+
+def test_the_run_folder_is_found_in_the_command_and_wanted_there():
+    assert run_dir_of(["horovodrun", "owt", "train", "D", "--run-dir", "runs/a"]).name == "a"
+    assert run_dir_of(["owt", "train", "D", "--run-dir=runs/b"]).name == "b"
+    for command in (["owt", "train", "D"], ["owt", "train", "D", "--run-dir"]):
+        with pytest.raises(ConfigError, match="no --run-dir"):
+            run_dir_of(command)
+
+
+def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
+    def step(number):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": "step", "step": number, "loss": 1.0}) + "\n")
+
+    def outcome(**values):
+        (tmp_path / "beside").write_text(json.dumps(values))
+        (tmp_path / "beside").rename(tmp_path / "outcome.json")
+
+    step(7)
+    outcome(exit_code=75, reason="stopped by SIGTERM")
+    (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
+    folder = RunFolder(tmp_path)
+    silent = folder.attempt(-9, asked_to_stop=False)
+    assert (silent.exit_code, silent.last_step, silent.new_checkpoint) == (137, 0, False)
+    assert "SIGKILL" in silent.reason and silent.checkpoint == "step-00000007"
+
+    step(8)
+    step(9)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "ste')  # cut short by a kill
+    outcome(exit_code=2, reason="no such recipe")
+    (tmp_path / "checkpoints" / "step-00000009").mkdir()
+    hidden = folder.attempt(1, asked_to_stop=False)
+    assert (hidden.exit_code, hidden.reason, hidden.last_step) == (2, "no such recipe", 9)
+    assert hidden.new_checkpoint and hidden.checkpoint == "step-00000009"
+
+    outcome(exit_code=0, reason="done")
+    assert folder.attempt(0, asked_to_stop=False).exit_code == 0
+    assert folder.attempt(1, asked_to_stop=False).exit_code == 1
