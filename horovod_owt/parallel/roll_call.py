@@ -143,8 +143,9 @@ class RollCall:
                 next_report = self._report_s
             elif waited_s >= self._give_up_s:
                 self._dump_everywhere(who)
-                for peer in self._peers.values():  # or a stopped rank that is woken takes our end for a death,
-                    self._tell(peer, {"bye": True})  # and writes that over the true reason
+                # A stopped rank that is woken would take our end for a death, and write that over the reason.
+                for bereaved in self._peers.values():
+                    self._tell(bereaved, {"bye": True})
                 self._give_up(who)
                 return
             elif waited_s >= next_report:
