@@ -55,7 +55,7 @@ def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -
     against 0.175 s for 244 MB on two ranks. What the user set in the environment stays.
     """
     topology = read_topology()
-    threads = use_share_of_cores(topology)  # before Horovod and DALI start threads, which inherit the cores
+    use_share_of_cores(topology)  # before Horovod and DALI start threads, which inherit the cores
     defaults = {
         "HOROVOD_FUSION_THRESHOLD": "0",
         # Where the roll call is at work, it speaks and ends the job before either of these does.
@@ -82,15 +82,20 @@ def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -
         ).on_every_rank() from None
     if device != "cpu":
         torch.cuda.set_device(device)
+    return look_around(device, tuple(sets))
+
+
+def look_around(device: str, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
+    """Where this rank stands now; in an elastic job that changes whenever the ranks regroup."""
     return World(
         rank=hvd.rank(),
         size=hvd.size(),
         local_rank=hvd.local_rank(),
         local_size=hvd.local_size(),
-        host=topology.host,
+        host=read_topology().host,
         device=torch.device(device),
-        threads=threads,
-        process_sets=tuple(sets),
+        threads=torch.get_num_threads(),
+        process_sets=sets,
     )
 
 
