@@ -34,7 +34,7 @@ class Committed(State):
         return self.values.get("step", -1)
 
     def commit_copy(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Keep a copy, then see whether hosts came or went; raises HostsUpdatedInterrupt, on all ranks, if so."""
+        """Keep a copy, then see whether hosts came or went: if so, all ranks raise HostsUpdatedInterrupt."""
         for name, tensor in tensors.items():
             if name not in self.tensors:
                 self.tensors[name] = torch.empty_like(tensor, device="cpu")
@@ -62,6 +62,13 @@ class Committed(State):
 
     def restore(self) -> None:
         """Nothing to undo: after a reset the run is made anew from what was committed."""
+
+
+def why_regrouped(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
+    """In a line: Horovod's own message is often long, and of its interrupts there is none."""
+    if isinstance(reset, HostsUpdatedInterrupt):
+        return "hosts came or went"
+    return f"a rank was lost ({str(reset).splitlines()[0][:200] if str(reset) else 'no reason given'})"
 
 
 def run(state: Committed, train: Callable[[Committed], None]) -> None:

@@ -14,7 +14,7 @@ from horovod_owt import __version__
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.device import use_share_of_cores
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
-from horovod_owt.topology import read_topology
+from horovod_owt.topology import place_on_box, read_topology
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,12 @@ def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -
 
 def look_around(device: str, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
     """Where this rank stands now; in an elastic job that changes whenever the ranks regroup."""
+    local_rank, local_size = place_on_box() or (hvd.local_rank(), hvd.local_size())
     return World(
         rank=hvd.rank(),
         size=hvd.size(),
-        local_rank=hvd.local_rank(),
-        local_size=hvd.local_size(),
+        local_rank=local_rank,
+        local_size=local_size,
         host=read_topology().host,
         device=torch.device(device),
         threads=torch.get_num_threads(),

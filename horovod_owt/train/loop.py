@@ -16,7 +16,7 @@ from horovod_owt.errors import OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
-from horovod_owt.parallel.elastic import RESETS, Committed
+from horovod_owt.parallel.elastic import RESETS, Committed, why_regrouped
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.schedule import learning_rate
@@ -110,7 +110,7 @@ class Run:
                     self._validate(stop)
                 self._run_steps(stop)
         except RESETS as error:
-            reason, exit_code = f"ranks regroup: {error or 'hosts came or went'}", None
+            reason, exit_code = f"ranks regroup: {why_regrouped(error)}", None
             raise
         except BaseException as error:
             reason = str(error) or type(error).__name__

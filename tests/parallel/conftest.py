@@ -165,6 +165,11 @@ def steps_done(run_dir: Path) -> int:
     return len(records(run_dir, "step")) if (run_dir / "metrics.jsonl").exists() else 0
 
 
+def outcome(run_dir: Path) -> dict:
+    """How the run's folder says that it ended."""
+    return json.loads((run_dir / "outcome.json").read_text())
+
+
 def records(run_dir: Path, kind: str) -> list[dict]:
     """The lines of a kind in a run's metrics.jsonl."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()

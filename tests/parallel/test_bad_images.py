@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_files import BAD, ODD, encoded, spoil, without_tables
-from conftest import OWT, PROGRAMS, SMALL, launch, records
+from conftest import OWT, PROGRAMS, SMALL, launch, outcome, records
 from safetensors.torch import load_file
 from test_bad_input import WITHOUT_ROOTS_RIGHTS
 from test_training import distance, settings
@@ -139,8 +139,8 @@ def test_under_fail_every_rank_ends_with_the_name_of_the_file(run, images, tmp_p
     (line,) = [line for line in done.stderr.splitlines() if "owt:" in line]
     (first, *_) = records(tmp_path / "run", "fault")
     assert f"bad image {first['path']}: undecodable" in line and "fix:" in line
-    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
-    assert outcome["exit_code"] == 1 and outcome["step"] == 0 and first["path"] in outcome["reason"]
+    ended = outcome(tmp_path / "run")
+    assert ended["exit_code"] == 1 and ended["step"] == 0 and first["path"] in ended["reason"]
     assert not records(tmp_path / "run", "step")
 
 

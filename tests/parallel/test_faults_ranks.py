@@ -1,6 +1,5 @@
 """Ranks that die or stand still: who it was is said, nothing stays behind, and a supervisor starts again."""
 
-import json
 import signal
 import sys
 import time
@@ -8,15 +7,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import NARROW, SMALL, ranks_below, records, settings, steps_done, wait_for
+from conftest import NARROW, SMALL, outcome, ranks_below, records, settings, steps_done, wait_for
 
 SUPERVISE = [sys.executable, Path(__file__).parents[2] / "launch" / "supervise"]
 HOROVODRUN = ["horovodrun", "--gloo", "-np", "2"]
 GONE_WITHIN_S = 30
-
-
-def outcome(run_dir) -> dict:
-    return json.loads((run_dir / "outcome.json").read_text())
 
 
 def family(job) -> list[psutil.Process]:

@@ -1,21 +1,16 @@
 """Runs that are told to stop: they end at a checkpoint, and the next one goes on as if nothing had been."""
 
-import json
 import random
 import signal
 import time
 
-from conftest import NARROW, PROGRAMS, SMALL, ranks_below, records, settings, steps_done, wait_for
+from conftest import NARROW, PROGRAMS, SMALL, outcome, ranks_below, records, settings, steps_done, wait_for
 from safetensors.torch import load_file
 
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.train.checkpoint import find_fault, list_checkpoints, read_checkpoint
 
 STEPS = 30  # more than one machine does before a signal arrives; 12 an epoch
-
-
-def outcome(run_dir) -> dict:
-    return json.loads((run_dir / "outcome.json").read_text())
 
 
 def test_stopped_at_any_rank_and_resumed_a_run_equals_the_unbroken_one(start, run, images, tmp_path):

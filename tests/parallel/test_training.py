@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import NARROW, OWT, PROGRAMS, SMALL, records, settings
+from conftest import NARROW, OWT, PROGRAMS, SMALL, outcome, records, settings
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torchvision.models import alexnet
@@ -167,7 +167,7 @@ def test_every_launcher_trains(run, images, tmp_path, launcher):
     (work / images.name).symlink_to(images)
     done = run(command, ranks=ranks, launcher=launcher, cwd=work)
     run_dir = work / "runs" / "here"
-    assert json.loads((run_dir / "outcome.json").read_text()) == {
+    assert outcome(run_dir) == {
         "exit_code": 0,
         "reason": "done",
         "step": 2,
