@@ -21,7 +21,7 @@ from conftest import (
     wait_for,
 )
 
-from horovod_owt.jobs.elastic import read_hosts
+from horovod_owt.jobs.hosts import read_hosts
 
 ELASTIC = [sys.executable, Path(__file__).parents[2] / "launch" / "elastic"]
 EXACT = settings(precision="fp64", dropout=0.0, epochs=1000, checkpoint_every=0, commit_every=3)

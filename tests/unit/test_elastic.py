@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
-from horovod_owt.jobs.elastic import ElasticJob, read_hosts
+from horovod_owt.jobs.elastic import ElasticJob
+from horovod_owt.jobs.hosts import read_hosts
 from horovod_owt.jobs.interfaces import interface_between, interface_towards
 from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
 from horovod_owt.train.elastic import in_world_of
