@@ -9,10 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.errors import ConfigError
 from horovod_owt.jobs.elastic import ElasticJob
-from horovod_owt.jobs.hosts import read_hosts
-from horovod_owt.jobs.interfaces import interface_between, interface_towards
 from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
 from horovod_owt.train.elastic import in_world_of
 
@@ -67,23 +64,3 @@ def test_a_path_with_spaces_and_quotes_reaches_the_discovery_script_whole():
     (script,) = [word for before, word in zip(argv, argv[1:], strict=False) if before.endswith("script")]
     assert shlex.split(script) == ["/o w t/discover-hosts", "/my runs/it's; rm"]
     assert "--max-np" not in argv and argv[-3:] == ["owt", "train", "DATA"]
-
-
-@pytest.mark.parametrize("line", ["gpu07", "gpu07:", ":4", "gpu07:0", "gpu07 4 slots", "gpu07:-1"])
-def test_a_line_that_is_no_host_is_named(tmp_path, line):
-    (tmp_path / "hosts").write_text(f"n1:4\n{line}\n")
-    with pytest.raises(ConfigError, match="line 2") as caught:
-        read_hosts(tmp_path / "hosts")
-    assert "wanted HOST:SLOTS" in str(caught.value)
-
-
-def test_the_interface_is_that_of_the_route(monkeypatch):
-    assert interface_towards("localhost") == interface_between(["127.0.0.1", "localhost"]) == "lo"
-    ways = {"n1": "eth0", "n2": "eth0", "me": "lo", "n3": "ib0"}
-    monkeypatch.setattr("horovod_owt.jobs.interfaces.interface_towards", ways.get)
-    assert interface_between(["n1", "me", "n2"]) == "eth0"
-    with pytest.raises(ConfigError, match="n1 by eth0, me by lo, n3 by ib0"):
-        interface_between(["n1", "me", "n3"])
-    with pytest.raises(ConfigError, match="no way from here to host"):
-        monkeypatch.undo()
-        interface_towards("no-such-host.invalid")
