@@ -30,7 +30,7 @@ class ElasticJob:
             hosts = [str(discover_hosts), str(self.hosts_file)]
         most = self.max_ranks or self.places
         return [
-            *("horovodrun", "--gloo", "--min-np", str(self.min_ranks)),
+            *("horovodrun", "--gloo", "-np", str(self.min_ranks), "--min-np", str(self.min_ranks)),
             *(("--max-np", str(most)) if most else ()),
             *("--network-interfaces", self.interface),
             *("--blacklist-cooldown-range", *map(str, self.cooldown_s)),

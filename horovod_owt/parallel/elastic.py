@@ -27,6 +27,9 @@ class Committed(State):
         super().__init__(hvd.broadcast_object, hvd.rank)
         self.values: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.parted: dict[
+            str, Any
+        ] = {}  # why and where the last world ended, for the next to record
 
     @property
     def step(self) -> int:
@@ -49,8 +52,8 @@ class Committed(State):
         if steps[root] < 0:
             return
         shapes = {name: (tuple(t.shape), t.dtype, t.stride()) for name, t in self.tensors.items()}
-        self.values, shapes = hvd.broadcast_object(
-            (self.values, shapes), root_rank=root, name="elastic.values"
+        self.values, shapes, self.parted = hvd.broadcast_object(
+            (self.values, shapes, self.parted), root_rank=root, name="elastic.values"
         )
         for name, (shape, dtype, stride) in shapes.items():
             if name not in self.tensors:

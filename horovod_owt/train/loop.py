@@ -110,7 +110,12 @@ class Run:
                     self._validate(stop)
                 self._run_steps(stop)
         except RESETS as error:
-            reason, exit_code = f"ranks regroup: {why_regrouped(error)}", None
+            exit_code = None
+            self._committed.parted = {
+                "fault": f"ranks regroup: {why_regrouped(error)}",
+                "step": self.position.step,
+                "world_size": self.world.size,
+            }
             raise
         except BaseException as error:
             reason = str(error) or type(error).__name__
@@ -256,6 +261,8 @@ class Run:
 
     def _introduce(self) -> None:
         cfg, world = self.cfg, self.world
+        if self._committed is not None and self._committed.parted:
+            self._record("fault", **self._committed.parted)
         hosts = gather_objects(world.host, "hosts")
         images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
         self._record(
@@ -315,13 +322,10 @@ class Run:
 
     def _close(self, exit_code: int | None, reason: str) -> None:
         """The run's last word; none where an elastic job goes on (exit code None)."""
-        if self.writer is not None:
-            self.writer.close()
-        if exit_code is None:
-            self._record("fault", fault=reason, step=self.position.step, world_size=self.world.size)
-            if self.metrics is not None:
-                self.metrics.close()
-        elif self.metrics is not None:
+        if self.writer is None or self.metrics is None:
+            return
+        self.writer.close()
+        if exit_code is not None:
             outcome = {
                 "exit_code": exit_code,
                 "reason": reason,
@@ -330,5 +334,5 @@ class Run:
                 "bad_images": self._bad_images,
             }
             self.metrics.write("outcome", **outcome)
-            self.metrics.close()
             write_outcome(self.run_dir, outcome)
+        self.metrics.close()
