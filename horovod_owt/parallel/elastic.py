@@ -27,9 +27,7 @@ class Committed(State):
         super().__init__(hvd.broadcast_object, hvd.rank)
         self.values: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
-        self.parted: dict[
-            str, Any
-        ] = {}  # why and where the last world ended, for the next to record
+        self.parted: dict[str, Any] = {}  # why and where the last world ended, for the next to record
 
     @property
     def step(self) -> int:
