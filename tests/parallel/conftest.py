@@ -123,6 +123,14 @@ def run(start):
     return run
 
 
+@pytest.fixture
+def narrow_net(monkeypatch):
+    """Nets built in the test itself have as few hidden units as those of narrow.py and several_runs.py."""
+    from horovod_owt.model import alexnet_owt
+
+    monkeypatch.setattr(alexnet_owt, "HIDDEN", 98)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """A small image folder: 2 classes, 96 training and 26 validation images (no multiple of a batch here)."""

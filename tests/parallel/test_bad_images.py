@@ -21,7 +21,7 @@ from horovod_owt.data.faults import BadImages
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import open_data_set
-from horovod_owt.model import alexnet_owt, build_model
+from horovod_owt.model import build_model
 
 KINDS = ["torchvision", *(["dali"] if find_spec("nvidia.dali") else [])]
 BATCH, RANKS = 6, 2
@@ -89,9 +89,8 @@ def test_each_bad_file_is_named_once_with_its_fault(spoilt, trained, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_good_images_are_trained_on_as_one_process_would(spoilt, trained, monkeypatch, kind):
+def test_the_good_images_are_trained_on_as_one_process_would(spoilt, trained, narrow_net, kind):
     """Losses and weights of a plain program that has only the good images of each global batch."""
-    monkeypatch.setattr(alexnet_owt, "HIDDEN", 98)  # as in several_runs.py
     root, bad = spoilt
     run_dir = trained[0] / kind
     data = open_data_set(root)
