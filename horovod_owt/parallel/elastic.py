@@ -66,10 +66,10 @@ class Committed(State):
 
 
 def why_regrouped(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
-    """In a line: Horovod's own message is often long, and of its interrupts there is none."""
+    """In a line: Horovod's own messages go on for several, and its interrupts have none."""
     if isinstance(reset, HostsUpdatedInterrupt):
         return "hosts came or went"
-    return f"a rank was lost ({str(reset).splitlines()[0][:200] if str(reset) else 'no reason given'})"
+    return f"a rank was lost: {str(reset).partition('. ')[0] or 'Horovod gave no reason'}"
 
 
 def run(state: Committed, train: Callable[[Committed], None]) -> None:
