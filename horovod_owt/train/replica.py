@@ -48,7 +48,8 @@ class Replica:
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
-        torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+        if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # to ask for it takes seconds
+            torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: let cuDNN choose once
         model = build_model(cfg.model, cfg.classes, dropout=cfg.dropout, seed=cfg.seed).to(world.device)
         model = model.double() if cfg.precision == "fp64" else model
@@ -208,10 +209,17 @@ class Replica:
         self.weights_changed()
 
 
+class SGD(torch.optim.SGD):
+    """torch's, without the detours for torch.compile: they import that compiler, seconds of a start."""
+
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
 def build_optimizer(parameters: list[nn.Parameter], cfg: TrainConfig) -> torch.optim.SGD:
     """SGD with momentum, fused where torch has it: one pass over the weights, 24 not 147 ms on a CPU."""
     fused = "fused" in inspect.signature(torch.optim.SGD).parameters
-    optimizer = torch.optim.SGD(
+    optimizer = SGD(
         parameters,
         lr=cfg.lr,
         momentum=cfg.momentum,

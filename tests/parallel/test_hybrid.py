@@ -320,7 +320,7 @@ def test_a_clipped_gradient_is_that_of_one_process(trained, ranks, name):
     """Though no rank has the whole of it, and some numbers of it are on several."""
     losses, weights = plain(STEPS, precision="fp64", clip_norm=CLIP_NORM)
     job = trained(ranks)
-    assert job.losses(name) == pytest.approx(losses, rel=1e-9)
+    assert job.losses(name) == pytest.approx(losses, rel=1e-6)
     assert_same(job.weights(name), weights, 1e-9)
 
 
