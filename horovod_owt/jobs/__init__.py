@@ -1,0 +1,1 @@
+"""Jobs on a Slurm cluster: light enough for a login node, so without torch."""
