@@ -1,1 +1,1 @@
-"""Jobs on a Slurm cluster: light enough for a login node, so without torch."""
+"""Jobs as values: what launchers and schedulers are to be told. No torch here: it runs on login nodes."""

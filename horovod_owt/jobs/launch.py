@@ -17,15 +17,15 @@ from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.jobs.allocation import Allocation, node_list, read_allocation
-from horovod_owt.jobs.slurm import comment_argv, hostnames_argv, requeue_argv
-from horovod_owt.jobs.spec import LAUNCHERS, JobSpec
-from horovod_owt.jobs.start import (
+from horovod_owt.jobs.inside import (
     choose_launcher,
     horovod_has_mpi,
     launcher_environment,
-    meeting_interface,
     ranks_argv,
 )
+from horovod_owt.jobs.interfaces import interface_between
+from horovod_owt.jobs.slurm import comment_argv, hostnames_argv, requeue_argv
+from horovod_owt.jobs.spec import LAUNCHERS, JobSpec
 from horovod_owt.jobs.submit import ask, find_jobs, start_ranks
 from horovod_owt.supervise import Attempt, RunFolder, find_run_dir, why_not_again
 
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def introduce(allocation: Allocation, launcher: str, why: str) -> None:
     hosts, ranks = len(allocation.hosts), allocation.ranks_per_node
-    interface = meeting_interface(allocation)
+    interface = interface_between(list(allocation.hosts))
     say(
         f"job {allocation.job_id} start {allocation.restarts + 1}: {hosts} nodes x {ranks} ranks, "
         f"launcher {launcher} ({why}), nodes meet over {interface}"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 
 from horovod_owt.jobs.allocation import expand
-from horovod_owt.jobs.network import interface_towards
+from horovod_owt.jobs.interfaces import interface_towards
 
 
 def horovod_environment(env: Mapping[str, str]) -> dict[str, str]:

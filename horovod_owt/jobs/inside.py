@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
+import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+
 from horovod_owt.errors import ConfigError
 from horovod_owt.jobs.allocation import Allocation
-from horovod_owt.jobs.network import address_towards, interface_towards
+from horovod_owt.jobs.interfaces import interface_between
 
 
 def choose_launcher(asked: str, *, srun_mpi: str, mpirun: str | None, horovod_mpi: bool) -> tuple[str, str]:
@@ -51,9 +56,15 @@ def ranks_argv(
     container_image: str = "",
     apptainer: str = "",
 ) -> list[str]:
-    """The command that starts `command` on every rank, in a container if there is one."""
+    """The command that starts `command` on every rank, in a container if there is one.
+
+    Without one, programs go by their full path: mpirun's daemons put its own folder first on PATH.
+    """
+    bare = not (container_image or apptainer)
+    if bare:
+        command = [shutil.which(command[0]) or command[0], *command[1:]]
     if launcher == "gloo":
-        command = ["python", "-m", "horovod_owt.jobs.rank", *command]
+        command = [sys.executable if bare else "python", "-m", "horovod_owt.jobs.rank", *command]
     if apptainer:
         command = ["apptainer", "exec", "--nv", apptainer, *command]
     if launcher == "mpirun":
@@ -113,18 +124,13 @@ def rendezvous(allocation: Allocation) -> Iterator[dict[str, str]]:
         yield {
             "HOROVOD_CONTROLLER": "gloo",
             "HOROVOD_CPU_OPERATIONS": "gloo",
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": meeting_address(allocation),
+            "HOROVOD_GLOO_RENDEZVOUS_ADDR": address_of(interface_between(list(allocation.hosts))),
             "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
         }
     finally:
         server.stop()
 
 
-def meeting_address(allocation: Allocation) -> str:
-    """This host's address as the others reach it; its own loopback where there are no others."""
-    others = allocation.hosts[1:]
-    return address_towards(others[0]) if others else "127.0.0.1"
-
-
-def meeting_interface(allocation: Allocation) -> str:
-    return interface_towards(meeting_address(allocation))
+def address_of(interface: str) -> str:
+    (address,) = [a.address for a in psutil.net_if_addrs()[interface] if a.family == socket.AF_INET][:1]
+    return address

@@ -1,0 +1,49 @@
+"""Which network interface leads to the other hosts."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+
+from horovod_owt.errors import ConfigError
+
+
+def interface_towards(host: str) -> str:
+    """The name of the interface that this host's packets to `host` leave by, as its routes say.
+
+    Nothing is sent: a UDP socket only asks the kernel. Raises ConfigError when the name has no address or no
+    route leads there.
+    """
+    try:
+        address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            source = probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigError(
+            f"no way from here to host {host}: {error.strerror or error}",
+            wanted="a name that resolves, and a route",
+            fix=f"`getent hosts {host}` and `ip route get ADDRESS`, or name the interface by --interface",
+        ) from None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == source for a in addresses):
+            return name
+    raise ConfigError(f"no interface here has the address {source}, by which {host} is reached")
+
+
+def interface_between(hosts: list[str]) -> str:
+    """The one that leads to all of `hosts` that are not this one; `lo` when there is no other.
+
+    Raises ConfigError when they are reached by different interfaces: Gloo takes one.
+    """
+    ways = {host: interface_towards(host) for host in hosts}
+    found = sorted(set(ways.values()) - {"lo"})
+    if len(found) > 1:
+        table = ", ".join(f"{host} by {name}" for host, name in ways.items())
+        raise ConfigError(
+            f"hosts are reached by different interfaces: {table}",
+            wanted="one network that joins all hosts",
+            fix="--interface NAME",
+        )
+    return found[0] if found else "lo"
