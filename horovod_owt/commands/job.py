@@ -111,7 +111,8 @@ def submit(spec: JobSpec, dry_run: bool) -> None:
 
     if not spec.owt_args and spec.kind == "train":
         raise click.UsageError("no DATA to train on")
-    click.echo(render(spec).rstrip() if dry_run else submit(spec))
+    script = render(spec)
+    click.echo(script if dry_run else submit(script), nl=not dry_run)
 
 
 @job.command()

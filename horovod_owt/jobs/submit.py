@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError, RunError
-from horovod_owt.jobs.script import render
 from horovod_owt.jobs.slurm import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
-from horovod_owt.jobs.spec import JobSpec
 
 LIMIT_S = 60.0  # for an answer of slurmctld
 
 
-def submit(spec: JobSpec) -> str:
-    """Hand the job to sbatch; returns its id."""
+def submit(script: str) -> str:
+    """Hand a script to sbatch; returns the job's id."""
     with tempfile.TemporaryDirectory(prefix="owt-job-") as folder:
-        script = Path(folder, f"{spec.kind}.sbatch")  # sbatch copies it
-        script.write_text(render(spec))
-        return ask(sbatch_argv(script)).strip().partition(";")[0]  # ID, or ID;CLUSTER
+        file = Path(folder, "job.sbatch")  # sbatch copies it
+        file.write_text(script)
+        return ask(sbatch_argv(file)).strip().partition(";")[0]  # ID, or ID;CLUSTER
 
 
 def find_jobs(job_id: str) -> list[JobRecord]:

@@ -9,6 +9,7 @@ and networks go with their last process. If this process dies, however it dies, 
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+# what the cluster is made of: a program, or a pattern of files, and the package that brings it
 PACKAGES = {
     "slurmctld": "slurm-wlm",
     "slurmd": "slurm-wlm",
@@ -29,6 +31,9 @@ PACKAGES = {
     "ssh": "openssh-client",
     "ip": "iproute2",
     "unshare": "util-linux",
+    # for srun --mpi=pmix: Slurm's plugin opens libpmix.so, without a number. The Open MPI 5 that launch/setup
+    # takes from pip brings PMIx 5 for its ranks, which speaks with the PMIx 4 of this package.
+    "/usr/lib/*/pmix2/lib/libpmix.so": "libpmix-dev",
 }
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NODES = ("n1", "n2", "n3")
@@ -80,6 +85,8 @@ def install() -> None:
 
 
 def find(tool: str) -> str | None:
+    if "*" in tool:
+        return next(iter(glob.glob(tool)), None)
     return shutil.which(tool, path=SYSTEM_PATH)
 
 
@@ -149,8 +156,8 @@ def die_with_parent() -> None:
 class Cluster:
     """A login host with munged and slurmctld, and three nodes; commands run on whichever is asked."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, path: str) -> None:
+        self.folder, self._path = folder, path
         self._write_files()
         slurmctld = f"{find('slurmctld')} -D -i"
         munge = " ".join(f"--{name}={folder}/munge.{name[:3]}" for name in ("socket", "log-file", "pid-file"))
@@ -199,6 +206,7 @@ class Cluster:
         drop = ("HOROVOD_", "OMPI_COMM", "PMI", "SLURM_", "SBATCH_")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
         return clean | {
+            "PATH": self._path,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "OMP_NUM_THREADS": "1",
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -239,6 +247,7 @@ class Cluster:
 
 
 def node_lines() -> str:
+    """More CPUs than this machine may have: Slurm only counts them."""
     return "\n".join(f"NodeName={name} NodeAddr={ADDRESSES[name]} CPUs=4 RealMemory=4000" for name in NODES)
 
 
@@ -296,12 +305,12 @@ LogLevel ERROR
 
 
 @contextmanager
-def cluster():
-    """The cluster, for as long as the block lasts; nothing of it stays behind."""
+def cluster(path: str = SYSTEM_PATH):
+    """The cluster, for as long as the block lasts; `path` is its users' PATH. Nothing of it stays behind."""
     folder = Path(tempfile.mkdtemp(prefix="owt-slurm-"))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        slurm = Cluster(folder)
+        slurm = Cluster(folder, path)
         stack.callback(slurm.stop)
         slurm.start()
         yield slurm

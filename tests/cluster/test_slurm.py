@@ -1,0 +1,186 @@
+"""Real jobs on a real Slurm of three nodes: to the end, preempted, without a node, out of time, cancelled."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+SMALL = ["--recipe", REPO / "tests" / "parallel" / "small.yaml"]
+FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+STEPS = 60  # at 16 images each: more than one preemption lets pass
+TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2"]
+LIMIT_S = 120
+OWT_JOB = [sys.executable, "-m", "horovod_owt", "job"]  # the `owt` on PATH there is the narrow one
+
+
+def settings(**values) -> list[str]:
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def wait_for(condition, limit_s: float = LIMIT_S, *, log: Path | None = None):
+    """Poll until `condition` gives something true, and return that; else fail with the job's log."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    pytest.fail(f"waited {limit_s} s in vain\n{log.read_text()[-6000:] if log and log.exists() else ''}")
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    if not (run_dir / "metrics.jsonl").exists():
+        return []
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in records(run_dir, "step")]
+
+
+def submit(slurm, folder: Path, images: Path, *options: str, owt: list = ()) -> str:
+    """A job by `owt job submit` in `folder`; its log is `folder/log`."""
+    argv = [*OWT_JOB, "submit", "--output=log", *options, str(images), "--", *map(str, [*SMALL, *owt])]
+    return slurm.run(*argv, cwd=folder).strip()
+
+
+def status(slurm, job_id: str, *options: str) -> dict:
+    return json.loads(slurm.run(*OWT_JOB, "status", job_id, "--json", *options))
+
+
+def end_of(slurm, job_id: str, log: Path) -> str:
+    """The state in which the job ended."""
+    wait_for(lambda: slurm.job(job_id)["JobState"] in FINISHED, log=log)
+    return slurm.job(job_id)["JobState"]
+
+
+@pytest.fixture(scope="session")
+def unbroken(slurm, images, tmp_path_factory) -> tuple[str, Path]:
+    """A job submitted by hand, two nodes with two ranks each, to its end: its number and its folder."""
+    folder = tmp_path_factory.mktemp("by hand")
+    script = REPO / "slurm" / "train.sbatch"
+    argv = ["sbatch", "--parsable", "--output=log", *TWO_BY_TWO, script, images, "--run-dir", "runs/first"]
+    argv += [*SMALL, *settings(max_steps=STEPS, dropout=0.5)]
+    job_id = slurm.run(*argv, cwd=folder).strip()
+    assert end_of(slurm, job_id, folder / "log") == "COMPLETED", (folder / "log").read_text()
+    return job_id, folder
+
+
+def test_a_job_trains_on_two_nodes_to_the_end(slurm, unbroken):
+    """Started by hand; the site has pmix and Horovod has MPI."""
+    job_id, folder = unbroken
+    log = (folder / "log").read_text()
+    run_dir = folder / "runs" / "first"
+    assert "2 nodes x 2 ranks, launcher pmix" in log and "over eth0" in log
+    assert records(run_dir, "run")[0]["hosts"] == ["n1", "n1", "n2", "n2"]
+    assert len(losses(run_dir)) == STEPS
+    said = status(slurm, job_id)
+    assert said.pop("images_per_s") > 0
+    wanted = {"job_id": job_id, "state": "COMPLETED", "exit_code": 0, "restarts": 0, "step": STEPS}
+    assert said == wanted | {"run_dir": str(run_dir)}
+    forgotten = status(slurm, "999999", "--run-dir", str(run_dir))
+    assert (forgotten["state"], forgotten["exit_code"], forgotten["step"]) == ("COMPLETED", 0, STEPS)
+
+
+def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm, images, unbroken, tmp_path):
+    """An urgent job takes its nodes. Its name would be a trap for a careless script."""
+    name = 'it\'s "$(touch broken)" `x` \\ #1'
+    owt = ["--run-dir", "my run", *settings(max_steps=STEPS, dropout=0.5)]
+    job_id = submit(slurm, tmp_path, images, *TWO_BY_TWO, "--job-name", name, owt=owt)
+    log, run_dir = tmp_path / "log", tmp_path / "my run"
+    assert f" JobName={name} " in slurm.run("scontrol", "-o", "show", "job", job_id).replace("\n", " ")
+    wait_for(lambda: losses(run_dir), log=log)
+    assert status(slurm, job_id)["state"] == "RUNNING"
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
+    urgent_id = slurm.run(*urgent, "--wrap=true", cwd=tmp_path).strip()
+    assert end_of(slurm, urgent_id, log) == "COMPLETED"
+    stopped_at = len(losses(run_dir))
+    assert 0 < stopped_at < STEPS
+    assert end_of(slurm, job_id, log) == "COMPLETED", log.read_text()
+    said = status(slurm, job_id)
+    assert (said["restarts"], said["step"], said["run_dir"]) == (1, STEPS, str(run_dir))
+    assert losses(run_dir) == losses(unbroken[1] / "runs" / "first")
+    assert f"requeued, start 2 of 21, from step-{stopped_at:08d}" in log.read_text()
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_job_whose_first_node_is_killed_goes_on_on_the_others(slurm, images, tmp_path):
+    """Slurm misses the node after SlurmdTimeout, and starts the job again where it can. Here by Gloo."""
+    owt = ["--run-dir", "run", *settings(max_steps=40, checkpoint_every=2, stall_limit_s=20)]
+    job_id = submit(slurm, tmp_path, images, *TWO_BY_TWO, "--launcher=gloo", owt=owt)
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    wait_for(lambda: len(losses(run_dir)) > 4, log=log)
+    slurm.power_off("n1")
+    killed_at = len(losses(run_dir))
+    try:
+        assert end_of(slurm, job_id, log) == "COMPLETED", log.read_text()
+        assert [run["hosts"] for run in records(run_dir, "run")] == [
+            ["n1", "n1", "n2", "n2"],
+            ["n2", "n2", "n3", "n3"],
+        ]
+        assert killed_at < 40 and losses(run_dir)[-1][0] == 40
+        again = losses(run_dir)[killed_at][0]
+        assert 1 < again <= killed_at + 1
+        assert status(slurm, job_id)["restarts"] == 1
+    finally:
+        slurm.power_on("n1")
+    wait_for(lambda: slurm.states() == ["idle"] * 3)
+
+
+def test_before_its_time_is_up_a_job_stops_at_a_checkpoint(slurm, images, tmp_path):
+    """And is not requeued more often than it may be."""
+    options = ["--nodes=1", "--time=1", "--signal=B:USR1@50", "--max-restarts=0", "--launcher=gloo"]
+    job_id = submit(slurm, tmp_path, images, *options, owt=settings(epochs=1000000))
+    log, run_dir = tmp_path / "log", tmp_path / "runs" / f"slurm-{job_id}"
+    assert end_of(slurm, job_id, log) == "FAILED"
+    said = status(slurm, job_id)
+    assert (said["exit_code"], said["restarts"], said["run_dir"]) == (75, 0, str(run_dir))
+    assert f"step-{said['step']:08d}" in os.listdir(run_dir / "checkpoints")
+    assert "not requeued: 0 restarts did not help" in log.read_text()
+
+
+def test_tasks_of_an_array_train_with_seeds_of_their_own(slurm, images, tmp_path):
+    """By mpirun, on two nodes each."""
+    options = ["--array=3,5", "--nodes=1", "--ntasks-per-node=1", "--launcher=mpirun"]
+    job_id = submit(slurm, tmp_path, images, *options, owt=settings(max_steps=2, seed="{task}"))
+    tasks = [f"{job_id}_3", f"{job_id}_5"]
+    for task in tasks:
+        assert end_of(slurm, task, tmp_path / "log") == "COMPLETED", (tmp_path / "log").read_text()
+        config = json.loads((tmp_path / "runs" / f"slurm-{task}" / "config.json").read_text())
+        assert f"{job_id}_{config['seed']}" == task
+        assert (status(slurm, task)["job_id"], status(slurm, task)["step"]) == (task, 2)
+
+
+def test_a_job_that_fails_at_once_stays_failed_and_a_waiting_one_is_cancelled(slurm, images, tmp_path):
+    job_id = submit(slurm, tmp_path, images, "--nodes=1", owt=settings(lr="fast"))
+    waiting = submit(slurm, tmp_path, images, "--nodes=1", f"--dependency=afterok:{job_id}")
+    assert status(slurm, waiting)["state"] == "PENDING"
+    assert end_of(slurm, job_id, tmp_path / "log") == "FAILED"
+    said = status(slurm, job_id)
+    assert (said["exit_code"], said["restarts"], said["step"]) == (2, 0, None)
+    assert "lr=fast; wanted a number" in (tmp_path / "log").read_text()
+    slurm.run(*OWT_JOB, "cancel", waiting)
+    assert status(slurm, waiting)["state"] == "CANCELLED"
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+def test_launchers_reach_the_hosts_by_ssh(slurm, images, tmp_path, launcher):
+    """Without Slurm; the hosts have nothing in common but a network and their files."""
+    argv = {"horovodrun": ["horovodrun", "--gloo"], "mpirun": ["mpirun", "--bind-to", "none"]}[launcher]
+    hosts = ["-np", "4", "-H", "n1:2,n2:2"]
+    env = slurm.environment()
+    owt = [env["PATH"].split(":")[0] + "/owt", "train", images, "--run-dir", tmp_path / "run", *SMALL]
+    slurm.run(*argv, *hosts, *owt, *settings(max_steps=2), host="n1", cwd=tmp_path, limit_s=LIMIT_S)
+    assert records(tmp_path / "run", "run")[0]["hosts"] == ["n1", "n1", "n2", "n2"]
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_script_without_its_job_says_what_it_wants(slurm, tmp_path):
+    script = REPO / "slurm" / "train.sbatch"
+    done = slurm.run("sh", "-c", f"{script.as_posix()!r} D 2>&1 || true", cwd=tmp_path)
+    assert re.search("no SLURM_JOB_NODELIST here; wanted a Slurm job", done)
