@@ -108,18 +108,19 @@ def daemons_stay_off():
 class Host:
     """One machine of the cluster, for as long as its first process lives."""
 
-    def __init__(self, name: str, folder: Path, daemons: list[str]) -> None:
+    def __init__(self, name: str, folder: Path, daemons: list[str], cores: set[int]) -> None:
         self.name = name
-        self._unshare = subprocess.Popen(
-            ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            + ["sh", "-c", HOST, "sh", name, str(folder), *daemons],
-            stdin=subprocess.PIPE,
-            stdout=(folder / f"{name}.out").open("ab"),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PATH": SYSTEM_PATH, "SLURM_CONF": str(folder / "slurm.conf")},
-            start_new_session=True,  # Ctrl-C is for pytest, whose teardown ends us
-            preexec_fn=die_with_parent,
-        )
+        with (folder / f"{name}.out").open("ab") as said:
+            self._unshare = subprocess.Popen(
+                ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+                + ["sh", "-c", HOST, "sh", name, str(folder), *daemons],
+                stdin=subprocess.PIPE,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PATH": SYSTEM_PATH, "SLURM_CONF": str(folder / "slurm.conf")},
+                start_new_session=True,  # Ctrl-C is for pytest, whose teardown ends us
+                preexec_fn=lambda: be_host_on(cores),
+            )
         self.pid = wait_for(self._first_process, 10)
 
     def _first_process(self) -> int:
@@ -149,8 +150,16 @@ class Host:
         wait_for(lambda: not psutil.pid_exists(self.pid), 20)
 
 
-def die_with_parent() -> None:
+def be_host_on(cores: set[int]) -> None:
+    """What is started now dies with this process, and computes on these cores only."""
+    os.sched_setaffinity(0, cores)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def cores_of(name: str) -> set[int]:
+    """Every other core: ranks on two neighbours that took the same one would wait for each other's spinning."""
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[NODES.index(name) % 2 :: 2] or cores)
 
 
 class Cluster:
@@ -164,7 +173,7 @@ class Cluster:
         munged = (
             f"{find('munged')} -F --force {munge} --key-file={folder}/munge.key --seed-file={folder}/seed"
         )
-        self.login = Host("login", folder, [munged, slurmctld])
+        self.login = Host("login", folder, [munged, slurmctld], os.sched_getaffinity(0))
         self.hosts = {"login": self.login}
 
     def start(self) -> None:
@@ -179,7 +188,7 @@ class Cluster:
 
     def power_on(self, name: str) -> None:
         daemons = [f"{find('slurmd')} -D -N {name}", f"{find('sshd')} -D -f {self.folder}/sshd_config"]
-        host = self.hosts[name] = Host(name, self.folder, daemons)
+        host = self.hosts[name] = Host(name, self.folder, daemons, cores_of(name))
         self._ip("link", "add", f"to-{name}", "type", "veth", "peer", "eth0", "netns", str(host.pid))
         self._ip("link", "set", f"to-{name}", "master", "br0", "up")
         for words in (["addr", "add", f"{ADDRESSES[name]}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
@@ -209,6 +218,7 @@ class Cluster:
             "PATH": self._path,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "OMP_NUM_THREADS": "1",
+            "OMPI_MCA_mpi_yield_when_idle": "1",  # mpirun says so itself where ranks outnumber cores
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }

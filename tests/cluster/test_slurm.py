@@ -59,39 +59,39 @@ def end_of(slurm, job_id: str, log: Path) -> str:
     return slurm.job(job_id)["JobState"]
 
 
-@pytest.fixture(scope="session")
-def unbroken(slurm, images, tmp_path_factory) -> tuple[str, Path]:
-    """A job submitted by hand, two nodes with two ranks each, to its end: its number and its folder."""
-    folder = tmp_path_factory.mktemp("by hand")
+def test_a_job_submitted_by_hand_trains_on_two_nodes_to_the_end(slurm, images, tmp_path):
+    """The site has pmix, and Horovod has MPI."""
     script = REPO / "slurm" / "train.sbatch"
     argv = ["sbatch", "--parsable", "--output=log", *TWO_BY_TWO, script, images, "--run-dir", "runs/first"]
-    argv += [*SMALL, *settings(max_steps=STEPS, dropout=0.5)]
-    job_id = slurm.run(*argv, cwd=folder).strip()
-    assert end_of(slurm, job_id, folder / "log") == "COMPLETED", (folder / "log").read_text()
-    return job_id, folder
-
-
-def test_a_job_trains_on_two_nodes_to_the_end(slurm, unbroken):
-    """Started by hand; the site has pmix and Horovod has MPI."""
-    job_id, folder = unbroken
-    log = (folder / "log").read_text()
-    run_dir = folder / "runs" / "first"
-    assert "2 nodes x 2 ranks, launcher pmix" in log and "over eth0" in log
+    job_id = slurm.run(*argv, *SMALL, *settings(max_steps=4), cwd=tmp_path).strip()
+    log, run_dir = tmp_path / "log", tmp_path / "runs" / "first"
+    assert end_of(slurm, job_id, log) == "COMPLETED", log.read_text()
+    assert "2 nodes x 2 ranks, launcher pmix" in log.read_text() and "over eth0" in log.read_text()
     assert records(run_dir, "run")[0]["hosts"] == ["n1", "n1", "n2", "n2"]
-    assert len(losses(run_dir)) == STEPS
+    assert len(losses(run_dir)) == 4
     said = status(slurm, job_id)
     assert said.pop("images_per_s") > 0
-    wanted = {"job_id": job_id, "state": "COMPLETED", "exit_code": 0, "restarts": 0, "step": STEPS}
+    wanted = {"job_id": job_id, "state": "COMPLETED", "exit_code": 0, "restarts": 0, "step": 4}
     assert said == wanted | {"run_dir": str(run_dir)}
     forgotten = status(slurm, "999999", "--run-dir", str(run_dir))
-    assert (forgotten["state"], forgotten["exit_code"], forgotten["step"]) == ("COMPLETED", 0, STEPS)
+    assert (forgotten["state"], forgotten["exit_code"], forgotten["step"]) == ("COMPLETED", 0, 4)
+
+
+@pytest.fixture(scope="session")
+def unbroken(slurm, images, tmp_path_factory) -> Path:
+    """The run folder of a job that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    owt = ["--run-dir", "run", *settings(max_steps=STEPS, dropout=0.5)]
+    job_id = submit(slurm, folder, images, *TWO_BY_TWO, "--launcher=gloo", owt=owt)
+    assert end_of(slurm, job_id, folder / "log") == "COMPLETED", (folder / "log").read_text()
+    return folder / "run"
 
 
 def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm, images, unbroken, tmp_path):
     """An urgent job takes its nodes. Its name would be a trap for a careless script."""
     name = 'it\'s "$(touch broken)" `x` \\ #1'
     owt = ["--run-dir", "my run", *settings(max_steps=STEPS, dropout=0.5)]
-    job_id = submit(slurm, tmp_path, images, *TWO_BY_TWO, "--job-name", name, owt=owt)
+    job_id = submit(slurm, tmp_path, images, *TWO_BY_TWO, "--launcher=gloo", "--job-name", name, owt=owt)
     log, run_dir = tmp_path / "log", tmp_path / "my run"
     assert f" JobName={name} " in slurm.run("scontrol", "-o", "show", "job", job_id).replace("\n", " ")
     wait_for(lambda: losses(run_dir), log=log)
@@ -104,7 +104,7 @@ def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm, images, unbroken,
     assert end_of(slurm, job_id, log) == "COMPLETED", log.read_text()
     said = status(slurm, job_id)
     assert (said["restarts"], said["step"], said["run_dir"]) == (1, STEPS, str(run_dir))
-    assert losses(run_dir) == losses(unbroken[1] / "runs" / "first")
+    assert losses(run_dir) == losses(unbroken)
     assert f"requeued, start 2 of 21, from step-{stopped_at:08d}" in log.read_text()
     assert not (tmp_path / "broken").exists()
 
@@ -145,8 +145,7 @@ def test_before_its_time_is_up_a_job_stops_at_a_checkpoint(slurm, images, tmp_pa
 
 
 def test_tasks_of_an_array_train_with_seeds_of_their_own(slurm, images, tmp_path):
-    """By mpirun, on two nodes each."""
-    options = ["--array=3,5", "--nodes=1", "--ntasks-per-node=1", "--launcher=mpirun"]
+    options = ["--array=3,5", "--nodes=1", "--launcher=gloo"]
     job_id = submit(slurm, tmp_path, images, *options, owt=settings(max_steps=2, seed="{task}"))
     tasks = [f"{job_id}_3", f"{job_id}_5"]
     for task in tasks:
