@@ -107,7 +107,8 @@ def launcher_environment(launcher: str, allocation: Allocation) -> Iterator[dict
         with rendezvous(allocation) as environment:
             yield environment
     else:
-        yield {}
+        # Whoever waits in Open MPI spins; mpirun sees by itself that ranks outnumber CPUs, srun does not say.
+        yield {"OMPI_MCA_mpi_yield_when_idle": "1"} if allocation.crowded else {}
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def be_host_on(cores: set[int]) -> None:
 
 
 def cores_of(name: str) -> set[int]:
-    """Every other core: ranks on two neighbours that took the same one would wait for each other's spinning."""
+    """Every other one: under MPI, ranks of two hosts on one core would wait for each other's spinning."""
     cores = sorted(os.sched_getaffinity(0))
     return set(cores[NODES.index(name) % 2 :: 2] or cores)
 

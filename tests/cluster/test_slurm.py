@@ -133,8 +133,8 @@ def test_a_job_whose_first_node_is_killed_goes_on_on_the_others(slurm, images, t
 
 
 def test_before_its_time_is_up_a_job_stops_at_a_checkpoint(slurm, images, tmp_path):
-    """And is not requeued more often than it may be."""
-    options = ["--nodes=1", "--time=1", "--signal=B:USR1@50", "--max-restarts=0", "--launcher=gloo"]
+    """And is not requeued more often than it may be. By mpirun, which passes the warning on to all nodes."""
+    options = ["--nodes=2", "--time=1", "--signal=B:USR1@40", "--max-restarts=0", "--launcher=mpirun"]
     job_id = submit(slurm, tmp_path, images, *options, owt=settings(epochs=1000000))
     log, run_dir = tmp_path / "log", tmp_path / "runs" / f"slurm-{job_id}"
     assert end_of(slurm, job_id, log) == "FAILED"
