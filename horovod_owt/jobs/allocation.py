@@ -13,7 +13,7 @@ from horovod_owt.errors import ConfigError
 class Allocation:
     """The job's nodes, and what each has."""
 
-    job_id: str
+    job_id: str  # as squeue shows it: 7, or 7_2 in an array
     hosts: tuple[str, ...]
     ranks_per_node: int
     cpus_per_node: int  # the least of all nodes
@@ -35,14 +35,15 @@ class Allocation:
 
 def read_allocation(env: Mapping[str, str], hosts: Sequence[str]) -> Allocation:
     """The allocation that `env` tells of, on `hosts`; a rank for each task asked for, else for each GPU."""
-    array = "SLURM_ARRAY_JOB_ID" in env
+    task = env.get("SLURM_ARRAY_TASK_ID", "")
     return Allocation(
-        job_id=env["SLURM_JOB_ID"],
+        # the first task of an array has the number of the whole one as its SLURM_JOB_ID
+        job_id=f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if task else env["SLURM_JOB_ID"],
         hosts=tuple(hosts),
         ranks_per_node=_ranks_per_node(env, len(hosts)),
         cpus_per_node=min(expand(env["SLURM_JOB_CPUS_PER_NODE"])),
         restarts=int(env.get("SLURM_RESTART_COUNT", 0)),
-        task=env["SLURM_ARRAY_TASK_ID"] if array else "",
+        task=task,
     )
 
 

@@ -87,7 +87,7 @@ def owt_args(command: list[str], allocation: Allocation) -> list[str]:
     if command[0] != "train":
         return args
     if find_run_dir(args) is None:
-        return [*args, "--run-dir", f"runs/slurm-{slurm_name(os.environ)}"]
+        return [*args, "--run-dir", f"runs/slurm-{allocation.job_id}"]
     if allocation.task and find_run_dir(command) == find_run_dir(args):
         raise ConfigError(
             f"one --run-dir for all tasks of an array: {find_run_dir(args)}",
@@ -95,13 +95,6 @@ def owt_args(command: list[str], allocation: Allocation) -> list[str]:
             fix=f"--run-dir {find_run_dir(args)}-{TASK}",
         )
     return args
-
-
-def slurm_name(env: dict[str, str]) -> str:
-    """The job's id as squeue shows it: 7, or 7_2 in an array."""
-    if "SLURM_ARRAY_JOB_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env["SLURM_JOB_ID"]
 
 
 class Job:

@@ -18,7 +18,8 @@ def slurm(tmp_path_factory):
     """A cluster whose users have a narrow `owt` first on PATH."""
     tools = tmp_path_factory.mktemp("bin")
     program = shlex.join([sys.executable, str(PARALLEL / "programs" / "narrow.py")])
-    (tools / "owt").write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+    this_code = shlex.quote(str(PARALLEL.parents[1]))  # also where ssh and mpirun pass no PYTHONPATH on
+    (tools / "owt").write_text(f'#!/bin/sh\nPYTHONPATH={this_code} exec {program} "$@"\n')
     (tools / "owt").chmod(0o755)
     try:
         install()

@@ -261,8 +261,8 @@ def node_lines() -> str:
     return "\n".join(f"NodeName={name} NodeAddr={ADDRESSES[name]} CPUs=4 RealMemory=4000" for name in NODES)
 
 
-# CPUs=4 with config_overrides: 2 ranks a node, on however many cores this machine has. cred_expire: so long a
-# requeued job waits before it may start again (120 s by default). TmpFS: or the nodes' pmix folders collide.
+# CPUs=4 with config_overrides: 2 ranks a node, on however many cores this machine has. cred_expire and the
+# scheduler's intervals: so long a requeued job waits (120 and 30 s by default). TmpFS: or the nodes' pmix folders collide.
 SLURM_CONF = """\
 ClusterName=owt
 SlurmctldHost=login({address})
@@ -287,6 +287,7 @@ SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+SchedulerParameters=bf_interval=1,sched_interval=1
 SlurmdTimeout=6
 KillWait=5
 OverTimeLimit=0

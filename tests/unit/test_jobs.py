@@ -245,12 +245,10 @@ def test_containers_wrap_what_ranks_run():
     assert ranks_argv("mpirun", ALLOCATION, ["/x/owt"])[-1] == "/x/owt"
 
 
-def test_each_attempt_finds_the_same_run_folder_and_each_task_its_own(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+def test_each_attempt_finds_the_same_run_folder_and_each_task_its_own():
     assert owt_args(["train", "D"], ALLOCATION) == ["train", "D", "--run-dir", "runs/slurm-7"]
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    task = Allocation("7", ("n1",), 1, 1, 0, task="2")
+    array = {"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    task = read_allocation({**SLURM, **array}, ["n1", "n2"])
     assert owt_args(["train", "D", "--set", "seed={task}"], task)[-3:] == [
         "seed=2",
         "--run-dir",
