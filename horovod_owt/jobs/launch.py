@@ -145,19 +145,26 @@ def train(job: Job, command: list[str], max_restarts: int) -> int:
         return last.exit_code
     say(f"requeued, start {restarts + 2} of {max_restarts + 1}, from {last.checkpoint or 'the beginning'}")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    ask(requeue_argv(job.allocation.job_id))
+    try:
+        ask(requeue_argv(job.allocation.job_id))
+    except OwtError as error:  # --no-requeue, or a site that allows none
+        say(f"not requeued after all: {error}")
+        return last.exit_code
     signal.sigtimedwait({signal.SIGTERM}, REQUEUE_LIMIT_S)  # to leave before might pass for the job's end
     return last.exit_code
 
 
 def leave_run_dir(job_id: str, run_dir: Path) -> None:
     """For `owt job status`, in the job's comment, unless the user has put something there."""
-    (record,) = find_jobs(job_id)
     comment = json.dumps({"run_dir": str(run_dir)})
-    if not record.comment:
-        ask(comment_argv(job_id, comment))
-    elif record.comment != comment:
-        say(f"the job has a comment already: `owt job status` will need --run-dir {run_dir}")
+    try:
+        (record,) = find_jobs(job_id)
+        if not record.comment:
+            ask(comment_argv(job_id, comment))
+        elif record.comment != comment:
+            say(f"the job has a comment already: `owt job status` needs --run-dir {run_dir}")
+    except OwtError as error:  # no reason to train less
+        say(f"WARNING the job's comment: {error}; `owt job status` needs --run-dir {run_dir}")
 
 
 def earlier_attempts(run_dir: Path, allocation: Allocation) -> list[Attempt]:

@@ -261,8 +261,9 @@ def node_lines() -> str:
     return "\n".join(f"NodeName={name} NodeAddr={ADDRESSES[name]} CPUs=4 RealMemory=4000" for name in NODES)
 
 
-# CPUs=4 with config_overrides: 2 ranks a node, on however many cores this machine has. cred_expire and the
-# scheduler's intervals: so long a requeued job waits (120 and 30 s by default). TmpFS: or the nodes' pmix folders collide.
+# CPUs=4 with config_overrides: two ranks a node, on however many cores this machine has. TmpFS: or the nodes'
+# pmix folders collide. cred_expire (120 s by default) and the scheduler's intervals (30 s): so long a requeued
+# job waits before it starts again.
 SLURM_CONF = """\
 ClusterName=owt
 SlurmctldHost=login({address})
