@@ -262,8 +262,8 @@ def node_lines() -> str:
 
 
 # CPUs=4 with config_overrides: two ranks a node, on however many cores this machine has. TmpFS: or the nodes'
-# pmix folders collide. cred_expire (120 s by default) and the scheduler's intervals (30 s): so long a requeued
-# job waits before it starts again.
+# pmix folders collide. cred_expire (120 s by default) and the scheduler's intervals (30 s): so long a job
+# that is requeued waits before it starts again.
 SLURM_CONF = """\
 ClusterName=owt
 SlurmctldHost=login({address})
