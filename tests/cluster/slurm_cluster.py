@@ -290,6 +290,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=bf_interval=1,sched_interval=1
 SlurmdTimeout=6
+MessageTimeout=5
 KillWait=5
 OverTimeLimit=0
 ReturnToService=2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-SMALL = ["--recipe", REPO / "tests" / "parallel" / "small.yaml"]
+SMALL = ["--recipe", REPO / "tests" / "parallel" / "small.yaml", "--set", "pipeline=torchvision"]
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 STEPS = 24  # 6 an epoch
 LIMIT_S = 120
@@ -21,13 +21,13 @@ def settings(**values) -> list[str]:
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
-def wait_for(condition, limit_s: float = LIMIT_S, *, log: Path | None = None):
+def wait_for(condition, limit_s: float = LIMIT_S, *, log: Path | None = None, every_s: float = 0.1):
     """Poll until `condition` gives something true, and return that; else fail with the job's log."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
         if found := condition():
             return found
-        time.sleep(0.1)
+        time.sleep(every_s)
     pytest.fail(f"waited {limit_s} s in vain\n{log.read_text()[-6000:] if log and log.exists() else ''}")
 
 
@@ -54,7 +54,7 @@ def status(slurm, job_id: str, *options: str) -> dict:
 
 def end_of(slurm, job_id: str, log: Path) -> str:
     """The state in which the job ended."""
-    wait_for(lambda: slurm.job(job_id)["JobState"] in FINISHED, log=log)
+    wait_for(lambda: slurm.job(job_id)["JobState"] in FINISHED, log=log, every_s=0.3)
     return slurm.job(job_id)["JobState"]
 
 
@@ -144,9 +144,12 @@ def test_a_job_whose_first_node_is_killed_goes_on_on_the_others(slurm, images, t
 
 def test_before_its_time_is_up_a_job_stops_at_a_checkpoint(slurm, images, tmp_path):
     """And is not requeued more often than it may be. By mpirun, which passes the warning on to all nodes."""
-    options = ["--nodes=2", "--time=1", "--signal=B:USR1@40", "--max-restarts=0", "--launcher=mpirun"]
+    options = ["--nodes=2", "--time=10", "--signal=B:USR1@50", "--max-restarts=0", "--launcher=mpirun"]
     job_id = submit(slurm, tmp_path, images, *options, owt=settings(epochs=1000000))
     log, run_dir = tmp_path / "log", tmp_path / "runs" / f"slurm-{job_id}"
+    wait_for(lambda: losses(run_dir), log=log)
+    # not sooner: Slurm looks every 30 s, and warns up to so much too early
+    slurm.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1")
     assert end_of(slurm, job_id, log) == "FAILED"
     said = status(slurm, job_id)
     assert (said["exit_code"], said["restarts"], said["run_dir"]) == (75, 0, str(run_dir))
@@ -155,7 +158,7 @@ def test_before_its_time_is_up_a_job_stops_at_a_checkpoint(slurm, images, tmp_pa
 
 
 def test_tasks_of_an_array_train_with_seeds_of_their_own(slurm, images, tmp_path):
-    options = ["--array=3,5", "--nodes=1", "--launcher=gloo"]
+    options = ["--array=3,5", "--nodes=1", "--exclusive", "--launcher=gloo"]
     job_id = submit(slurm, tmp_path, images, *options, owt=settings(max_steps=2, seed="{task}"))
     tasks = [f"{job_id}_3", f"{job_id}_5"]
     for task in tasks:
