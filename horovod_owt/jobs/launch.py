@@ -49,9 +49,10 @@ def main() -> int:
         )
         introduce(allocation, launcher, why)
         job = Job(allocation, launcher, args.container_image, args.apptainer)
-        if command[1] != "train":
-            return job.run(command)
-        return train(job, command, args.max_restarts)
+        if command[1] == "train":
+            return train(job, command, args.max_restarts)
+        code = job.run(command)
+        return 128 - code if code < 0 else code  # as a shell says that a signal ended it
     except OwtError as error:
         say(str(error))
         return error.exit_code
@@ -143,15 +144,24 @@ def train(job: Job, command: list[str], max_restarts: int) -> int:
     if why := why_not_again(attempts, max_restarts, restarts=restarts, stop_is_final=False):
         say(f"not requeued: {why}")
         return last.exit_code
-    say(f"requeued, start {restarts + 2} of {max_restarts + 1}, from {last.checkpoint or 'the beginning'}")
+    say(f"to be requeued, start {restarts + 2} of {max_restarts + 1}, from {last.checkpoint or 'nothing'}")
+    requeue(job.allocation.job_id)
+    return last.exit_code
+
+
+def requeue(job_id: str) -> None:
+    """Back to the queue, unless Slurm has something else in mind; then wait for the end that this brings."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        ask(requeue_argv(job.allocation.job_id))
+        (record,) = find_jobs(job_id)
+        if record.state != "RUNNING":  # cancelled: to requeue it now would bring it back
+            say(f"not requeued: Slurm says {record.state}")
+            return
+        ask(requeue_argv(job_id))
     except OwtError as error:  # --no-requeue, or a site that allows none
-        say(f"not requeued after all: {error}")
-        return last.exit_code
+        say(f"not requeued: {error}")
+        return
     signal.sigtimedwait({signal.SIGTERM}, REQUEUE_LIMIT_S)  # to leave before might pass for the job's end
-    return last.exit_code
 
 
 def leave_run_dir(job_id: str, run_dir: Path) -> None:

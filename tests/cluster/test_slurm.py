@@ -118,7 +118,7 @@ def test_a_preempted_job_and_a_warned_one_goes_on_as_if_nothing_had_been(slurm, 
     assert losses(run_dir) == losses(unbroken)
     assert 0 < preempted_at < STEPS and f"checkpoints/step-{preempted_at:08d}\n" in log.read_text()
     warned_at = json.loads((run_dir / "attempts.jsonl").read_text().splitlines()[-2])["last_step"]
-    assert f"requeued, start 3 of 21, from step-{warned_at:08d}" in log.read_text()
+    assert f"to be requeued, start 3 of 21, from step-{warned_at:08d}" in log.read_text()
     assert not (tmp_path / "broken").exists()
 
 
@@ -166,6 +166,18 @@ def test_tasks_of_an_array_train_with_seeds_of_their_own(slurm, images, tmp_path
         config = json.loads((tmp_path / "runs" / f"slurm-{task}" / "config.json").read_text())
         assert f"{job_id}_{config['seed']}" == task
         assert (status(slurm, task)["job_id"], status(slurm, task)["step"]) == (task, 2)
+
+
+def test_a_cancelled_job_has_a_checkpoint_and_does_not_come_back(slurm, images, tmp_path):
+    job_id = submit(slurm, tmp_path, images, "--nodes=1", owt=["--run-dir", "run", *settings(epochs=1000000)])
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    wait_for(lambda: losses(run_dir), log=log)
+    slurm.run(*OWT_JOB, "cancel", job_id)
+    wait_for(lambda: (run_dir / "outcome.json").exists(), log=log)
+    wait_for(lambda: slurm.states() == ["idle"] * 3, log=log)
+    said = status(slurm, job_id)
+    assert (said["state"], said["restarts"]) == ("CANCELLED", 0)
+    assert f"step-{said['step']:08d}" in os.listdir(run_dir / "checkpoints")
 
 
 def test_a_job_that_fails_at_once_stays_failed_and_a_waiting_one_is_cancelled(slurm, images, tmp_path):
