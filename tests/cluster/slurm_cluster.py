@@ -249,6 +249,7 @@ class Cluster:
         for name in ("state", *NODES):
             (folder / name).mkdir()
         (folder / "plugstack.conf").touch()
+        (folder / "gres.conf").write_text(GRES_CONF)
         (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, nodes=node_lines()))
         key = folder / "ssh_key"
         do(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)])
@@ -258,7 +259,9 @@ class Cluster:
 
 def node_lines() -> str:
     """More CPUs than this machine may have: Slurm only counts them."""
-    return "\n".join(f"NodeName={name} NodeAddr={ADDRESSES[name]} CPUs=4 RealMemory=4000" for name in NODES)
+    return "\n".join(
+        f"NodeName={name} NodeAddr={ADDRESSES[name]} CPUs=4 RealMemory=4000 Gres=gpu:2" for name in NODES
+    )
 
 
 # CPUs=4 with config_overrides: two ranks a node, on however many cores this machine has. TmpFS: or the nodes'
@@ -295,10 +298,14 @@ KillWait=5
 OverTimeLimit=0
 ReturnToService=2
 MinJobAge=300
+GresTypes=gpu
 {{nodes}}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1
 PartitionName=urgent Nodes=ALL PriorityTier=2
 """.format(address=ADDRESSES["login"])
+
+# Slurm counts them and sets CUDA_VISIBLE_DEVICES, for which it takes any two device files.
+GRES_CONF = "NodeName=n[1-3] Name=gpu File=/dev/null,/dev/zero Flags=nvidia_gpu_env\n"
 
 SSHD_CONFIG = """\
 HostKey {folder}/ssh_key

@@ -59,14 +59,14 @@ def end_of(slurm, job_id: str, log: Path) -> str:
 
 
 def test_a_job_submitted_by_hand_trains_on_two_nodes_to_the_end(slurm, images, tmp_path):
-    """The site has pmix, and Horovod has MPI."""
+    """As the README says, with GPUs that Slurm alone believes in. The site has pmix, and Horovod has MPI."""
     script = REPO / "slurm" / "train.sbatch"
     argv = [
         "sbatch",
         "--parsable",
         "--output=log",
         "--nodes=2",
-        "--ntasks-per-node=2",
+        "--gpus-per-node=2",
         script,
         images,
         "--run-dir",
@@ -76,6 +76,7 @@ def test_a_job_submitted_by_hand_trains_on_two_nodes_to_the_end(slurm, images, t
     log, run_dir = tmp_path / "log", tmp_path / "runs" / "first"
     assert end_of(slurm, job_id, log) == "COMPLETED", log.read_text()
     assert "2 nodes x 2 ranks, launcher pmix" in log.read_text() and "over eth0" in log.read_text()
+    assert "WARNING a node gives 1 CPU to 2 ranks" in log.read_text()
     assert records(run_dir, "run")[0]["hosts"] == ["n1", "n1", "n2", "n2"]
     assert len(losses(run_dir)) == 4
     said = status(slurm, job_id)
