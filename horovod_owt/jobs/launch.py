@@ -143,23 +143,24 @@ def train(job: Job, command: list[str], max_restarts: int) -> int:
     restarts = job.allocation.restarts
     if why := why_not_again(attempts, max_restarts, restarts=restarts, stop_is_final=False):
         say(f"not requeued: {why}")
-        return last.exit_code
-    say(f"to be requeued, start {restarts + 2} of {max_restarts + 1}, from {last.checkpoint or 'nothing'}")
-    requeue(job.allocation.job_id)
+    else:
+        start = f"start {restarts + 2} of {max_restarts + 1}, from {last.checkpoint or 'the beginning'}"
+        requeue(job.allocation.job_id, start)
     return last.exit_code
 
 
-def requeue(job_id: str) -> None:
-    """Back to the queue, unless Slurm has something else in mind; then wait for the end that this brings."""
+def requeue(job_id: str, start: str) -> None:
+    """Send the job back to the queue, and wait for the end that this brings."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         (record,) = find_jobs(job_id)
-        if record.state != "RUNNING":  # cancelled: to requeue it now would bring it back
-            say(f"not requeued: Slurm says {record.state}")
+        if record.state != "RUNNING":  # cancelled, and this would bring it back; or preempted
+            say(f"the rest is Slurm's, who has the job as {record.state}")
             return
+        say(f"requeued, {start}")
         ask(requeue_argv(job_id))
     except OwtError as error:  # --no-requeue, or a site that allows none
-        say(f"not requeued: {error}")
+        say(f"not requeued after all: {error}")
         return
     signal.sigtimedwait({signal.SIGTERM}, REQUEUE_LIMIT_S)  # to leave before might pass for the job's end
 
