@@ -28,6 +28,7 @@ CHOICES = {
     "compression": ("none", "fp16"),
     "pipeline": ("auto", "dali", "torchvision"),
     "bad_images": ("fail", "skip"),
+    "elastic_batch": ("scale", "keep"),
 }
 
 
@@ -79,6 +80,8 @@ class TrainConfig:
     log_every: int = 10  # steps between two progress lines
     checkpoint_every: int = 0  # steps; 0: at epoch ends only
     keep_checkpoints: int = 3  # newest ones that stay on disk, and the best by validation
+    commit_every: int = 10  # steps between two commits of an elastic run, which a lost rank throws it back to
+    elastic_batch: str = "scale"  # scale: the global batch follows the ranks; keep: they share the first one
     checkpoint_retries: int = 3  # checkpoints in a row that the disk may refuse before the run ends
     stall_limit_s: float = 600.0  # a collective that waits longer than this for a rank ends the run
 
@@ -199,6 +202,7 @@ def _check(cfg: TrainConfig) -> None:
         "lr_batch",
         "keep_checkpoints",
         "log_every",
+        "commit_every",
         "stall_limit_s",
     )
     limits: dict[str, tuple[float, float]] = {

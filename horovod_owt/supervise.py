@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from horovod_owt.topology import LAUNCHERS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0  # after the launcher's end: for ranks that are about to leave
+LAST_WORD_GRACE_S = (
+    30.0  # after outcome.json: an elastic launcher would wait ten minutes for a rank that hangs
+)
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
@@ -94,7 +98,7 @@ class RunFolder:
     def attempt(self, launcher_code: int, *, asked_to_stop: bool) -> Attempt:
         exit_code = 128 - launcher_code if launcher_code < 0 else launcher_code
         outcome = {"exit_code": exit_code, "reason": _said_by_launcher(launcher_code)}
-        if self._stamp() != self._outcome_before:
+        if self.has_ended():
             outcome |= json.loads(self._outcome.read_text())
         if launcher_code and not outcome["exit_code"]:  # done, and then a rank fell over
             outcome |= {"exit_code": exit_code}
@@ -107,6 +111,10 @@ class RunFolder:
             new_checkpoint=newest != self._checkpoint_before,
             asked_to_stop=asked_to_stop,
         )
+
+    def has_ended(self) -> bool:
+        """Whether the run has said how it ended, in this attempt."""
+        return self._stamp() != self._outcome_before
 
     def newest_checkpoint(self) -> str:
         """Its folder's name; by name, as steps have leading zeros. Whether it is sound, the run will see."""
@@ -169,9 +177,25 @@ class Supervisor:
             raise ConfigError(f"{self._command[0]}: {error.strerror}") from None
         if self._asked_to_stop:  # while it was started
             self._job.terminate()
-        code = self._job.wait()
+        code = self._wait(folder)
         end_descendants(GRACE_S)
         return folder.attempt(code, asked_to_stop=self._asked_to_stop)
+
+    def _wait(self, folder: RunFolder) -> int:
+        """The launcher's exit code; one that goes on after the run's last word is ended."""
+        ended_at = None
+        while True:
+            try:
+                return self._job.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                pass
+            if ended_at is None and folder.has_ended():
+                ended_at = time.monotonic()
+            if ended_at is not None and time.monotonic() > ended_at + LAST_WORD_GRACE_S:
+                say(
+                    f"the launcher is still there {LAST_WORD_GRACE_S:.0f} s after the run's last word: killed"
+                )
+                self._job.kill()
 
     def _pass_on(self, number: int, _frame: object) -> None:
         """The first signal goes to this host's ranks: a checkpoint, and the launcher's own haste is avoided.

@@ -6,6 +6,7 @@ Only for what must be known before Horovod starts; afterwards `parallel.World` i
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ LAUNCHERS = {
     "srun": ("PMIX_RANK", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
 }
+
+# Horovod's elastic driver gives up a whole host when one of its ranks dies. On one box launch/elastic makes
+# each place a host of its own: 127.0.0.1 with as many more zeros before the 1 as there are places before it.
+BOX_PLACES = "HOROVOD_OWT_BOX_PLACES"  # how many there are
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,27 @@ def read_topology(env: Mapping[str, str] | None = None) -> Topology:
     """The launcher's word on this process; a process started by none of them is rank 0 of 1."""
     env = os.environ if env is None else env
     host = env.get("HOROVOD_HOSTNAME") or socket.gethostname()
+    place = place_on_box(env)
     for launcher, (rank, size, local_rank, local_size) in LAUNCHERS.items():
         if rank in env:
             return Topology(
                 launcher,
                 rank=int(env[rank]),
                 world_size=int(env[size]),
-                local_rank=int(env.get(local_rank, 0)),
-                local_size=int(env.get(local_size, 1)),
-                host=host,
+                local_rank=place[0] if place else int(env.get(local_rank, 0)),
+                local_size=place[1] if place else int(env.get(local_size, 1)),
+                host=socket.gethostname() if place else host,
             )
     return Topology("none", rank=0, world_size=1, local_rank=0, local_size=1, host=host)
+
+
+def box_hosts(places: int) -> list[str]:
+    """A host name for each place on one box; to resolvers all of them are 127.0.0.1."""
+    return [f"127.0.0.{'0' * place}1" for place in range(places)]
+
+
+def place_on_box(env: Mapping[str, str] | None = None) -> tuple[int, int] | None:
+    """Local rank and local size of an elastic job's rank on one box; None for any other."""
+    env = os.environ if env is None else env
+    zeros = re.fullmatch(r"127\.0\.0\.(0*)1", env.get("HOROVOD_HOSTNAME", ""))
+    return (len(zeros[1]), int(env[BOX_PLACES])) if zeros and BOX_PLACES in env else None

@@ -47,6 +47,14 @@ def train(
     # nothing heavy is loaded before the input is known to be good
     request = prepare_alone(data, recipe, with_parallel(parallel, settings))
 
+    from horovod_owt.parallel.elastic import is_elastic
+
+    if is_elastic():
+        from horovod_owt.train.elastic import train_elastic
+
+        train_elastic(request, run_dir=run_dir, resume=resume)
+        return
+
     from horovod_owt.train.loop import train_rank
 
     train_rank(request, run_dir=run_dir, resume=resume)

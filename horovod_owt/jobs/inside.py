@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -16,6 +17,7 @@ import psutil
 from horovod_owt.errors import ConfigError
 from horovod_owt.jobs.allocation import Allocation
 from horovod_owt.jobs.interfaces import interface_between
+from horovod_owt.jobs.start import interface_environment
 
 
 def choose_launcher(asked: str, *, srun_mpi: str, mpirun: str | None, horovod_mpi: bool) -> tuple[str, str]:
@@ -100,15 +102,19 @@ def mpirun_argv(allocation: Allocation) -> list[str]:
 @contextmanager
 def launcher_environment(launcher: str, allocation: Allocation) -> Iterator[dict[str, str]]:
     """What the ranks' environment needs beside the job's own, for as long as the block lasts."""
-    if launcher == "mpirun":
-        # for the srun below mpirun, which starts a daemon on each node: ranks inherit its cores
-        yield {"SRUN_CPUS_PER_TASK": str(allocation.cpus_per_node)}
-    elif launcher == "gloo":
+    if launcher == "gloo":
         with rendezvous(allocation) as environment:
             yield environment
-    else:
+        return
+    interface = interface_between(list(allocation.hosts))
+    environment = {} if interface == "lo" else interface_environment(interface)
+    if launcher == "mpirun":
+        # for the srun below mpirun, which starts a daemon on each node: ranks inherit its cores
+        environment["SRUN_CPUS_PER_TASK"] = str(allocation.cpus_per_node)
+    elif allocation.crowded:
         # Whoever waits in Open MPI spins; mpirun sees by itself that ranks outnumber CPUs, srun does not say.
-        yield {"OMPI_MCA_mpi_yield_when_idle": "1"} if allocation.crowded else {}
+        environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    yield {name: value for name, value in environment.items() if name not in os.environ}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from horovod_owt import __version__
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.device import use_share_of_cores
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
-from horovod_owt.topology import read_topology
+from horovod_owt.topology import place_on_box, read_topology
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -
     against 0.175 s for 244 MB on two ranks. What the user set in the environment stays.
     """
     topology = read_topology()
-    threads = use_share_of_cores(topology)  # before Horovod and DALI start threads, which inherit the cores
+    use_share_of_cores(topology)  # before Horovod and DALI start threads, which inherit the cores
     defaults = {
         "HOROVOD_FUSION_THRESHOLD": "0",
         # Where the roll call is at work, it speaks and ends the job before either of these does.
@@ -82,15 +82,21 @@ def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -
         ).on_every_rank() from None
     if device != "cpu":
         torch.cuda.set_device(device)
+    return look_around(device, tuple(sets))
+
+
+def look_around(device: str, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
+    """Where this rank stands now; in an elastic job that changes whenever the ranks regroup."""
+    local_rank, local_size = place_on_box() or (hvd.local_rank(), hvd.local_size())
     return World(
         rank=hvd.rank(),
         size=hvd.size(),
-        local_rank=hvd.local_rank(),
-        local_size=hvd.local_size(),
-        host=topology.host,
+        local_rank=local_rank,
+        local_size=local_size,
+        host=read_topology().host,
         device=torch.device(device),
-        threads=threads,
-        process_sets=tuple(sets),
+        threads=torch.get_num_threads(),
+        process_sets=sets,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 
@@ -15,6 +16,7 @@ from horovod_owt.errors import OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
+from horovod_owt.parallel.elastic import RESETS, Committed, why_regrouped
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.schedule import learning_rate
@@ -29,7 +31,7 @@ from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.run_folder import MetricsLog, open_run_folder, write_outcome
-from horovod_owt.train.state import Position, restore, snapshot
+from horovod_owt.train.state import Position, commit, restore, restore_commit, snapshot
 from horovod_owt.train.stop import StopRequest
 from horovod_owt.train.watch import watched
 
@@ -66,14 +68,20 @@ class Run:
         run_dir: Path,
         resume: str,
         predicted_step_ms: dict[str, float],
+        committed: Committed | None = None,
     ) -> None:
+        """`committed` is the state of an elastic job; what is in it goes before any checkpoint."""
         self.cfg, self.world, self.run_dir = cfg, world, run_dir
         self.predicted_step_ms = predicted_step_ms  # by strategy, when parallel=auto chose one
         self.data, self.folder = request.data, request.folder
         self.global_batch = cfg.global_batch(world.size)
         self.replica = Replica(cfg, world)
         self.position = Position(num_samples=len(self.folder.train))
-        self._owes_validation = restore(self.replica, self.position, run_dir, resume)
+        self._committed = committed
+        if committed is not None and committed.step >= 0:
+            self._owes_validation = restore_commit(self.replica, self.position, committed)
+        else:
+            self._owes_validation = restore(self.replica, self.position, run_dir, resume)
         self._copies: dict[str, Tensor] = {}  # of the state, made for checkpoints
         remaining = max(0, cfg.epochs * self.position.num_samples - self.position.consumed)
         self.total_steps = self.position.step + math.ceil(remaining / self.global_batch)
@@ -87,13 +95,28 @@ class Run:
     def train(self, stop: StopRequest) -> None:
         """Step after step to the end; whatever happens, the run folder says how it ended."""
         reason, exit_code, now.step = "done", 0, self.position.step
-        watch = watched(self.world, self.run_dir, stall_limit_s=self.cfg.stall_limit_s, record=self._record)
+        elastic = self._committed is not None
+        watch = watched(
+            self.world,
+            self.run_dir,
+            stall_limit_s=self.cfg.stall_limit_s,
+            record=self._record,
+            goes_on=elastic,
+        )
         try:
-            with watch as roll_call, explain_lost_ranks(roll_call.lost):
+            with watch as roll_call, nullcontext() if elastic else explain_lost_ranks(roll_call.lost):
                 self._introduce()
                 if self._owes_validation:
                     self._validate(stop)
                 self._run_steps(stop)
+        except RESETS as error:
+            exit_code = None
+            self._committed.parted = {
+                "fault": f"ranks regroup: {why_regrouped(error)}",
+                "step": self.position.step,
+                "world_size": self.world.size,
+            }
+            raise
         except BaseException as error:
             reason = str(error) or type(error).__name__
             exit_code = error.exit_code if isinstance(error, OwtError) else 1
@@ -151,6 +174,8 @@ class Run:
                     raise self._stopped(stop)
                 if epoch_over or last:
                     self._validate(stop)
+                if self._committed is not None and (position.step % cfg.commit_every == 0 or keep):
+                    self._commit()
             self._finish_writing()
         if self.world.is_root and self._bad_images:
             log.info("%d bad images left out: the lines of kind fault in metrics.jsonl", self._bad_images)
@@ -208,6 +233,12 @@ class Run:
         if self.writer is not None:
             self.writer.write(state, stall_s=perf_counter() - start)
 
+    def _commit(self) -> None:
+        """What an elastic job goes back to when it loses a rank; where it lets newcomers in."""
+        values = {"run_dir": str(self.run_dir), "global_batch": self._committed.values.get("global_batch")}
+        values["global_batch"] = values["global_batch"] or self.global_batch
+        commit(self.replica, self.position, self._committed, values)
+
     def _finish_writing(self) -> None:
         on_root(self.writer.finish if self.writer else None, "written")
 
@@ -230,6 +261,8 @@ class Run:
 
     def _introduce(self) -> None:
         cfg, world = self.cfg, self.world
+        if self._committed is not None and self._committed.parted:
+            self._record("fault", **self._committed.parted)
         hosts = gather_objects(world.host, "hosts")
         images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
         self._record(
@@ -287,10 +320,12 @@ class Run:
         if self.metrics is not None:
             self.metrics.write(kind, **values)
 
-    def _close(self, exit_code: int, reason: str) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        if self.metrics is not None:
+    def _close(self, exit_code: int | None, reason: str) -> None:
+        """The run's last word; none where an elastic job goes on (exit code None)."""
+        if self.writer is None or self.metrics is None:
+            return
+        self.writer.close()
+        if exit_code is not None:
             outcome = {
                 "exit_code": exit_code,
                 "reason": reason,
@@ -299,5 +334,5 @@ class Run:
                 "bad_images": self._bad_images,
             }
             self.metrics.write("outcome", **outcome)
-            self.metrics.close()
             write_outcome(self.run_dir, outcome)
+        self.metrics.close()

@@ -13,6 +13,7 @@ from torch import Tensor
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
+from horovod_owt.parallel.elastic import Committed
 from horovod_owt.train.checkpoint import Checkpoint, newest_sound, read_checkpoint
 from horovod_owt.train.replica import MOMENTUM, Replica
 from horovod_owt.train.run_folder import validated_steps
@@ -101,6 +102,23 @@ def restore(replica: Replica, position: Position, run_dir: Path, resume: str) ->
     replica.load_scaler_state(state["scaler"])
     position.step, position.consumed = state["step"], state["samples_consumed"]
     return state["validation_due"]
+
+
+def commit(replica: Replica, position: Position, committed: Committed, values: dict[str, Any]) -> None:
+    """Keep this state in the memory of every rank; raises, on all, what lets an elastic job regroup."""
+    tensors = {name: tensor for name, tensor, _ in replica.parts()}
+    place = {"step": position.step, "consumed": position.consumed, "scaler": replica.scaler_state()}
+    committed.commit_copy(tensors, {**values, **place})
+
+
+def restore_commit(replica: Replica, position: Position, committed: Committed) -> bool:
+    """Go back to what was committed, as every rank does; nothing is left to validate."""
+    for name, tensor, _ in replica.parts():
+        tensor.copy_(committed.tensors[name])
+    replica.weights_changed()
+    replica.load_scaler_state(committed.values["scaler"])
+    position.step, position.consumed = committed.step, committed.values["consumed"]
+    return False
 
 
 def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica, num_samples: int) -> None:

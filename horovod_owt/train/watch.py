@@ -49,9 +49,17 @@ class Stacks:
 
 @contextmanager
 def watched(
-    world: World, run_dir: Path, *, stall_limit_s: float, record: Callable[..., None]
+    world: World,
+    run_dir: Path,
+    *,
+    stall_limit_s: float,
+    record: Callable[..., None],
+    goes_on: bool = False,
 ) -> Iterator[RollCall]:
-    """A roll call of the ranks, reports in log and metrics; after the stall limit the job is ended."""
+    """A roll call of the ranks, reports in log and metrics; after the stall limit the job is ended.
+
+    `goes_on` says that the job outlives a dead rank.
+    """
 
     def report(who: str) -> None:
         log.warning("stalled: %s; stacks are in %s", who, run_dir / "stacks")
@@ -65,7 +73,7 @@ def watched(
 
     def on_death(who: str) -> None:
         """In case that the launcher ends this rank before it comes to its own end."""
-        if world.rank in (0, 1):
+        if world.rank in (0, 1) and not goes_on:
             outcome = {"exit_code": 1, "reason": f"lost contact with {who}: it died", "step": now.step}
             write_outcome(run_dir, outcome)
 

@@ -194,13 +194,11 @@ def test_a_job_that_fails_at_once_stays_failed_and_a_waiting_one_is_cancelled(sl
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
-def test_launchers_reach_the_hosts_by_ssh(slurm, images, tmp_path, launcher):
+def test_the_start_scripts_reach_hosts_by_ssh(slurm, images, tmp_path, launcher):
     """Without Slurm; the hosts have nothing in common but a network and their files."""
-    argv = {"horovodrun": ["horovodrun", "--gloo"], "mpirun": ["mpirun", "--bind-to", "none"]}[launcher]
-    hosts = ["-np", "2", "-H", "n1:1,n2:1"]
-    env = slurm.environment()
-    owt = [env["PATH"].split(":")[0] + "/owt", "train", images, "--run-dir", tmp_path / "run", *SMALL]
-    slurm.run(*argv, *hosts, *owt, *settings(max_steps=2), host="n1", cwd=tmp_path, limit_s=LIMIT_S)
+    (tmp_path / "hosts").write_text("n1:1\nn2:1\n")
+    start = [sys.executable, REPO / "launch" / launcher, "--hosts", "hosts", "--", images, "--run-dir", "run"]
+    slurm.run(*start, *SMALL, *settings(max_steps=2), host="n1", cwd=tmp_path, limit_s=LIMIT_S)
     assert records(tmp_path / "run", "run")[0]["hosts"] == ["n1", "n2"]
     assert len(losses(tmp_path / "run")) == 2
 

@@ -123,6 +123,14 @@ def run(start):
     return run
 
 
+@pytest.fixture
+def narrow_net(monkeypatch):
+    """Nets built in the test itself have as few hidden units as those of narrow.py and several_runs.py."""
+    from horovod_owt.model import alexnet_owt
+
+    monkeypatch.setattr(alexnet_owt, "HIDDEN", 98)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """A small image folder: 2 classes, 96 training and 26 validation images (no multiple of a batch here)."""
@@ -163,6 +171,11 @@ def ranks_below(pid: int) -> dict[int, psutil.Process]:
 
 def steps_done(run_dir: Path) -> int:
     return len(records(run_dir, "step")) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def outcome(run_dir: Path) -> dict:
+    """How the run's folder says that it ended."""
+    return json.loads((run_dir / "outcome.json").read_text())
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:

@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-from conftest import OWT, SMALL, records
+from conftest import NARROW, SMALL, records
 
 
 def test_auto_prints_its_choice_with_both_predictions_and_goes_on_with_it(run, images, tmp_path):
     more = ["--set", "max_steps=1", "--set", "pipeline=torchvision"]
     done = run(
-        [*OWT, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", "auto", *more], limit_s=200
+        [*NARROW, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", "auto", *more], limit_s=200
     )
     (line,) = re.findall(r"parallel auto: .*", done.stderr + done.stdout)
     said = re.fullmatch(

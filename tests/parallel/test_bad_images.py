@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_files import BAD, ODD, encoded, spoil, without_tables
-from conftest import OWT, PROGRAMS, SMALL, launch, records
+from conftest import OWT, PROGRAMS, SMALL, launch, outcome, records
 from safetensors.torch import load_file
 from test_bad_input import WITHOUT_ROOTS_RIGHTS
 from test_training import distance, settings
@@ -21,7 +21,7 @@ from horovod_owt.data.faults import BadImages
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import open_data_set
-from horovod_owt.model import alexnet_owt, build_model
+from horovod_owt.model import build_model
 
 KINDS = ["torchvision", *(["dali"] if find_spec("nvidia.dali") else [])]
 BATCH, RANKS = 6, 2
@@ -89,9 +89,8 @@ def test_each_bad_file_is_named_once_with_its_fault(spoilt, trained, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_good_images_are_trained_on_as_one_process_would(spoilt, trained, monkeypatch, kind):
+def test_the_good_images_are_trained_on_as_one_process_would(spoilt, trained, narrow_net, kind):
     """Losses and weights of a plain program that has only the good images of each global batch."""
-    monkeypatch.setattr(alexnet_owt, "HIDDEN", 98)  # as in several_runs.py
     root, bad = spoilt
     run_dir = trained[0] / kind
     data = open_data_set(root)
@@ -139,8 +138,8 @@ def test_under_fail_every_rank_ends_with_the_name_of_the_file(run, images, tmp_p
     (line,) = [line for line in done.stderr.splitlines() if "owt:" in line]
     (first, *_) = records(tmp_path / "run", "fault")
     assert f"bad image {first['path']}: undecodable" in line and "fix:" in line
-    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
-    assert outcome["exit_code"] == 1 and outcome["step"] == 0 and first["path"] in outcome["reason"]
+    ended = outcome(tmp_path / "run")
+    assert ended["exit_code"] == 1 and ended["step"] == 0 and first["path"] in ended["reason"]
     assert not records(tmp_path / "run", "step")
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import OWT, PROGRAMS, SMALL, records
+from conftest import NARROW, OWT, PROGRAMS, SMALL, records
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_an_mpirun_ends_with_our_exit_code(run, images):
 
 
 def test_a_finished_run_is_not_overwritten(run, images, tmp_path):
-    command = [*OWT, "train", images, "--run-dir", tmp_path, *SMALL]
+    command = [*NARROW, "train", images, "--run-dir", tmp_path, *SMALL]
     run([*command, "--set", "max_steps=1"], launcher="none")
     done = run([*command, "--resume", "never"], exit_code=None)
     assert done.exit_code != 0 and "holds a run with checkpoints" in the_one_line(done)

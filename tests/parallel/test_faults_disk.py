@@ -1,13 +1,12 @@
 """Disks that refuse, on a real small file system: training goes on, and what was on disk stays."""
 
-import json
 import os
 import subprocess
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import NARROW, SMALL, records, settings, wait_for
+from conftest import NARROW, SMALL, outcome, records, settings, wait_for
 
 from horovod_owt.errors import RunError
 from horovod_owt.train.checkpoint import Checkpoint, find_fault, list_checkpoints
@@ -62,7 +61,7 @@ def test_a_full_disk_is_put_up_with_for_some_intervals_and_the_next_run_goes_on(
     (small_disk / "filler").unlink()
     until = int(last.name[5:]) + 4
     run([*command, *settings(max_steps=until)])
-    assert json.loads((run_dir / "outcome.json").read_text())["exit_code"] == 0
+    assert outcome(run_dir)["exit_code"] == 0
     assert list_checkpoints(run_dir)[0].name == f"step-{until:08d}"
     done_twice = [record["step"] for record in records(run_dir, "step")]  # every line is whole
     assert done_twice[-4:] == list(range(until - 3, until + 1))

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.timeout(500)  # the first tests wait for the jobs
 IMAGES, CLASSES = 8, 10  # of a global batch
 LR = 0.02
 SEED = 7
-FP64_STEPS = 5  # fp32 does 20 and is quicker: what is wrong shows in the second already
+STEPS = 3  # what is wrong shows in the second already
+FP32_STEPS = 12  # these are quicker
 
 
 def plan(ranks: int, steps: int, **settings) -> dict:
@@ -45,58 +46,58 @@ BN = dict(model="alexnet-owt-bn", precision="fp64")
 SKIP = dict(bad_images="skip", precision="fp64", label_smoothing=0.1)
 CLIP_NORM = 0.05
 ON_2_RANKS = {
-    "fp64-data": plan(2, FP64_STEPS, precision="fp64"),
-    "fp64-a": hybrid(2, FP64_STEPS, 2, "a", precision="fp64"),
-    "fp64-b": hybrid(2, FP64_STEPS, 2, "b", precision="fp64"),
-    "fp64-a-accum": hybrid(2, 4, 2, "a", precision="fp64", accum_steps=2),
-    "fp64-b-accum": hybrid(2, 4, 2, "b", precision="fp64", accum_steps=2),
-    "fp32-data": plan(2, 20),
-    "fp32-a": hybrid(2, 20, 2, "a"),
-    "fp32-b": hybrid(2, 20, 2, "b"),
-    "sync-bn-data": plan(2, 5, sync_bn=True, **BN),
-    "sync-bn-a": hybrid(2, 5, 2, "a", sync_bn=True, **BN),
-    "dropout-data": plan(2, 5, precision="fp64", dropout=0.5, accum_steps=2),
-    "dropout-a": hybrid(2, 5, 2, "a", precision="fp64", dropout=0.5),
-    "dropout-b-accum": hybrid(2, 5, 2, "b", precision="fp64", dropout=0.5, accum_steps=2),
-    "local": hybrid(2, 5, 2, "b", precision="fp64", fc_batch="local"),
-    "bf16-data": plan(2, 5, precision="bf16"),
-    "bf16-a": hybrid(2, 5, 2, "a", precision="bf16"),
-    "bf16-b": hybrid(2, 5, 2, "b", precision="bf16"),
-    "compressed-data": plan(2, 5, compression="fp16"),
-    "compressed": hybrid(2, 5, 2, "a", compression="fp16"),
-    "clipped-data": plan(2, 5, precision="fp64", clip_norm=CLIP_NORM),
-    "clipped-a": hybrid(2, 5, 2, "a", precision="fp64", clip_norm=CLIP_NORM),
-    "skip-data": plan(2, 5, **SKIP),
-    "skip-a": hybrid(2, 5, 2, "a", **SKIP),
-    "skip-b-accum": hybrid(2, 5, 2, "b", accum_steps=2, **SKIP),
-    "skip-local": hybrid(2, 5, 2, "b", fc_batch="local", **SKIP),
+    "fp64-data": plan(2, STEPS, precision="fp64"),
+    "fp64-a": hybrid(2, STEPS, 2, "a", precision="fp64"),
+    "fp64-b": hybrid(2, STEPS, 2, "b", precision="fp64"),
+    "fp64-a-accum": hybrid(2, STEPS, 2, "a", precision="fp64", accum_steps=2),
+    "fp64-b-accum": hybrid(2, STEPS, 2, "b", precision="fp64", accum_steps=2),
+    "fp32-data": plan(2, FP32_STEPS),
+    "fp32-a": hybrid(2, FP32_STEPS, 2, "a"),
+    "fp32-b": hybrid(2, FP32_STEPS, 2, "b"),
+    "sync-bn-data": plan(2, STEPS, sync_bn=True, **BN),
+    "sync-bn-a": hybrid(2, STEPS, 2, "a", sync_bn=True, **BN),
+    "dropout-data": plan(2, STEPS, precision="fp64", dropout=0.5, accum_steps=2),
+    "dropout-a": hybrid(2, STEPS, 2, "a", precision="fp64", dropout=0.5),
+    "dropout-b-accum": hybrid(2, STEPS, 2, "b", precision="fp64", dropout=0.5, accum_steps=2),
+    "local": hybrid(2, STEPS, 2, "b", precision="fp64", fc_batch="local"),
+    "bf16-data": plan(2, STEPS, precision="bf16"),
+    "bf16-a": hybrid(2, STEPS, 2, "a", precision="bf16"),
+    "bf16-b": hybrid(2, STEPS, 2, "b", precision="bf16"),
+    "compressed-data": plan(2, STEPS, compression="fp16"),
+    "compressed": hybrid(2, STEPS, 2, "a", compression="fp16"),
+    "clipped-data": plan(2, STEPS, precision="fp64", clip_norm=CLIP_NORM),
+    "clipped-a": hybrid(2, STEPS, 2, "a", precision="fp64", clip_norm=CLIP_NORM),
+    "skip-data": plan(2, STEPS, **SKIP),
+    "skip-a": hybrid(2, STEPS, 2, "a", **SKIP),
+    "skip-b-accum": hybrid(2, STEPS, 2, "b", accum_steps=2, **SKIP),
+    "skip-local": hybrid(2, STEPS, 2, "b", fc_batch="local", **SKIP),
 }
 ON_4_RANKS = {
     **{
-        f"fp64-{name}-{scheme}": hybrid(4, FP64_STEPS, size, scheme, precision="fp64")
+        f"fp64-{name}-{scheme}": hybrid(4, STEPS, size, scheme, precision="fp64")
         for name, size in (("one-group", 4), ("2x2", 2))
         for scheme in "ab"
     },
     **{
-        f"fp32-{name}-{scheme}": hybrid(4, 20, size, scheme)
+        f"fp32-{name}-{scheme}": hybrid(4, FP32_STEPS, size, scheme)
         for name, size in (("one-group", 4), ("2x2", 2))
         for scheme in "ab"
     },
-    "fp64-2x2-accum": hybrid(4, 4, 2, "a", precision="fp64", accum_steps=2),
-    "sync-bn-one-group": hybrid(4, 5, 4, "a", sync_bn=True, **BN),
-    "sync-bn-2x2": hybrid(4, 5, 2, "a", sync_bn=True, **BN),
-    "bn-data": plan(4, 5, **BN),
-    "bn-one-group-a": hybrid(4, 5, 4, "a", **BN),
-    "bn-2x2-b": hybrid(4, 5, 2, "b", **BN),
-    "dropout-one-group": hybrid(4, 5, 4, "a", precision="fp64", dropout=0.5),
-    "dropout-2x2": hybrid(4, 5, 2, "b", precision="fp64", dropout=0.5),
-    "local-2x2": hybrid(4, 5, 2, "b", precision="fp64", fc_batch="local"),
-    "local-2x2-compressed": hybrid(4, 5, 2, "b", fc_batch="local", compression="fp16"),
-    "bf16-2x2": hybrid(4, 5, 2, "b", precision="bf16"),
-    "2-classes": hybrid(4, 5, 4, "a", precision="fp64", classes=2),
-    "clipped-2x2": hybrid(4, 5, 2, "b", precision="fp64", clip_norm=CLIP_NORM),
-    "skip-2x2": hybrid(4, 5, 2, "b", **SKIP),
-    "skip-local-2x2": hybrid(4, 5, 2, "b", fc_batch="local", **SKIP),
+    "fp64-2x2-accum": hybrid(4, STEPS, 2, "a", precision="fp64", accum_steps=2),
+    "sync-bn-one-group": hybrid(4, STEPS, 4, "a", sync_bn=True, **BN),
+    "sync-bn-2x2": hybrid(4, STEPS, 2, "a", sync_bn=True, **BN),
+    "bn-data": plan(4, STEPS, **BN),
+    "bn-one-group-a": hybrid(4, STEPS, 4, "a", **BN),
+    "bn-2x2-b": hybrid(4, STEPS, 2, "b", **BN),
+    "dropout-one-group": hybrid(4, STEPS, 4, "a", precision="fp64", dropout=0.5),
+    "dropout-2x2": hybrid(4, STEPS, 2, "b", precision="fp64", dropout=0.5),
+    "local-2x2": hybrid(4, STEPS, 2, "b", precision="fp64", fc_batch="local"),
+    "local-2x2-compressed": hybrid(4, STEPS, 2, "b", fc_batch="local", compression="fp16"),
+    "bf16-2x2": hybrid(4, STEPS, 2, "b", precision="bf16"),
+    "2-classes": hybrid(4, STEPS, 4, "a", precision="fp64", classes=2),
+    "clipped-2x2": hybrid(4, STEPS, 2, "b", precision="fp64", clip_norm=CLIP_NORM),
+    "skip-2x2": hybrid(4, STEPS, 2, "b", **SKIP),
+    "skip-local-2x2": hybrid(4, STEPS, 2, "b", fc_batch="local", **SKIP),
 }
 PLANS = {2: ON_2_RANKS, 4: ON_4_RANKS}
 
@@ -183,8 +184,10 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
         loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
         loss.backward()
         if cfg.clip_norm:
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm)
+            norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()
             assert norm > cfg.clip_norm, "nothing to clip"
+            for parameter in net.parameters():  # torch's clip_grad_norm_ adds 1e-6 to the norm
+                parameter.grad *= cfg.clip_norm / norm
         optimizer.step()
         losses.append(loss.item())
     return losses, weights_of(net)
@@ -278,7 +281,7 @@ def test_in_fp32_the_weights_are_near_those_of_one_process(trained, ranks, name)
     some biases are off by 1e-4. It happened with 5 of 11 seeds, in single processes too whose convolutions
     add up in another order. That nothing else is behind such a distance is what fp64 shows above.
     """
-    losses, weights = plain(20)
+    losses, weights = plain(FP32_STEPS)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-5)
     assert_same(job.weights(name), weights, 1e-5)
@@ -286,7 +289,7 @@ def test_in_fp32_the_weights_are_near_those_of_one_process(trained, ranks, name)
 
 @pytest.mark.parametrize(("ranks", "name"), named("sync-bn"))
 def test_with_sync_bn_the_batch_is_normalised_as_one_process_does(trained, ranks, name):
-    losses, weights = plain(5, **BN)
+    losses, weights = plain(STEPS, **BN)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)
     assert_same(job.weights(name), weights, 1e-7)
@@ -306,7 +309,7 @@ def test_without_sync_bn_each_ranks_batch_is_normalised_as_in_data_parallel(trai
 
 @pytest.mark.parametrize(("ranks", "name"), named("dropout"))
 def test_dropout_belongs_to_sample_and_unit(trained, ranks, name):
-    losses, weights = plain(5, precision="fp64", masked=0.5)
+    losses, weights = plain(STEPS, precision="fp64", masked=0.5)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)
     assert_same(job.weights(name), weights, 1e-9)
@@ -315,7 +318,7 @@ def test_dropout_belongs_to_sample_and_unit(trained, ranks, name):
 @pytest.mark.parametrize(("ranks", "name"), named("clipped"))
 def test_a_clipped_gradient_is_that_of_one_process(trained, ranks, name):
     """Though no rank has the whole of it, and some numbers of it are on several."""
-    losses, weights = plain(5, precision="fp64", clip_norm=CLIP_NORM)
+    losses, weights = plain(STEPS, precision="fp64", clip_norm=CLIP_NORM)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-9)
     assert_same(job.weights(name), weights, 1e-9)
@@ -323,11 +326,11 @@ def test_a_clipped_gradient_is_that_of_one_process(trained, ranks, name):
 
 @pytest.mark.parametrize(("ranks", "name"), [(2, "local"), (4, "local-2x2")])
 def test_fc_batch_local_is_a_sequence_of_smaller_updates(trained, ranks, name):
-    losses, weights = plain_local(5, ranks=ranks, size=2)
+    losses, weights = plain_local(STEPS, ranks=ranks, size=2)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)
     assert_same(job.weights(name), weights, 1e-9)
-    at_once = plain(5, precision="fp64")[1]
+    at_once = plain(STEPS, precision="fp64")[1]
     assert distance(weights, at_once) > 1e-3 * way_of(at_once)
 
 
@@ -335,17 +338,17 @@ def test_fc_batch_local_is_a_sequence_of_smaller_updates(trained, ranks, name):
 def test_bad_images_weigh_nothing(trained, ranks, name):
     """The weights of a program that has only the good ones, whole ranks and turns of bad ones included."""
     if "local" in name:
-        losses, weights = plain_local(5, ranks=ranks, size=2, **SKIP)
+        losses, weights = plain_local(STEPS, ranks=ranks, size=2, **SKIP)
     else:
-        losses, weights = plain(5, **SKIP)
+        losses, weights = plain(STEPS, **SKIP)
     assert trained(ranks).losses(name) == pytest.approx(losses, rel=1e-6)
     assert_same(trained(ranks).weights(name), weights, 1e-9)
-    with_all = plain(5, **SKIP | {"bad_images": "fail"})[1]
+    with_all = plain(STEPS, **SKIP | {"bad_images": "fail"})[1]
     assert distance(weights, with_all) > 1e-2 * way_of(with_all)
 
 
 def test_ranks_without_a_class_of_their_own_train_too(trained):
-    losses, weights = plain(5, precision="fp64", classes=2)
+    losses, weights = plain(STEPS, precision="fp64", classes=2)
     assert trained(4).losses("2-classes") == pytest.approx(losses, rel=1e-6)
     assert_same(trained(4).weights("2-classes"), weights, 1e-9)
 
@@ -365,7 +368,7 @@ def test_ranks_without_a_class_of_their_own_train_too(trained):
 def test_fewer_bits_train_to_nearly_the_same_weights(trained, ranks, name, tolerance):
     """Losses hardly differ so early: the distance is held against the way that the weights went."""
     local = "local" in name
-    losses, weights = plain_local(5, ranks=4, size=2) if local else plain(5)
+    losses, weights = plain_local(STEPS, ranks=4, size=2) if local else plain(STEPS)
     assert trained(ranks).losses(name) == pytest.approx(losses, rel=0.01)
     off = distance(trained(ranks).weights(name), weights) / way_of(weights)
     assert tolerance / 50 < off < tolerance  # the lower bound: fewer bits there are

@@ -1,0 +1,29 @@
+"""Files of hosts and their slots, as horovodrun's, mpirun's and elastic jobs' users write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from horovod_owt.errors import ConfigError
+
+
+def read_hosts(file: Path) -> dict[str, int]:
+    """Host -> slots, by launch/discover-hosts' rules: `HOST:SLOTS` or `HOST slots=SLOTS`, # for comments."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}", wanted="a file of HOST:SLOTS lines") from None
+    hosts = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].replace("slots=", ":").replace(" ", "").replace("\t", "")
+        host, colon, slots = words.partition(":")
+        if not words:
+            continue
+        if not (host and colon and slots.isdecimal() and int(slots)):
+            raise ConfigError(
+                f"{file}, line {number}: {line!r}", wanted="HOST:SLOTS or HOST slots=SLOTS", fix="gpu07:4"
+            )
+        hosts[host] = int(slots)
+    if not hosts:
+        raise ConfigError(f"no host in {file}", wanted="HOST:SLOTS lines")
+    return hosts

@@ -1,0 +1,138 @@
+"""Ranks on this box or on hosts: the logic of launch/horovodrun and launch/mpirun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.jobs.hosts import read_hosts
+from horovod_owt.jobs.interfaces import interface_between
+from horovod_owt.supervise import Supervisor, say
+
+# What mpirun is to carry to other hosts; horovodrun carries all of the environment.
+CARRIED = re.compile(
+    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|CUDA_VISIBLE_DEVICES|THP_MEM_ALLOC_ENABLE"
+    r"|(HOROVOD|NCCL|OMP|DALI|TORCH|UCX)_\w+"
+)
+
+EXAMPLES = """\
+examples:
+  launch/{launcher} -- DATA --run-dir runs/first
+  launch/{launcher} --hosts HOSTS_FILE --max-restarts 3 -- DATA --run-dir runs/first --parallel hybrid
+"""
+
+
+@dataclass(frozen=True)
+class Start:
+    """`owt train` with these words, on so many ranks of each host; without hosts, on this box."""
+
+    train: Sequence[str]
+    hosts: Mapping[str, int]
+    interface: str
+
+    @property
+    def world_size(self) -> int:
+        return sum(self.hosts.values())
+
+    @property
+    def on_this_box(self) -> bool:
+        return self.interface == "lo"
+
+    def argv(self, launcher: str, env: Mapping[str, str]) -> list[str]:
+        words = {"horovodrun": self._horovodrun, "mpirun": self._mpirun}[launcher](env)
+        return [launcher, *words, "owt", "train", *self.train]
+
+    def _horovodrun(self, env: Mapping[str, str]) -> list[str]:
+        return [
+            "--gloo",
+            "-np",
+            str(self.world_size),
+            "-H",
+            self._list(),
+            "--network-interfaces",
+            self.interface,
+        ]
+
+    def _mpirun(self, env: Mapping[str, str]) -> list[str]:
+        """Cores are for the ranks to choose, by their devices: mpirun binds none."""
+        carried = [word for name in sorted(env) if CARRIED.fullmatch(name) for word in ("-x", name)]
+        return ["-np", str(self.world_size), "--host", self._list(), "--bind-to", "none", *carried]
+
+    def _list(self) -> str:
+        return ",".join(f"{host}:{slots}" for host, slots in self.hosts.items())
+
+    def environment(self) -> dict[str, str]:
+        """For launcher and ranks."""
+        return {} if self.on_this_box else interface_environment(self.interface)
+
+
+def interface_environment(interface: str) -> dict[str, str]:
+    """By which interface ranks talk, in the words of Open MPI 4, 5 and NCCL."""
+    names = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include", "PRTE_MCA_prte_if_include")
+    return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), interface)
+
+
+def gpus_here(env: Mapping[str, str]) -> int:
+    """As the environment or else the driver's device files have it; nothing is asked to wake up."""
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return len([word for word in env["CUDA_VISIBLE_DEVICES"].split(",") if word.strip()])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def main(launcher: str, description: str) -> int:
+    """The exit code of the job: outcome.json's where the run wrote one."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=EXAMPLES.format(launcher=launcher),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ranks", type=count, metavar="N", help="on this box (default: one for each GPU)")
+    where.add_argument("--hosts", type=Path, metavar="FILE", help="lines HOST:SLOTS or HOST slots=SLOTS")
+    parser.add_argument("--interface", metavar="NAME", help="default: the one that leads to the other hosts")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after faults, from the last checkpoint (default: 0)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command and leave")
+    parser.add_argument("train", nargs="+", metavar="-- DATA", help="and options, as for `owt train`")
+    args = parser.parse_args()
+    try:
+        hosts = read_hosts(args.hosts) if args.hosts else {"localhost": args.ranks or _one_for_each_gpu()}
+        start = Start(args.train, hosts, args.interface or interface_between(list(hosts)))
+        env = {**os.environ, **start.environment()}
+        command = start.argv(launcher, env)
+        if args.dry_run:
+            print(shlex.join([*(f"{name}={value}" for name, value in start.environment().items()), *command]))
+            return 0
+        if not start.on_this_box:
+            say(f"{start.world_size} ranks on {len(hosts)} hosts, by interface {start.interface}")
+        os.environ.update(env)
+        return Supervisor(command, max_restarts=args.max_restarts).run()
+    except OwtError as error:
+        say(str(error))
+        return error.exit_code
+
+
+def count(word: str) -> int:
+    """A number of ranks or seconds, for argparse."""
+    number = int(word)
+    if number < 1:
+        raise ValueError(word)
+    return number
+
+
+def _one_for_each_gpu() -> int:
+    gpus = gpus_here(os.environ)
+    if not gpus:
+        raise ConfigError("no GPU here", wanted="how many ranks this box is to have", fix="--ranks N")
+    return gpus

@@ -1,0 +1,70 @@
+"""A run whose ranks may come and go: each world of ranks is a `Run`, made from the last commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.errors import ConfigError
+from horovod_owt.parallel import elastic, runtime
+from horovod_owt.parallel.collectives import broadcast_object, on_root
+from horovod_owt.parallel.elastic import Committed
+from horovod_owt.train.agreement import check_agreement
+from horovod_owt.train.loop import Run
+from horovod_owt.train.prepare import Request
+from horovod_owt.train.run_folder import open_run_folder
+from horovod_owt.train.stop import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+def train_elastic(request: Request, *, run_dir: Path | None, resume: str) -> None:
+    """Run one rank of an elastic job to its end.
+
+    Raises ConfigError for a hybrid run: there a lost rank takes its part of the FC layers along.
+    """
+    if request.cfg.parallel != "data":
+        raise ConfigError(
+            f"parallel={request.cfg.parallel} in an elastic job, where a lost rank takes its FC layers along",
+            wanted="parallel=data there",
+            fix="--parallel data, or launch/supervise, which starts again from the last checkpoint",
+        ).on_every_rank()
+    runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
+    with StopRequest() as stop:
+
+        def train(state: Committed) -> None:
+            world = runtime.look_around(request.device)
+            check_agreement(request, world)
+            cfg = broadcast_object(request.cfg, "config")
+            if "run_dir" in state.values:
+                where = Path(state.values["run_dir"])
+            else:
+                where = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
+            cfg = in_world_of(world.size, cfg, state.values.get("global_batch"))
+            Run(cfg, request, world, where, resume, {}, committed=state).train(stop)
+
+        elastic.run(Committed(), train)
+    runtime.shutdown()
+
+
+def in_world_of(ranks: int, cfg: TrainConfig, first_global_batch: int | None) -> TrainConfig:
+    """The configuration for so many ranks; `first_global_batch` is that of the job's first world.
+
+    With elastic_batch=scale it is the same: the global batch, and with it the learning rate, follows the
+    number of ranks. With keep, each rank takes its share of the first global batch, in as many micro-batches
+    of at most `batch` images as it needs; a share that is no whole number is rounded, with a warning.
+    """
+    if cfg.elastic_batch == "scale" or first_global_batch is None:
+        return cfg
+    share = max(1, round(first_global_batch / ranks))
+    accum_steps = math.ceil(share / cfg.batch)
+    kept = dataclasses.replace(cfg, batch=max(1, round(share / accum_steps)), accum_steps=accum_steps)
+    if kept.global_batch(ranks) != first_global_batch:
+        log.warning(
+            "global batch %d, not %d: %d ranks cannot share that evenly",
+            kept.global_batch(ranks), first_global_batch, ranks,
+        )  # fmt: skip
+    return kept

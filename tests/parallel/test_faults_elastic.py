@@ -1,0 +1,130 @@
+"""Elastic jobs: ranks are killed, hosts come and go, and the run is what an undisturbed one is."""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import (
+    NARROW,
+    OWT,
+    SMALL,
+    VENV_BIN,
+    outcome,
+    ranks_below,
+    records,
+    settings,
+    steps_done,
+    wait_for,
+)
+
+from horovod_owt.jobs.hosts import read_hosts
+
+ELASTIC = [sys.executable, Path(__file__).parents[2] / "launch" / "elastic"]
+EXACT = settings(precision="fp64", dropout=0.0, epochs=1000, checkpoint_every=0, commit_every=3)
+PEAK_LR = 0.01  # of 8 images
+
+
+@pytest.fixture
+def narrow_owt(tmp_path) -> dict[str, str]:
+    """An environment whose `owt` is the narrow net."""
+    owt = tmp_path / "bin" / "owt"
+    owt.parent.mkdir()
+    owt.write_text(f'#!/bin/sh\nexec {" ".join(map(str, NARROW))} "$@"\n')
+    owt.chmod(0o755)
+    return {"PATH": f"{owt.parent}{os.pathsep}{VENV_BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def worlds(run_dir) -> list[tuple[int, int]]:
+    """First step and number of ranks each time that ranks formed a job."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return []
+    return [(r["first_step"], r["world_size"]) for r in records(run_dir, "run")]
+
+
+def wait_for_steps_of(run_dir, world: int, steps: int = 4) -> None:
+    """Until the `world`-th world of ranks, counted from 1, has made some."""
+    wait_for(lambda: len(worlds(run_dir)) >= world, 180)
+    before = steps_done(run_dir)
+    wait_for(lambda: steps_done(run_dir) >= before + steps)
+
+
+def what_counts(run_dir) -> dict[int, dict]:
+    """Of each step, its last line: those before were taken back with the world that made them."""
+    return {r["step"]: r for r in records(run_dir, "step")}
+
+
+def test_a_killed_rank_comes_back_and_the_run_is_that_of_one_process(
+    start, run, images, tmp_path, narrow_owt
+):
+    """Which rank and when, chance says; the global batch is kept, so every loss must be the same."""
+    seed = time.time_ns() % 10**6
+    print("seed", seed)
+    chance = random.Random(seed)
+    elastic, alone = tmp_path / "elastic", tmp_path / "alone"
+    train = [images, *SMALL, *EXACT]
+    options = ["--places", "2", "--cooldown", "1", "4", "--", *train, "--run-dir", elastic]
+    job = start([*ELASTIC, *options, *settings(elastic_batch="keep")], launcher="none", **narrow_owt)
+    at_step = chance.randint(4, 12)
+    wait_for(lambda: steps_done(elastic) >= at_step)
+    ranks_below(job.process.pid)[chance.randint(0, 1)].kill()
+    wait_for_steps_of(elastic, 3)
+    job.process.send_signal(signal.SIGTERM)
+    done = job.finish()
+    assert done.exit_code == 75, done.stderr[-3000:]
+    assert [ranks for _, ranks in worlds(elastic)] == [2, 1, 2]
+    lost, came = records(elastic, "fault")
+    assert "a rank was lost" in lost["fault"] and "hosts came or went" in came["fault"]
+    assert 0 <= lost["step"] - worlds(elastic)[1][0] <= 3 and worlds(elastic)[1][0] % 3 == 0
+    steps = what_counts(elastic)
+    assert list(steps) == list(range(1, outcome(elastic)["step"] + 1))
+    run(
+        [*NARROW, "train", *train, "--run-dir", alone, *settings(max_steps=len(steps), batch=8)],
+        launcher="none",
+    )
+    for step, line in what_counts(alone).items():
+        assert steps[step]["loss"] == pytest.approx(line["loss"], rel=1e-6)
+        assert (steps[step]["epoch"], steps[step]["lr"]) == (line["epoch"], line["lr"])
+
+
+def test_hosts_come_and_go_with_the_lines_of_a_file(start, images, tmp_path, narrow_owt):
+    """The learning rate follows the number of ranks, and each place in the epoch is that of its images."""
+    hosts, run_dir = tmp_path / "hosts", tmp_path / "run"
+    hosts.write_text("localhost:1\n")
+    options = ["--hosts", hosts, "--", images, *SMALL, *EXACT, "--run-dir", run_dir]
+    job = start([*ELASTIC, *options], launcher="none", **narrow_owt)
+    wait_for_steps_of(run_dir, 1)
+    hosts.write_text("localhost:1  # stays\n127.0.0.1 slots=1\n")
+    wait_for_steps_of(run_dir, 2)
+    hosts.write_text("localhost:1\n")
+    wait_for_steps_of(run_dir, 3)
+    job.process.send_signal(signal.SIGUSR1)
+    done = job.finish()
+    assert done.exit_code == 75, done.stderr[-3000:]
+    assert [ranks for _, ranks in worlds(run_dir)] == [1, 2, 1]
+    firsts = [first for first, _ in worlds(run_dir)]
+    steps, consumed = what_counts(run_dir), 0
+    assert list(steps) == list(range(1, outcome(run_dir)["step"] + 1))
+    for step, line in steps.items():
+        ranks = 2 if firsts[1] < step <= firsts[2] else 1
+        consumed += 4 * ranks
+        assert line["lr"] == pytest.approx(PEAK_LR * ranks / 2)
+        assert line["epoch"] == pytest.approx(consumed / 96)
+
+
+def test_hybrid_is_refused(run, images):
+    command = [*OWT, "train", images, *SMALL, "--parallel", "hybrid"]
+    done = run(command, launcher="none", exit_code=2, HOROVOD_ELASTIC="1")
+    assert "takes its FC layers along" in done.stderr and "fix: --parallel data" in done.stderr
+
+
+def test_a_file_of_hosts_reads_as_the_discovery_script_prints_it(run, tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("# all of them\nn1:4\n\n  n2  slots=2 # old\nn3\tslots=1\n")
+    script = ELASTIC[1].with_name("discover-hosts")
+    said = run([script, file], launcher="none").stdout
+    assert said.split() == [f"{host}:{slots}" for host, slots in read_hosts(file).items()]
+    assert read_hosts(file) == {"n1": 4, "n2": 2, "n3": 1}

@@ -1,0 +1,66 @@
+"""What an elastic job makes of its number of ranks, and of places on one box."""
+
+import shlex
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.jobs.elastic import ElasticJob
+from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
+from horovod_owt.train.elastic import in_world_of
+
+
+def config(batch=32, accum_steps=1, elastic_batch="keep") -> TrainConfig:
+    return TrainConfig(batch=batch, accum_steps=accum_steps, elastic_batch=elastic_batch)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "accum_steps"),
+    [(4, 32, 1), (2, 32, 2), (1, 32, 4), (8, 16, 1), (5, 26, 1), (3, 22, 2)],
+)
+def test_kept_the_global_batch_is_shared_anew(ranks, batch, accum_steps):
+    """128 images, and the nearest number that 3 or 5 ranks can share."""
+    kept = in_world_of(ranks, config(), 128)
+    assert (kept.batch, kept.accum_steps) == (batch, accum_steps)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 256), st.integers(1, 4))
+def test_kept_the_global_batch_is_exact_where_it_can_be(before, now, batch, accum_steps):
+    cfg = config(batch, accum_steps)
+    first = cfg.global_batch(before)
+    kept = in_world_of(now, cfg, first)
+    assert kept.batch <= batch
+    if first % now == 0 and first // now % kept.accum_steps == 0:
+        assert kept.global_batch(now) == first
+        assert kept.peak_lr(now) == pytest.approx(cfg.peak_lr(before))
+
+
+def test_scaled_or_at_first_the_configuration_stays():
+    scaled = config(elastic_batch="scale")
+    assert in_world_of(3, scaled, 128) is scaled
+    assert in_world_of(3, config(), None) == config()
+
+
+def test_each_place_on_a_box_is_a_host_of_its_own_to_horovod_and_a_local_rank_to_us():
+    hosts = box_hosts(3)
+    assert len(set(hosts)) == 3 and {socket.gethostbyname(host) for host in hosts} == {"127.0.0.1"}
+    for place, host in enumerate(hosts):
+        env = {f"HOROVOD_{name}": "0" for name in ("RANK", "LOCAL_RANK")}
+        env |= {"HOROVOD_SIZE": "3", "HOROVOD_LOCAL_SIZE": "1", "HOROVOD_HOSTNAME": host, BOX_PLACES: "3"}
+        topology = read_topology(env)
+        assert (topology.local_rank, topology.local_size) == (place, 3)
+        assert topology.host == socket.gethostname()
+    env["HOROVOD_HOSTNAME"] = "node7"
+    assert (read_topology(env).local_rank, read_topology(env).host) == (0, "node7")
+
+
+def test_a_path_with_spaces_and_quotes_reaches_the_discovery_script_whole():
+    job = ElasticJob(["DATA"], interface="eth0", hosts_file=Path("/my runs/it's; rm"), min_ranks=2)
+    argv = job.argv(Path("/o w t/discover-hosts"))
+    (script,) = [word for before, word in zip(argv, argv[1:], strict=False) if before.endswith("script")]
+    assert shlex.split(script) == ["/o w t/discover-hosts", "/my runs/it's; rm"]
+    assert "--max-np" not in argv and argv[-3:] == ["owt", "train", "DATA"]
