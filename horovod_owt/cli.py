@@ -13,6 +13,7 @@ from horovod_owt import __version__
 from horovod_owt.commands.bench import bench
 from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
+from horovod_owt.commands.job import job
 from horovod_owt.commands.train import train
 from horovod_owt.errors import OwtError
 from horovod_owt.topology import read_topology
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, bench):
+for command in (data, train, checkpoint, bench, job):
     cli.add_command(command)
 
 

@@ -38,33 +38,51 @@ class Attempt:
     asked_to_stop: bool = False  # by a signal to the supervisor
 
 
-def why_not_again(attempts: Sequence[Attempt], max_restarts: int) -> str:
-    """Why the last of these attempts is to be the last of all, in words; empty if another is worth it."""
+def why_not_again(
+    attempts: Sequence[Attempt], max_restarts: int, *, restarts: int | None = None, stop_is_final: bool = True
+) -> str:
+    """Why the last of these attempts is to be the last of all, in words; empty if another is worth it.
+
+    `restarts`, where some attempts left no trace; `stop_is_final=False`, where it is a queue that stops jobs.
+    """
     *before, last = attempts
+    restarts = len(before) if restarts is None else restarts
     if last.exit_code == 0:
         return "done"
     if last.asked_to_stop or last.exit_code == Preempted.exit_code:
-        return "it was told to stop; the same command goes on"
+        if stop_is_final:
+            return "it was told to stop; the same command goes on"
+        return "" if restarts < max_restarts else _enough(max_restarts)
     if last.exit_code == ConfigError.exit_code:
         return "bad usage or configuration"
     if not last.last_step:
         return "it ended before its first step, and would again"
     if before and not last.new_checkpoint and last.last_step == before[-1].last_step:
         return f"step {last.last_step} was its last for the second time, without a checkpoint in between"
-    if len(before) >= max_restarts:
-        return f"{max_restarts} restart{'s'[: max_restarts != 1]} did not help"
-    return ""
+    return "" if restarts < max_restarts else _enough(max_restarts)
 
 
-def run_dir_of(command: Sequence[str]) -> Path:
-    """The command's --run-dir; raises ConfigError without one: each start would make a new folder."""
+def _enough(max_restarts: int) -> str:
+    return f"{max_restarts} restart{'s'[: max_restarts != 1]} did not help"
+
+
+def find_run_dir(command: Sequence[str]) -> Path | None:
+    """The command's --run-dir."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--run-dir" and (value or following):
             return Path(value if equals else following)
-    raise ConfigError(
-        "no --run-dir in the command", wanted="a run folder to go on from", fix="--run-dir RUNS/NAME"
-    )
+    return None
+
+
+def run_dir_of(command: Sequence[str]) -> Path:
+    """The command's --run-dir; raises ConfigError without one: each start would make a new folder."""
+    run_dir = find_run_dir(command)
+    if run_dir is None:
+        raise ConfigError(
+            "no --run-dir in the command", wanted="a run folder to go on from", fix="--run-dir RUNS/NAME"
+        )
+    return run_dir
 
 
 class RunFolder:

@@ -68,11 +68,14 @@ class Start:
         return ",".join(f"{host}:{slots}" for host, slots in self.hosts.items())
 
     def environment(self) -> dict[str, str]:
-        """For launcher and ranks: by which interface they talk, in the words of Open MPI 4, 5 and NCCL."""
-        if self.on_this_box:
-            return {}
-        names = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include", "PRTE_MCA_prte_if_include")
-        return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), self.interface)
+        """For launcher and ranks."""
+        return {} if self.on_this_box else interface_environment(self.interface)
+
+
+def interface_environment(interface: str) -> dict[str, str]:
+    """By which interface ranks talk, in the words of Open MPI 4, 5 and NCCL."""
+    names = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include", "PRTE_MCA_prte_if_include")
+    return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), interface)
 
 
 def gpus_here(env: Mapping[str, str]) -> int:

@@ -37,6 +37,23 @@ def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
     assert why in said and bool(why) == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("attempts", "restarts", "why"),
+    [
+        ([attempt(exit_code=75)], 0, ""),
+        ([attempt(exit_code=75, last_step=0)], 2, ""),
+        ([attempt(exit_code=138, last_step=0, asked_to_stop=True)], 0, ""),
+        ([attempt(exit_code=75)], 3, "3 restarts"),
+        ([attempt()], 3, "3 restarts"),
+        ([attempt(last_step=0)], 0, "before its first step"),
+    ],
+)
+def test_a_queue_that_stops_a_job_starts_it_again_but_not_for_ever(attempts, restarts, why):
+    """Slurm counts the restarts: a start that it cut off left no attempt."""
+    said = why_not_again(attempts, max_restarts=3, restarts=restarts, stop_is_final=False)
+    assert why in said and bool(why) == bool(said)
+
+
 def test_the_run_folder_is_found_in_the_command_and_wanted_there():
     assert run_dir_of(["horovodrun", "owt", "train", "D", "--run-dir", "runs/a"]).name == "a"
     assert run_dir_of(["owt", "train", "D", "--run-dir=runs/b"]).name == "b"

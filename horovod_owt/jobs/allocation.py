@@ -1,0 +1,78 @@
+"""What Slurm gave to this job, read in its batch process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from horovod_owt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The job's nodes, and what each has."""
+
+    job_id: str  # as squeue shows it: 7, or 7_2 in an array
+    hosts: tuple[str, ...]
+    ranks_per_node: int
+    cpus_per_node: int  # the least of all nodes
+    restarts: int
+    task: str = ""  # of an array: N, of N_TASK
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks_per_node * len(self.hosts)
+
+    @property
+    def cpus_per_rank(self) -> int:
+        return max(1, self.cpus_per_node // self.ranks_per_node)
+
+    @property
+    def crowded(self) -> bool:
+        return self.cpus_per_node < self.ranks_per_node
+
+
+def read_allocation(env: Mapping[str, str], hosts: Sequence[str]) -> Allocation:
+    """The allocation that `env` tells of, on `hosts`; a rank for each task asked for, else for each GPU."""
+    task = env.get("SLURM_ARRAY_TASK_ID", "")
+    return Allocation(
+        # the first task of an array has the number of the whole one as its SLURM_JOB_ID
+        job_id=f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if task else env["SLURM_JOB_ID"],
+        hosts=tuple(hosts),
+        ranks_per_node=_ranks_per_node(env, len(hosts)),
+        cpus_per_node=min(expand(env["SLURM_JOB_CPUS_PER_NODE"])),
+        restarts=int(env.get("SLURM_RESTART_COUNT", 0)),
+        task=task,
+    )
+
+
+def node_list(env: Mapping[str, str]) -> str:
+    try:
+        return env["SLURM_JOB_NODELIST"]
+    except KeyError:
+        raise ConfigError(
+            "no SLURM_JOB_NODELIST here", wanted="a Slurm job", fix="sbatch slurm/train.sbatch DATA"
+        ) from None
+
+
+def _ranks_per_node(env: Mapping[str, str], nodes: int) -> int:
+    if "SLURM_NTASKS_PER_NODE" in env:
+        return int(env["SLURM_NTASKS_PER_NODE"])
+    if "SLURM_NTASKS" in env:
+        tasks = int(env["SLURM_NTASKS"])
+        if tasks % nodes:
+            raise ConfigError(
+                f"{tasks} tasks on {nodes} nodes", wanted="as many on each", fix="--ntasks-per-node N"
+            )
+        return tasks // nodes
+    for name in ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):  # 4, or a100:4
+        if found := re.search(r"(\d+)$", env.get(name, "")):
+            return max(1, int(found[1]))
+    return 1
+
+
+def expand(counts: str) -> list[int]:
+    """Slurm's way to count by node: `4(x2),8` is 4, 4, 8."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]

@@ -1,0 +1,210 @@
+"""The batch process of a job: starts the ranks, passes warnings on to them, and says whether to requeue.
+
+python -m horovod_owt.jobs.launch [--launcher pmix|mpirun|gloo] -- train DATA [options of owt train]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.jobs.allocation import Allocation, node_list, read_allocation
+from horovod_owt.jobs.inside import (
+    choose_launcher,
+    horovod_has_mpi,
+    launcher_environment,
+    ranks_argv,
+)
+from horovod_owt.jobs.interfaces import interface_between
+from horovod_owt.jobs.slurm import comment_argv, hostnames_argv, requeue_argv
+from horovod_owt.jobs.spec import LAUNCHERS, JobSpec
+from horovod_owt.jobs.submit import ask, find_jobs, start_ranks
+from horovod_owt.supervise import Attempt, RunFolder, find_run_dir, why_not_again
+
+STOP = signal.SIGUSR1  # to the ranks, through srun or mpirun: both pass it on, and TERM would end them
+WARNINGS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+REQUEUE_LIMIT_S = 60  # from a requeue to the TERM that it brings
+TASK = "{task}"  # in options of an array's job: the number of its task
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
+        command = ["owt", *owt_args(args.command, allocation)]
+        launcher, why = choose_launcher(
+            args.launcher,
+            srun_mpi=ask(["srun", "--mpi=list"]),
+            mpirun=shutil.which("mpirun"),
+            # what is in a container cannot be seen from here
+            horovod_mpi=bool(args.container_image or args.apptainer) or horovod_has_mpi(),
+        )
+        introduce(allocation, launcher, why)
+        job = Job(allocation, launcher, args.container_image, args.apptainer)
+        if command[1] == "train":
+            return train(job, command, args.max_restarts)
+        code = job.run(command)
+        return 128 - code if code < 0 else code  # as a shell says that a signal ended it
+    except OwtError as error:
+        say(str(error))
+        return error.exit_code
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m horovod_owt.jobs.launch", description=__doc__)
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="auto")
+    parser.add_argument("--max-restarts", type=int, default=JobSpec.max_restarts)
+    parser.add_argument("--container-image", default="")
+    parser.add_argument("--apptainer", default="")
+    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="of owt: train DATA ...")
+    return parser.parse_args()
+
+
+def introduce(allocation: Allocation, launcher: str, why: str) -> None:
+    hosts, ranks = len(allocation.hosts), allocation.ranks_per_node
+    interface = interface_between(list(allocation.hosts))
+    say(
+        f"job {allocation.job_id} start {allocation.restarts + 1}: {hosts} nodes x {ranks} ranks, "
+        f"launcher {launcher} ({why}), nodes meet over {interface}"
+    )
+    if allocation.crowded:
+        say(
+            f"WARNING a node gives {allocation.cpus_per_node} CPU to {ranks} ranks; "
+            "fix: --cpus-per-gpu, --cpus-per-task or --exclusive"
+        )
+
+
+def owt_args(command: list[str], allocation: Allocation) -> list[str]:
+    """The command with its array task's number filled in, and a run folder that each attempt finds again."""
+    args = [word.replace(TASK, allocation.task) for word in command] if allocation.task else command
+    if command[0] != "train":
+        return args
+    if find_run_dir(args) is None:
+        return [*args, "--run-dir", f"runs/slurm-{allocation.job_id}"]
+    if allocation.task and find_run_dir(command) == find_run_dir(args):
+        raise ConfigError(
+            f"one --run-dir for all tasks of an array: {find_run_dir(args)}",
+            wanted="one for each",
+            fix=f"--run-dir {find_run_dir(args)}-{TASK}",
+        )
+    return args
+
+
+class Job:
+    """Runs the ranks, and tells them when Slurm wants the job to end."""
+
+    def __init__(self, allocation: Allocation, launcher: str, container_image: str, apptainer: str) -> None:
+        self.allocation, self._launcher = allocation, launcher
+        self._container = {"container_image": container_image, "apptainer": apptainer}
+        self._ranks: subprocess.Popen | None = None
+        self.asked_to_stop = False
+        for number in WARNINGS:
+            signal.signal(number, self._pass_on)
+
+    def run(self, command: list[str]) -> int:
+        """The launcher's exit code, negative for a signal."""
+        argv = ranks_argv(self._launcher, self.allocation, command, **self._container)
+        with launcher_environment(self._launcher, self.allocation) as env:
+            self._ranks = start_ranks(argv, env)
+            if self.asked_to_stop:  # while it was started
+                self._ranks.terminate()
+            return self._ranks.wait()
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        if self.asked_to_stop:
+            return
+        self.asked_to_stop = True
+        say(f"{signal.Signals(number).name}: the ranks stop at a checkpoint")
+        if self._ranks is not None:
+            self._ranks.send_signal(STOP)
+
+
+def train(job: Job, command: list[str], max_restarts: int) -> int:
+    """One attempt of a training job, and then back to the queue if another may come further."""
+    run_dir = find_run_dir(command).absolute()
+    leave_run_dir(job.allocation.job_id, run_dir)
+    folder = RunFolder(run_dir)
+    code = job.run(command)
+    attempts = [
+        *earlier_attempts(run_dir, job.allocation),
+        folder.attempt(code, asked_to_stop=job.asked_to_stop),
+    ]
+    last = attempts[-1]
+    keep(run_dir, job.allocation, last)
+    say(f"exit code {last.exit_code} after step {last.last_step}: {last.reason}")
+    restarts = job.allocation.restarts
+    if why := why_not_again(attempts, max_restarts, restarts=restarts, stop_is_final=False):
+        say(f"not requeued: {why}")
+    else:
+        start = f"start {restarts + 2} of {max_restarts + 1}, from {last.checkpoint or 'the beginning'}"
+        requeue(job.allocation.job_id, start)
+    return last.exit_code
+
+
+def requeue(job_id: str, start: str) -> None:
+    """Send the job back to the queue, and wait for the end that this brings."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        (record,) = find_jobs(job_id)
+        if record.state != "RUNNING":  # cancelled, and this would bring it back; or preempted
+            say(f"the rest is Slurm's, who has the job as {record.state}")
+            return
+        say(f"requeued, {start}")
+        ask(requeue_argv(job_id))
+    except OwtError as error:  # --no-requeue, or a site that allows none
+        say(f"not requeued after all: {error}")
+        return
+    signal.sigtimedwait({signal.SIGTERM}, REQUEUE_LIMIT_S)  # to leave before might pass for the job's end
+
+
+def leave_run_dir(job_id: str, run_dir: Path) -> None:
+    """For `owt job status`, in the job's comment, unless the user has put something there."""
+    comment = json.dumps({"run_dir": str(run_dir)})
+    try:
+        (record,) = find_jobs(job_id)
+        if not record.comment:
+            ask(comment_argv(job_id, comment))
+        elif record.comment != comment:
+            say(f"the job has a comment already: `owt job status` needs --run-dir {run_dir}")
+    except OwtError as error:  # no reason to train less
+        say(f"WARNING the job's comment: {error}; `owt job status` needs --run-dir {run_dir}")
+
+
+def earlier_attempts(run_dir: Path, allocation: Allocation) -> list[Attempt]:
+    """Of this job; what another job did in the folder does not count."""
+    file = run_dir / "attempts.jsonl"
+    if not file.exists():
+        return []
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    fields = {field.name for field in dataclasses.fields(Attempt)}
+    return [
+        Attempt(**{key: record[key] for key in fields})
+        for record in records
+        if record["job_id"] == allocation.job_id
+    ]
+
+
+def keep(run_dir: Path, allocation: Allocation, attempt: Attempt) -> None:
+    record = {"job_id": allocation.job_id, "restarts": allocation.restarts, **dataclasses.asdict(attempt)}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        say(f"WARNING {run_dir}/attempts.jsonl: {error.strerror}")
+
+
+def say(line: str) -> None:
+    print(f"job: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Slurm's commands as argv lists, and what its answers mean."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+FINISHED += ("BOOT_FAIL", "DEADLINE")
+
+
+def sbatch_argv(script: Path) -> list[str]:
+    return ["sbatch", "--parsable", str(script)]
+
+
+def scancel_argv(job_id: str) -> list[str]:
+    return ["scancel", job_id]
+
+
+def requeue_argv(job_id: str) -> list[str]:
+    return ["scontrol", "requeue", job_id]
+
+
+def show_job_argv(job_id: str) -> list[str]:
+    return ["scontrol", "show", "job", job_id]
+
+
+def hostnames_argv(node_list: str) -> list[str]:
+    return ["scontrol", "show", "hostnames", node_list]
+
+
+def comment_argv(job_id: str, comment: str) -> list[str]:
+    return ["scontrol", "update", f"JobId={job_id}", f"Comment={comment}"]
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What slurmctld remembers of a job, for MinJobAge after its end."""
+
+    job_id: str  # N, or N_TASK in an array
+    state: str
+    exit_code: int | None  # 128 + the signal that ended it, as a shell says; None before its end
+    restarts: int
+    comment: str
+
+
+def parse_jobs(said: str) -> list[JobRecord]:
+    """The records in `scontrol show job`: several for an array.
+
+    Not with -o, which puts all on one line: there a job named "x JobState=FAILED" has two states.
+    """
+    return [_parse_job(part) for part in re.split(r"\n\s*\n", said) if part.lstrip().startswith("JobId=")]
+
+
+def _parse_job(text: str) -> JobRecord:
+    first = text.lstrip().partition("\n")[0]
+    array = re.match(r"JobId=\d+ ArrayJobId=(\d+) ArrayTaskId=(\S+)", first)
+    (state,) = _values(text, r"JobState=(\w+)")
+    restarts, code, number = map(int, _values(text, r"Requeue=.* Restarts=(\d+) .*ExitCode=(\d+):(\d+)"))
+    return JobRecord(
+        job_id=f"{array[1]}_{array[2]}" if array else re.match(r"JobId=(\d+)", first)[1],
+        state=state,
+        exit_code=(code or (number and 128 + number)) if state in FINISHED else None,
+        restarts=restarts,
+        comment=_values(text, r"Comment=(.*)")[0].strip() if "\n   Comment=" in text else "",
+    )
+
+
+def _values(text: str, pattern: str) -> tuple[str, ...]:
+    """Of a line that starts so."""
+    return re.search(rf"^ +{pattern}", text, re.MULTILINE).groups()

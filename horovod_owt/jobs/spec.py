@@ -1,0 +1,106 @@
+"""What a user asks of Slurm and of owt, as one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from horovod_owt.errors import ConfigError
+
+LAUNCHERS = ("auto", "pmix", "mpirun", "gloo")
+
+# kind of job -> the owt command that its ranks run
+KINDS = {"train": ("train",), "preflight": ("preflight",), "scaling": ("bench", "scaling")}
+
+# Fields of JobSpec that are sbatch options, in the order in which a script has them.
+SBATCH_OPTIONS = (
+    *("job_name", "nodes", "ntasks_per_node", "gpus_per_node", "gpus_per_task", "cpus_per_task"),
+    *("cpus_per_gpu", "mem", "time", "partition", "account", "qos", "constraint", "exclusive", "array"),
+    *("dependency", "output", "signal"),
+)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A job; the first fields are sbatch's options by their own names, empty where its default is to hold."""
+
+    kind: str = "train"
+    job_name: str = ""  # empty: owt-KIND
+    nodes: str = ""  # a number, or MIN-MAX
+    ntasks_per_node: str = ""  # ranks; empty: a rank for each GPU, or one where there is none
+    gpus_per_node: str = ""
+    gpus_per_task: str = ""
+    cpus_per_task: str = ""
+    cpus_per_gpu: str = ""
+    mem: str = ""
+    time: str = ""
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclusive: bool = False
+    array: str = ""
+    dependency: str = ""
+    output: str = ""
+    signal: str = ""  # empty: USR1 to the batch process 120 s before the time limit, for train
+    extra: tuple[str, ...] = ()  # further options of sbatch, each as `--name=value`
+
+    modules: tuple[str, ...] = ()  # environment modules
+    venv: str = ""
+    container_image: str = ""  # Pyxis
+    apptainer: str = ""  # image
+    launcher: str = "auto"
+    max_restarts: int = 20
+    owt_args: tuple[str, ...] = ()  # DATA and options of the owt command
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether a stopped job goes back to the queue, to go on from a checkpoint."""
+        return self.kind == "train"
+
+    def sbatch_options(self) -> Iterator[str]:
+        """`--name=value`, not quoted yet."""
+        filled = {"job_name": self.job_name or f"owt-{self.kind}"}
+        if self.restarts:
+            # B: to the batch process alone, which passes it on; to ranks that still load torch it is deadly
+            filled["signal"] = self.signal or "B:USR1@120"
+        for name in SBATCH_OPTIONS:
+            value = filled.get(name, getattr(self, name))
+            if value:
+                option = "--" + name.replace("_", "-")
+                yield option if value is True else f"{option}={value}"
+        if self.restarts:
+            yield "--requeue"
+        yield "--open-mode=append"  # all attempts in one log
+        yield from self.extra
+
+
+def _check(spec: JobSpec) -> None:
+    for option in spec.sbatch_options():
+        name = option.partition("=")[0]
+        if not option.startswith("--"):
+            raise ConfigError(
+                f"--sbatch {option}", wanted="an option as sbatch has it", fix="--sbatch --NAME=VALUE"
+            )
+        if not option.isprintable():  # sbatch reads options line by line, and has no escape for a line's end
+            wanted = "printable characters: sbatch reads its options line by line"
+            raise ConfigError(f"{name}={option.partition('=')[2]!r}", wanted=wanted)
+    if any("\0" in word for word in (*spec.owt_args, *spec.modules, spec.venv)):
+        raise ConfigError("a NUL in a path or an option", wanted="none: the system takes no such word")
+    if spec.gpus_per_task and not spec.ntasks_per_node:
+        raise ConfigError(
+            "--gpus-per-task without a number of tasks",
+            wanted="ranks of a node",
+            fix="--ntasks-per-node N, or --gpus-per-node in its place",
+        )
+    if spec.container_image and spec.apptainer:
+        raise ConfigError("--container-image and --apptainer", wanted="one of them")
+    if spec.container_image and spec.launcher == "mpirun":
+        raise ConfigError(
+            "--container-image with --launcher mpirun",
+            wanted="srun, whose plugin Pyxis is",
+            fix="--launcher pmix",
+        )
