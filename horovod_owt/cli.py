@@ -14,6 +14,7 @@ from horovod_owt.commands.bench import bench
 from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.job import job
+from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.train import train
 from horovod_owt.errors import OwtError
 from horovod_owt.topology import read_topology
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, bench, job):
+for command in (data, train, checkpoint, preflight, bench, job):
     cli.add_command(command)
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 
 import horovod.torch as hvd
 import torch
 
-from horovod_owt import __version__
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.device import use_share_of_cores
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
 from horovod_owt.topology import place_on_box, read_topology
+from horovod_owt.versions import installed_versions
 
 
 @dataclass(frozen=True)
@@ -126,17 +124,11 @@ def uses_mpi() -> bool:
 def versions() -> dict[str, str]:
     """What this rank computes with, for run folders and reports."""
     built = {"gloo": hvd.gloo_built, "mpi": hvd.mpi_built, "nccl": hvd.nccl_built}
-    found = {
-        "horovod_owt": __version__,
-        "python": platform.python_version(),
+    return {
+        **installed_versions(),
         "horovod_controller": "mpi" if uses_mpi() else "gloo",
         "horovod_operations": " ".join(name for name, ask in built.items() if ask()),
     }
-    for distribution in metadata.distributions():
-        name = (distribution.metadata["Name"] or "").lower()
-        if name in ("torch", "torchvision", "horovod", "numpy") or name.startswith("nvidia-dali"):
-            found[name] = distribution.version
-    return found
 
 
 def _describe_lone_rank() -> None:

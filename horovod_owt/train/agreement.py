@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
-import horovod_owt
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.runtime import World
 from horovod_owt.train.prepare import Request
+from horovod_owt.versions import code_digest
 
 FIX = {  # by the first word of what differs
     "version": "the same environment on every host",
@@ -57,13 +54,3 @@ def differences(everyone: list[tuple[str, dict[str, str]]]) -> list[str]:
                 some = ", ".join(ranks[:4]) + (f" and {len(ranks) - 4} more" if ranks[4:] else "")
                 lines.append(f"{what}  {value}: rank{'s'[: len(ranks) > 1]} {some}")
     return lines
-
-
-def code_digest(package: Path = Path(horovod_owt.__file__).parent) -> str:
-    """A short sha256 of the package's sources and recipes: a checkout can differ under one version."""
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*")):
-        if path.suffix in (".py", ".yaml"):
-            digest.update(f"{path.relative_to(package)}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -1,0 +1,69 @@
+"""owt preflight: is this job fit to run here?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from horovod_owt.commands.options import JSON_OPTION
+
+if TYPE_CHECKING:
+    from horovod_owt.preflight.findings import Finding
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where the run is to be kept: is it writable, one for all hosts, and large enough?",
+)
+@JSON_OPTION
+def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
+    """Check ranks, devices, hosts, their network and DATA, all findings at once. Exit code 3 if one is bad.
+
+    \b
+    Examples:  owt preflight /tmp/synth
+               horovodrun -np 8 -H node1:4,node2:4 owt preflight /data/imagenet --run-dir /shared/runs
+               mpirun -np 4 owt preflight --json
+               sbatch --nodes=8 --gpus-per-node=4 slurm/preflight.sbatch /data/imagenet
+
+    Start it as you would start the training. Each probe has a time limit; who does not answer is named.
+    """
+    from horovod_owt.commands.log import log_to_stderr
+    from horovod_owt.errors import ProblemFound
+    from horovod_owt.preflight.run import preflight
+    from horovod_owt.topology import read_topology
+
+    log_to_stderr()
+    topology = read_topology()
+    findings, all_well = preflight(topology, data, run_dir)
+    bad = [finding for finding in findings if not finding.ok]
+    if topology.rank == 0:
+        document = {"findings": [finding.to_dict() for finding in findings]}
+        click.echo(json.dumps(document) if as_json else _table(findings))
+    if not all_well:
+        saw = (
+            f"{len(bad)} of {len(findings)} findings are bad"
+            if topology.rank == 0
+            else "rank 0 found problems"
+        )
+        raise ProblemFound(saw, wanted="none", fix="as the table says").on_every_rank()
+
+
+def _table(findings: list[Finding]) -> str:
+    """The bad ones last, where a terminal ends."""
+    width = max(len(finding.check) for finding in findings)
+    lines = []
+    for finding in sorted(findings, key=lambda finding: not finding.ok):
+        lines.append(f"{'ok  ' if finding.ok else 'BAD '}  {finding.check:{width}}  {finding.saw}")
+        if not finding.ok:
+            for name in ("wanted", "fix"):
+                if text := getattr(finding, name):
+                    lines.append(f"      {'':{width}}  {name}: {text}")
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""What all hosts read and write: the data set and the run folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.data.store import open_data_set
+from horovod_owt.perf.network import conv_parameters, fc_parameters
+from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of
+
+READ_S = 2.0  # for how long images are read
+READERS = 4
+VISIBLE_S = 5.0  # file systems over a network may show a new file that much later elsewhere
+KEPT = TrainConfig.keep_checkpoints + 2  # the newest ones, the best, and the one that is being written
+CHECKPOINT_BYTES = 2 * 4 * (conv_parameters() + fc_parameters(1000))  # weights and momentum, in fp32
+
+
+def read(root: Path, seed: int) -> dict[str, Any]:
+    """The data set as this host sees it, and how fast random images of it come; raises DataError, OSError."""
+    data = open_data_set(root)
+    order = iter(np.random.default_rng(seed).permutation(len(data.train)))
+    start = monotonic()
+
+    def some() -> tuple[int, int]:
+        """Images and bytes that one thread has read; `next` of one iterator is atomic."""
+        images = size = 0
+        while monotonic() < start + READ_S and (index := next(order, None)) is not None:
+            size += len(data.train.read(int(index)))
+            images += 1
+        return images, size
+
+    with ThreadPoolExecutor(READERS) as readers:
+        parts = [part.result() for part in [readers.submit(some) for _ in range(READERS)]]
+    images, size = (sum(numbers) for numbers in zip(*parts, strict=True))
+    seconds = max(1e-6, monotonic() - start)
+    return {
+        "fingerprint": data.fingerprint(),
+        "images_per_s": images / seconds,
+        "bytes_per_s": size / seconds,
+    }
+
+
+def judge_data(answers: Sequence[Answer]) -> list[Finding]:
+    """The same data on every host, and none that reads it at less than half the median rate."""
+    same = [Answer(a.rank, a.host, {"set": a.value["fingerprint"]}) for a in answers]
+    findings = agreement("data", same, fix="copy it to every host, or name a shared folder")
+    middle = median(a.value["images_per_s"] for a in answers)
+    slow = [a for a in answers if a.value["images_per_s"] < middle / 2]
+    shown = slow or [min(answers, key=lambda a: a.value["images_per_s"])]
+    saw = ", ".join(
+        f"{a.value['images_per_s']:.0f} images/s ({a.value['bytes_per_s'] / 1e6:.0f} MB/s) on {a.host}"
+        for a in shown
+    )
+    saw += f"; the median of {len(answers)} hosts is {middle:.0f}" if len(answers) > 1 else ""
+    fix = "`owt bench input DATA` there; the mount, the disk, other jobs on the host" if slow else ""
+    return [*findings, Finding("read rate", not slow, saw, "half the median", fix, hosts_of(slow))]
+
+
+def nearest_folder(run_dir: Path) -> Path:
+    """The run folder, or the part of its path that is there already."""
+    folder = Path(os.path.abspath(run_dir))
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def leave_token(run_dir: Path, token: str) -> str:
+    """A file for the other hosts to see, to be taken away by `take_token`; raises OSError."""
+    folder = nearest_folder(run_dir)
+    (folder / f".owt-preflight-{token}").write_text(token)
+    return str(folder)
+
+
+def take_token(run_dir: Path, token: str) -> None:
+    with suppress(OSError):
+        (nearest_folder(run_dir) / f".owt-preflight-{token}").unlink()
+
+
+def try_folder(run_dir: Path, token: str, rank: int) -> dict[str, Any]:
+    """Whether this host can write where the run folder will be, sees rank 0's file, and how much is free."""
+    folder = nearest_folder(run_dir)
+    own = folder / f".owt-preflight-{token}-{rank}"
+    trouble = ""
+    try:
+        own.write_text(token)
+    except OSError as error:
+        trouble = error.strerror or str(error)
+    finally:
+        with suppress(OSError):
+            own.unlink()
+    deadline = monotonic() + VISIBLE_S
+    while not (seen := (folder / f".owt-preflight-{token}").exists()) and monotonic() < deadline:
+        os.listdir(folder)  # NFS asks the server again
+        sleep(0.1)
+    space = os.statvfs(folder)
+    return {
+        "folder": str(folder),
+        "trouble": trouble,
+        "shared": seen,
+        "free_bytes": space.f_bavail * space.f_frsize,
+    }
+
+
+def judge_folder(answers: Sequence[Answer]) -> list[Finding]:
+    """Writable, one for all hosts, and with room for the checkpoints of AlexNet-OWT."""
+    folder = answers[0].value["folder"]
+    closed = [a for a in answers if a.value["trouble"]]
+    saw = ", ".join(f"{a.value['trouble']} on {a.host}" for a in closed[:4]) or f"{folder} can be written"
+    fix = f"`ls -ld {folder}`, `df {folder}` there; another --run-dir"
+    findings = [
+        Finding("run folder", not closed, saw, "writable", fix if closed else "", hosts_of(closed)),
+        at_least(
+            "room for checkpoints",
+            [Answer(a.rank, a.host, a.value["free_bytes"]) for a in answers],
+            KEPT * CHECKPOINT_BYTES,
+            unit="GB free",
+            scale=1e9,
+            wanted=f"{KEPT * CHECKPOINT_BYTES / 1e9:.1f} GB: {KEPT} of {CHECKPOINT_BYTES / 1e6:.0f} MB",
+            fix="another --run-dir, or a smaller keep_checkpoints",
+        ),
+    ]
+    blind = [a for a in answers if not a.value["shared"]]
+    if len(answers) > 1:
+        saw = (
+            f"rank 0's file is not seen on {', '.join(hosts_of(blind))}"
+            if blind
+            else f"{folder} is one for all"
+        )
+        fix = "a --run-dir on a file system that all hosts share" if blind else ""
+        findings.append(Finding("shared run folder", not blind, saw, "the same folder", fix, hosts_of(blind)))
+    return findings

@@ -1,0 +1,241 @@
+"""Each rank's device: that it has one to itself, that this torch can use it, and how it does."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from horovod_owt.errors import DeviceError
+from horovod_owt.parallel.device import Device, check_apart
+from horovod_owt.parallel.gpus import read_health
+from horovod_owt.preflight.findings import Answer, Finding, agreement, hosts_of, who
+
+PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+# PCI Express Base Specification, "Access Control Services extended capability": its number, where its control
+# register lies in it, and the bits of that which send a peer's packets up to the root complex and back.
+EXTENDED_CAPABILITIES, ACS, ACS_CONTROL = 0x100, 0x000D, 6
+REDIRECTS = 0b11100  # request, completion, upstream forwarding
+
+
+def look(device: Device) -> dict[str, Any]:
+    """What there is to know of this rank's device; loads torch where it is a GPU."""
+    found = {"name": device.name, "uuid": device.uuid, "words": str(device)}
+    if device.gpu is None:
+        return found
+    import torch
+
+    return {
+        **found,
+        "gpu": asdict(device.gpu),
+        "health": asdict(read_health(device.gpu.index)),
+        "architectures": torch.cuda.get_arch_list(),
+        "cuda": torch.version.cuda or "",
+        "acs": redirecting_bridges(device.gpu.pci),
+    }
+
+
+def judge(answers: Sequence[Answer]) -> list[Finding]:
+    """A device for each rank and none shared; for GPUs also whether they fit and how they do."""
+    gpus = [answer for answer in answers if "gpu" in answer.value]
+    findings = [_judge_kinds(answers, gpus), _judge_sharing(answers)]
+    if gpus:
+        findings += [_judge_architecture(gpus), _judge_driver(gpus), *_judge_health(gpus), _judge_acs(gpus)]
+    return findings
+
+
+def _judge_kinds(answers: Sequence[Answer], gpus: Sequence[Answer]) -> Finding:
+    """The same kind for all: the slowest sets the pace."""
+    kinds: dict[str, list[Answer]] = {}
+    for answer in answers:
+        kinds.setdefault(answer.value["gpu"]["name"] if "gpu" in answer.value else "CPU cores", []).append(
+            answer
+        )
+    most = max(kinds.values(), key=len)
+    others = hosts_of(a for having in kinds.values() if having is not most for a in having)
+    saw = "; ".join(f"{kind} on {who(having)}" for kind, having in kinds.items())
+    fix = "--constraint on Slurm; the driver of hosts without a GPU" if len(kinds) > 1 else ""
+    return Finding("devices", len(kinds) == 1, saw, "one kind for all ranks", fix, others)
+
+
+def _judge_sharing(answers: Sequence[Answer]) -> Finding:
+    try:
+        check_apart({a.rank: (a.host, a.value["uuid"], a.value["words"]) for a in answers}, os.environ)
+    except DeviceError as error:
+        places = Counter((a.host, a.value["uuid"]) for a in answers)
+        twos = [a for a in answers if places[a.host, a.value["uuid"]] > 1]
+        return Finding("device sharing", False, error.saw, error.wanted, error.fix, hosts_of(twos))
+    return Finding("device sharing", True, "no device has two ranks, or they are meant to")
+
+
+def _judge_architecture(gpus: Sequence[Answer]) -> Finding:
+    """torch holds machine code for some compute capabilities, which newer ones of the same major can run."""
+    unfit = [
+        answer
+        for answer in gpus
+        if not can_run(answer.value["architectures"], tuple(answer.value["gpu"]["compute_capability"]))
+    ]
+    shown = (unfit or gpus)[0].value
+    major, minor = shown["gpu"]["compute_capability"]
+    saw = (
+        f"{shown['gpu']['name']} is sm_{major}{minor}; torch is built for {' '.join(shown['architectures'])}"
+    )
+    return Finding(
+        "GPU architecture",
+        not unfit,
+        saw + (f"; {who(unfit)}" if unfit else ""),
+        "a torch that is built for it",
+        "launch/setup --lane k80 for a Tesla K80; else an older torch" if unfit else "",
+        hosts_of(unfit),
+    )
+
+
+def can_run(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for `architectures` (sm_75, compute_90, ...) runs on a GPU of that capability."""
+    for word in architectures:
+        kind, _, number = word.partition("_")
+        digits = re.match(r"\d+", number)[0]
+        built = int(digits[:-1]), int(digits[-1])
+        if kind == "sm" and built[0] == capability[0] and built <= capability:
+            return True
+        if kind == "compute" and built <= capability:  # PTX, which the driver compiles
+            return True
+    return False
+
+
+def _judge_driver(gpus: Sequence[Answer]) -> Finding:
+    """A driver runs CUDA up to the major version it was made for."""
+    old = [
+        answer
+        for answer in gpus
+        if answer.value["cuda"]
+        and int(answer.value["gpu"]["cuda_driver"].partition(".")[0])
+        < int(answer.value["cuda"].partition(".")[0])
+    ]
+    shown = (old or gpus)[0].value
+    gpu = shown["gpu"]
+    saw = f"driver {gpu['driver']} runs CUDA up to {gpu['cuda_driver']}; torch has {shown['cuda']}"
+    return Finding(
+        "driver",
+        not old,
+        saw + (f"; {who(old)}" if old else ""),
+        "a driver for torch's CUDA",
+        "a newer driver, or a lane with an older CUDA: launch/setup --lane" if old else "",
+        hosts_of(old),
+    )
+
+
+def _judge_health(gpus: Sequence[Answer]) -> list[Finding]:
+    def ailing(check: str, ill: Callable[[dict], str], wanted: str, fix: str) -> Finding:
+        found = [(answer, words) for answer in gpus if (words := ill(answer.value["health"]))]
+        saw = "; ".join(f"{words} on {answer.host}: {answer.value['words']}" for answer, words in found[:4])
+        good = f"none on {len(gpus)} GPUs"
+        hosts = hosts_of(answer for answer, _ in found)
+        return Finding(check, not found, saw or good, wanted, fix if found else "", hosts)
+
+    def errors(health: dict) -> str:
+        count, pending = health["uncorrected_ecc_errors"], health["retired_pages_pending"]
+        return " and ".join(
+            [
+                *([f"{count} uncorrected errors"] if count else []),
+                *(["memory to be retired"] if pending else []),
+            ]
+        )
+
+    def narrow(health: dict) -> str:
+        """Lanes, not generation: an idle link falls back to a lower one by itself."""
+        now, most = health["pcie_width"], health["max_pcie_width"]
+        return f"{now} of {most} PCIe lanes" if now and most and now < most else ""
+
+    return [
+        ailing(
+            "GPU memory", errors, "no uncorrected ECC errors", "`nvidia-smi -r` or a reboot; drain the host"
+        ),
+        ailing(
+            "GPU throttling",
+            lambda health: ", ".join(health["throttle_reasons"] or ()),
+            "full clocks",
+            "cooling and power supply; `nvidia-smi -q -d PERFORMANCE`",
+        ),
+        ailing("PCIe width", narrow, "all lanes", "reseat the card; see the slot"),
+        _judge_persistence(gpus),
+        *_judge_clocks(gpus),
+    ]
+
+
+def _judge_persistence(gpus: Sequence[Answer]) -> Finding:
+    """No fault: without it the driver forgets clocks between two jobs, and each start takes seconds more."""
+    off = [answer for answer in gpus if answer.value["health"]["persistence_mode"] is False]
+    saw = f"off on {who(off)}" if off else f"on, or not to be told, on {len(gpus)} GPUs"
+    return Finding("GPU persistence", True, saw, "", "`nvidia-smi -pm 1`" if off else "")
+
+
+def _judge_clocks(gpus: Sequence[Answer]) -> list[Finding]:
+    """GPUs of one kind at the same settings; at the moment an idle one may be slower."""
+    settings = [
+        Answer(
+            answer.rank,
+            answer.host,
+            {
+                f"{answer.value['gpu']['name']} {name.replace('_', ' ')}": answer.value["health"][name]
+                for name in ("max_sm_clock_mhz", "applications_clock_mhz", "auto_boost")
+            },
+        )
+        for answer in gpus
+    ]
+    if len({answer.value["gpu"]["name"] for answer in gpus}) > 1:  # told by `devices`
+        return []
+    return agreement("GPU clocks", settings, fix="`nvidia-smi -rac`, `nvidia-smi --auto-boost-default=1`")
+
+
+def redirecting_bridges(pci: str, sysfs: Path = Path("/sys")) -> list[str] | None:
+    """Bridges above a GPU that send what GPUs tell each other up to the root complex; None if not to be seen.
+
+    Root alone may read that far into a bridge's configuration.
+    """
+    device = (sysfs / "bus/pci/devices" / pci).resolve()
+    found, seen = [], False
+    for bridge in device.parents:
+        if not PCI_ADDRESS.fullmatch(bridge.name):
+            continue
+        try:
+            config = (bridge / "config").read_bytes()
+        except OSError:
+            continue
+        seen |= len(config) > EXTENDED_CAPABILITIES
+        if (acs_control(config) or 0) & REDIRECTS:
+            found.append(bridge.name)
+    return found if seen else None
+
+
+def acs_control(config: bytes) -> int | None:
+    """The ACS control register in a PCI configuration space; None where it has none, or was cut short."""
+    offset = EXTENDED_CAPABILITIES
+    for _ in range(96):  # as many as there is room for; a broken chain may be a ring
+        if offset < EXTENDED_CAPABILITIES or offset + 8 > len(config):
+            return None
+        (header,) = struct.unpack_from("<I", config, offset)
+        if header & 0xFFFF == ACS:
+            return struct.unpack_from("<H", config, offset + ACS_CONTROL)[0]
+        offset = header >> 20
+    return None
+
+
+def _judge_acs(gpus: Sequence[Answer]) -> Finding:
+    """It costs GPUs that talk to each other most of their bandwidth; a host with one GPU does not mind."""
+    counts: dict[str, int] = {}
+    for answer in gpus:
+        counts[answer.host] = counts.get(answer.host, 0) + 1
+    several = [answer for answer in gpus if counts[answer.host] > 1]
+    on = [answer for answer in several if answer.value["acs"]]
+    blind = [answer for answer in several if answer.value["acs"] is None]
+    saw = f"on at {' '.join(on[0].value['acs'])}; {who(on)}" if on else "off, or one GPU a host"
+    if blind and not on:
+        saw = f"not to be seen without root on {', '.join(hosts_of(blind)[:4])}"
+    fix = "`setpci -s BRIDGE ECAP_ACS+6.w=0000` as root, or off in the firmware: no virtual machines then"
+    return Finding("PCIe ACS", not on, saw, "off between GPUs", fix if on else "", hosts_of(on))

@@ -1,0 +1,107 @@
+"""What a check has found, and who it was found at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's word on the job."""
+
+    check: str
+    ok: bool
+    saw: str
+    wanted: str = ""
+    fix: str = ""
+    hosts: tuple[str, ...] = ()  # where the trouble is; empty where there is none, or where it is everybody's
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank said when all were asked."""
+
+    rank: int
+    host: str
+    value: Any
+
+
+def hosts_of(answers: Iterable[Answer]) -> tuple[str, ...]:
+    """Each host once, in rank order."""
+    return tuple(dict.fromkeys(answer.host for answer in answers))
+
+
+def who(answers: Iterable[Answer]) -> str:
+    """`n1 (ranks 0-3), n2 (rank 4)`; of many hosts the first four."""
+    ranks: dict[str, list[int]] = {}
+    for answer in answers:
+        ranks.setdefault(answer.host, []).append(answer.rank)
+    words = [f"{host} (rank{'s'[: len(numbers) > 1]} {spans(numbers)})" for host, numbers in ranks.items()]
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more hosts" if words[4:] else "")
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """`0-3, 7`."""
+    found = []
+    for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0]):
+        first, *_, last = [number for _, number in run] * 2
+        found.append(f"{first}-{last}" if last > first else str(first))
+    return ", ".join(found)
+
+
+def agreement(check: str, answers: Sequence[Answer], *, fix: str) -> list[Finding]:
+    """All ranks have the same of everything: one finding for each name of which they have not.
+
+    Each answer's value is a dict of name -> text; who lacks a name has `none` of it. The hosts that a finding
+    names are those without the value that most ranks have.
+    """
+    names = dict.fromkeys(name for answer in answers for name in answer.value)
+    findings, same = [], []
+    for name in names:
+        groups: dict[str, list[Answer]] = {}
+        for answer in answers:
+            groups.setdefault(str(answer.value.get(name, "none")), []).append(answer)
+        if len(groups) == 1:
+            same.append(f"{name} {next(iter(groups))}")
+            continue
+        most = max(groups.values(), key=len)
+        saw = "; ".join(f"{value} on {who(having)}" for value, having in groups.items())
+        others = [answer for having in groups.values() if having is not most for answer in having]
+        findings.append(
+            Finding(f"{check}: {name}", False, saw, "the same on every rank", fix, hosts_of(others))
+        )
+    if same:
+        findings.insert(0, Finding(check, True, ", ".join(same)))
+    return findings
+
+
+def at_least(
+    check: str,
+    answers: Sequence[Answer],
+    least: float,
+    *,
+    unit: str,
+    wanted: str,
+    fix: str,
+    scale: float = 1.0,
+) -> Finding:
+    """Each answer's value, a number, reaches `least`; what is shown is divided by `scale`."""
+    low = [answer for answer in answers if answer.value < least]
+    shown = [answer.value / scale for answer in low or answers]
+    least_shown, most_shown = (f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in (min(shown), max(shown)))
+    span = least_shown + (f" to {most_shown}" if most_shown != least_shown else "")
+    saw = f"{span} {unit}" + (f" on {who(low)}" if low else "")
+    return Finding(check, not low, saw, wanted, fix if low else "", hosts_of(low))
+
+
+def slower_than_half(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The median, and those below half of it."""
+    middle = median(values.values())
+    return middle, {name: value for name, value in values.items() if value < middle / 2}

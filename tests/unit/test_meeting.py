@@ -1,0 +1,129 @@
+"""Ranks that meet beside Horovod, as threads of one process, through the launcher's kind of store."""
+
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from horovod_owt.errors import RunError
+from horovod_owt.parallel import meeting
+from horovod_owt.parallel.meeting import meet
+from horovod_owt.topology import Topology
+
+
+class Store(BaseHTTPRequestHandler):
+    """PUT keeps, GET gives: what Horovod's rendezvous server does with any scope."""
+
+    kept: dict[str, bytes] = {}
+
+    def do_PUT(self):
+        self.kept[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self):
+        found = self.kept.get(self.path)
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(found or b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Calls a function of (topology) on each of some ranks at once; gives what each returned or raised."""
+    Store.kept = {}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv(meeting.ADDRESS, "127.0.0.1")
+        monkeypatch.setenv(meeting.PORT, str(server.server_address[1]))
+        monkeypatch.setattr(meeting, "GRACE_S", 0.2)
+
+        class AlwaysFirst:  # threads share a process's count of meetings
+            def __iadd__(self, _):
+                return self
+
+            def __str__(self):
+                return "1"
+
+        monkeypatch.setattr(meeting, "_meetings", AlwaysFirst())
+
+        def run(act, size, here=None):
+            def one(rank):
+                try:
+                    return act(Topology("horovodrun", rank, size, rank, size, f"host{rank}"))
+                except RunError as error:
+                    return error
+
+            with ThreadPoolExecutor(size) as threads:
+                return list(threads.map(one, range(size) if here is None else here))
+
+        yield run
+        server.shutdown()
+
+
+def test_rank_0_hears_all_and_all_hear_rank_0(ranks):
+    def act(topology):
+        with meet(topology, limit_s=10) as met:
+            heard = met.gather({"from": topology.rank}, 10, "hello")
+            return heard, met.share([topology.rank, "word"]), met.absent
+
+    said = ranks(act, 4)
+    assert said[0][0] == {rank: {"from": rank} for rank in range(4)}
+    assert [heard for heard, _, _ in said[1:]] == [{}] * 3
+    assert [word for _, word, _ in said] == [[0, "word"]] * 4 and said[0][2] == {}
+
+
+def test_a_rank_that_is_silent_is_named_with_its_host_and_the_question_and_the_others_go_on(ranks):
+    released = threading.Event()
+
+    def act(topology):
+        with meet(topology, limit_s=10) as met:
+            if topology.rank == 1:
+                released.wait(20)
+                return met.gather("late", 0.5, "first")
+            heard = met.gather("in time", 0.5, "first"), met.gather("again", 10, "second")
+            met.share(None)
+            released.set()
+            return heard, dict(met.absent)
+
+    (first, second), absent = ranks(act, 3)[0]
+    assert set(first) == set(second) == {0, 2}
+    assert absent == {1: ("host1", "first")}
+
+
+def test_a_rank_that_never_comes_is_named_when_time_is_up(ranks):
+    def act(topology):
+        with meet(topology, limit_s=1.0) as met:
+            return met.gather(topology.rank, 5), met.absent
+
+    heard, absent = ranks(act, 3, here=[0, 2])[0]
+    assert heard == {0: 0, 2: 2} and absent == {1: ("", "come")}
+
+
+def test_without_rank_0_the_others_say_so_and_do_not_wait_on(ranks):
+    def act(topology):
+        with meet(topology, limit_s=0.5):
+            raise AssertionError
+
+    (error,) = ranks(act, 2, here=[1])
+    assert "rank 1 on host1 heard nothing of rank 0" in str(error)
+
+
+def test_when_rank_0_goes_the_others_hear_of_it(ranks):
+    def act(topology):
+        with meet(topology, limit_s=10) as met:
+            met.gather(None, 10)
+            return None if met.is_root else met.share(limit_s=30)
+
+    assert "no word from rank 0 on host0" in str(ranks(act, 2)[1])
+
+
+def test_a_lone_rank_needs_no_network(monkeypatch):
+    monkeypatch.setattr(socket, "create_server", None)
+    with meet(Topology("none", 0, 1, 0, 1, "here")) as met:
+        assert met.gather(7, 1) == {0: 7} and met.share({"a": 1}) == {"a": 1}

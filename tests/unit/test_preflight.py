@@ -1,0 +1,360 @@
+"""What preflight makes of what ranks say, and its probes where one process can be both ends."""
+
+import itertools
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from horovod_owt.errors import ConfigError
+from horovod_owt.parallel.gpus import Gpu, GpuHealth
+from horovod_owt.preflight import dataset, device, host, network, wire
+from horovod_owt.preflight.findings import Answer, agreement, spans, who
+from horovod_owt.preflight.run import within
+from horovod_owt.preflight.wire import Pair
+
+GOOD_PAIR = Pair(latency_s=1e-4, up_bytes_per_s=1e9, down_bytes_per_s=1.1e9, clock_offset_s=1e-3)
+
+
+def on_hosts(*values, ranks_each=1):
+    """An answer of each rank, hosts h0, h1, ..."""
+    return [Answer(rank, f"h{rank // ranks_each}", value) for rank, value in enumerate(values)]
+
+
+def changed(pair=GOOD_PAIR, **values):
+    return Pair(**{**pair.__dict__, **values})
+
+
+def test_ranks_are_told_by_host_in_spans():
+    assert spans([7, 0, 1, 2, 9, 10]) == "0-2, 7, 9-10"
+    assert who(on_hosts(*range(5), ranks_each=4)) == "h0 (ranks 0-3), h1 (rank 4)"
+
+
+def test_a_host_with_another_version_is_named_and_the_rest_is_told_once():
+    answers = on_hosts(*[{"torch": "2.14.1", "python": "3.11"} for _ in range(6)], ranks_each=2)
+    answers[4].value["torch"] = answers[5].value["torch"] = "2.13.0"
+    del answers[1].value["python"]
+    torch, python = agreement("versions", answers, fix="the same")
+    assert (torch.check, torch.ok, torch.hosts) == ("versions: torch", False, ("h2",))
+    assert torch.saw == "2.14.1 on h0 (ranks 0-1), h1 (ranks 2-3); 2.13.0 on h2 (ranks 4-5)"
+    assert "none on h0 (rank 1)" in python.saw
+    (good,) = agreement("versions", answers[2:4], fix="the same")
+    assert (good.ok, good.saw) == (True, "torch 2.14.1, python 3.11")
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 7, 8])
+def test_rounds_have_each_pair_once_and_no_host_twice_at_a_time(hosts):
+    names = [f"h{number}" for number in range(hosts)]
+    rounds = list(network.rounds(names))
+    pairs = [frozenset(pair) for round_ in rounds for pair in round_]
+    assert sorted(map(sorted, pairs)) == sorted(map(list, itertools.combinations(names, 2)))
+    for round_ in rounds:
+        met = list(itertools.chain(*round_))
+        assert len(met) == len(set(met))
+
+
+@pytest.mark.parametrize(
+    ("slow", "flagged"),
+    [
+        ({}, []),
+        ({("a", "b"): {"down_bytes_per_s": 0.4e9}}, [("a", "b")]),
+        (
+            {("a", "c"): {"up_bytes_per_s": 0.4e9}, ("b", "c"): {"up_bytes_per_s": 0.4e9}},
+            [("a", "c"), ("b", "c")],
+        ),
+        ({("b", "c"): {"latency_s": 2e-3}}, [("b", "c")]),
+        ({("b", "c"): {"latency_s": 3e-4}}, []),  # thrice the usual, but nobody would notice
+    ],
+)
+def test_a_slow_link_is_found_also_where_most_pairs_have_it(slow, flagged):
+    pairs = {pair: changed(**slow.get(pair, {})) for pair in itertools.combinations("abc", 2)}
+    assert network.slow_pairs(pairs) == flagged
+    findings = network.judge_pairs(pairs, {}, 3)
+    assert [finding.hosts for finding in findings if not finding.ok] == flagged
+    assert flagged or findings[0].saw.startswith("3 pairs of hosts; usual are 1.1 GB/s and 100 us")
+
+
+def test_a_host_all_of_whose_links_are_slow_both_ways_is_found():
+    both = dict(up_bytes_per_s=1e7, down_bytes_per_s=1e7)
+    pairs = {("a", "b"): GOOD_PAIR, ("a", "c"): changed(**both), ("b", "c"): changed(**both)}
+    assert network.slow_pairs(pairs) == [("a", "c"), ("b", "c")]
+
+
+def test_a_clock_is_told_against_that_of_rank_0_whoever_measured():
+    pairs = {("a", "b"): changed(clock_offset_s=7.0), ("b", "c"): changed(), ("a", "c"): changed()}
+    assert network.judge_clocks(pairs, "b").saw.startswith("a -7 s against b")
+    assert network.judge_clocks(pairs, "a").hosts == ("b",)
+    assert network.judge_clocks(pairs, "c").ok
+
+
+def test_the_wire_measures_a_real_connection_and_two_clocks_of_one_host():
+    with wire.answering("127.0.0.1") as port:
+        pair = wire.measure("127.0.0.1", port)
+    assert 0 < pair.latency_s < 0.1
+    assert pair.up_bytes_per_s > 1e6 and pair.down_bytes_per_s > 1e6
+    assert abs(pair.clock_offset_s) <= max(0.05, pair.latency_s)
+    with pytest.raises(OSError):
+        wire.measure("127.0.0.1", port)  # nobody answers any more
+
+
+def test_a_slow_receiver_is_measured_as_slow():
+    """What counts is what arrives, not what a sender's buffers take."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        there = socket.create_connection(listener.getsockname())
+        here, _ = listener.accept()
+        start = time.perf_counter()
+
+        def trickle():
+            for _ in range(20):
+                there.sendall(bytes(50_000))
+                time.sleep(0.01)
+            there.close()
+
+        threading.Thread(target=trickle).start()
+        rate = wire._receive_rate(here)
+        here.close()
+    assert rate <= 1e6 / 0.15 and time.perf_counter() - start >= 0.2
+
+
+def test_a_ring_moves_bytes_through_every_rank():
+    with ThreadPoolExecutor(3) as ranks:
+        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+        places = [listener.getsockname() for listener in listeners]
+        rates = list(ranks.map(wire.ring_rate, listeners, [*places[1:], places[0]]))
+        for listener in listeners:
+            listener.close()
+    assert len(rates) == 3 and min(rates) > 1e6
+
+
+def test_an_allreduce_far_below_the_ring_is_bad():
+    moved = on_hosts(2e9, 1e9)
+    bytes_on_the_bus = network.ALLREDUCE_BYTES  # 2 (n-1)/n of them, for n = 2
+    slowest = network.RING_SHARE * 1e9
+    assert network.judge_ring(moved, on_hosts(0.9 * bytes_on_the_bus / slowest, 1e-3)).ok
+    bad = network.judge_ring(moved, on_hosts(1.1 * bytes_on_the_bus / slowest, 1e-3))
+    assert not bad.ok and bad.hosts == ("h1",)
+
+
+def test_interfaces_that_lead_nowhere_or_differ_are_bad():
+    alike = {"name": "eth0", "address": "a", "mtu": 1500, "mbit_per_s": 10000}
+    assert network.judge_interfaces(on_hosts(alike, alike))[0].ok
+    (docker,) = network.judge_interfaces(on_hosts(alike, {**alike, "name": "docker0"}))
+    assert (docker.ok, docker.hosts) == (False, ("h1",))
+    speed, mtu = sorted(
+        network.judge_interfaces(on_hosts(alike, alike, {**alike, "mtu": 9000, "mbit_per_s": None})),
+        key=lambda finding: finding.check, reverse=True,
+    )  # fmt: skip
+    assert mtu.saw == "1500 bytes on h0 (rank 0), h1 (rank 1); 9000 bytes on h2 (rank 2)"
+    assert "unknown Mbit/s on h2" in speed.saw and speed.hosts == mtu.hosts == ("h2",)
+
+
+LIMITS = {
+    "files": 4096,
+    "locked_bytes": 65536,
+    "infiniband": False,
+    "shm_bytes": 4e9,
+    "cores": [0, 1],
+    "local_size": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "bad"),
+    [
+        ({}, []),
+        ({"files": 100}, ["open files"]),
+        ({"files": -1}, []),  # RLIM_INFINITY
+        ({"infiniband": True}, ["locked memory"]),
+        ({"infiniband": True, "locked_bytes": -1}, []),
+        ({"shm_bytes": 64e6}, ["/dev/shm"]),
+        ({"cores": [0]}, ["cores"]),
+    ],
+)
+def test_limits_that_are_too_low_are_found_on_their_host(change, bad):
+    answers = on_hosts(LIMITS, LIMITS, {**LIMITS, **change}, {**LIMITS, **change}, ranks_each=2)
+    findings = [finding for finding in host.judge_limits(answers, 4) if not finding.ok]
+    assert [finding.check for finding in findings] == bad
+    assert all(finding.hosts == ("h1",) and finding.fix for finding in findings)
+
+
+def test_ranks_that_were_bound_to_a_core_each_have_enough():
+    answers = on_hosts({**LIMITS, "cores": [0]}, {**LIMITS, "cores": [1]}, ranks_each=2)
+    assert all(finding.ok for finding in host.judge_limits(answers, 2))
+
+
+def test_names_that_lead_nowhere_or_elsewhere_are_told_with_who_sees_it(monkeypatch):
+    addresses = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3", "n4": "10.0.0.9"}
+
+    def getaddrinfo(name, *_):
+        if name == "n3":
+            raise OSError(-2, "Name or service not known")
+        return [(socket.AF_INET, None, 0, "", (addresses[name], 0))]
+
+    def gethostbyaddr(address):
+        return {"10.0.0.2": ("n2.cluster", [], [address])}[address]
+
+    monkeypatch.setattr(host.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(host.socket, "gethostbyaddr", gethostbyaddr)
+    monkeypatch.setattr(host, "own_addresses", lambda: ["10.0.0.1", "127.0.0.1"])
+    table = {"n1": ["10.0.0.1"], "n2": ["10.0.0.2"], "n3": ["10.0.0.3"], "n4": ["10.0.0.4"]}
+    troubles = host.names(table)
+    assert troubles == {
+        "n3": "does not resolve: Name or service not known",
+        "n4": "resolves to 10.0.0.9, which is none of its addresses",
+    }
+    bad = host.judge_names(on_hosts(troubles, {"n3": troubles["n3"]}))
+    assert [finding.hosts for finding in bad] == [("n3",), ("n4",)]
+    assert "seen from h0, h1" in bad[0].saw
+
+
+def test_a_data_set_that_differs_and_a_slow_disk_are_found():
+    good = {"fingerprint": "48 images", "images_per_s": 1000.0, "bytes_per_s": 1e8}
+    assert all(finding.ok for finding in dataset.judge_data(on_hosts(good, good)))
+    other = {**good, "fingerprint": "47 images"}
+    slow = {**good, "images_per_s": 400.0}
+    findings = dataset.judge_data(on_hosts(good, other, good, slow))
+    assert {f.check: f.hosts for f in findings if not f.ok} == {"data: set": ("h1",), "read rate": ("h3",)}
+
+
+def test_a_real_data_set_is_read(tmp_path):
+    from horovod_owt.data.synthetic import write_synthetic
+
+    write_synthetic(tmp_path / "data", classes=2, train_per_class=3, val_per_class=1, size=(32, 32))
+    found = dataset.read(tmp_path / "data", seed=1)
+    size = sum(path.stat().st_size for path in (tmp_path / "data" / "train").glob("*/*"))
+    assert found["bytes_per_s"] / found["images_per_s"] == pytest.approx(size / 6)
+    assert found["fingerprint"].startswith("6 + 2 images of 2 classes")
+
+
+def test_a_run_folder_is_tried_where_it_will_be_and_left_as_it_was(tmp_path):
+    run_dir = tmp_path / "runs" / "first"
+    dataset.leave_token(run_dir, "t")
+    seen = dataset.try_folder(run_dir, "t", rank=0)
+    dataset.take_token(run_dir, "t")
+    assert (seen["folder"], seen["trouble"], seen["shared"]) == (str(tmp_path), "", True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_closed_full_or_not_shared_is_bad(monkeypatch):
+    good = {"folder": "/runs", "trouble": "", "shared": True, "free_bytes": 1e12}
+    assert all(finding.ok for finding in dataset.judge_folder(on_hosts(good, good)))
+    for change, check in (
+        ({"trouble": "Permission denied"}, "run folder"),
+        ({"free_bytes": 2e9}, "room for checkpoints"),
+        ({"shared": False}, "shared run folder"),
+    ):
+        bad = [f for f in dataset.judge_folder(on_hosts(good, {**good, **change})) if not f.ok]
+        assert [(f.check, f.hosts) for f in bad] == [(check, ("h1",))]
+
+
+def test_a_folder_of_another_host_is_not_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "VISIBLE_S", 0.2)
+    assert not dataset.try_folder(tmp_path, "nobody left it", rank=1)["shared"]
+
+
+GPU = Gpu(0, "GPU-1", "Tesla K80", "0000:05:00.0", (3, 7), 12 << 30, "470.256.02", "11.4")
+HEALTH = GpuHealth(0, False, (), True, 562, 875, 562, True, 40, 3, 3, 16, 16)
+
+
+def gpu_facts(uuid="GPU-1", health=(), **gpu):
+    return {
+        "name": "cuda:0",
+        "uuid": uuid,
+        "words": f"Tesla K80 {uuid}",
+        "gpu": {**GPU.__dict__, **gpu},
+        "health": {**HEALTH.__dict__, **dict(health)},
+        "architectures": ["sm_37", "sm_50"],
+        "cuda": "11.7",
+        "acs": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "bad"),
+    [
+        ({}, {}),
+        ({"uuid": "GPU-0"}, {"device sharing"}),
+        ({"cuda_driver": "10.2"}, {"driver"}),
+        ({"cuda_driver": "11.0"}, set()),  # minor versions of CUDA fit
+        ({"compute_capability": (9, 0)}, {"GPU architecture"}),
+        ({"name": "Tesla V100"}, {"devices"}),
+        ({"health": {"uncorrected_ecc_errors": 2}}, {"GPU memory"}),
+        ({"health": {"retired_pages_pending": True}}, {"GPU memory"}),
+        ({"health": {"throttle_reasons": ("power cap",)}}, {"GPU throttling"}),
+        ({"health": {"pcie_width": 8}}, {"PCIe width"}),
+        ({"health": {"persistence_mode": False}}, set()),
+        ({"health": {"auto_boost": False}}, {"GPU clocks: Tesla K80 auto boost"}),
+    ],
+)
+def test_each_trouble_of_a_gpu_is_found_and_nothing_else(change, bad):
+    answers = on_hosts(gpu_facts("GPU-0"), gpu_facts(**{"uuid": "GPU-1", **change}), ranks_each=2)
+    assert {finding.check for finding in device.judge(answers) if not finding.ok} == set(bad)
+
+
+def test_a_host_without_a_gpu_among_others_is_named():
+    answers = on_hosts(gpu_facts("GPU-0"), gpu_facts("GPU-1"), {"name": "cpu", "uuid": "", "words": "cpu"})
+    (bad,) = [finding for finding in device.judge(answers) if not finding.ok]
+    assert (bad.check, bad.hosts) == ("devices", ("h2",))
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "runs"),
+    [
+        ("sm_75 sm_80 sm_90", (3, 7), False),
+        ("sm_35 sm_50", (3, 7), True),  # newer of the same major
+        ("sm_80", (7, 5), False),
+        ("sm_80 sm_90", (12, 0), False),
+        ("sm_80 compute_90", (12, 0), True),  # the driver compiles it
+        ("sm_90a sm_120", (12, 0), True),
+    ],
+)
+def test_code_runs_on_its_major_and_newer_minors(built_for, capability, runs):
+    assert device.can_run(built_for.split(), capability) == runs
+
+
+def config_space(control: int | None, size=4096) -> bytes:
+    """An Advanced Error Reporting capability, and behind it an ACS one."""
+    space = bytearray(size)
+    struct.pack_into("<I", space, 0x100, 0x0001 | 1 << 16 | (0x148 if control is not None else 0) << 20)
+    if control is not None:
+        struct.pack_into("<IHH", space, 0x148, 0x000D | 1 << 16, 0x7F, control)
+    return bytes(space)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (config_space(0b11101), ["0000:00:02.0"]),
+        (config_space(0b00001), []),  # source validation alone redirects nothing
+        (config_space(None), []),
+        (config_space(0b11101)[:64], None),  # what users other than root get to read
+    ],
+)
+def test_a_bridge_that_redirects_is_found_above_the_gpu(tmp_path, config, found):
+    bridge = tmp_path / "devices/pci0000:00/0000:00:02.0"
+    gpu = bridge / "0000:05:00.0"
+    gpu.mkdir(parents=True)
+    (gpu / "config").write_bytes(config_space(0b11101))  # its own does not count
+    (bridge / "config").write_bytes(config)
+    (tmp_path / "bus/pci/devices").mkdir(parents=True)
+    (tmp_path / "bus/pci/devices/0000:05:00.0").symlink_to(gpu)
+    assert device.redirecting_bridges("0000:05:00.0", tmp_path) == found
+
+
+def test_a_ring_of_capabilities_ends():
+    space = bytearray(4096)
+    struct.pack_into("<I", space, 0x100, 0x0001 | 1 << 16 | 0x100 << 20)
+    assert device.acs_control(bytes(space)) is None
+
+
+def test_a_probe_that_raises_or_hangs_becomes_an_error():
+    def refuse():
+        raise ConfigError("seen", wanted="wanted", fix="fix")
+
+    assert within(1, refuse) == {"error": {"saw": "seen", "wanted": "wanted", "fix": "fix"}}
+    assert within(1, lambda: 1 / 0)["error"]["saw"] == "ZeroDivisionError: division by zero"
+    assert within(0.05, threading.Event().wait)["error"]["saw"] == "no answer in 0.05 s"
+    assert within(1, lambda: 7) == {"value": 7}
