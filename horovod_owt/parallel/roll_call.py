@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import selectors
 import socket
 import threading
@@ -18,17 +17,15 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-import psutil
-
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.collectives import broadcast_object
+from horovod_owt.parallel.door import CONNECT_S, Door, enter, json_line
 from horovod_owt.parallel.runtime import World
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 SILENT_S = 3.0  # without a beat: stopped, or its host is out of reach
-CONNECT_S = 5.0  # to try one address
 
 
 @dataclass
@@ -84,14 +81,8 @@ class RollCall:
         self._someone_lost, self._ending = threading.Event(), threading.Event()
         self._peers: dict[int, Peer] = {}
         self._selector = selectors.DefaultSelector()
-        self._listener = socket.create_server(("", 0), backlog=world.size) if world.is_root else None
-        meeting = None
-        if self._listener:
-            port = self._listener.getsockname()[1]
-            meeting = (secrets.token_hex(16), _addresses(), port, world.host)
-        self._token, self._root_addresses, self._port, self._root_host = broadcast_object(
-            meeting, "roll call"
-        )
+        self._door = Door(world.host, world.size) if world.is_root else None
+        self._invitation = broadcast_object(self._door and self._door.invitation, "roll call")
         self._thread = threading.Thread(target=self._run, name="roll call", daemon=True)
 
     def __enter__(self) -> RollCall:
@@ -110,8 +101,8 @@ class RollCall:
 
     def _run(self) -> None:
         try:
-            if self._listener:
-                self._selector.register(self._listener, selectors.EVENT_READ)
+            if self._door:
+                self._selector.register(self._door.listener, selectors.EVENT_READ)
             else:
                 self._connect()
             self._watch()
@@ -121,18 +112,18 @@ class RollCall:
             for peer in self._peers.values():
                 self._tell(peer, {"bye": True})
                 peer.connection.close()
-            if self._listener:
-                self._listener.close()
+            if self._door:
+                self._door.close()
             self._selector.close()
 
     def _watch(self) -> None:
         next_beat, next_report = 0.0, self._report_s
         while not self._ending.is_set():
             for key, _ in self._selector.select(timeout=0.2):
-                if key.fileobj is self._listener:
-                    self._admit()
-                else:
+                if key.data is not None:
                     self._listen(key.data)
+                elif guest := self._door.admit():
+                    self._keep(Peer(*guest))
             if monotonic() >= next_beat:
                 next_beat = monotonic() + BEAT_S
                 for peer in list(self._peers.values()):
@@ -188,37 +179,11 @@ class RollCall:
             self._tell(peer, {"dump": why})
 
     def _connect(self) -> None:
-        """Find rank 0 at one of its addresses; raises OSError if it is at none."""
-        local = self._world.host == self._root_host
-        for address in (a for a in self._root_addresses if local or not a.startswith("127.")):
-            try:
-                connection = socket.create_connection((address, self._port), timeout=CONNECT_S)
-                hello = {"token": self._token, "rank": self._world.rank, "host": self._world.host}
-                connection.sendall(_line(hello))
-                if connection.recv(1) != b"\n":  # anybody may answer at an address that hosts have in common
-                    raise OSError("someone else is there")
-            except OSError:
-                continue
-            self._keep(Peer(0, self._root_host, connection))
-            return
-        where = ", ".join(self._root_addresses)
-        raise OSError(
-            f"rank 0 is at none of {where}, port {self._port}: if it dies or hangs, nobody says who"
-        )
-
-    def _admit(self) -> None:
-        """A rank that knows the token; whoever does not is sent away."""
-        connection, _ = self._listener.accept()
-        connection.settimeout(CONNECT_S)
         try:
-            hello = json.loads(connection.makefile("rb").readline(1000))
-            if secrets.compare_digest(hello["token"], self._token):
-                connection.sendall(b"\n")
-                self._keep(Peer(int(hello["rank"]), str(hello["host"]), connection))
-                return
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        connection.close()
+            connection = enter(self._invitation, self._world.rank, self._world.host)
+        except OSError as error:
+            raise OSError(f"{error}: if it dies or hangs, nobody says who") from None
+        self._keep(Peer(0, self._invitation.host, connection))
 
     def _keep(self, peer: Peer) -> None:
         peer.connection.settimeout(CONNECT_S)
@@ -247,16 +212,6 @@ class RollCall:
 
     def _tell(self, peer: Peer, what: dict[str, Any]) -> None:
         try:
-            peer.connection.sendall(_line(what))
+            peer.connection.sendall(json_line(what))
         except OSError:
             pass  # reading it tells why
-
-
-def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-def _addresses() -> list[str]:
-    """This host's IPv4 addresses, loopback last."""
-    found = [a.address for all_ in psutil.net_if_addrs().values() for a in all_ if a.family == socket.AF_INET]
-    return sorted(found, key=lambda address: address.startswith("127."))

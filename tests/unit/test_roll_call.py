@@ -52,9 +52,9 @@ def rank0(monkeypatch):
         calls = {name: Call() for name in ("report", "give_up", "dump", "on_death")}
         world = World(0, 2, 0, 2, "node6", torch.device("cpu"), 1)
         with roll_call.RollCall(world, report_s=report_s, give_up_s=give_up_s, **calls) as call:
-            token, _, port, host = told["all"]
-            assert host == "node6" and len(token) == TOKEN_LENGTH
-            yield call, port, token, calls
+            invitation = told["all"]
+            assert invitation.host == "node6" and len(invitation.token) == TOKEN_LENGTH
+            yield call, invitation.port, invitation.token, calls
 
     return start
 

@@ -1,0 +1,76 @@
+"""How ranks find rank 0 beside Horovod: it opens a port, and whoever knows the token comes in."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+CONNECT_S = 5.0  # to try one address, and for a hello
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """Where rank 0 is to be found, and what it wants to hear there; for ranks of this job only."""
+
+    token: str
+    addresses: tuple[str, ...]
+    port: int
+    host: str
+
+
+class Door:
+    """Rank 0's open port, to be closed by its owner."""
+
+    def __init__(self, host: str, ranks: int) -> None:
+        self.listener = socket.create_server(("", 0), backlog=ranks)
+        port = self.listener.getsockname()[1]
+        self.invitation = Invitation(secrets.token_hex(16), tuple(own_addresses()), port, host)
+
+    def admit(self) -> tuple[int, str, socket.socket] | None:
+        """The next one who knocks: its rank, host and connection. None for one without the token."""
+        connection, _ = self.listener.accept()
+        connection.settimeout(CONNECT_S)
+        try:
+            hello = json.loads(connection.makefile("rb").readline(1000))
+            if secrets.compare_digest(hello["token"], self.invitation.token):
+                connection.sendall(b"\n")
+                return int(hello["rank"]), str(hello["host"]), connection
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        connection.close()
+        return None
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+def enter(invitation: Invitation, rank: int, host: str) -> socket.socket:
+    """A connection to rank 0, which knows now who is there; raises OSError if nobody lets us in."""
+    local = host == invitation.host
+    for address in (a for a in invitation.addresses if local or not a.startswith("127.")):
+        try:
+            connection = socket.create_connection((address, invitation.port), timeout=CONNECT_S)
+            connection.sendall(json_line({"token": invitation.token, "rank": rank, "host": host}))
+            if connection.recv(1) == b"\n":
+                return connection
+            connection.close()  # anybody may answer at an address that hosts have in common
+        except OSError:
+            continue
+    where = ", ".join(invitation.addresses)
+    raise OSError(f"rank 0 is at none of {where}, port {invitation.port}")
+
+
+def json_line(message: dict[str, Any]) -> bytes:
+    """A message as both ends write it: a JSON object a line."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def own_addresses() -> list[str]:
+    """This host's IPv4 addresses, loopback last."""
+    found = [a.address for all_ in psutil.net_if_addrs().values() for a in all_ if a.family == socket.AF_INET]
+    return sorted(found, key=lambda address: address.startswith("127."))

@@ -1,0 +1,209 @@
+"""Ranks that meet without Horovod: rank 0 waits for nobody too long, and knows who did not answer.
+
+What checks a job before it runs must not hang on the job's trouble itself. No torch, no `hvd.init`: ranks
+learn where rank 0 is from the launcher's key-value store (Gloo) or by a broadcast of MPI, and then talk to it
+over TCP.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from time import monotonic, sleep
+from typing import Any
+
+from horovod_owt.errors import RunError
+from horovod_owt.parallel.door import Door, Invitation, enter, json_line
+from horovod_owt.topology import Topology
+
+GRACE_S = 2.0  # for an answer on its way
+POLL_S = 0.05
+INVITATION_BYTES = 4096  # of MPI's broadcast: all ranks must know its size
+ADDRESS, PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_meetings = 0  # of this process: the launcher's store keeps the invitation of each under a name of its own
+
+
+class Link:
+    """JSON values over a connection, each before a deadline."""
+
+    def __init__(self, host: str, connection: socket.socket) -> None:
+        self.host, self._connection, self._unread = host, connection, b""
+
+    def send(self, value: Any, deadline: float) -> None:
+        """Raises OSError when the other end is gone or does not read."""
+        self._connection.settimeout(max(POLL_S, deadline - monotonic()))
+        self._connection.sendall(json_line(value))
+
+    def receive(self, deadline: float) -> Any:
+        """Raises OSError when the other end is gone, TimeoutError (also an OSError) when it is silent."""
+        while b"\n" not in self._unread:
+            # what has arrived already is read even when time is up
+            self._connection.settimeout(max(POLL_S, deadline - monotonic()))
+            arrived = self._connection.recv(1 << 20)
+            if not arrived:
+                raise ConnectionError(f"{self.host} is gone")
+            self._unread += arrived
+        line, _, self._unread = self._unread.partition(b"\n")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Meeting:
+    """The ranks of a job round rank 0. All must make the same calls in the same order.
+
+    Who is late once has no part in what follows: `absent`, on rank 0, has its rank, its host as far as it is
+    known, and what it was asked.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self.rank, self.size, self._host = topology.rank, topology.world_size, topology.host
+        self.absent: dict[int, tuple[str, str]] = {}
+        self._links: dict[int, Link] = {}
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any, limit_s: float, what: str = "") -> dict[int, Any]:
+        """Every present rank's `value` (JSON's types) by rank, on rank 0; nothing on the others.
+
+        `limit_s` is how long rank 0 waits from now on; `what` is being asked, for the record of the absent.
+        """
+        deadline = monotonic() + limit_s
+        if not self.is_root:
+            self._with_root(lambda link: link.send(value, deadline + GRACE_S))
+            return {}
+        values = {0: value}
+        for rank, link in sorted(self._links.items()):
+            try:
+                values[rank] = link.receive(deadline + GRACE_S)
+            except (OSError, ValueError):
+                self._lose(rank, link, what)
+        return values
+
+    def share(self, value: Any = None, limit_s: float = 60.0) -> Any:
+        """Rank 0's `value` (JSON's types) on every rank; raises RunError where rank 0 is silent so long."""
+        deadline = monotonic() + limit_s
+        if not self.is_root:
+            return self._with_root(lambda link: link.receive(deadline + GRACE_S))
+        for rank, link in sorted(self._links.items()):
+            try:
+                link.send(value, deadline)
+            except OSError:
+                self._lose(rank, link, "listen")
+        return json.loads(json.dumps(value))  # as the others see it
+
+    def _lose(self, rank: int, link: Link, what: str) -> None:
+        self.absent[rank] = (link.host, what)
+        link.close()
+        del self._links[rank]
+
+    def _with_root(self, act: Callable[[Link], Any]) -> Any:
+        try:
+            return act(self._links[0])
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"rank {self.rank} on {self._host} has no word from rank 0 on {self._links[0].host}: {error}",
+                wanted="ranks that answer each other in time",
+                fix="see what rank 0 said; is its host alive?",
+            ) from None
+
+    def _assemble(self, door: Door, limit_s: float) -> None:
+        """Let ranks in until all are there or time is up."""
+        deadline = monotonic() + limit_s
+        while len(self._links) < self.size - 1 and monotonic() < deadline:
+            door.listener.settimeout(max(POLL_S, deadline - monotonic()))
+            try:
+                guest = door.admit()
+            except OSError:
+                break
+            if guest:
+                rank, host, connection = guest
+                self._links[rank] = Link(host, connection)
+        for rank in set(range(1, self.size)) - self._links.keys():
+            self.absent[rank] = ("", "come")
+
+
+@contextmanager
+def meet(topology: Topology, *, limit_s: float = 60.0) -> Iterator[Meeting]:
+    """The meeting of all ranks that come within `limit_s`, for as long as the block lasts.
+
+    Raises RunError on a rank that does not find rank 0.
+    """
+    meeting = Meeting(topology)
+    with ExitStack() as stack:
+        stack.callback(lambda: [link.close() for link in meeting._links.values()])
+        if topology.world_size > 1:
+            deadline = monotonic() + limit_s
+            if meeting.is_root:
+                door = Door(topology.host, topology.world_size)
+                stack.callback(door.close)
+                _invite(topology, door.invitation, deadline)
+                meeting._assemble(door, deadline - monotonic())
+            else:
+                invitation = _invite(topology, None, deadline)
+                try:
+                    connection = enter(invitation, topology.rank, topology.host)
+                except OSError as error:
+                    raise RunError(
+                        f"rank {topology.rank} on {topology.host} does not reach {invitation.host}: {error}",
+                        wanted="TCP between all hosts, on any port",
+                        fix=f"`ping {invitation.host}` from there; open the firewall between the hosts",
+                    ) from None
+                meeting._links[0] = Link(invitation.host, connection)
+        yield meeting
+
+
+def _invite(topology: Topology, invitation: Invitation | None, deadline: float) -> Invitation:
+    """Rank 0's invitation, on every rank; raises RunError where it does not come in time."""
+    global _meetings
+    _meetings += 1
+    exchange = _by_store if ADDRESS in os.environ else _by_mpi
+    text = exchange(invitation and json.dumps(asdict(invitation)), deadline)
+    if text is None:
+        raise RunError(
+            f"rank {topology.rank} on {topology.host} heard nothing of rank 0",
+            wanted="all ranks started together",
+            fix="see what the launcher said of rank 0 and its host",
+        )
+    return Invitation(**json.loads(text))
+
+
+def _by_store(text: str | None, deadline: float) -> str | None:
+    """Through the key-value store that Horovod's launchers keep for Gloo."""
+    url = f"http://{os.environ[ADDRESS]}:{os.environ[PORT]}/owt-meeting/{_meetings}"
+    if text is not None:
+        request = urllib.request.Request(url, data=text.encode(), method="PUT")
+        _NO_PROXY.open(request, timeout=max(POLL_S, deadline - monotonic())).close()
+        return text
+    while monotonic() < deadline:
+        try:
+            with _NO_PROXY.open(url, timeout=max(POLL_S, deadline - monotonic())) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError:  # 404: not there yet
+            sleep(POLL_S)
+        except OSError:
+            break
+    return None
+
+
+def _by_mpi(text: str | None, deadline: float) -> str | None:
+    """By a broadcast that is not waited for longer than that."""
+    from mpi4py import MPI
+
+    buffer = bytearray((text or "").encode().ljust(INVITATION_BYTES))
+    request = MPI.COMM_WORLD.Ibcast([buffer, MPI.BYTE], root=0)
+    while not request.Test():
+        if monotonic() > deadline:
+            return None
+        sleep(POLL_S)
+    return buffer.decode().rstrip()
