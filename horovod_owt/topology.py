@@ -23,8 +23,14 @@ LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
+    "mpirun_rsh": (  # MVAPICH2
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
     # A batch script has SLURM_PROCID too; only ranks that srun --mpi=pmix started have this.
-    "srun": ("PMIX_RANK", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "srun": ("PMIX_RANK", "SLURM_NTASKS", "", ""),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
 }
 
@@ -69,15 +75,38 @@ def read_topology(env: Mapping[str, str] | None = None) -> Topology:
     place = place_on_box(env)
     for launcher, (rank, size, local_rank, local_size) in LAUNCHERS.items():
         if rank in env:
+            if place:
+                local = place
+            elif local_rank in env:
+                local = int(env[local_rank]), int(env[local_size])
+            else:
+                local = _place_in_slurm_step(env)
             return Topology(
                 launcher,
                 rank=int(env[rank]),
                 world_size=int(env[size]),
-                local_rank=place[0] if place else int(env.get(local_rank, 0)),
-                local_size=place[1] if place else int(env.get(local_size, 1)),
+                local_rank=local[0],
+                local_size=local[1],
                 host=socket.gethostname() if place else host,
             )
     return Topology("none", rank=0, world_size=1, local_rank=0, local_size=1, host=host)
+
+
+def _place_in_slurm_step(env: Mapping[str, str]) -> tuple[int, int]:
+    """Local rank and local size of a task that srun started, with pmix or pmi2; else those of a lone rank.
+
+    Not from SLURM_NTASKS_PER_NODE, which is there only if it was asked for, and the same for all nodes.
+    """
+    if "SLURM_STEP_TASKS_PER_NODE" not in env:
+        return 0, 1
+    tasks_by_node = expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])
+    return int(env["SLURM_LOCALID"]), tasks_by_node[int(env["SLURM_NODEID"])]
+
+
+def expand_counts(counts: str) -> list[int]:
+    """Slurm's way to count by node: `4(x2),8` is 4, 4, 8."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
 def box_hosts(places: int) -> list[str]:

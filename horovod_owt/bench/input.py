@@ -59,7 +59,7 @@ def _with_threads(request: Request) -> Request:
 
 def _contenders(request: Request, root: Path, keep: ExitStack) -> dict[str, Iterator[Tensor]]:
     """Ours first. The DataLoader's workers are forked before there are threads that a fork would break."""
-    cfg, store, device = request.cfg, request.folder.train, torch.device(request.device)
+    cfg, store, device = request.cfg, request.folder.train, torch.device(request.device.name)
     loader = open_data_loader(cfg, store, device)
     next(loader)
     ours = "dali" if cfg.pipeline == "dali" else "torchvision-threads"
@@ -131,7 +131,7 @@ def _report(request: Request, turns: dict[str, list[tuple[float, float]]], batch
             "image_size": cfg.image_size,
             "threads_or_workers": cfg.decode_threads,
             "training_images": len(request.folder.train),
-            "device": request.device,
+            "device": request.device.name,
             "figures": "medians of blocks that alternate; CPU seconds of all threads and worker processes",
             "versions": runtime.versions(),
         },

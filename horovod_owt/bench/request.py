@@ -9,6 +9,7 @@ import psutil
 
 from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.parallel.device import Device
 from horovod_owt.topology import read_topology, resolve_group_size
 from horovod_owt.train.prepare import choose_device
 
@@ -26,7 +27,7 @@ class Request:
     steps: int
     warmup: int
     interface: str | None  # whose bytes are counted
-    device: str
+    device: Device
 
 
 def prepare(

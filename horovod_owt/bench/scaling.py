@@ -32,6 +32,7 @@ def bench_scaling(request: Request) -> dict[str, Any] | None:
     world = runtime.init(
         request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=int(cfg.fc_group_size)
     )
+    runtime.check_devices(request.device, world)
     meeting_point = None
     if request.against and world.size > 1:
         meeting_point = on_root(free_meeting_point, "bench.meeting")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -96,14 +95,10 @@ def _own_cores(ranks_on_host: int) -> int:
 
 
 def _own_gpu(topology) -> int | None:
-    """The GPU that a rank of training would take here."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None  # no driver, no GPU: spare the seconds of loading torch
-    from horovod_owt.parallel.device import assign_device, visible_gpus  # loads torch
+    """The GPU that a rank of training would take here, by torch's and DALI's number."""
+    from horovod_owt.parallel.device import claim_device
 
-    _, _, number = assign_device(topology, visible_gpus()).partition(":")
+    _, _, number = claim_device(topology).name.partition(":")
     return int(number) if number else None
 
 

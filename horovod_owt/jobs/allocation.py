@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.topology import expand_counts
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def read_allocation(env: Mapping[str, str], hosts: Sequence[str]) -> Allocation:
         job_id=f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if task else env["SLURM_JOB_ID"],
         hosts=tuple(hosts),
         ranks_per_node=_ranks_per_node(env, len(hosts)),
-        cpus_per_node=min(expand(env["SLURM_JOB_CPUS_PER_NODE"])),
+        cpus_per_node=min(expand_counts(env["SLURM_JOB_CPUS_PER_NODE"])),
         restarts=int(env.get("SLURM_RESTART_COUNT", 0)),
         task=task,
     )
@@ -70,9 +71,3 @@ def _ranks_per_node(env: Mapping[str, str], nodes: int) -> int:
         if found := re.search(r"(\d+)$", env.get(name, "")):
             return max(1, int(found[1]))
     return 1
-
-
-def expand(counts: str) -> list[int]:
-    """Slurm's way to count by node: `4(x2),8` is 4, 4, 8."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(count) for count, times in found for _ in range(int(times or 1))]

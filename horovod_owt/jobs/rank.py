@@ -9,14 +9,14 @@ import os
 import sys
 from collections.abc import Mapping
 
-from horovod_owt.jobs.allocation import expand
 from horovod_owt.jobs.interfaces import interface_towards
+from horovod_owt.topology import expand_counts
 
 
 def horovod_environment(env: Mapping[str, str]) -> dict[str, str]:
     """Horovod's words for this task's place; node, not host: its number over all is Horovod's `cross` one."""
     node = int(env["SLURM_NODEID"])
-    local_sizes = expand(env["SLURM_STEP_TASKS_PER_NODE"])
+    local_sizes = expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])
     local_rank = int(env["SLURM_LOCALID"])
     with_such_a_rank = [index for index, size in enumerate(local_sizes) if size > local_rank]
     return {

@@ -1,60 +1,177 @@
-"""One rank, one device: which GPU a rank takes, and which cores where there is none."""
+"""One rank, one device: which GPU, or MIG instance of one, a rank takes. Needs no torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-
-import torch
+import re
+import socket
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 
 from horovod_owt.errors import DeviceError
+from horovod_owt.parallel.gpus import Gpu, list_gpus
 from horovod_owt.topology import Topology
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+SHARED = "HOROVOD_OWT_SHARED_DEVICES"  # 1: ranks may share a device
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one rank computes on: CPU cores, a GPU, or one MIG instance of a GPU."""
+
+    name: str  # torch's: cpu, cuda:0, ...
+    gpu: Gpu | None = None
+    mig: str = ""  # the instance's UUID
+    pci_by_local_rank: tuple[str, ...] = ()  # of all ranks on this host, where this one sees their GPUs
+
+    @property
+    def uuid(self) -> str:
+        """Of the instance, or else of the GPU; empty for a CPU."""
+        return self.mig or (self.gpu.uuid if self.gpu else "")
+
+    def __str__(self) -> str:
+        return f"{self.gpu.name} {self.uuid} ({self.gpu.pci})" if self.gpu else self.name
+
+
+CPU = Device("cpu")
+
+
+def claim_device(topology: Topology, env: MutableMapping[str, str] = os.environ) -> Device:
+    """This rank's device. To be called before CUDA starts, which reads what is set here once.
+
+    CUDA would number the fastest GPU first: it is told to number them by PCI address, as the driver and
+    Slurm do. And it shows a process one MIG instance, the first it may see: each rank is left its own.
+    Raises DeviceError when there is none for this rank.
+    """
+    env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    devices = visible_devices(env)
+    device = assign_device(topology, devices, env)
+    if any(one.mig for one in devices):
+        env[VISIBLE] = device.uuid
+        device = replace(device, name="cuda:0")
+    return device
 
 
 def visible_gpus() -> int:
-    """GPUs that this process sees, without taking hold of one."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """GPUs, or MIG instances of them, that this process sees, without taking hold of one."""
+    return len(visible_devices(os.environ))
 
 
-def assign_device(topology: Topology, visible: int) -> str:
-    """The device of this rank, when it sees `visible` GPUs.
+def visible_devices(env: Mapping[str, str]) -> list[Device]:
+    """What this process sees, in CUDA's order; in place of a GPU in MIG mode, its instances.
 
-    Raises DeviceError when the host has more ranks than it shows GPUs. A rank that sees one GPU among several
-    ranks may have it to itself (`srun --gpus-per-task=1`), but only where the launcher narrowed its view by
-    CUDA_VISIBLE_DEVICES.
+    Raises DeviceError when CUDA_VISIBLE_DEVICES names only what is not there: CUDA would show nothing, and
+    the rank would train on its CPU.
     """
-    if visible == 0:
-        return "cpu"
-    narrowed = visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ and topology.launcher != "horovodrun"
-    if topology.local_size > visible and not narrowed:
+    words = env[VISIBLE].replace(" ", "").split(",") if VISIBLE in env else None
+    if words is not None and not _kind(words[0]):
+        return []  # as asked: empty, -1, Slurm's NoDevFiles. The driver need not even work
+    gpus = list_gpus()
+    places = [place for gpu in gpus for place in _places(gpu)] if words is None else _named(words, gpus)
+    if gpus and not places:
+        here = ", ".join(f"{number} ({gpu.uuid})" for number, gpu in enumerate(gpus))
         raise DeviceError(
-            f"{topology.local_size} ranks on host {topology.host}, where each sees {visible} of its GPUs",
-            wanted="a GPU for each rank",
-            fix=f"-np {visible} on this host, or CUDA_VISIBLE_DEVICES= (empty) to train on its CPU cores",
+            f"{VISIBLE}={env[VISIBLE]} on host {socket.gethostname()}",
+            wanted=f"GPUs that are there, each once: {here}",
+            fix=f"unset it, or {VISIBLE}= (empty) to train on CPU cores",
         )
-    return f"cuda:{0 if visible == 1 else topology.local_rank}"
+    return [Device(f"cuda:{number}", gpu, mig) for number, (gpu, mig) in enumerate(places)]
 
 
-def share_of_cores(cores: Sequence[int], local_rank: int, local_size: int) -> list[int]:
-    """This rank's `local_size`-th of the cores, in one piece; all where there are fewer cores than ranks."""
-    if len(cores) < local_size:
-        return sorted(cores)
-    start, end = (len(cores) * r // local_size for r in (local_rank, local_rank + 1))
-    return sorted(cores)[start:end]
+def _kind(word: str) -> str:
+    """`GPU-`, `MIG-` or `number`; nothing where CUDA would see no device in it."""
+    found = re.match(r"(GPU-|MIG-)|\d", word)
+    return found[1] or "number" if found else ""
 
 
-def use_share_of_cores(topology: Topology) -> int:
-    """Keep this process to its share of the host's cores and torch to as many threads; returns how many.
+def _places(gpu: Gpu) -> list[tuple[Gpu, str]]:
+    return [(gpu, mig) for mig in gpu.mig] or [(gpu, "")]
 
-    mpirun and srun may have bound the rank already: then its cores are fewer than the host's, and they stay.
-    horovodrun binds nothing, and two ranks' threads would chase each other over all cores. OMP_NUM_THREADS,
-    if set, still decides the number of threads.
+
+def _named(words: Sequence[str], gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
+    """GPUs, or MIG instances with their GPUs, that CUDA takes the words for.
+
+    All are of the first word's kind; UUIDs may be cut short where that is no riddle; the first word that
+    names nothing ends the list; a GPU that comes twice empties it.
     """
-    cores, on_host = sorted(os.sched_getaffinity(0)), os.cpu_count() or 1
-    if topology.launcher == "horovodrun" or len(cores) == on_host:
-        cores = share_of_cores(cores, topology.local_rank, topology.local_size)
-        os.sched_setaffinity(0, cores)
-    share = max(1, min(len(cores), on_host // topology.local_size))  # bound to a socket is not alone on it
-    threads = int(os.environ.get("OMP_NUM_THREADS") or share)
-    torch.set_num_threads(threads)
-    return threads
+    found: list[list[tuple[Gpu, str]]] = []
+    for word in words:
+        if _kind(word) != _kind(words[0]):
+            break
+        named = _find(word, gpus)
+        if not named:
+            break
+        if named in found:
+            return []
+        found.append(named)
+    return [place for places in found for place in places]
+
+
+def _find(word: str, gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
+    if _kind(word) == "number":
+        number = int(re.match(r"\d+", word)[0])
+        return _places(gpus[number]) if number < len(gpus) else []
+    if _kind(word) == "GPU-":
+        hits = [_places(gpu) for gpu in gpus if gpu.uuid.startswith(word)]
+        return hits[0] if len(hits) == 1 else []
+    instances = [(gpu, mig) for gpu in gpus for mig in gpu.mig]
+    hits = [place for place in instances if place[1] == word] or [
+        place for place in instances if place[1].startswith(word)
+    ]
+    if not hits:  # MIG-GPU-UUID/GPU INSTANCE/COMPUTE INSTANCE, which drivers since 470 take as well
+        parent = word.removeprefix("MIG-").partition("/")[0]
+        hits = [(gpu, word) for gpu in gpus if gpu.uuid == parent]
+    return hits if len(hits) == 1 else []
+
+
+def assign_device(topology: Topology, devices: Sequence[Device], env: Mapping[str, str]) -> Device:
+    """The device of this rank, when it sees these.
+
+    Raises DeviceError when the host has more ranks than it shows devices. A rank that sees a single one takes
+    that: where CUDA_VISIBLE_DEVICES says which, it may be its own (`srun --gpus-per-task=1`), and only
+    `check_apart` can tell.
+    """
+    if not devices:
+        return CPU
+    ranks, seen = topology.local_size, len(devices)
+    if ranks > seen and not shares_devices(env) and not (seen == 1 and VISIBLE in env):
+        raise DeviceError(
+            f"{ranks} ranks on host {topology.host}, where each sees {seen} of its GPUs",
+            wanted="a GPU for each rank",
+            fix=f"-np {seen} on this host, or {VISIBLE}= (empty) to train on its CPU cores",
+        )
+    own = devices[topology.local_rank % seen]
+    if ranks > seen and not shares_devices(env):
+        return own  # whose the others are is not to be seen from here
+    by_local_rank = tuple(devices[rank % seen].gpu.pci for rank in range(ranks))
+    return replace(own, pci_by_local_rank=by_local_rank)
+
+
+def shares_devices(env: Mapping[str, str]) -> bool:
+    """Whether the user wants ranks to share devices."""
+    return env.get(SHARED, "0") not in ("", "0")
+
+
+def check_apart(everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, str]) -> None:
+    """DeviceError where ranks share a device and are not meant to.
+
+    `everyone` is, by rank, its host, its device's UUID (empty for a CPU) and the device in words.
+    """
+    if shares_devices(env):
+        return
+    ranks_by_uuid: dict[str, list[int]] = {}
+    for rank, (_, uuid, _) in everyone.items():
+        if uuid:
+            ranks_by_uuid.setdefault(uuid, []).append(rank)
+    shared = []
+    for ranks in ranks_by_uuid.values():
+        if len(ranks) > 1:
+            host, _, device = everyone[ranks[0]]
+            shared.append(f"ranks {', '.join(map(str, ranks))} on host {host} share {device}")
+    if shared:
+        raise DeviceError(
+            "; ".join(shared),
+            wanted="a device for each rank",
+            fix=f"as many ranks as devices; under srun, --gpus-per-task=1; {SHARED}=1 if it is meant",
+        )

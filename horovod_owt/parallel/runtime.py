@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import horovod.torch as hvd
 import torch
 
-from horovod_owt.errors import ConfigError
-from horovod_owt.parallel.device import use_share_of_cores
+from horovod_owt.errors import ConfigError, DeviceError
+from horovod_owt.parallel.collectives import gather_objects
+from horovod_owt.parallel.cores import use_own_cores
+from horovod_owt.parallel.device import Device, check_apart
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
 from horovod_owt.topology import place_on_box, read_topology
 from horovod_owt.versions import installed_versions
@@ -45,15 +47,16 @@ class World:
         return group_of(self.rank, shard_group_ranks(self.size, group_size), self.process_sets)
 
 
-def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -> World:
-    """Join the job with this device (`cpu`, `cuda:0`, ...), once a process: Gloo does not survive many.
+def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -> World:
+    """Join the job with this device, once a process: Gloo does not survive many.
 
     Groups of `fc_group_size` ranks get their process sets now: sets added later cost a round trip each cycle.
     Pieces of a flat buffer need no second buffer to be fused in, hence the fusion threshold of 0: 0.152
     against 0.175 s for 244 MB on two ranks. What the user set in the environment stays.
     """
     topology = read_topology()
-    use_share_of_cores(topology)  # before Horovod and DALI start threads, which inherit the cores
+    # before Horovod and DALI start threads, which inherit the cores
+    torch.set_num_threads(use_own_cores(topology, device))
     defaults = {
         "HOROVOD_FUSION_THRESHOLD": "0",
         # Where the roll call is at work, it speaks and ends the job before either of these does.
@@ -61,7 +64,7 @@ def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(int(stall_limit_s) + 30),
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(stall_limit_s) + 60),  # its 30 s end runs at a hiccup
     }
-    if device == "cpu":
+    if device.gpu is None:
         defaults |= _sleep_of_horovods_thread(topology.world_size, fc_group_size)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -78,12 +81,12 @@ def init(device: str, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -
             wanted="the same fc_group_size on every rank; `node` differs between hosts of unequal size",
             fix="--set fc_group_size=K with a number",
         ).on_every_rank() from None
-    if device != "cpu":
-        torch.cuda.set_device(device)
+    if device.gpu is not None:
+        torch.cuda.set_device(device.name)
     return look_around(device, tuple(sets))
 
 
-def look_around(device: str, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
+def look_around(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
     """Where this rank stands now; in an elastic job that changes whenever the ranks regroup."""
     local_rank, local_size = place_on_box() or (hvd.local_rank(), hvd.local_size())
     return World(
@@ -92,10 +95,22 @@ def look_around(device: str, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
         local_rank=local_rank,
         local_size=local_size,
         host=read_topology().host,
-        device=torch.device(device),
+        device=torch.device(device.name),
         threads=torch.get_num_threads(),
         process_sets=sets,
     )
+
+
+def check_devices(device: Device, world: World) -> None:
+    """DeviceError on every rank where some share a device: a launcher may show the same one to two ranks.
+
+    Before the first step, by every rank of each world.
+    """
+    everyone = gather_objects((world.host, device.uuid, str(device)), "devices")
+    try:
+        check_apart(dict(enumerate(everyone)), os.environ)
+    except DeviceError as error:
+        raise error.on_every_rank() from None
 
 
 def _sleep_of_horovods_thread(world_size: int, fc_group_size: int) -> dict[str, str]:

@@ -14,11 +14,15 @@ FIX = {  # by the first word of what differs
     "code": "the same checkout of horovod_owt on every host",
     "config": "the same recipe and --set on every rank",
     "data": "copy it to every host, or name a shared folder",
+    "device": "`owt devices` on those that differ; CUDA_VISIBLE_DEVICES= (empty) for CPU cores everywhere",
 }
 
 
 def check_agreement(request: Request, world: World) -> None:
-    """Raise ConfigError on every rank, with a table of who has what, when ranks differ."""
+    """Raise ConfigError on every rank, with a table of who has what, when ranks differ.
+
+    What they must not have in common is a device: DeviceError.
+    """
     everyone = gather_objects((world.host, facts(request)), "agreement")
     if table := differences(everyone):
         kinds = dict.fromkeys(line.split()[0] for line in table if not line.startswith(" "))
@@ -28,13 +32,15 @@ def check_agreement(request: Request, world: World) -> None:
             wanted="the same on every rank",
             fix="; ".join(FIX[kind] for kind in kinds),
         ).on_every_rank()
+    runtime.check_devices(request.device, world)
 
 
 def facts(request: Request) -> dict[str, str]:
     """What must be equal on every rank, by a name of two words."""
     versions = {f"version {name}": value for name, value in runtime.versions().items()}
     config = {f"config {key}": str(value) for key, value in request.cfg.to_dict().items()}
-    return {**versions, "code sha256": code_digest(), **config, "data set": request.folder.fingerprint()}
+    same = {"code sha256": code_digest(), "data set": request.folder.fingerprint()}
+    return {**versions, **same, **config, "device kind": "GPU" if request.device.gpu else "CPU"}
 
 
 def differences(everyone: list[tuple[str, dict[str, str]]]) -> list[str]:

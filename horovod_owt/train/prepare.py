@@ -9,7 +9,8 @@ from pathlib import Path
 from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import DataSet, open_data_set
-from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.errors import ConfigError, DeviceError, OwtError
+from horovod_owt.parallel.device import Device, claim_device
 from horovod_owt.topology import Topology, read_topology, resolve_group_size
 
 
@@ -20,7 +21,7 @@ class Request:
     cfg: TrainConfig  # with the number of classes filled in
     data: Path
     folder: DataSet
-    device: str  # of this rank: cpu, cuda:0, ...
+    device: Device
 
 
 def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> Request:
@@ -53,11 +54,25 @@ def _group_size(cfg: TrainConfig, topology: Topology) -> str:
     return "1" if cfg.parallel == "data" else str(resolve_group_size(cfg.fc_group_size, topology))
 
 
-def choose_device(cfg: TrainConfig, topology: Topology) -> str:
+def choose_device(cfg: TrainConfig, topology: Topology) -> Device:
     """This rank's device; raises OwtError if there is none for it, or none that can compute as asked."""
-    from horovod_owt.parallel.device import assign_device, visible_gpus  # loads torch
-
-    device = assign_device(topology, visible_gpus())
-    if cfg.precision == "fp16" and device == "cpu":
+    device = claim_device(topology)
+    if device.gpu is not None:
+        _check_torch_sees(device, topology)
+    elif cfg.precision == "fp16":
         raise ConfigError("precision=fp16 on a CPU", wanted="fp32 or bf16 there", fix="--set precision=bf16")
     return device
+
+
+def _check_torch_sees(device: Device, topology: Topology) -> None:
+    """DeviceError for a GPU that the driver has and torch cannot use: it would train on the CPU, silently."""
+    import torch  # not needed before there is a GPU
+
+    if not torch.cuda.is_available():
+        gpu, built_for = device.gpu, torch.version.cuda or "no CUDA"
+        raise DeviceError(
+            f"torch {torch.__version__} on host {topology.host} cannot use its {gpu.name}: it is built for "
+            f"CUDA {built_for}, driver {gpu.driver} is for up to CUDA {gpu.cuda_driver}",
+            wanted="a torch for this driver",
+            fix="`launch/setup` chooses one, or CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
+        )

@@ -77,8 +77,9 @@ REPORT_HOSTS = """
 import json, socket, torch
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects, sum_over_ranks
+from horovod_owt.parallel.device import CPU
 
-world = runtime.init("cpu")
+world = runtime.init(CPU)
 total = sum_over_ranks(torch.ones(2), "ones").tolist()
 addresses = {name: socket.gethostbyname(name) for name in gather_objects(socket.gethostname(), "names")}
 if world.is_root:

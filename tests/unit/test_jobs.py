@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError
-from horovod_owt.jobs.allocation import Allocation, expand, read_allocation
+from horovod_owt.jobs.allocation import Allocation, read_allocation
 from horovod_owt.jobs.inside import choose_launcher, ranks_argv
 from horovod_owt.jobs.launch import owt_args
 from horovod_owt.jobs.rank import horovod_environment
@@ -22,6 +22,7 @@ from horovod_owt.jobs.script import quote_directive, render
 from horovod_owt.jobs.slurm import parse_jobs
 from horovod_owt.jobs.spec import KINDS, JobSpec
 from horovod_owt.jobs.status import last_step
+from horovod_owt.topology import expand_counts
 
 REPO = Path(__file__).parents[2]
 NASTY = [
@@ -201,7 +202,7 @@ def test_ranks_of_a_node_are_its_tasks_or_else_its_gpus(env, ranks):
 
 
 def test_slurms_counts_by_node():
-    assert expand("4(x2),8") == [4, 4, 8]
+    assert expand_counts("4(x2),8") == [4, 4, 8]
 
 
 def test_a_task_of_srun_knows_its_place_in_horovods_words():

@@ -6,13 +6,14 @@ import sys
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects, on_root
+from horovod_owt.parallel.device import CPU
 
 
 def fail():
     raise ConfigError("seen", wanted="wanted", fix="fix")
 
 
-world = runtime.init("cpu")
+world = runtime.init(CPU)
 assert on_root(lambda: world.rank + 41, "fine") == 41
 try:
     on_root(fail, "failing")

@@ -23,6 +23,7 @@ from horovod_owt.data.pipeline import Batch
 from horovod_owt.model import alexnet_owt, build_model
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
+from horovod_owt.parallel.device import CPU
 from horovod_owt.parallel.runtime import World
 from horovod_owt.topology import read_topology
 from horovod_owt.train.replica import MOMENTUM, Replica
@@ -88,7 +89,7 @@ def main() -> None:
     out, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     alexnet_owt.HIDDEN = HIDDEN
     # the process sets of groups of 2 among 4 do for groups of 1, 2 and 4
-    world = runtime.init("cpu", fc_group_size=2)
+    world = runtime.init(CPU, fc_group_size=2)
     checks = {size: check_exchange(world, size) for size in range(2, world.size + 1, 2)}
     if world.is_root:
         (out / "exchange.json").write_text(json.dumps(checks))

@@ -7,12 +7,13 @@ from pathlib import Path
 from horovod_owt.config import resolve
 from horovod_owt.data.store import open_data_set
 from horovod_owt.parallel import runtime
+from horovod_owt.parallel.device import CPU
 from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import validation_pipeline
 from horovod_owt.train.replica import Replica
 
 cfg = resolve(str(Path(__file__).parents[1] / "small.yaml"), ["classes=8", "pipeline=torchvision"])
-world = runtime.init("cpu")
+world = runtime.init(CPU)
 with validation_pipeline(cfg, open_data_set(Path(sys.argv[1])), world) as batches:
     score = validate(Replica(cfg, world), batches)
 if world.is_root:

@@ -1,0 +1,208 @@
+"""What the NVIDIA driver says of this host's GPUs: the one place that asks it, by NVML.
+
+NVML needs neither torch nor CUDA, takes no memory of a GPU and does not care for CUDA_VISIBLE_DEVICES.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pynvml
+
+from horovod_owt.errors import DeviceError
+
+NO_GPU = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+NOT_SAID = (  # by this GPU, or by a driver of its age
+    pynvml.NVML_ERROR_NOT_SUPPORTED,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
+    pynvml.NVML_ERROR_NO_PERMISSION,
+    pynvml.NVML_ERROR_INVALID_ARGUMENT,
+    pynvml.NVML_ERROR_NO_DATA,
+    pynvml.NVML_ERROR_DEPRECATED,
+)
+# Why clocks are lower than they could be. Idleness, clocks that somebody set and a display are no trouble.
+THROTTLE_REASONS = {
+    0x04: "power cap",
+    0x08: "hw slowdown",  # of either kind below, or a fast fall of the supply's voltage
+    0x20: "thermal slowdown",
+    0x40: "hw thermal slowdown",
+    0x80: "hw power brake",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of this host; a K80 board is two."""
+
+    index: int  # NVML's
+    uuid: str  # GPU-...
+    name: str
+    pci: str  # as sysfs spells it: 0000:05:00.0
+    compute_capability: tuple[int, int]
+    memory_bytes: int | None  # None where it shares the host's
+    driver: str  # 470.256.02
+    cuda_driver: str  # the newest CUDA that the driver can: 11.4
+    mig: tuple[str, ...] = ()  # UUIDs of its instances, in MIG mode
+
+
+@dataclass(frozen=True)
+class GpuHealth:
+    """How a GPU does at the moment; None for whatever it, or its driver, does not say."""
+
+    uncorrected_ecc_errors: int | None  # since the driver was loaded
+    retired_pages_pending: bool | None  # memory pages or rows that the next reset takes out of use
+    throttle_reasons: tuple[str, ...] | None  # values of THROTTLE_REASONS; empty: full speed
+    persistence_mode: bool | None
+    sm_clock_mhz: int | None
+    max_sm_clock_mhz: int | None
+    applications_clock_mhz: int | None  # of the SMs, as somebody set it
+    auto_boost: bool | None
+    temperature_c: int | None
+    pcie_generation: int | None  # an idle GPU's link may be slower than it can be
+    max_pcie_generation: int | None  # of GPU and slot together
+    pcie_width: int | None  # lanes
+    max_pcie_width: int | None
+
+
+def list_gpus() -> list[Gpu]:
+    """The GPUs that this process may use, by PCI address; none without a driver.
+
+    Raises DeviceError where there is a driver that does not work: a host that goes on by its CPU cores would
+    keep all others waiting.
+    """
+    try:
+        with _nvml():
+            handles = map(_handle, range(pynvml.nvmlDeviceGetCount()))
+            gpus = [_gpu(index, handle) for index, handle in enumerate(handles) if handle is not None]
+    except pynvml.NVMLError as error:
+        if error.value in NO_GPU:
+            return []
+        raise _trouble("the GPUs", error) from None
+    return sorted(gpus, key=lambda gpu: gpu.pci)
+
+
+def read_health(index: int) -> GpuHealth:
+    """The state of NVML's GPU `index`; DeviceError if it is lost."""
+    try:
+        with _nvml():
+            return _health(pynvml.nvmlDeviceGetHandleByIndex(index))
+    except pynvml.NVMLError as error:
+        raise _trouble(f"GPU {index}", error) from None
+
+
+@contextmanager
+def _nvml() -> Iterator[None]:
+    pynvml.nvmlInit()
+    try:
+        yield
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _handle(index: int):
+    """None for a GPU that a control group keeps from this process: CUDA does not number it."""
+    try:
+        return pynvml.nvmlDeviceGetHandleByIndex(index)
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
+            return None
+        raise
+
+
+def _gpu(index: int, handle) -> Gpu:
+    place = pynvml.nvmlDeviceGetPciInfo(handle)
+    memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    newest_cuda = pynvml.nvmlSystemGetCudaDriverVersion()  # 11040
+    return Gpu(
+        index=index,
+        uuid=pynvml.nvmlDeviceGetUUID(handle),
+        name=pynvml.nvmlDeviceGetName(handle),
+        pci=f"{place.domain:04x}:{place.bus:02x}:{place.device:02x}.0",
+        compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+        memory_bytes=memory and memory.total,
+        driver=pynvml.nvmlSystemGetDriverVersion(),
+        cuda_driver=f"{newest_cuda // 1000}.{newest_cuda % 1000 // 10}",
+        mig=tuple(_instances(handle)),
+    )
+
+
+def _instances(handle) -> Iterator[str]:
+    """UUIDs of a GPU's MIG instances; those of old drivers are MIG-GPU-.../GPU INSTANCE/COMPUTE INSTANCE."""
+    mode_and_pending = _ask(pynvml.nvmlDeviceGetMigMode, handle)
+    if not (mode_and_pending and mode_and_pending[0]):
+        return
+    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            yield pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
+        except pynvml.NVMLError as error:
+            if error.value not in (pynvml.NVML_ERROR_NOT_FOUND, *NOT_SAID):
+                raise
+
+
+def _health(handle) -> GpuHealth:
+    sm = pynvml.NVML_CLOCK_SM
+    boosted = _ask(pynvml.nvmlDeviceGetAutoBoostedClocksEnabled, handle)
+    return GpuHealth(
+        uncorrected_ecc_errors=_ask(
+            pynvml.nvmlDeviceGetTotalEccErrors,
+            handle,
+            pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+            pynvml.NVML_VOLATILE_ECC,
+        ),
+        retired_pages_pending=_pages_pending(handle),
+        throttle_reasons=_throttle_reasons(handle),
+        persistence_mode=_flag(_ask(pynvml.nvmlDeviceGetPersistenceMode, handle)),
+        sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, sm),
+        max_sm_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, sm),
+        applications_clock_mhz=_ask(pynvml.nvmlDeviceGetApplicationsClock, handle, sm),
+        auto_boost=_flag(boosted and boosted[0]),
+        temperature_c=_ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        pcie_generation=_ask(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),
+        max_pcie_generation=_ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+        pcie_width=_ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
+        max_pcie_width=_ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
+    )
+
+
+def _pages_pending(handle) -> bool | None:
+    """Pages are retired up to Volta; from Ampere on rows are remapped, and pages are not supported."""
+    rows = _ask(pynvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
+    if rows is not None:
+        return bool(rows[2])
+    return _flag(_ask(pynvml.nvmlDeviceGetRetiredPagesPendingStatus, handle))
+
+
+def _throttle_reasons(handle) -> tuple[str, ...] | None:
+    bits = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)  # its name since driver 535
+    if bits is None:
+        bits = _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+    if bits is None:
+        return None
+    return tuple(name for bit, name in THROTTLE_REASONS.items() if bits & bit)
+
+
+def _ask(question: Callable[..., Any], *words: Any) -> Any:
+    """The answer; None where this GPU or its driver has none."""
+    try:
+        return question(*words)
+    except pynvml.NVMLError as error:
+        if error.value in NOT_SAID:
+            return None
+        raise
+
+
+def _flag(state: int | None) -> bool | None:
+    return None if state is None else bool(state)
+
+
+def _trouble(what: str, error: pynvml.NVMLError) -> DeviceError:
+    return DeviceError(
+        f"the driver cannot use {what} of host {socket.gethostname()}: {error}",
+        wanted="a driver that answers",
+        fix="`nvidia-smi` there; after an update of the driver, a reboot. "
+        "CUDA_VISIBLE_DEVICES= (empty) trains on CPU cores",
+    )
