@@ -52,7 +52,8 @@ def main() -> None:
     except OwtError as error:
         if error.shared and topology.local_rank != 0:
             time.sleep(SPEAKER_GRACE_S)
-        print(f"owt: {who}{error}", file=sys.stderr, flush=True)
+        if not error.silent:
+            print(f"owt: {who}{error}", file=sys.stderr, flush=True)
         exit_code = error.exit_code
     except Exception:
         print(f"owt: {who}a bug, please report it\n{traceback.format_exc()}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ class OwtError(Exception):
 
     exit_code = 1
     shared = False  # every rank of this host has met it, so that one of them may speak for all
+    silent = False  # rank 0 says it, and all leave together
 
     def __init__(self, saw: str, *, wanted: str = "", fix: str = "") -> None:
         self.saw, self.wanted, self.fix = saw, wanted, fix
@@ -19,6 +20,11 @@ class OwtError(Exception):
     def on_every_rank(self) -> OwtError:
         """The same error, marked as one that each rank raises."""
         self.shared = True
+        return self
+
+    def by_rank_0(self, rank: int) -> OwtError:
+        """The same error, marked as one that all ranks of the job raise at once, and rank 0 tells."""
+        self.silent = rank != 0
         return self
 
     def __str__(self) -> str:

@@ -42,18 +42,14 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
 
     log_to_stderr()
     topology = read_topology()
-    findings, all_well = preflight(topology, data, run_dir)
-    bad = [finding for finding in findings if not finding.ok]
-    if topology.rank == 0:
+
+    def tell(findings: list[Finding]) -> None:
         document = {"findings": [finding.to_dict() for finding in findings]}
         click.echo(json.dumps(document) if as_json else _table(findings))
-    if not all_well:
-        saw = (
-            f"{len(bad)} of {len(findings)} findings are bad"
-            if topology.rank == 0
-            else "rank 0 found problems"
-        )
-        raise ProblemFound(saw, wanted="none", fix="as the table says").on_every_rank()
+
+    if bad := preflight(topology, data, run_dir, tell):
+        saw = f"{bad} bad finding{'s'[: bad > 1]}"
+        raise ProblemFound(saw, wanted="none", fix="as each of them says").by_rank_0(topology.rank)
 
 
 def _table(findings: list[Finding]) -> str:

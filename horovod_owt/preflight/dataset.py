@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,14 +29,14 @@ CHECKPOINT_BYTES = 2 * 4 * (conv_parameters() + fc_parameters(1000))  # weights 
 def read(root: Path, seed: int) -> dict[str, Any]:
     """The data set as this host sees it, and how fast random images of it come; raises DataError, OSError."""
     data = open_data_set(root)
-    order = iter(np.random.default_rng(seed).permutation(len(data.train)))
+    order, turns = np.random.default_rng(seed).permutation(len(data.train)), itertools.count()
     start = monotonic()
 
     def some() -> tuple[int, int]:
-        """Images and bytes that one thread has read; `next` of one iterator is atomic."""
+        """Images and bytes that one thread has read; the `next` that threads share is atomic."""
         images = size = 0
-        while monotonic() < start + READ_S and (index := next(order, None)) is not None:
-            size += len(data.train.read(int(index)))
+        while monotonic() < start + READ_S:
+            size += len(data.train.read(int(order[next(turns) % len(order)])))
             images += 1
         return images, size
 

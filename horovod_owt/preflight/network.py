@@ -17,7 +17,7 @@ from horovod_owt.preflight.wire import Pair
 
 CLOCK_LIMIT_S = 1.0  # logs of hosts that differ by more are no help; munge and NFS mind more than that
 LATENCY_FLOOR_S = 5e-4  # no latency below this is worth a word
-RING_SHARE = 0.2  # of what plain TCP moves round the ring
+RING_SHARE = 0.1  # of what plain TCP moves round the ring: less is another network, or no cores for it
 ALLREDUCE_BYTES = 32 << 20
 ALLREDUCE_S = 1.0  # for about how long it is repeated
 

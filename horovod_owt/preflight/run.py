@@ -102,10 +102,12 @@ def within(limit_s: float, probe: Callable[[], Any]) -> dict[str, Any]:
     return said[0] if said else {"error": {"saw": f"no answer in {limit_s:g} s", "wanted": "", "fix": ""}}
 
 
-def preflight(topology: Topology, data: Path | None, run_dir: Path) -> tuple[list[Finding], bool]:
-    """All findings (on rank 0; none on the others), and whether all is well (on every rank).
+def preflight(
+    topology: Topology, data: Path | None, run_dir: Path, tell: Callable[[list[Finding]], None]
+) -> int:
+    """How many findings are bad, on every rank, once rank 0 has told all findings; every rank must call it.
 
-    Every rank must call it. Raises RunError on a rank that has no word from rank 0.
+    Raises RunError on a rank that has no word from rank 0.
     """
     with meet(topology, limit_s=COME_S) as meeting:
         inquiry = Inquiry(meeting, topology)
@@ -129,9 +131,10 @@ def preflight(topology: Topology, data: Path | None, run_dir: Path) -> tuple[lis
             inquiry.check("data", read, dataset.judge_data, DATA_S)
         check_folder(inquiry, run_dir, leader)
         check_network(inquiry, leader, claimed)
-        inquiry.find(*attendance(inquiry))
-        all_well = inquiry.share(all(finding.ok for finding in inquiry.findings))
-        return inquiry.findings, all_well
+        if meeting.is_root:
+            inquiry.find(*attendance(inquiry))
+            tell(inquiry.findings)
+        return inquiry.share(sum(not finding.ok for finding in inquiry.findings))
 
 
 def check_folder(inquiry: Inquiry, run_dir: Path, leader: bool) -> None:
@@ -219,8 +222,6 @@ def check_ring(inquiry: Inquiry, address: str | None, claimed: list[Device]) -> 
 
 def attendance(inquiry: Inquiry) -> list[Finding]:
     """Who did not answer, and what it was asked; rank 0 alone knows."""
-    if not inquiry.meeting.is_root:
-        return []
     if not inquiry.meeting.absent:
         ranks = [Answer(rank, name, None) for rank, name in sorted(inquiry.hosts.items())]
         return [Finding("ranks", True, f"{len(ranks)} answered: {who(ranks)}")]

@@ -19,7 +19,9 @@ def slurm(tmp_path_factory):
     tools = tmp_path_factory.mktemp("bin")
     program = shlex.join([sys.executable, str(PARALLEL / "programs" / "narrow.py")])
     this_code = shlex.quote(str(PARALLEL.parents[1]))  # also where ssh and mpirun pass no PYTHONPATH on
-    (tools / "owt").write_text(f'#!/bin/sh\nPYTHONPATH={this_code} exec {program} "$@"\n')
+    (tools / "owt").write_text(
+        f'#!/bin/sh\nPYTHONPATH={this_code}${{PYTHONPATH:+:$PYTHONPATH}} exec {program} "$@"\n'
+    )
     (tools / "owt").chmod(0o755)
     try:
         install()

@@ -219,13 +219,15 @@ def test_a_data_set_that_differs_and_a_slow_disk_are_found():
     assert {f.check: f.hosts for f in findings if not f.ok} == {"data: set": ("h1",), "read rate": ("h3",)}
 
 
-def test_a_real_data_set_is_read(tmp_path):
+def test_a_real_data_set_is_read(tmp_path, monkeypatch):
     from horovod_owt.data.synthetic import write_synthetic
 
     write_synthetic(tmp_path / "data", classes=2, train_per_class=3, val_per_class=1, size=(32, 32))
+    monkeypatch.setattr(dataset, "READ_S", 0.2)
     found = dataset.read(tmp_path / "data", seed=1)
     size = sum(path.stat().st_size for path in (tmp_path / "data" / "train").glob("*/*"))
-    assert found["bytes_per_s"] / found["images_per_s"] == pytest.approx(size / 6)
+    assert found["images_per_s"] > 6  # a small set is read again and again
+    assert found["bytes_per_s"] / found["images_per_s"] == pytest.approx(size / 6, rel=0.01)
     assert found["fingerprint"].startswith("6 + 2 images of 2 classes")
 
 
