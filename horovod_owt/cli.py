@@ -13,6 +13,7 @@ from horovod_owt import __version__
 from horovod_owt.commands.bench import bench
 from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
+from horovod_owt.commands.devices import devices
 from horovod_owt.commands.job import job
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.train import train
@@ -35,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, preflight, bench, job):
+for command in (data, train, checkpoint, devices, preflight, bench, job):
     cli.add_command(command)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.jobs.hosts import read_hosts
 from horovod_owt.jobs.interfaces import interface_between
+from horovod_owt.parallel.device import visible_gpus
 from horovod_owt.supervise import Supervisor, say
 
 # What mpirun is to carry to other hosts; horovodrun carries all of the environment.
@@ -78,13 +79,6 @@ def interface_environment(interface: str) -> dict[str, str]:
     return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), interface)
 
 
-def gpus_here(env: Mapping[str, str]) -> int:
-    """As the environment or else the driver's device files have it; nothing is asked to wake up."""
-    if "CUDA_VISIBLE_DEVICES" in env:
-        return len([word for word in env["CUDA_VISIBLE_DEVICES"].split(",") if word.strip()])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
 def main(launcher: str, description: str) -> int:
     """The exit code of the job: outcome.json's where the run wrote one."""
     parser = argparse.ArgumentParser(
@@ -132,7 +126,7 @@ def count(word: str) -> int:
 
 
 def _one_for_each_gpu() -> int:
-    gpus = gpus_here(os.environ)
+    gpus = visible_gpus()
     if not gpus:
         raise ConfigError("no GPU here", wanted="how many ranks this box is to have", fix="--ranks N")
     return gpus

@@ -153,7 +153,7 @@ def shares_devices(env: Mapping[str, str]) -> bool:
     return env.get(SHARED, "0") not in ("", "0")
 
 
-def check_apart(everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, str]) -> None:
+def check_apart(everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, str] = os.environ) -> None:
     """DeviceError where ranks share a device and are not meant to.
 
     `everyone` is, by rank, its host, its device's UUID (empty for a CPU) and the device in words.

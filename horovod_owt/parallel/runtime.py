@@ -108,7 +108,7 @@ def check_devices(device: Device, world: World) -> None:
     """
     everyone = gather_objects((world.host, device.uuid, str(device)), "devices")
     try:
-        check_apart(dict(enumerate(everyone)), os.environ)
+        check_apart(dict(enumerate(everyone)))
     except DeviceError as error:
         raise error.on_every_rank() from None
 

@@ -30,10 +30,14 @@ def look(device: Device) -> dict[str, Any]:
         return found
     import torch
 
+    try:
+        state = {"health": asdict(read_health(device.gpu.index))}
+    except DeviceError as error:
+        state = {"lost": str(error)}
     return {
         **found,
+        **state,
         "gpu": asdict(device.gpu),
-        "health": asdict(read_health(device.gpu.index)),
         "architectures": torch.cuda.get_arch_list(),
         "cuda": torch.version.cuda or "",
         "acs": redirecting_bridges(device.gpu.pci),
@@ -45,7 +49,8 @@ def judge(answers: Sequence[Answer]) -> list[Finding]:
     gpus = [answer for answer in answers if "gpu" in answer.value]
     findings = [_judge_kinds(answers, gpus), _judge_sharing(answers)]
     if gpus:
-        findings += [_judge_architecture(gpus), _judge_driver(gpus), *_judge_health(gpus), _judge_acs(gpus)]
+        findings += [_judge_architecture(gpus), _judge_driver(gpus), _judge_presence(gpus), _judge_acs(gpus)]
+        findings += _judge_health([answer for answer in gpus if "health" in answer.value])
     return findings
 
 
@@ -130,7 +135,18 @@ def _judge_driver(gpus: Sequence[Answer]) -> Finding:
     )
 
 
+def _judge_presence(gpus: Sequence[Answer]) -> Finding:
+    lost = [answer for answer in gpus if "lost" in answer.value]
+    saw = "; ".join(f"{answer.value['lost']}, {who([answer])}" for answer in lost[:4])
+    good = f"{len(gpus)} GPUs answer"
+    fix = "`nvidia-smi` and `dmesg` there; drain the host" if lost else ""
+    return Finding("GPU answers", not lost, saw or good, "each GPU's word on its state", fix, hosts_of(lost))
+
+
 def _judge_health(gpus: Sequence[Answer]) -> list[Finding]:
+    if not gpus:
+        return []
+
     def ailing(check: str, ill: Callable[[dict], str], wanted: str, fix: str) -> Finding:
         found = [(answer, words) for answer in gpus if (words := ill(answer.value["health"]))]
         saw = "; ".join(f"{words} on {answer.host}: {answer.value['words']}" for answer, words in found[:4])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from horovod_owt.errors import DeviceError
 from horovod_owt.parallel import device
-from horovod_owt.parallel.device import SHARED, check_apart, claim_device, visible_devices
+from horovod_owt.parallel.device import SHARED, check_apart, claim_device, visible_devices, visible_gpus
 from horovod_owt.topology import read_topology
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -160,6 +160,14 @@ def test_mig_instances_are_named_in_whole_in_part_and_as_old_drivers_do(box):
     assert (one.mig, one.gpu) == (old, box[1])
     env = {VISIBLE: "MIG-12bb,MIG-10bb-0000"}
     assert claim_device(rank_of(local_rank=1, local_size=2), env).mig == env[VISIBLE] == "MIG-10bb-0000"
+
+
+def test_a_box_has_as_many_places_as_gpus_and_mig_instances(box, monkeypatch):
+    monkeypatch.delenv(VISIBLE, raising=False)
+    box[1] = with_mig(box[1], 3)
+    assert visible_gpus() == 6
+    monkeypatch.setenv(VISIBLE, "0,1")
+    assert visible_gpus() == 4
 
 
 def row(host: str, uuid: str) -> tuple[str, str, str]:

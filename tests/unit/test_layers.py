@@ -16,7 +16,7 @@ LIGHT = ["cli", "commands.data", "config", "errors", "schedule", "topology", "tr
 LIGHT += [f"data.{name}" for name in ("store", "folder", "listing", "order", "augment", "hashing", "jpeg")]
 LIGHT += [f"data.{name}" for name in ("synthetic", "feed", "shards", "pack", "prepare", "making")]
 LIGHT += [f"data.{name}" for name in ("faults", "oddities", "verify", "stats")] + ["parallel.mpi"]
-LIGHT += [f"parallel.{name}" for name in ("gpus", "device", "cores")]
+LIGHT += [f"parallel.{name}" for name in ("gpus", "device", "cores", "meeting")]
 LIGHT += [f"perf.{name}" for name in ("network", "traffic", "predict")]
 
 

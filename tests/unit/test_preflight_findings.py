@@ -296,6 +296,14 @@ def test_each_trouble_of_a_gpu_is_found_and_nothing_else(change, bad):
     assert {finding.check for finding in device.judge(answers) if not finding.ok} == set(bad)
 
 
+def test_a_gpu_that_its_driver_has_lost_is_told_beside_the_others_state():
+    lost = {name: value for name, value in gpu_facts("GPU-1").items() if name != "health"} | {
+        "lost": "fell off"
+    }
+    findings = device.judge(on_hosts(gpu_facts("GPU-0"), lost, gpu_facts("GPU-2", {"pcie_width": 4})))
+    assert {f.check: f.hosts for f in findings if not f.ok} == {"GPU answers": ("h1",), "PCIe width": ("h2",)}
+
+
 def test_a_host_without_a_gpu_among_others_is_named():
     answers = on_hosts(gpu_facts("GPU-0"), gpu_facts("GPU-1"), {"name": "cpu", "uuid": "", "words": "cpu"})
     (bad,) = [finding for finding in device.judge(answers) if not finding.ok]

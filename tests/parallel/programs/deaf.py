@@ -1,0 +1,21 @@
+"""owt preflight whose rank 1 stands still when it is asked about OWT_TEST_DEAF_TO, with short limits."""
+
+import os
+import signal
+
+from horovod_owt.cli import main
+from horovod_owt.preflight import run
+from horovod_owt.topology import read_topology
+
+run.LOOK_S = 2.0
+ask = run.Inquiry.ask
+
+
+def ask_or_stop(inquiry, what, probe, limit_s):
+    if what == os.environ["OWT_TEST_DEAF_TO"] and read_topology().rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return ask(inquiry, what, probe, limit_s)
+
+
+run.Inquiry.ask = ask_or_stop
+main()

@@ -1,0 +1,44 @@
+"""Preflight on real ranks of this host: under each launcher, and with a rank that stands still."""
+
+import json
+
+import pytest
+from conftest import OWT, PROGRAMS
+
+
+@pytest.mark.parametrize("launcher", ["none", "horovodrun", "mpirun"])
+def test_preflight_looks_at_ranks_under_any_launcher(run, images, tmp_path, launcher):
+    done = run(
+        [*OWT, "preflight", images, "--run-dir", tmp_path / "run", "--json"], ranks=2, launcher=launcher
+    )
+    findings = done.json()["findings"]
+    checks = {finding["check"] for finding in findings}
+    assert all(finding["ok"] for finding in findings)
+    assert {"versions", "devices", "cores", "/dev/shm", "data", "run folder", "interface", "ranks"} <= checks
+    assert ("allreduce" in checks) == (launcher != "none")
+    ranks = {finding["check"]: finding["saw"] for finding in findings}["ranks"]
+    assert ranks.startswith("1 answered" if launcher == "none" else "2 answered")
+    assert "preflight: versions" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+def test_a_rank_that_stands_still_is_named_with_the_question_and_nobody_hangs(run, tmp_path, launcher):
+    program = ["python", PROGRAMS / "deaf.py", "preflight", "--json", "--run-dir", tmp_path]
+    done = run(program, ranks=3, launcher=launcher, exit_code=None, limit_s=90, OWT_TEST_DEAF_TO="limits")
+    assert done.exit_code != 0
+    bad = {finding["check"]: finding["saw"] for finding in done.json()["findings"] if not finding["ok"]}
+    assert "(rank 1) did not answer when asked about: limits" in bad["ranks"]
+    assert "not measured" in bad["allreduce"]
+    cores = [finding["saw"] for finding in done.json()["findings"] if finding["check"] == "versions"]
+    assert cores  # what was asked before is judged all the same
+
+
+def test_a_data_set_that_is_not_there_is_a_finding_not_an_end(run, tmp_path):
+    done = run([*OWT, "preflight", tmp_path / "none", "--run-dir", tmp_path], launcher="none", exit_code=3)
+    assert "BAD   data" in done.stdout and f"{tmp_path}/none does not exist" in done.stdout
+    assert "1 bad finding" in done.stderr and "fix: give the path of the data set" in done.stdout
+
+
+def test_json_is_all_that_stdout_has(run, tmp_path):
+    done = run([*OWT, "preflight", "--json", "--run-dir", tmp_path], launcher="none")
+    assert json.loads(done.stdout)["findings"]
