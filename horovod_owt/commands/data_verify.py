@@ -19,6 +19,8 @@ from horovod_owt.commands.options import JSON_OPTION
 if TYPE_CHECKING:
     from horovod_owt.data.verify import Finding
 
+PATIENCE_S = 7 * 86400.0  # for other ranks' shares: a dead one is heard of at once
+
 
 @click.command()
 @click.argument("root", type=click.Path(path_type=Path))
@@ -40,11 +42,11 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     \b
     Examples:  owt data verify /tmp/synth
                owt data verify /tmp/synth --split val --json
-               mpirun -np 4 --bind-to none owt data verify /data/imagenet
+               horovodrun --gloo -np 4 owt data verify /data/imagenet
 
-    Under mpirun the ranks share the images, and rank 0 speaks. What is odd but decodes (a PNG named .JPEG, a
-    CMYK JPEG) is remarked on, and is no fault. Ctrl-C ends it with what was found so far; mpirun gives its
-    ranks no time for that, so there bad images are named on stderr too, as they are met.
+    Under a launcher the ranks share the images, and rank 0 speaks. What is odd but decodes (a PNG named
+    .JPEG, a CMYK JPEG) is remarked on, and is no fault. Ctrl-C ends it with what was found so far; mpirun
+    gives its ranks no time for that, so there bad images are named on stderr too, as they are met.
     """
     from horovod_owt.commands.log import log_to_stderr
     from horovod_owt.data.pipeline import resolve_kind
@@ -52,28 +54,28 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     from horovod_owt.data.verify import make_decoder, merged
     from horovod_owt.data.verify import verify as verify_share
     from horovod_owt.errors import ProblemFound, RunError
-    from horovod_owt.parallel.mpi import broadcast_number, check_started_by_mpi, gather_json
+    from horovod_owt.parallel.meeting import meet
     from horovod_owt.topology import read_topology
 
     log_to_stderr()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: say what was found
     topology, started = read_topology(), time.perf_counter()
-    check_started_by_mpi(topology, "owt data verify")
     kind = resolve_kind(pipeline)
     data = open_data_set(root)
     stores = {name: getattr(data, name) for name in SPLITS if split in (None, name)}
     threads = workers or _own_cores(topology.local_size)
     decoder = make_decoder(kind, threads=threads, device_id=_own_gpu(topology) if kind == "dali" else None)
     images = sum(map(len, stores.values()))
-    with _bar(images, topology) as progress:
-        found = verify_share(
-            stores, decoder, rank=topology.rank, world_size=topology.world_size, progress=progress
+    with meet(topology) as meeting:
+        with _bar(images, topology) as progress:
+            found = verify_share(
+                stores, decoder, rank=topology.rank, world_size=topology.world_size, progress=progress
+            )
+        parts = meeting.gather(found.to_dict(), PATIENCE_S, "verify")
+        whole = merged([part for _, part in sorted(parts.items())]) if parts else found
+        bad, done, stopped, lost = meeting.share(
+            [len(whole.bad), whole.images, whole.stopped, sorted(meeting.absent)], PATIENCE_S
         )
-    parts = gather_json(found.to_dict(), topology)
-    whole = merged(parts) if parts else found
-    bad, done, stopped = (
-        broadcast_number(int(number), topology) for number in (len(whole.bad), whole.images, whole.stopped)
-    )
     if topology.rank == 0:
         seconds = time.perf_counter() - started
         click.echo(_json(whole) if as_json else _text(whole, images, kind, seconds))
@@ -85,6 +87,11 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
         raise ProblemFound(saw, wanted="none", fix=fix).on_every_rank()
     if stopped:
         raise RunError(f"stopped after {done} of {images} images, none of them bad").on_every_rank()
+    if lost:
+        saw = (
+            f"no report of rank{'s'[: len(lost) > 1]} {', '.join(map(str, lost))}: {done} of {images} images"
+        )
+        raise RunError(saw, wanted="all of them", fix="see what became of those ranks").on_every_rank()
 
 
 def _own_cores(ranks_on_host: int) -> int:

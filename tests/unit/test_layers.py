@@ -15,8 +15,10 @@ HEAVY = {"torch", "torchvision", "horovod", "nvidia", "mpi4py"}
 LIGHT = ["cli", "commands.data", "config", "errors", "schedule", "topology", "train.prepare"]
 LIGHT += [f"data.{name}" for name in ("store", "folder", "listing", "order", "augment", "hashing", "jpeg")]
 LIGHT += [f"data.{name}" for name in ("synthetic", "feed", "shards", "pack", "prepare", "making")]
-LIGHT += [f"data.{name}" for name in ("faults", "oddities", "verify", "stats")] + ["parallel.mpi"]
-LIGHT += [f"parallel.{name}" for name in ("gpus", "device", "cores", "meeting")]
+LIGHT += [f"data.{name}" for name in ("faults", "oddities", "verify", "stats")]
+LIGHT += [f"parallel.{name}" for name in ("door", "meeting", "device", "cores", "gpus")]
+LIGHT += [f"preflight.{name}" for name in ("run", "findings", "host", "device", "network", "wire", "dataset")]
+LIGHT += ["commands.preflight", "commands.devices", "versions"]
 LIGHT += [f"perf.{name}" for name in ("network", "traffic", "predict")]
 
 
