@@ -138,12 +138,19 @@ def uses_mpi() -> bool:
 
 def versions() -> dict[str, str]:
     """What this rank computes with, for run folders and reports."""
-    built = {"gloo": hvd.gloo_built, "mpi": hvd.mpi_built, "nccl": hvd.nccl_built}
-    return {
-        **installed_versions(),
-        "horovod_controller": "mpi" if uses_mpi() else "gloo",
-        "horovod_operations": " ".join(name for name, ask in built.items() if ask()),
+    controller = {"horovod_controller": "mpi" if uses_mpi() else "gloo"}
+    return {**installed_versions(), **controller, "horovod_operations": operations()}
+
+
+def operations() -> str:
+    """What Horovod was built with; needs no `init`."""
+    nccl = hvd.nccl_built()  # 22703: 2.27.3
+    names = {
+        "gloo": hvd.gloo_built(),
+        "mpi": hvd.mpi_built(),
+        f"nccl {nccl // 10000}.{nccl // 100 % 100}.{nccl % 100}": nccl,
     }
+    return " ".join(name for name, built in names.items() if built)
 
 
 def _describe_lone_rank() -> None:

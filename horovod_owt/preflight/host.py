@@ -23,19 +23,16 @@ RESOLVERS = 16  # names asked for at a time: a dead name server answers none of 
 
 def environment() -> dict[str, str]:
     """What this rank would compute with; loads torch and Horovod, and raises what they raise."""
-    import horovod.torch as hvd
     import torch
 
+    from horovod_owt.parallel import runtime
     from horovod_owt.parallel.gpus import list_gpus
 
-    built = {"gloo": hvd.gloo_built, "mpi": hvd.mpi_built, "nccl": hvd.nccl_built}
-    nccl = hvd.nccl_built()
     return {
         **installed_versions(),
         "code": code_digest(),
-        "horovod's operations": " ".join(name for name, ask in built.items() if ask()),
+        "horovod's operations": runtime.operations(),
         "torch's CUDA": torch.version.cuda or "none",
-        "NCCL": f"{nccl // 10000}.{nccl // 100 % 100}.{nccl % 100}" if nccl else "none",
         "driver": next((gpu.driver for gpu in list_gpus()), "none"),
     }
 
@@ -118,6 +115,25 @@ def _judge_cores(answers: Sequence[Answer]) -> Finding:
         "--cpus-per-task, --cpus-per-gpu or --exclusive; mpirun --bind-to none; fewer ranks" if short else "",
         hosts_of(short),
     )
+
+
+def judge_addresses(answers: Sequence[Answer]) -> list[Finding]:
+    """No two hosts of one name, as clones have it: all else here tells hosts apart by that."""
+    seen: dict[str, set[tuple[str, ...]]] = {}
+    for answer in answers:
+        seen.setdefault(answer.host, set()).add(tuple(answer.value))
+    return [
+        Finding(
+            "host names",
+            False,
+            f"{len(several)} hosts are called {host}: {'; '.join(', '.join(own) for own in sorted(several))}",
+            "a name of its own for each",
+            "`hostnamectl set-hostname`",
+            (host,),
+        )
+        for host, several in seen.items()
+        if len(several) > 1
+    ]
 
 
 def names(table: Mapping[str, Sequence[str]]) -> dict[str, str]:

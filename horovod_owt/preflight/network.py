@@ -104,6 +104,8 @@ def slow_pairs(pairs: Pairs) -> list[tuple[str, str]]:
     Usual is the median over hosts of each one's best: a host whose every link is slow, one of three, would
     make the median over pairs its own.
     """
+    if not pairs:
+        return []
     rate, latency_s = _usual(pairs)
     return [
         pair
@@ -129,7 +131,6 @@ def better(one: Pair, other: Pair) -> Pair:
         min(one.latency_s, other.latency_s),
         max(one.up_bytes_per_s, other.up_bytes_per_s),
         max(one.down_bytes_per_s, other.down_bytes_per_s),
-        min((one, other), key=lambda pair: pair.latency_s).clock_offset_s,
     )
 
 
@@ -162,21 +163,15 @@ def judge_pairs(pairs: Pairs, failed: Mapping[tuple[str, str], str], wanted_pair
     return findings
 
 
-def judge_clocks(pairs: Pairs, root: str) -> Finding:
-    """All clocks are where that of rank 0's host is."""
-    offsets = {b if a == root else a: pair.clock_offset_s * (1 if a == root else -1)
-               for (a, b), pair in pairs.items() if root in (a, b)}  # fmt: skip
-    off = {host: offset for host, offset in offsets.items() if abs(offset) > CLOCK_LIMIT_S}
-    shown = off or dict(sorted(offsets.items(), key=lambda item: -abs(item[1]))[:1])
-    saw = ", ".join(f"{host} {offset:+.3g} s" for host, offset in shown.items()) or "one host, one clock"
-    return Finding(
-        "clocks",
-        not off,
-        f"{saw} against {root}" if shown else saw,
-        f"within {CLOCK_LIMIT_S:g} s",
-        "`timedatectl`, chrony or ntp on these hosts" if off else "",
-        tuple(off),
-    )
+def judge_clocks(answers: Sequence[Answer], root: str) -> list[Finding]:
+    """All clocks are where that of rank 0's host is; each answer's value is that one minus the host's own."""
+    off = [a for a in answers if abs(a.value) > CLOCK_LIMIT_S]
+    furthest = sorted(off or answers, key=lambda a: -abs(a.value))
+    shown = furthest[:4] if off else furthest[:1]
+    saw = ", ".join(f"{a.host} {-a.value:+.2g} s" for a in shown) + f" against {root}"
+    saw += f", the furthest of {len(answers)}" if not off and answers[1:] else ""
+    fix = "`timedatectl`; chrony or ntp" if off else ""
+    return [Finding("clocks", not off, saw, f"within {CLOCK_LIMIT_S:g} s", fix, hosts_of(off))]
 
 
 def judge_ring(answers: Sequence[Answer], seconds: Sequence[Answer]) -> Finding:

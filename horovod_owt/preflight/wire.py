@@ -26,7 +26,6 @@ class Pair:
     latency_s: float  # of a word there, half of there and back
     up_bytes_per_s: float  # towards the other
     down_bytes_per_s: float
-    clock_offset_s: float  # the other's clock minus ours; off by at most the latency
 
 
 @contextmanager
@@ -42,14 +41,30 @@ def answering(address: str) -> Iterator[int]:
 
 
 def measure(address: str, port: int) -> Pair:
-    """Latency and clock, then bytes there, then bytes back; raises OSError."""
-    latency_s, offset_s = _ping(address, port)
+    """Latency, then bytes there, then bytes back; raises OSError."""
+    latency_s, _ = ping(address, port)
     with _connect(address, port, UP) as connection:
         _send_for(connection, STREAM_S)
         (up,) = RATE.unpack(_exactly(connection, RATE.size))
     with _connect(address, port, DOWN) as connection:
         down = _receive_rate(connection)
-    return Pair(latency_s, up, down, offset_s)
+    return Pair(latency_s, up, down)
+
+
+def ping(address: str, port: int) -> tuple[float, float]:
+    """Half the time of the quickest of some pings, and the other's clock minus ours as that one has it.
+
+    As NTP reckons; the clock is off by at most that time. Raises OSError.
+    """
+    best = (float("inf"), 0.0)
+    with _connect(address, port, PING) as connection:
+        for _ in range(PINGS):
+            sent, start = time(), perf_counter()
+            connection.sendall(b".")
+            (theirs,) = CLOCK.unpack(_exactly(connection, CLOCK.size))
+            there_and_back = perf_counter() - start
+            best = min(best, (there_and_back / 2, theirs - (sent + there_and_back / 2)))
+    return best
 
 
 def ring_rate(listener: socket.socket, following: tuple[str, int]) -> float:
@@ -97,19 +112,6 @@ def _connect(address: str, port: int, purpose: bytes) -> socket.socket:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.sendall(purpose)
     return connection
-
-
-def _ping(address: str, port: int) -> tuple[float, float]:
-    """The quickest of some pings: half its time, and the clock offset as that ping has it (as NTP does)."""
-    best = (float("inf"), 0.0)
-    with _connect(address, port, PING) as connection:
-        for _ in range(PINGS):
-            sent, start = time(), perf_counter()
-            connection.sendall(b".")
-            (theirs,) = CLOCK.unpack(_exactly(connection, CLOCK.size))
-            there_and_back = perf_counter() - start
-            best = min(best, (there_and_back / 2, theirs - (sent + there_and_back / 2)))
-    return best
 
 
 def _send_for(connection: socket.socket, seconds: float) -> None:

@@ -17,7 +17,10 @@ LIGHT += [f"data.{name}" for name in ("store", "folder", "listing", "order", "au
 LIGHT += [f"data.{name}" for name in ("synthetic", "feed", "shards", "pack", "prepare", "making")]
 LIGHT += [f"data.{name}" for name in ("faults", "oddities", "verify", "stats")]
 LIGHT += [f"parallel.{name}" for name in ("door", "meeting", "device", "cores", "gpus")]
-LIGHT += [f"preflight.{name}" for name in ("run", "findings", "host", "device", "network", "wire", "dataset")]
+LIGHT += [
+    f"preflight.{name}"
+    for name in ("run", "inquiry", "findings", "host", "device", "network", "wire", "dataset")
+]
 LIGHT += ["commands.preflight", "commands.devices", "versions"]
 LIGHT += [f"perf.{name}" for name in ("network", "traffic", "predict")]
 

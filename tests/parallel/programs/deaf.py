@@ -5,10 +5,11 @@ import signal
 
 from horovod_owt.cli import main
 from horovod_owt.preflight import run
+from horovod_owt.preflight.inquiry import Inquiry
 from horovod_owt.topology import read_topology
 
 run.LOOK_S = 2.0
-ask = run.Inquiry.ask
+ask = Inquiry.ask
 
 
 def ask_or_stop(inquiry, what, probe, limit_s):
@@ -17,5 +18,5 @@ def ask_or_stop(inquiry, what, probe, limit_s):
     return ask(inquiry, what, probe, limit_s)
 
 
-run.Inquiry.ask = ask_or_stop
+Inquiry.ask = ask_or_stop
 main()
