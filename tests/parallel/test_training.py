@@ -160,7 +160,7 @@ def test_an_error_of_rank_0_reaches_every_rank(run):
     )
 
 
-def test_bench_step_prints_one_json_document(run, images):
+def test_bench_step_prints_one_json_document(run, images, narrow_net):
     done = run(
         [*NARROW, "bench", "step", images, *SMALL, "--steps", "6", "--warmup", "1"]
         + ["--against", "plain", "--json"]
