@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 
 import horovod.torch as hvd
@@ -132,6 +133,13 @@ def versions() -> dict[str, str]:
         "horovod_controller": "mpi" if uses_mpi() else "gloo",
         "horovod_operations": " ".join(name for name, ask in built.items() if ask()),
     }
+    return found | _installed()
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Versions of the distributions that matter; to read what all say of themselves takes 0.1 s."""
+    found = {}
     for distribution in metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower()
         if name in ("torch", "torchvision", "horovod", "numpy") or name.startswith("nvidia-dali"):
