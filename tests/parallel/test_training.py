@@ -66,7 +66,7 @@ def test_a_run_may_change_ranks_and_strategy_on_the_way(run, images, tmp_path, n
     the same dropout, the same momentum."""
 
     def train(name: str, *, ranks: int, until: int, **values):
-        values |= dict(max_steps=until, batch=8 // ranks, dropout=0.5, seed=5, pipeline="torchvision")
+        values |= dict(max_steps=until, batch=8 // ranks, dropout=0.5, seed=5)
         launcher = "none" if ranks == 1 else "horovodrun"
         argv = [*NARROW, "train", images, "--run-dir", tmp_path / name, *SMALL, *settings(**values)]
         run(argv, ranks=ranks, launcher=launcher)
@@ -98,7 +98,7 @@ def score_by_the_book(net, images, best: int = 5) -> dict:
     store = open_data_set(images).val
     net = net.eval()
     feed = ValidationFeed(store, batch=len(store))
-    with make_pipeline("torchvision", feed, image_size=64, device_id=None, num_threads=1) as batches:
+    with make_pipeline("auto", feed, image_size=64, device_id=None, num_threads=1) as batches:
         batch = next(batches)
     with torch.no_grad():
         logits = net(batch.images)

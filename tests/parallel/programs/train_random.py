@@ -1,6 +1,7 @@
 """Train on random images, many configurations in one job: starting ranks takes longer than the steps.
 
-usage: train_random.py OUT RUNS     RUNS is a JSON list of {"name": ..., "settings": {...}, "steps": ...}
+usage: train_random.py OUT RUNS     RUNS is a JSON list of {"name": ..., "settings": {...}, "steps": ...,
+                                    "evaluate": whether to hold an evaluation against that of a plain net}
 
 The images of BAD are bad in a run with bad_images=skip.
 
@@ -46,7 +47,9 @@ def configure(settings: dict) -> TrainConfig:
     return resolve(str(SMALL), [f"{key}={value}" for key, value in settings.items()])
 
 
-def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.Tensor], dict]:
+def train(
+    cfg: TrainConfig, steps: int, world: World, *, evaluate: bool
+) -> tuple[dict[str, torch.Tensor], dict]:
     """Whole weights after `steps` steps, and the record of the run."""
     replica = Replica(cfg, world)
     images, losses, traffic = cfg.global_batch(world.size), [], {}
@@ -73,15 +76,21 @@ def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.T
         if MOMENTUM not in name
     }
     record = {"losses": losses, "traffic": gather_objects(traffic, "traffic")}
-    pictures, _ = global_batch(0, images, cfg.classes)
+    if evaluate:
+        pictures, _ = global_batch(0, images, cfg.classes)
+        record["evaluation_is_off_by"] = evaluation_is_off_by(replica, pictures, whole)
+    return whole, record
+
+
+def evaluation_is_off_by(replica: Replica, pictures: torch.Tensor, whole: dict[str, torch.Tensor]) -> float:
+    """The largest difference to the logits of a plain net with these weights."""
     kept = next(iter(whole.values())).dtype
     with replica.evaluating() as logits_of:
         logits = logits_of(pictures.to(kept))
-    plain = build_model(cfg.model, cfg.classes).to(kept).eval()
+    plain = build_model(replica.cfg.model, replica.cfg.classes).to(kept).eval()
     plain.load_state_dict(whole)
     with torch.no_grad():
-        record["evaluation_is_off_by"] = (logits - plain(pictures.to(kept)).float()).abs().max().item()
-    return whole, record
+        return (logits - plain(pictures.to(kept)).float()).abs().max().item()
 
 
 def main() -> None:
@@ -93,7 +102,8 @@ def main() -> None:
     if world.is_root:
         (out / "exchange.json").write_text(json.dumps(checks))
     for run in runs:
-        whole, record = train(configure(run["settings"]), run["steps"], world)
+        cfg = configure(run["settings"])
+        whole, record = train(cfg, run["steps"], world, evaluate=run["evaluate"])
         if world.is_root:
             save_file(whole, out / f"{run['name']}.safetensors")
             (out / f"{run['name']}.json").write_text(json.dumps(record))
