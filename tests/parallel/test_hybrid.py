@@ -195,6 +195,14 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
     return losses, weights_of(net)
 
 
+def first_gradient_norm() -> float:
+    """Of the whole net's, before anything is clipped."""
+    cfg = configure(plan(1, 1, precision="fp64")["settings"])
+    net, (images, labels) = net_for(cfg), global_batch(0, IMAGES, CLASSES)
+    F.cross_entropy(net(images.double()), labels).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).norm().item()
+
+
 def good_rows(step: int, cfg) -> list[int]:
     """Of the global batch, when some of it is bad."""
     return [row for row in range(IMAGES) if cfg.bad_images == "fail" or row not in BAD.get(step, [])]
@@ -319,10 +327,12 @@ def test_dropout_belongs_to_sample_and_unit(trained, ranks, name):
 
 @pytest.mark.parametrize(("ranks", "name"), named("clipped"))
 def test_a_clipped_gradient_is_that_of_one_process(trained, ranks, name):
-    """Though no rank has the whole of it, and some numbers of it are on several."""
+    """Though no rank has the whole of it, and some numbers of it are on several. Its first length is told."""
     losses, weights = plain(STEPS, precision="fp64", clip_norm=CLIP_NORM)
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)
+    norms = job.record(name)["norms"]
+    assert len(norms) == STEPS and norms[0] == pytest.approx(first_gradient_norm(), rel=1e-6)
     assert_same(job.weights(name), weights, 1e-9)
 
 

@@ -131,7 +131,7 @@ def test_validation_counts_each_image_once(run, images, plain_score, ranks):
 def test_every_launcher_trains(run, images, tmp_path, launcher):
     ranks = 1 if launcher == "none" else 2
     command = [*NARROW, "train", images.name, "--run-dir", "runs/here", *SMALL]
-    command += settings(max_steps=2)
+    command += settings(max_steps=2, clip_norm=0.01)
     work = tmp_path / "work"  # relative paths mean the same on every rank
     work.mkdir()
     (work / images.name).symlink_to(images)
@@ -147,6 +147,9 @@ def test_every_launcher_trains(run, images, tmp_path, launcher):
     kinds = [json.loads(line)["kind"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert sorted(kinds[3:5]) == ["checkpoint", "validation"]  # written beside the validation
     assert kinds[:3] + kinds[5:] == ["run", "step", "step", "outcome"]
+    assert all(
+        step["grad_norm"] > 0.01 for step in records(run_dir, "step")
+    )  # as it was before it was clipped
     (first,) = records(run_dir, "run")
     assert first["world_size"] == ranks and first["global_batch"] == 4 * ranks
     assert first["versions"]["horovod_controller"] == ("mpi" if "mpi" in launcher else "gloo")

@@ -5,8 +5,8 @@ usage: train_random.py OUT RUNS     RUNS is a JSON list of {"name": ..., "settin
 
 The images of BAD are bad in a run with bad_images=skip.
 
-Rank 0 writes OUT/NAME.safetensors, the whole weights, and OUT/NAME.json: the losses and each rank's bytes in
-the last step. OUT/exchange.json has what exchange_checks.py saw.
+Rank 0 writes OUT/NAME.safetensors, the whole weights, and OUT/NAME.json: the losses, the gradient norms and
+each rank's bytes in the last step. OUT/exchange.json has what exchange_checks.py saw.
 """
 
 import json
@@ -52,7 +52,7 @@ def train(
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Whole weights after `steps` steps, and the record of the run."""
     replica = Replica(cfg, world)
-    images, losses, traffic = cfg.global_batch(world.size), [], {}
+    images, losses, norms, traffic = cfg.global_batch(world.size), [], [], {}
     for step in range(steps):
         pictures, labels = global_batch(step, images, cfg.classes)
         bad = BAD.get(step, []) if cfg.bad_images == "skip" else []
@@ -68,6 +68,7 @@ def train(
         report = replica.train_step(micro_batches().__next__, consumed=step * images, lr=cfg.lr)
         assert report.bad_images == len(bad) and report.any_unnamed == bool(bad)
         losses.append(report.loss)
+        norms.append(report.grad_norm)
         traffic = {"sent": report.bytes_sent, "received": report.bytes_received}
     replica.strategy.average_running_statistics()
     whole = {
@@ -75,7 +76,7 @@ def train(
         for name, t in replica.strategy.gather(replica.parts()).items()
         if MOMENTUM not in name
     }
-    record = {"losses": losses, "traffic": gather_objects(traffic, "traffic")}
+    record = {"losses": losses, "norms": norms, "traffic": gather_objects(traffic, "traffic")}
     if evaluate:
         pictures, _ = global_batch(0, images, cfg.classes)
         record["evaluation_is_off_by"] = evaluation_is_off_by(replica, pictures, whole)
