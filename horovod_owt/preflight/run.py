@@ -109,7 +109,7 @@ def check_clocks(inquiry: Inquiry, where: dict[str, list]) -> None:
 
 
 def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
-    """Round after round, each host in one pair at a time; whoever seems slow is measured again, and once more."""
+    """Round after round, each host in one pair at a time; whoever seems slow is measured twice more."""
     own_host = inquiry.topology.host if inquiry.speaks_for_host else None
     rounds = list(network.rounds(sorted(where)))
     rounds = rounds[:: max(1, -(-len(rounds) // MOST_ROUNDS))]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-SMALL = ["--recipe", REPO / "tests" / "parallel" / "small.yaml", "--set", "pipeline=torchvision"]
+SMALL = ["--recipe", REPO / "tests" / "parallel" / "small.yaml"]
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 STEPS = 18  # 6 an epoch
 LIMIT_S = 120

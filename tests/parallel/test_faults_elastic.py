@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import (
     NARROW,
     OWT,
@@ -20,8 +21,10 @@ from conftest import (
     steps_done,
     wait_for,
 )
+from safetensors.torch import load_file
 
 from horovod_owt.jobs.hosts import read_hosts
+from horovod_owt.train.checkpoint import list_checkpoints
 
 ELASTIC = [sys.executable, Path(__file__).parents[2] / "launch" / "elastic"]
 EXACT = settings(precision="fp64", dropout=0.0, epochs=1000, checkpoint_every=0, commit_every=3)
@@ -72,6 +75,7 @@ def test_a_killed_rank_comes_back_and_the_run_is_that_of_one_process(
     wait_for(lambda: steps_done(elastic) >= at_step)
     ranks_below(job.process.pid)[chance.randint(0, 1)].kill()
     wait_for_steps_of(elastic, 3)
+    wait_for(lambda: records(elastic, "validation"))
     job.process.send_signal(signal.SIGTERM)
     done = job.finish()
     assert done.exit_code == 75, done.stderr[-3000:]
@@ -88,6 +92,13 @@ def test_a_killed_rank_comes_back_and_the_run_is_that_of_one_process(
     for step, line in what_counts(alone).items():
         assert steps[step]["loss"] == pytest.approx(line["loss"], rel=1e-6)
         assert (steps[step]["epoch"], steps[step]["lr"]) == (line["epoch"], line["lr"])
+    # and so whatever is scored, then and later
+    weights, same = (
+        load_file(list_checkpoints(folder)[0] / "model.safetensors") for folder in (elastic, alone)
+    )
+    torch.testing.assert_close(weights, same, rtol=1e-6, atol=1e-9)
+    scores = [{r["step"]: r["correct_top1"] for r in records(f, "validation")} for f in (elastic, alone)]
+    assert scores[0] and scores[0].items() <= scores[1].items()
 
 
 def test_hosts_come_and_go_with_the_lines_of_a_file(start, images, tmp_path, narrow_owt):

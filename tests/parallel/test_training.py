@@ -66,7 +66,7 @@ def test_a_run_may_change_ranks_and_strategy_on_the_way(run, images, tmp_path, n
     the same dropout, the same momentum."""
 
     def train(name: str, *, ranks: int, until: int, **values):
-        values |= dict(max_steps=until, batch=8 // ranks, dropout=0.5, seed=5, pipeline="torchvision")
+        values |= dict(max_steps=until, batch=8 // ranks, dropout=0.5, seed=5)
         launcher = "none" if ranks == 1 else "horovodrun"
         argv = [*NARROW, "train", images, "--run-dir", tmp_path / name, *SMALL, *settings(**values)]
         run(argv, ranks=ranks, launcher=launcher)
@@ -98,7 +98,7 @@ def score_by_the_book(net, images, best: int = 5) -> dict:
     store = open_data_set(images).val
     net = net.eval()
     feed = ValidationFeed(store, batch=len(store))
-    with make_pipeline("torchvision", feed, image_size=64, device_id=None, num_threads=1) as batches:
+    with make_pipeline("auto", feed, image_size=64, device_id=None, num_threads=1) as batches:
         batch = next(batches)
     with torch.no_grad():
         logits = net(batch.images)
@@ -131,7 +131,7 @@ def test_validation_counts_each_image_once(run, images, plain_score, ranks):
 def test_every_launcher_trains(run, images, tmp_path, launcher):
     ranks = 1 if launcher == "none" else 2
     command = [*NARROW, "train", images.name, "--run-dir", "runs/here", *SMALL]
-    command += settings(max_steps=2)
+    command += settings(max_steps=2, clip_norm=0.01)
     work = tmp_path / "work"  # relative paths mean the same on every rank
     work.mkdir()
     (work / images.name).symlink_to(images)
@@ -147,6 +147,9 @@ def test_every_launcher_trains(run, images, tmp_path, launcher):
     kinds = [json.loads(line)["kind"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert sorted(kinds[3:5]) == ["checkpoint", "validation"]  # written beside the validation
     assert kinds[:3] + kinds[5:] == ["run", "step", "step", "outcome"]
+    assert all(
+        step["grad_norm"] > 0.01 for step in records(run_dir, "step")
+    )  # as it was before it was clipped
     (first,) = records(run_dir, "run")
     assert first["world_size"] == ranks and first["global_batch"] == 4 * ranks
     assert first["versions"]["horovod_controller"] == ("mpi" if "mpi" in launcher else "gloo")
@@ -160,7 +163,7 @@ def test_an_error_of_rank_0_reaches_every_rank(run):
     )
 
 
-def test_bench_step_prints_one_json_document(run, images):
+def test_bench_step_prints_one_json_document(run, images, narrow_net):
     done = run(
         [*NARROW, "bench", "step", images, *SMALL, "--steps", "6", "--warmup", "1"]
         + ["--against", "plain", "--json"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from sysconfig import get_config_var
 
 import pytest
 from set_up_support import installed, lanes, mpi, proof
@@ -182,6 +183,24 @@ def test_a_host_name_that_does_not_resolve_is_named(ranks, on_a_host_whose_name_
 def test_horovodrun_needs_no_distutils():
     program = "import sys; sys.modules['distutils'] = None; import horovod.runner.launch"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=LIMIT_S)
+
+
+ASKS_FOR_GLOO = """
+import sys
+sys.modules["torch"] = None
+from horovod.common import util
+print(util.gloo_built(), end=" ")
+util.__file__ = sys.argv[1]
+print(util.gloo_built(verbose=True))  # not what it has cached
+"""
+
+
+def test_horovodrun_asks_for_gloo_without_loading_torch(tmp_path):
+    """Of this Horovod, and of one whose extension has none."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / f"mpi_lib_v2{get_config_var('EXT_SUFFIX')}").write_bytes(b"MPIContext")
+    argv = [sys.executable, "-c", ASKS_FOR_GLOO, tmp_path / "common" / "util.py"]
+    assert subprocess.check_output(argv, text=True, timeout=LIMIT_S).split() == ["True", "False"]
 
 
 @pytest.fixture

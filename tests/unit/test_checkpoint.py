@@ -1,11 +1,14 @@
 """Checkpoints: whole or absent, and the newest sound one wins."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from horovod_owt.errors import RunError
+from horovod_owt.cli import cli
+from horovod_owt.errors import ConfigError, ProblemFound, RunError
 from horovod_owt.train import checkpoint as module
 from horovod_owt.train import checkpoint_writer
 from horovod_owt.train.checkpoint import (
@@ -121,6 +124,45 @@ def test_damaged_ones_alone_are_not_taken_for_a_fresh_start(tmp_path):
     with pytest.raises(RunError, match="none of 2 checkpoints is whole") as caught:
         newest_sound(tmp_path)
     assert "owt checkpoint verify" in caught.value.fix
+
+
+def owt_checkpoint(*words):
+    return CliRunner().invoke(cli, ["checkpoint", *map(str, words)])
+
+
+def test_the_list_has_the_newest_first_and_names_the_best(tmp_path):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, checkpoint(step), keep=3)
+        note_score(tmp_path, step=step, epoch=step / 2, top1=30.0 / step)
+    newest, best = owt_checkpoint("list", tmp_path).stdout.splitlines()[1:]
+    assert newest.split()[0] == "2" and "best" not in newest
+    assert best.split()[0] == "1" and best.endswith("best: top-1 30.00 %")
+    rows = json.loads(owt_checkpoint("list", tmp_path, "--json").stdout)["checkpoints"]
+    assert [row["step"] for row in rows] == [2, 1] and rows[1]["best_top1"] == 30
+    assert all(
+        row["bytes"] == sum(p.stat().st_size for p in list_checkpoints(tmp_path)[0].iterdir()) for row in rows
+    )
+
+
+def test_verify_names_each_damaged_one_and_ends_with_3(tmp_path):
+    sound, damaged = (write_checkpoint(tmp_path, checkpoint(step), keep=3) for step in (1, 2))
+    assert owt_checkpoint("verify", tmp_path).exit_code == 0
+    flip_a_byte(damaged, "optimizer.safetensors")
+    done = owt_checkpoint("verify", tmp_path)
+    fault = f"optimizer.safetensors is not what {MANIFEST} says"
+    assert done.stdout.splitlines() == [f"step-00000002  {fault}", "step-00000001  whole"]
+    assert isinstance(done.exception, ProblemFound) and done.exception.exit_code == 3
+    said = json.loads(owt_checkpoint("verify", tmp_path, "--json").stdout)
+    assert said["checkpoints"] == [
+        {"path": str(damaged), "fault": fault},
+        {"path": str(sound), "fault": ""},
+    ]
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    for folder, why in ((tmp_path, "has no checkpoints"), (tmp_path / "none", "does not exist")):
+        done = owt_checkpoint("list", folder)
+        assert isinstance(done.exception, ConfigError) and why in str(done.exception)
 
 
 @pytest.fixture

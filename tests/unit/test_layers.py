@@ -23,6 +23,7 @@ LIGHT += [
 ]
 LIGHT += ["commands.preflight", "commands.devices", "versions"]
 LIGHT += [f"perf.{name}" for name in ("network", "traffic", "predict")]
+LIGHT += ["commands.job", *(f"jobs.{path.stem}" for path in sorted((PACKAGE / "jobs").glob("[a-z]*.py")))]
 
 
 def imported_after(code: str) -> set[str]:
@@ -61,8 +62,14 @@ def test_lower_layers_know_nothing_of_training(folder):
 
 
 def test_only_parallel_talks_to_horovod():
-    talks = {path.relative_to(PACKAGE).as_posix() for path, names in imports_of(".").items()
-             if any(n == "horovod" or n.startswith("horovod.") for n in names)}  # fmt: skip
-    assert talks  # the pattern finds something
+    talks = {path.relative_to(PACKAGE).as_posix(): {n for n in names if re.match(r"horovod(\.|$)", n)}
+             for path, names in imports_of(".").items()}  # fmt: skip
+    above = {path: names for path, names in talks.items() if names and not path.startswith("parallel/")}
+    assert above.keys() < {path for path, names in talks.items() if names}  # the pattern finds something
     # the peer of the benchmark is a Horovod loop as others write it
-    assert {path for path in talks if not path.startswith("parallel/")} == {"bench/plain_loop.py"}
+    assert above.pop("bench/plain_loop.py") == {"horovod.torch"}
+    # ranks without MPI meet at the server of Horovod's launcher, which a job starts where no rank is
+    assert above.keys() == {"jobs/inside.py"}
+    assert all(name.startswith("horovod.runner.") for name in above["jobs/inside.py"])
+    launcher = "; ".join(f"import {name}" for name in sorted(above["jobs/inside.py"]))
+    assert HEAVY & imported_after(launcher) == {"horovod"}

@@ -1,11 +1,12 @@
 """Train on random images, many configurations in one job: starting ranks takes longer than the steps.
 
-usage: train_random.py OUT RUNS     RUNS is a JSON list of {"name": ..., "settings": {...}, "steps": ...}
+usage: train_random.py OUT RUNS     RUNS is a JSON list of {"name": ..., "settings": {...}, "steps": ...,
+                                    "evaluate": whether to hold an evaluation against that of a plain net}
 
 The images of BAD are bad in a run with bad_images=skip.
 
-Rank 0 writes OUT/NAME.safetensors, the whole weights, and OUT/NAME.json: the losses and each rank's bytes in
-the last step. OUT/exchange.json has what exchange_checks.py saw.
+Rank 0 writes OUT/NAME.safetensors, the whole weights, and OUT/NAME.json: the losses, the gradient norms and
+each rank's bytes in the last step. OUT/exchange.json has what exchange_checks.py saw.
 """
 
 import json
@@ -47,10 +48,12 @@ def configure(settings: dict) -> TrainConfig:
     return resolve(str(SMALL), [f"{key}={value}" for key, value in settings.items()])
 
 
-def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.Tensor], dict]:
+def train(
+    cfg: TrainConfig, steps: int, world: World, *, evaluate: bool
+) -> tuple[dict[str, torch.Tensor], dict]:
     """Whole weights after `steps` steps, and the record of the run."""
     replica = Replica(cfg, world)
-    images, losses, traffic = cfg.global_batch(world.size), [], {}
+    images, losses, norms, traffic = cfg.global_batch(world.size), [], [], {}
     for step in range(steps):
         pictures, labels = global_batch(step, images, cfg.classes)
         bad = BAD.get(step, []) if cfg.bad_images == "skip" else []
@@ -66,6 +69,7 @@ def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.T
         report = replica.train_step(micro_batches().__next__, consumed=step * images, lr=cfg.lr)
         assert report.bad_images == len(bad) and report.any_unnamed == bool(bad)
         losses.append(report.loss)
+        norms.append(report.grad_norm)
         traffic = {"sent": report.bytes_sent, "received": report.bytes_received}
     replica.strategy.average_running_statistics()
     whole = {
@@ -73,16 +77,22 @@ def train(cfg: TrainConfig, steps: int, world: World) -> tuple[dict[str, torch.T
         for name, t in replica.strategy.gather(replica.parts()).items()
         if MOMENTUM not in name
     }
-    record = {"losses": losses, "traffic": gather_objects(traffic, "traffic")}
-    pictures, _ = global_batch(0, images, cfg.classes)
+    record = {"losses": losses, "norms": norms, "traffic": gather_objects(traffic, "traffic")}
+    if evaluate:
+        pictures, _ = global_batch(0, images, cfg.classes)
+        record["evaluation_is_off_by"] = evaluation_is_off_by(replica, pictures, whole)
+    return whole, record
+
+
+def evaluation_is_off_by(replica: Replica, pictures: torch.Tensor, whole: dict[str, torch.Tensor]) -> float:
+    """The largest difference to the logits of a plain net with these weights."""
     kept = next(iter(whole.values())).dtype
     with replica.evaluating() as logits_of:
         logits = logits_of(pictures.to(kept))
-    plain = build_model(cfg.model, cfg.classes).to(kept).eval()
+    plain = build_model(replica.cfg.model, replica.cfg.classes).to(kept).eval()
     plain.load_state_dict(whole)
     with torch.no_grad():
-        record["evaluation_is_off_by"] = (logits - plain(pictures.to(kept)).float()).abs().max().item()
-    return whole, record
+        return (logits - plain(pictures.to(kept)).float()).abs().max().item()
 
 
 def main() -> None:
@@ -94,7 +104,8 @@ def main() -> None:
     if world.is_root:
         (out / "exchange.json").write_text(json.dumps(checks))
     for run in runs:
-        whole, record = train(configure(run["settings"]), run["steps"], world)
+        cfg = configure(run["settings"])
+        whole, record = train(cfg, run["steps"], world, evaluate=run["evaluate"])
         if world.is_root:
             save_file(whole, out / f"{run['name']}.safetensors")
             (out / f"{run['name']}.json").write_text(json.dumps(record))

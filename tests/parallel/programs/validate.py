@@ -12,7 +12,7 @@ from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import validation_pipeline
 from horovod_owt.train.replica import Replica
 
-cfg = resolve(str(Path(__file__).parents[1] / "small.yaml"), ["classes=8", "pipeline=torchvision"])
+cfg = resolve(str(Path(__file__).parents[1] / "small.yaml"), ["classes=8"])
 world = runtime.init(CPU)
 with validation_pipeline(cfg, open_data_set(Path(sys.argv[1])), world) as batches:
     score = validate(Replica(cfg, world), batches)
