@@ -88,7 +88,7 @@ def test_a_list_that_shows_nothing_is_refused_with_what_is_there(box, visible):
     assert f"{VISIBLE}={visible} on host" in str(caught.value) and f"3 ({box[3].uuid})" in str(caught.value)
 
 
-WORDS = ["0", "1", "3", "-1", "", " 2", "1x", "GPU-1", "GPU-2", "GPU-"]
+WORDS = ["0", "1", "3", "4", "-1", "", " 2", "1x", "GPU-1", "GPU-2", "GPU-"]
 
 
 @settings(deadline=None)  # torch loads
@@ -102,6 +102,8 @@ def test_torch_sees_the_same(words):
         wanted = _parse_visible_devices()
         if wanted and isinstance(wanted[0], str):
             wanted = _transform_uuid_to_ordinals(wanted, [gpu.uuid for gpu in k80_box()])
+        if 4 in wanted:  # there is none such
+            wanted = wanted[: wanted.index(4)]
         try:
             assert indices(",".join(words)) == wanted
         except DeviceError:
