@@ -165,8 +165,9 @@ def check_apart(everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, 
     shared = []
     for ranks in ranks_by_uuid.values():
         if len(ranks) > 1:
-            host, _, device = everyone[ranks[0]]
-            shared.append(f"ranks {', '.join(map(str, ranks))} on host {host} share {device}")
+            hosts = dict.fromkeys(everyone[rank][0] for rank in ranks)  # containers on one may differ
+            named = f"ranks {', '.join(map(str, ranks))} on host{'s'[: len(hosts) > 1]} {', '.join(hosts)}"
+            shared.append(f"{named} share {everyone[ranks[0]][2]}")
     if shared:
         raise DeviceError(
             "; ".join(shared),

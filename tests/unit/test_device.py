@@ -183,6 +183,8 @@ def test_ranks_that_share_a_device_are_named_with_it_and_their_host():
     assert str(caught.value).startswith(
         "ranks 0, 1 on host gpu07 share Tesla K80 GPU-1 (0000:05:00.0); wanted a device for each rank"
     )
+    with pytest.raises(DeviceError, match="ranks 0, 1 on hosts pod0, pod1 share"):
+        check_apart({0: row("pod0", "GPU-1"), 1: row("pod1", "GPU-1")}, {})
     check_apart(everyone, {SHARED: "1"})
     check_apart({rank: everyone[rank] for rank in (0, 2, 3)}, {})
 
