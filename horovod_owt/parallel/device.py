@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from horovod_owt.errors import DeviceError
 from horovod_owt.parallel.gpus import Gpu, list_gpus
@@ -93,35 +94,32 @@ def _named(words: Sequence[str], gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
     """GPUs, or MIG instances with their GPUs, that CUDA takes the words for.
 
     All are of the first word's kind; UUIDs may be cut short where that is no riddle; the first word that
-    names nothing ends the list; a GPU that comes twice empties it.
+    names nothing ends the list; a word or a GPU that comes twice empties it.
     """
-    found: list[list[tuple[Gpu, str]]] = []
-    for word in words:
-        if _kind(word) != _kind(words[0]):
-            break
-        named = _find(word, gpus)
-        if not named:
-            break
-        if named in found:
-            return []
-        found.append(named)
+    kind = _kind(words[0])
+    names = list(takewhile(lambda word: _kind(word) == kind, words))
+    if kind == "number":
+        names = [re.match(r"\d+", name)[0] for name in names]
+    found = [_find(name, gpus) for name in names]
+    found = found[: found.index([])] if [] in found else found
+    if len(set(names)) < len(names) or any(places in found[:number] for number, places in enumerate(found)):
+        return []
     return [place for places in found for place in places]
 
 
-def _find(word: str, gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
-    if _kind(word) == "number":
-        number = int(re.match(r"\d+", word)[0])
-        return _places(gpus[number]) if number < len(gpus) else []
-    if _kind(word) == "GPU-":
-        hits = [_places(gpu) for gpu in gpus if gpu.uuid.startswith(word)]
+def _find(name: str, gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
+    """What one name stands for: a GPU, with all of its instances, or one instance; nothing if unclear."""
+    if _kind(name) == "number":
+        return _places(gpus[int(name)]) if int(name) < len(gpus) else []
+    if _kind(name) == "GPU-":
+        hits = [_places(gpu) for gpu in gpus if gpu.uuid.startswith(name)]
         return hits[0] if len(hits) == 1 else []
     instances = [(gpu, mig) for gpu in gpus for mig in gpu.mig]
-    hits = [place for place in instances if place[1] == word] or [
-        place for place in instances if place[1].startswith(word)
-    ]
+    hits = [place for place in instances if place[1] == name]
+    hits = hits or [place for place in instances if place[1].startswith(name)]
     if not hits:  # MIG-GPU-UUID/GPU INSTANCE/COMPUTE INSTANCE, which drivers since 470 take as well
-        parent = word.removeprefix("MIG-").partition("/")[0]
-        hits = [(gpu, word) for gpu in gpus if gpu.uuid == parent]
+        parent = name.removeprefix("MIG-").partition("/")[0]
+        hits = [(gpu, name) for gpu in gpus if gpu.uuid == parent]
     return hits if len(hits) == 1 else []
 
 
@@ -167,8 +165,9 @@ def check_apart(everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, 
     shared = []
     for ranks in ranks_by_uuid.values():
         if len(ranks) > 1:
-            host, _, device = everyone[ranks[0]]
-            shared.append(f"ranks {', '.join(map(str, ranks))} on host {host} share {device}")
+            hosts = dict.fromkeys(everyone[rank][0] for rank in ranks)  # containers on one may differ
+            named = f"ranks {', '.join(map(str, ranks))} on host{'s'[: len(hosts) > 1]} {', '.join(hosts)}"
+            shared.append(f"{named} share {everyone[ranks[0]][2]}")
     if shared:
         raise DeviceError(
             "; ".join(shared),

@@ -39,8 +39,13 @@ def facts(request: Request) -> dict[str, str]:
     """What must be equal on every rank, by a name of two words."""
     versions = {f"version {name}": value for name, value in runtime.versions().items()}
     config = {f"config {key}": str(value) for key, value in request.cfg.to_dict().items()}
-    same = {"code sha256": code_digest(), "data set": request.folder.fingerprint()}
-    return {**versions, **same, **config, "device kind": "GPU" if request.device.gpu else "CPU"}
+    return {
+        **versions,
+        "code sha256": code_digest(),
+        **config,
+        "data set": request.folder.fingerprint(),
+        "device kind": "GPU" if request.device.gpu else "CPU",
+    }
 
 
 def differences(everyone: list[tuple[str, dict[str, str]]]) -> list[str]:

@@ -7,7 +7,8 @@ import pytest
 from conftest import OWT, PROGRAMS, SMALL
 
 GPUS = ["python", PROGRAMS / "gpus.py"]  # sees as many as OWT_TEST_GPUS says
-SHARED = "ranks 0, 1 on host {} share Tesla K80 GPU-0 (0000:00:00.0)".format
+UUID = f"GPU-{{}}-{socket.gethostname()}".format
+SHARED = f"ranks 0, 1 on host {{}} share Tesla K80 {UUID(0)} (0000:00:00.0)".format
 HOSTS = {"horovodrun": "localhost"}  # as horovodrun was told
 
 
@@ -27,7 +28,7 @@ def test_each_rank_has_a_line_with_its_gpu(run, launcher):
     done = run([*GPUS, "devices"], launcher=launcher, limit_s=60, OWT_TEST_GPUS="2")
     lines = [line for line in done.stdout.splitlines() if "Tesla K80" in line]
     for number, line in enumerate(lines):
-        assert f"cuda:{number}" in line and f"GPU-{number}  0000:0{number}:00.0" in line
+        assert f"cuda:{number}" in line and f"{UUID(number)}  0000:0{number}:00.0" in line
     assert len(lines) == 2
 
 
@@ -37,7 +38,7 @@ def test_two_ranks_on_one_device_are_refused_after_the_table(run):
     assert done.stdout.count("Tesla K80") == 2
     assert SHARED(socket.gethostname()) in done.stderr
     meant = run([*GPUS, "devices", "--json"], launcher="mpirun", HOROVOD_OWT_SHARED_DEVICES="1", **one)
-    assert [row["uuid"] for row in meant.json()["devices"]] == ["GPU-0", "GPU-0"]
+    assert [row["uuid"] for row in meant.json()["devices"]] == [UUID(0)] * 2
 
 
 def test_a_host_with_too_few_gpus_is_named_after_the_table(run):

@@ -26,11 +26,11 @@ def with_mig(one: Gpu, instances: int) -> Gpu:
 
 
 def k80_sysfs(root: Path) -> Path:
-    """sysfs of the K80 box, with hyperthreads, and with a sound chip of NVIDIA's beside the first GPU."""
+    """sysfs of the K80 box, with hyperthreads, NVIDIA's sound chip beside a GPU, and a board's VGA."""
     for number, pci in enumerate(K80_PCI):
         write_device(root, pci, "0x10de", "0x030200", SOCKETS[number // 2], number // 2)
     write_device(root, "0000:05:00.1", "0x10de", "0x040300", SOCKETS[0], 0)
-    write_device(root, "0000:03:00.0", "0x8086", "0x020000", SOCKETS[0], 0)
+    write_device(root, "0000:03:00.0", "0x1a03", "0x030000", SOCKETS[0], 0)
     for cpu in range(40):
         topology = root / f"devices/system/cpu/cpu{cpu}/topology"
         topology.mkdir(parents=True)
