@@ -14,7 +14,7 @@ from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.jobs.hosts import read_hosts
 from horovod_owt.jobs.interfaces import interface_between
 from horovod_owt.parallel.device import visible_gpus
-from horovod_owt.supervise import Supervisor, say
+from horovod_owt.supervise import Supervisor, find_run_dir, say
 
 # What mpirun is to carry to other hosts; horovodrun carries all of the environment.
 CARRIED = re.compile(
@@ -25,6 +25,7 @@ CARRIED = re.compile(
 EXAMPLES = """\
 examples:
   launch/{launcher} -- DATA --run-dir runs/first
+  launch/{launcher} --hosts HOSTS_FILE --preflight -- DATA --run-dir runs/first
   launch/{launcher} --hosts HOSTS_FILE --max-restarts 3 -- DATA --run-dir runs/first --parallel hybrid
 """
 
@@ -45,9 +46,11 @@ class Start:
     def on_this_box(self) -> bool:
         return self.interface == "lo"
 
-    def argv(self, launcher: str, env: Mapping[str, str]) -> list[str]:
+    def argv(self, launcher: str, env: Mapping[str, str], *, preflight: bool = False) -> list[str]:
+        """The command; with `preflight`, it looks at what the training would use in place of training."""
         words = {"horovodrun": self._horovodrun, "mpirun": self._mpirun}[launcher](env)
-        return [launcher, *words, "owt", "train", *self.train]
+        owt = preflight_words(self.train) if preflight else ["train", *self.train]
+        return [launcher, *words, "owt", *owt]
 
     def _horovodrun(self, env: Mapping[str, str]) -> list[str]:
         return [
@@ -71,6 +74,14 @@ class Start:
     def environment(self) -> dict[str, str]:
         """For launcher and ranks."""
         return {} if self.on_this_box else interface_environment(self.interface)
+
+
+def preflight_words(train: Sequence[str]) -> list[str]:
+    """After `owt`: preflight of the data and the run folder in these words after `owt train`."""
+    data, run_dir = train[0], find_run_dir(train)
+    if data.startswith("-"):
+        raise ConfigError(f"{data} before DATA", wanted="DATA first", fix="-- DATA --run-dir ...")
+    return ["preflight", data, *(["--run-dir", str(run_dir)] if run_dir else [])]
 
 
 def interface_environment(interface: str) -> dict[str, str]:
@@ -97,6 +108,9 @@ def main(launcher: str, description: str) -> int:
         metavar="N",
         help="after faults, from the last checkpoint (default: 0)",
     )
+    parser.add_argument(
+        "--preflight", action="store_true", help="do not train: check these ranks, hosts, DATA and run folder"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and leave")
     parser.add_argument("train", nargs="+", metavar="-- DATA", help="and options, as for `owt train`")
     args = parser.parse_args()
@@ -104,12 +118,14 @@ def main(launcher: str, description: str) -> int:
         hosts = read_hosts(args.hosts) if args.hosts else {"localhost": args.ranks or _one_for_each_gpu()}
         start = Start(args.train, hosts, args.interface or interface_between(list(hosts)))
         env = {**os.environ, **start.environment()}
-        command = start.argv(launcher, env)
+        command = start.argv(launcher, env, preflight=args.preflight)
         if args.dry_run:
             print(shlex.join([*(f"{name}={value}" for name, value in start.environment().items()), *command]))
             return 0
         if not start.on_this_box:
             say(f"{start.world_size} ranks on {len(hosts)} hosts, by interface {start.interface}")
+        if args.preflight:
+            os.execvpe(command[0], command, env)
         os.environ.update(env)
         return Supervisor(command, max_restarts=args.max_restarts).run()
     except OwtError as error:

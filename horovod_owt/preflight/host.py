@@ -104,7 +104,7 @@ def _judge_cores(answers: Sequence[Answer]) -> Finding:
     ranks = {answer.host: answer.value["local_size"] for answer in answers}
     short = [a for a in answers if len(cores[a.host]) < a.value["local_size"]]
     shown = [
-        f"{host} {len(cores[host])} cores for {ranks[host]} rank{'s'[: ranks[host] > 1]}"
+        f"{host} {_count(len(cores[host]), 'core')} for {_count(ranks[host], 'rank')}"
         for host in (hosts_of(short) or cores)
     ]
     return Finding(
@@ -115,6 +115,10 @@ def _judge_cores(answers: Sequence[Answer]) -> Finding:
         "--cpus-per-task, --cpus-per-gpu or --exclusive; mpirun --bind-to none; fewer ranks" if short else "",
         hosts_of(short),
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s'[: number != 1]}"
 
 
 def judge_addresses(answers: Sequence[Answer]) -> list[Finding]:

@@ -24,6 +24,7 @@ class Inquiry:
     def __init__(self, meeting: Meeting, topology: Topology) -> None:
         self.meeting, self.topology = meeting, topology
         self.findings: list[Finding] = []
+        self._asking = ""
         self.hosts = {0: topology.host}  # by rank, of all that have ever answered
 
     @property
@@ -38,8 +39,9 @@ class Inquiry:
         With `each_host`, one rank speaks for its host. A probe that raises or takes too long is a finding by
         itself.
         """
-        if self.meeting.is_root:
+        if self.meeting.is_root and what != self._asking:
             log.info("preflight: %s", what)
+        self._asking = what
         if each_host and not self.speaks_for_host:
             probe = None
         own = {"host": self.topology.host, **(within(limit_s, probe) if probe else {})}

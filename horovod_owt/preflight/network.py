@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+from horovod_owt.errors import RunError
 from horovod_owt.jobs.inside import address_of
 from horovod_owt.jobs.interfaces import interface_between
 from horovod_owt.parallel.device import Device
+from horovod_owt.preflight import wire
 from horovod_owt.preflight.findings import Answer, Finding, hosts_of, who
 from horovod_owt.preflight.wire import Pair
 
@@ -125,8 +128,22 @@ def _usual(pairs: Pairs) -> tuple[float, float]:
     return median(rates), median(latencies_s)
 
 
-def better(one: Pair, other: Pair) -> Pair:
+def measure(peer: str, place: Sequence[Any]) -> tuple[str, dict[str, float]]:
+    """This host's pair with `peer`, who answers at `place` (address, port), as a name and plain numbers."""
+    try:
+        return peer, asdict(wire.measure(*place))
+    except OSError as error:
+        raise RunError(
+            f"{peer} is not reached at {place[0]}: {error}",
+            wanted="TCP between all hosts, on any port",
+            fix="the firewall; `ip route get ADDRESS`",
+        ) from None
+
+
+def better(one: Pair | None, other: Pair) -> Pair:
     """The best of two measurements, each number by itself: other work on a link only ever makes it worse."""
+    if one is None:
+        return other
     return Pair(
         min(one.latency_s, other.latency_s),
         max(one.up_bytes_per_s, other.up_bytes_per_s),
@@ -134,16 +151,9 @@ def better(one: Pair, other: Pair) -> Pair:
     )
 
 
-def judge_pairs(pairs: Pairs, failed: Mapping[tuple[str, str], str], wanted_pairs: int) -> list[Finding]:
-    """Every pair reaches each other, about as fast as the others do."""
-    findings = [
-        Finding(
-            "pairs", False, f"{a} does not reach {b}: {why}", "TCP on any port", "firewall, routes", (a, b)
-        )
-        for (a, b), why in failed.items()
-    ]
-    if not pairs:
-        return findings
+def judge_pairs(pairs: Pairs, of: int) -> list[Finding]:
+    """Those measured, `of` so many that there are, are about as fast as each other."""
+    findings = []
     rate, latency_s = _usual(pairs)
     usual = f"usual are {rate / 1e9:.3g} GB/s and {1e6 * latency_s:.0f} us"
     for a, b in slow_pairs(pairs):
@@ -156,7 +166,7 @@ def judge_pairs(pairs: Pairs, failed: Mapping[tuple[str, str], str], wanted_pair
         fix = "`ethtool` and the error counters of `ip -s link` on both; cable, port, a shaped queue"
         findings.append(Finding("pairs", False, saw, wanted, fix, (a, b)))
     if not findings:
-        some = f"{len(pairs)} of {wanted_pairs} pairs" if len(pairs) < wanted_pairs else f"{len(pairs)} pairs"
+        some = f"{len(pairs)} of {of} pairs" if len(pairs) < of else f"{of} pair{'s'[: of > 1]}"
         slowest = min(min(p.up_bytes_per_s, p.down_bytes_per_s) for p in pairs.values())
         slow = f"slowest {slowest / 1e9:.3g} GB/s, {1e6 * max(p.latency_s for p in pairs.values()):.0f} us"
         findings.append(Finding("pairs", True, f"{some} of hosts; {usual}; {slow}"))

@@ -7,7 +7,6 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -110,24 +109,17 @@ def check_clocks(inquiry: Inquiry, where: dict[str, list]) -> None:
 
 def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
     """Round after round, each host in one pair at a time; whoever seems slow is measured twice more."""
-    own_host = inquiry.topology.host if inquiry.speaks_for_host else None
     rounds = list(network.rounds(sorted(where)))
     rounds = rounds[:: max(1, -(-len(rounds) // MOST_ROUNDS))]
     pairs: dict[tuple[str, str], wire.Pair] = {}
-    failed: dict[tuple[str, str], str] = {}
 
     def measure(round_: Sequence[tuple[str, str]]) -> None:
-        peer = next((b for a, b in round_ if a == own_host), None)
-        probe = (lambda: asdict(wire.measure(*where[peer]))) if peer else None
-        own = {"pair": [own_host, peer], **within(NETWORK_S, probe)} if probe else None
-        said = inquiry.meeting.gather(own, NETWORK_S, "pairs")
-        for answer in filter(None, said.values()):
-            pair = tuple(answer["pair"])
-            if "error" in answer:
-                failed[pair] = answer["error"]["saw"]
-            else:
-                found = wire.Pair(**answer["value"])
-                pairs[pair] = network.better(pairs[pair], found) if pair in pairs else found
+        peer = dict(round_).get(inquiry.topology.host)
+        probe = functools.partial(network.measure, peer, where[peer]) if peer else None
+        for answer in inquiry.ask("pairs", probe, NETWORK_S, each_host=True):
+            other, found = answer.value
+            pair = answer.host, other
+            pairs[pair] = network.better(pairs.get(pair), wire.Pair(**found))
         inquiry.share()  # no round begins before the last one is over
 
     for round_ in rounds:
@@ -137,8 +129,8 @@ def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
         for round_ in rounds:
             if again := slow.intersection(round_):
                 measure(sorted(again))
-    if inquiry.meeting.is_root and len(where) > 1:
-        inquiry.find(*network.judge_pairs(pairs, failed, len(where) * (len(where) - 1) // 2))
+    if pairs:
+        inquiry.find(*network.judge_pairs(pairs, len(where) * (len(where) - 1) // 2))
 
 
 def check_ring(inquiry: Inquiry, address: str | None, claimed: list[Device]) -> None:

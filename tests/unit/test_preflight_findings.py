@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from horovod_owt.errors import ConfigError
+from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.parallel.gpus import Gpu, GpuHealth
 from horovod_owt.preflight import dataset, device, host, network, wire
 from horovod_owt.preflight.findings import Answer, agreement, spans, who
@@ -72,7 +72,7 @@ def test_rounds_have_each_pair_once_and_no_host_twice_at_a_time(hosts):
 def test_a_slow_link_is_found_also_where_most_pairs_have_it(slow, flagged):
     pairs = {pair: changed(**slow.get(pair, {})) for pair in itertools.combinations("abc", 2)}
     assert network.slow_pairs(pairs) == flagged
-    findings = network.judge_pairs(pairs, {}, 3)
+    findings = network.judge_pairs(pairs, 3)
     assert [finding.hosts for finding in findings if not finding.ok] == flagged
     assert flagged or findings[0].saw.startswith("3 pairs of hosts; usual are 1.1 GB/s and 100 us")
 
@@ -105,6 +105,8 @@ def test_the_wire_measures_a_real_connection_and_two_clocks_of_one_host():
     assert pair.up_bytes_per_s > 1e6 and pair.down_bytes_per_s > 1e6
     with pytest.raises(OSError):
         wire.measure("127.0.0.1", port)  # nobody answers any more
+    with pytest.raises(RunError, match="n2 is not reached at 127.0.0.1"):
+        network.measure("n2", ["127.0.0.1", port])
 
 
 def test_a_slow_receiver_is_measured_as_slow():

@@ -23,6 +23,22 @@ def test_ranks_go_to_the_slots_of_their_hosts(launcher):
     assert words_after(argv, {"horovodrun": "-H", "mpirun": "--host"}[launcher]) == ["n1:4,n2:2"]
 
 
+def test_a_preflight_looks_at_the_trainings_data_and_run_folder_by_the_same_ranks():
+    start = Start(["my data", "--set", "batch=8", "--run-dir=r"], {"n1": 4}, "ib0")
+    training = start.argv("mpirun", ENV)
+    ranks = training[: training.index("owt")]
+    assert start.argv("mpirun", ENV, preflight=True) == [
+        *ranks,
+        "owt",
+        "preflight",
+        "my data",
+        "--run-dir",
+        "r",
+    ]
+    with pytest.raises(ConfigError, match="DATA first"):
+        Start(["--run-dir", "r", "D"], {"n1": 4}, "ib0").argv("mpirun", ENV, preflight=True)
+
+
 def test_mpirun_carries_what_ranks_need_and_no_secret():
     argv = Start(["D"], {"n1": 1, "n2": 1}, "eth0").argv("mpirun", ENV)
     assert words_after(argv, "-x") == ["NCCL_DEBUG", "OMP_NUM_THREADS", "PATH"]
