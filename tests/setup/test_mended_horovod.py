@@ -185,6 +185,15 @@ def test_horovodrun_needs_no_distutils():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=LIMIT_S)
 
 
+def test_horovodrun_ends_with_the_workers_exit_code():
+    """Of the first worker that failed; its last words are not followed by a traceback."""
+    program = "import os, sys; rank = os.environ['HOROVOD_RANK']; sys.exit(75 if rank == '1' else 0)"
+    argv = [Path(sys.executable).with_name("horovodrun"), "--gloo", "-np", "2", sys.executable, "-c", program]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 75, done.stderr
+    assert "Process name: 1\nExit code: 75" in done.stderr and "Traceback" not in done.stderr
+
+
 ASKS_FOR_GLOO = """
 import sys
 sys.modules["torch"] = None
