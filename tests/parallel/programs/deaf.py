@@ -12,10 +12,10 @@ run.LOOK_S = 2.0
 ask = Inquiry.ask
 
 
-def ask_or_stop(inquiry, what, probe, limit_s):
+def ask_or_stop(inquiry, what, *words, **options):
     if what == os.environ["OWT_TEST_DEAF_TO"] and read_topology().rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return ask(inquiry, what, probe, limit_s)
+    return ask(inquiry, what, *words, **options)
 
 
 Inquiry.ask = ask_or_stop
