@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -39,6 +40,7 @@ FAULTS = ("KILL", "STOP", "TERM", "USR1", "USR2", "INT", "flipped byte", "nothin
 CONFIG = dict(
     lr_batch=GLOBAL_BATCH, epochs=10**6, dropout=0.5, checkpoint_every=5, fc_group_size=2, stall_limit_s=8,
     pipeline="torchvision", decode_threads=1,
+    label_smoothing=0.1,  # or the loss comes to 0, where no difference shows
 )  # fmt: skip
 JOB_LIMIT_S = 240
 
@@ -105,7 +107,7 @@ def do_job(run: Run, chance: random.Random, fault: str, failures: list[str]) -> 
             strike(run, process.pid, fault, chance.randrange(ranks))
         time.sleep(0.02)
     ended = process.poll() is not None
-    left = end_session(process, grace_s=15 if ended else 0)
+    left = end_session(process, run.folder, grace_s=15 if ended else 0)
     run.new_steps()
     exit_code = run.outcome()["exit_code"]
     wanted = {"KILL": (1,), "STOP": (1,), "nothing": (0,), "flipped byte": (0,)}.get(fault, (0, 75))
@@ -140,8 +142,10 @@ def flip_a_byte(run_dir: Path) -> None:
             file.write(bytes([byte ^ 1]))
 
 
-def end_session(launcher: subprocess.Popen, grace_s: float) -> list[str]:
-    """Wait until all are gone that share the launcher's session; end and return those that are not."""
+def end_session(launcher: subprocess.Popen, run_dir: Path, grace_s: float) -> list[str]:
+    """Wait until all are gone that share the launcher's session, or train in `run_dir`; end and return
+    those that are not.
+    """
 
     def in_session(process: psutil.Process) -> bool:
         try:
@@ -150,8 +154,8 @@ def end_session(launcher: subprocess.Popen, grace_s: float) -> list[str]:
             return False
 
     own = {process for process in psutil.process_iter() if in_session(process)}
-    noting = {p for p in psutil.process_iter(["cmdline"]) if "noting.py" in " ".join(p.info["cmdline"] or [])}
-    _, left = psutil.wait_procs(own | noting, timeout=grace_s)
+    training = {p for p in psutil.process_iter(["cmdline"]) if str(run_dir) in (p.info["cmdline"] or [])}
+    _, left = psutil.wait_procs(own | training, timeout=grace_s)
     names = [f"{process.pid} {process.name()}" for process in left]
     for process in left:
         process.kill()
@@ -204,8 +208,7 @@ def soak(folder: Path, chance: random.Random, seconds: float) -> dict:
     runs = {name: Run(name, folder, data) for name in SHAPES}
     struck_at: dict[str, float | None] = dict.fromkeys(runs)
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        name, fault = chance.choice(list(runs)), chance.choice(FAULTS)
+    for name, fault in plan(runs, chance, end):
         waited_since = struck_at[name]
         began = time.monotonic()
         struck, first_step = do_job(runs[name], chance, fault, failures)
@@ -227,6 +230,13 @@ def soak(folder: Path, chance: random.Random, seconds: float) -> dict:
         "recover_s": {"worst": max(recovered_s, default=0), "median": median(recovered_s)},
         "failures": failures,
     }  # fmt: skip
+
+
+def plan(runs: dict[str, Run], chance: random.Random, end: float) -> Iterator[tuple[str, str]]:
+    """A run, and what is to happen to its next job; at the end nothing, so that each gets over its last."""
+    while time.monotonic() < end:
+        yield chance.choice(list(runs)), chance.choice(FAULTS)
+    yield from ((name, "nothing") for name, run in runs.items() if run.losses)
 
 
 def median(values: list[float]) -> float:

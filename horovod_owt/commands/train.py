@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import PARALLEL_OPTION, RECIPE_OPTION, SET_OPTION, with_parallel
 
@@ -47,14 +48,10 @@ def train(
     # nothing heavy is loaded before the input is known to be good
     request = prepare_alone(data, recipe, with_parallel(parallel, settings))
 
-    from horovod_owt.parallel.elastic import is_elastic
-
-    if is_elastic():
+    with loading():
+        from horovod_owt.parallel.elastic import is_elastic
         from horovod_owt.train.elastic import train_elastic
+        from horovod_owt.train.loop import train_rank
 
-        train_elastic(request, run_dir=run_dir, resume=resume)
-        return
-
-    from horovod_owt.train.loop import train_rank
-
-    train_rank(request, run_dir=run_dir, resume=resume)
+    to_the_end = train_elastic if is_elastic() else train_rank
+    to_the_end(request, run_dir=run_dir, resume=resume)

@@ -153,7 +153,8 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Pat
 def atomic_folder(final: Path) -> Iterator[Path]:
     """A folder to fill: it takes its final name when the block succeeds and is gone when it fails."""
     scratch = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)  # of an attempt that was killed
+    for killed in final.parent.glob(".*.partial"):  # writes that were, of this or another step
+        shutil.rmtree(killed, ignore_errors=True)
     final.parent.mkdir(exist_ok=True)  # not what is above: nothing takes a lost mount's place
     scratch.mkdir()
     try:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -201,6 +202,30 @@ def test_the_start_scripts_reach_hosts_by_ssh(slurm, images, tmp_path, launcher)
     slurm.run(*start, *SMALL, *settings(max_steps=2), host="n1", cwd=tmp_path, limit_s=LIMIT_S)
     assert records(tmp_path / "run", "run")[0]["hosts"] == ["n1", "n2"]
     assert len(losses(tmp_path / "run")) == 2
+
+
+def test_an_elastic_job_outlives_one_of_its_hosts(slurm, images, tmp_path):
+    """Two hosts that reach each other by ssh; when one has no power any more, the other goes on alone."""
+    (tmp_path / "hosts").write_text("n1:1\nn2:1\n")
+    owt = [images, "--run-dir", "run", *SMALL, *settings(max_steps=60, commit_every=2, stall_limit_s=20)]
+    start = [sys.executable, REPO / "launch" / "elastic", "--hosts", "hosts", "--", *owt]
+    argv, run_dir, log = slurm.hosts["n1"].enter(*map(str, start)), tmp_path / "run", tmp_path / "log"
+    with log.open("w") as said:
+        job = subprocess.Popen(argv, env=slurm.environment(), cwd=tmp_path, stdout=said, stderr=said)
+    try:
+        wait_for(lambda: len(losses(run_dir)) > 4, log=log)
+        slurm.power_off("n2")
+        assert job.wait(LIMIT_S) == 0, log.read_text()[-6000:]
+    finally:
+        job.kill()
+        slurm.power_on("n2")
+    first, second = records(run_dir, "run")
+    assert (first["hosts"], second["hosts"]) == (["n1", "n2"], ["n1"])
+    (fault,) = records(run_dir, "fault")
+    assert "a rank was lost" in fault["fault"]
+    assert second["first_step"] % 2 == 0 and 0 <= fault["step"] - second["first_step"] <= 2
+    assert sorted(dict(losses(run_dir))) == list(range(1, 61))
+    wait_for(lambda: slurm.states() == ["idle"] * 3)
 
 
 def test_a_script_without_its_job_says_what_it_wants(slurm, tmp_path):

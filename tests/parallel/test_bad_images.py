@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_files import BAD, ODD, encoded, spoil, without_tables
-from conftest import OWT, PROGRAMS, SMALL, launch, outcome, records
+from conftest import NARROW, OWT, PROGRAMS, SMALL, launch, outcome, records
 from safetensors.torch import load_file
 from test_bad_input import WITHOUT_ROOTS_RIGHTS
 from test_training import distance, settings
@@ -133,7 +133,7 @@ def test_under_fail_every_rank_ends_with_the_name_of_the_file(run, images, tmp_p
     root = shutil.copytree(images, tmp_path / "data")
     for path in sorted((root / "train").rglob("*.JPEG"))[3::4]:
         path.write_bytes(without_tables())
-    argv = [*OWT, "train", root, "--run-dir", tmp_path / "run", *SMALL, *settings(**COMMON)]
+    argv = [*NARROW, "train", root, "--run-dir", tmp_path / "run", *SMALL, *settings(**COMMON)]
     done = run(argv, launcher="mpirun", exit_code=1, limit_s=100)  # fail is the default
     (line,) = [line for line in done.stderr.splitlines() if "owt:" in line]
     (first, *_) = records(tmp_path / "run", "fault")

@@ -1,5 +1,6 @@
 """The layers of the design: what is light stays light, and only `parallel` talks to Horovod."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import horovod_owt
+from horovod_owt.commands.loading import loading
 
 PACKAGE = Path(horovod_owt.__file__).parent
 HEAVY = {"torch", "torchvision", "horovod", "nvidia", "mpi4py"}
@@ -47,6 +49,15 @@ def test_help_loads_nothing_heavy_and_answers_in_half_a_second():
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) < 0.5  # the best of five: the machine may be busy
+
+
+def test_garbage_is_left_alone_while_modules_load_and_looked_for_again():
+    gc.unfreeze()
+    with pytest.raises(ImportError), loading():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    gc.unfreeze()
 
 
 def imports_of(folder: str) -> dict[Path, set[str]]:
