@@ -14,7 +14,7 @@ from typing import Any
 from horovod_owt.errors import DeviceError
 from horovod_owt.parallel.device import Device, check_apart
 from horovod_owt.parallel.gpus import read_health
-from horovod_owt.preflight.findings import Answer, Finding, agreement, hosts_of, who
+from horovod_owt.preflight.findings import Answer, Finding, agreement, differing, grouped, hosts_of, who
 
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 # PCI Express Base Specification, "Access Control Services extended capability": its number, where its control
@@ -56,16 +56,10 @@ def judge(answers: Sequence[Answer]) -> list[Finding]:
 
 def _judge_kinds(answers: Sequence[Answer], gpus: Sequence[Answer]) -> Finding:
     """The same kind for all: the slowest sets the pace."""
-    kinds: dict[str, list[Answer]] = {}
-    for answer in answers:
-        kinds.setdefault(answer.value["gpu"]["name"] if "gpu" in answer.value else "CPU cores", []).append(
-            answer
-        )
-    most = max(kinds.values(), key=len)
-    others = hosts_of(a for having in kinds.values() if having is not most for a in having)
-    saw = "; ".join(f"{kind} on {who(having)}" for kind, having in kinds.items())
+    kinds = grouped(answers, lambda value: value["gpu"]["name"] if "gpu" in value else "CPU cores")
+    saw, hosts = differing(kinds)
     fix = "--constraint on Slurm; the driver of hosts without a GPU" if len(kinds) > 1 else ""
-    return Finding("devices", len(kinds) == 1, saw, "one kind for all ranks", fix, others)
+    return Finding("devices", len(kinds) == 1, saw, "one kind for all ranks", fix, hosts)
 
 
 def _judge_sharing(answers: Sequence[Answer]) -> Finding:

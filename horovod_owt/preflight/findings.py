@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from statistics import median
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ def spans(numbers: Iterable[int]) -> str:
     return ", ".join(found)
 
 
+def grouped(answers: Iterable[Answer], key: Callable[[Any], T]) -> dict[T, list[Answer]]:
+    """The answers by what `key` makes of their values, in the order in which these come."""
+    groups: dict[T, list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(key(answer.value), []).append(answer)
+    return groups
+
+
+def differing(groups: dict[T, list[Answer]]) -> tuple[str, tuple[str, ...]]:
+    """Who is in which group, in words, and the hosts that are not in the largest."""
+    most = max(groups.values(), key=len)
+    others = [answer for having in groups.values() if having is not most for answer in having]
+    return "; ".join(f"{value} on {who(having)}" for value, having in groups.items()), hosts_of(others)
+
+
 def agreement(check: str, answers: Sequence[Answer], *, fix: str) -> list[Finding]:
     """All ranks have the same of everything: one finding for each name of which they have not.
 
@@ -65,18 +81,12 @@ def agreement(check: str, answers: Sequence[Answer], *, fix: str) -> list[Findin
     names = dict.fromkeys(name for answer in answers for name in answer.value)
     findings, same = [], []
     for name in names:
-        groups: dict[str, list[Answer]] = {}
-        for answer in answers:
-            groups.setdefault(str(answer.value.get(name, "none")), []).append(answer)
+        groups = grouped(answers, lambda value, name=name: str(value.get(name, "none")))
+        saw, hosts = differing(groups)
         if len(groups) == 1:
             same.append(f"{name} {next(iter(groups))}")
-            continue
-        most = max(groups.values(), key=len)
-        saw = "; ".join(f"{value} on {who(having)}" for value, having in groups.items())
-        others = [answer for having in groups.values() if having is not most for answer in having]
-        findings.append(
-            Finding(f"{check}: {name}", False, saw, "the same on every rank", fix, hosts_of(others))
-        )
+        else:
+            findings.append(Finding(f"{check}: {name}", False, saw, "the same on every rank", fix, hosts))
     if same:
         findings.insert(0, Finding(check, True, ", ".join(same)))
     return findings
@@ -99,9 +109,3 @@ def at_least(
     span = least_shown + (f" to {most_shown}" if most_shown != least_shown else "")
     saw = f"{span} {unit}" + (f" on {who(low)}" if low else "")
     return Finding(check, not low, saw, wanted, fix if low else "", hosts_of(low))
-
-
-def slower_than_half(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The median, and those below half of it."""
-    middle = median(values.values())
-    return middle, {name: value for name, value in values.items() if value < middle / 2}

@@ -9,7 +9,7 @@ from typing import Any
 
 from horovod_owt.errors import OwtError
 from horovod_owt.parallel.meeting import Meeting
-from horovod_owt.preflight.findings import Answer, Finding, hosts_of, spans, who
+from horovod_owt.preflight.findings import Answer, Finding, grouped, hosts_of, spans, who
 from horovod_owt.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -93,11 +93,10 @@ class Inquiry:
         return self.meeting.share(value, WORD_S)
 
     def _note_trouble(self, what: str, failed: Sequence[Answer]) -> None:
-        by_error: dict[tuple[str, str, str], list[Answer]] = {}
-        for answer in failed:
-            error = answer.value["error"]
-            by_error.setdefault((error["saw"], error["wanted"], error["fix"]), []).append(answer)
-        for (saw, wanted, fix), having in by_error.items():
+        errors = grouped(
+            failed, lambda value: tuple(value["error"][part] for part in ("saw", "wanted", "fix"))
+        )
+        for (saw, wanted, fix), having in errors.items():
             self.find(Finding(what, False, f"{saw}, on {who(having)}", wanted, fix, hosts_of(having)))
 
 

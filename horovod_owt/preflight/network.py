@@ -15,7 +15,7 @@ from horovod_owt.jobs.inside import address_of
 from horovod_owt.jobs.interfaces import interface_between
 from horovod_owt.parallel.device import Device
 from horovod_owt.preflight import wire
-from horovod_owt.preflight.findings import Answer, Finding, hosts_of, who
+from horovod_owt.preflight.findings import Answer, Finding, differing, grouped, hosts_of, who
 from horovod_owt.preflight.wire import Pair
 
 CLOCK_LIMIT_S = 1.0  # logs of hosts that differ by more are no help; munge and NFS mind more than that
@@ -69,22 +69,12 @@ def judge_interfaces(answers: Sequence[Answer]) -> list[Finding]:
         fix = "names of hosts that lead to their addresses on the common network; --interface NAME"
         saw = ", ".join(f"{a.value['name']} on {a.host}" for a in odd)
         findings.append(Finding("interface", False, saw, "one that leads to other hosts", fix, hosts_of(odd)))
-    for key, unit in (("mtu", "bytes"), ("mbit_per_s", "Mbit/s")):
-        values: dict[int | None, list[Answer]] = {}
-        for answer in answers:
-            values.setdefault(answer.value[key], []).append(answer)
-        if len(values) > 1:
-            saw = "; ".join(
-                f"{value or 'unknown'} {unit} on {who(having)}" for value, having in values.items()
-            )
-            most = max(values.values(), key=len)
-            others = hosts_of(a for having in values.values() if having is not most for a in having)
-            check = "interface: mtu" if key == "mtu" else "interface: speed"
-            findings.append(
-                Finding(
-                    check, False, saw, "the same on every host", "`ip link`, `ethtool`; the switch", others
-                )
-            )
+    for key, what, unit in (("mtu", "mtu", "bytes"), ("mbit_per_s", "speed", "Mbit/s")):
+        groups = grouped(answers, lambda value, key=key, unit=unit: f"{value[key] or 'unknown'} {unit}")
+        if len(groups) > 1:
+            saw, hosts = differing(groups)
+            fix = "`ip link`, `ethtool`; the switch"
+            findings.append(Finding(f"interface: {what}", False, saw, "the same on every host", fix, hosts))
     return findings or [Finding("interface", True, f"{names} on {len(answers)} hosts")]
 
 
