@@ -83,6 +83,13 @@ def test_a_host_all_of_whose_links_are_slow_both_ways_is_found():
     assert network.slow_pairs(pairs) == [("a", "c"), ("b", "c")]
 
 
+def test_a_latency_counts_against_that_of_the_others():
+    """Over a network whose usual latency anybody would notice."""
+    pairs = {pair: changed(latency_s=1e-3) for pair in itertools.combinations("abc", 2)}
+    assert network.slow_pairs(pairs | {("b", "c"): changed(latency_s=1.9e-3)}) == []
+    assert network.slow_pairs(pairs | {("b", "c"): changed(latency_s=2.1e-3)}) == [("b", "c")]
+
+
 def test_a_clock_that_is_off_is_told_against_that_of_rank_0():
     (good,) = network.judge_clocks(on_hosts(1e-3, -2e-3), "n0")
     assert good.ok and good.saw == "h1 +0.002 s against n0, the furthest of 2"
@@ -178,7 +185,7 @@ LIMITS = {
         ({"files": -1}, []),  # RLIM_INFINITY
         ({"infiniband": True}, ["locked memory"]),
         ({"infiniband": True, "locked_bytes": -1}, []),
-        ({"shm_bytes": 64e6}, ["/dev/shm"]),
+        ({"shm_bytes": 400e6}, ["/dev/shm"]),  # for two ranks
         ({"cores": [0]}, ["cores"]),
     ],
 )
@@ -247,6 +254,13 @@ def test_a_run_folder_is_tried_where_it_will_be_and_left_as_it_was(tmp_path):
     dataset.take_token(run_dir, "t")
     assert (seen["folder"], seen["trouble"], seen["shared"]) == (str(tmp_path), "", True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_seen_late_is_seen(tmp_path):
+    late = threading.Timer(0.3, dataset.leave_token, (tmp_path, "t"))
+    late.start()
+    assert dataset.try_folder(tmp_path, "t", rank=1)["shared"]
+    late.join()
 
 
 def test_a_folder_that_is_closed_full_or_not_shared_is_bad(monkeypatch):
