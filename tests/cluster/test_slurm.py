@@ -220,7 +220,7 @@ def test_an_elastic_job_outlives_one_of_its_hosts(slurm, images, tmp_path):
         job.kill()
         slurm.power_on("n2")
     first, second = records(run_dir, "run")
-    assert (first["hosts"], second["hosts"]) == (["n1", "n2"], ["n1"])
+    assert (sorted(first["hosts"]), second["hosts"]) == (["n1", "n2"], ["n1"])  # rank 0 may be on either
     (fault,) = records(run_dir, "fault")
     assert "a rank was lost" in fault["fault"]
     assert second["first_step"] % 2 == 0 and 0 <= fault["step"] - second["first_step"] <= 2
