@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from horovod_owt.errors import ConfigError
 from horovod_owt.topology import BOX_PLACES, box_hosts
 
 
@@ -21,6 +22,11 @@ class ElasticJob:
     min_ranks: int = 1
     max_ranks: int | None = None
     cooldown_s: tuple[int, int] = (10, 600)  # a host that lost a rank is left alone for so long; it doubles
+
+    def __post_init__(self) -> None:
+        most = self.max_ranks or self.places
+        if most and self.min_ranks > most:  # Horovod would wait for ten minutes
+            raise ConfigError(f"at least {self.min_ranks} ranks, of {most} at most", fix="fewer --min-ranks")
 
     def argv(self, discover_hosts: Path) -> list[str]:
         """horovodrun's words; `discover_hosts` is the script that prints the hosts in a file."""
