@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,15 @@ class ElasticJob:
             raise ConfigError(f"at least {self.min_ranks} ranks, of {most} at most", fix="fewer --min-ranks")
 
     def argv(self, discover_hosts: Path) -> list[str]:
-        """horovodrun's words; `discover_hosts` is the script that prints the hosts in a file."""
+        """horovodrun and its words; `discover_hosts` is what prints the hosts in a file."""
         if self.places:
             hosts = ["printf", "%s:1\\n", *box_hosts(self.places)]
         else:
             hosts = [str(discover_hosts), str(self.hosts_file)]
         most = self.max_ranks or self.places
         return [
-            *("horovodrun", "--gloo", "-np", str(self.min_ranks), "--min-np", str(self.min_ranks)),
+            *(sys.executable, "-m", "horovod_owt.jobs.horovodrun", "--gloo"),
+            *("-np", str(self.min_ranks), "--min-np", str(self.min_ranks)),
             *(("--max-np", str(most)) if most else ()),
             *("--network-interfaces", self.interface),
             *("--blacklist-cooldown-range", *map(str, self.cooldown_s)),
