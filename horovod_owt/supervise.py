@@ -142,19 +142,25 @@ def _said_by_launcher(code: int) -> str:
 
 
 class Supervisor:
-    """Runs a command as often as it is worth it; never two at a time, and nothing of it stays behind."""
+    """Runs a command as often as it is worth it; never two at a time, and nothing of it stays behind.
 
-    def __init__(self, command: Sequence[str], *, max_restarts: int) -> None:
-        self._command, self._max_restarts = list(command), max_restarts
+    A second signal ends all at once; with `patient`, under a scheduler that sends several, it does not.
+    """
+
+    def __init__(self, command: Sequence[str], *, max_restarts: int = 0, patient: bool = False) -> None:
+        self._command, self._max_restarts, self._patient = list(command), max_restarts, patient
         self._run_dir = run_dir_of(command)
         self._job: subprocess.Popen | None = None
         self._asked_to_stop = False
 
+    def run_once(self) -> Attempt:
+        """Run it, and leave it to the caller what follows."""
+        self._take_charge()
+        return self._attempt()
+
     def run(self) -> int:
         """The exit code of the last attempt: outcome.json's where it wrote one."""
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a dead launcher's ranks become ours
-        for number in PASSED_ON:
-            signal.signal(number, self._pass_on)
+        self._take_charge()
         attempts: list[Attempt] = []
         while True:
             attempts.append(self._attempt())
@@ -166,6 +172,11 @@ class Supervisor:
             place = last.checkpoint or "the beginning, as there is no checkpoint"
             say(f"exit code {last.exit_code} after step {last.last_step}: {last.reason}")
             say(f"{start}, from {place}")
+
+    def _take_charge(self) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a dead launcher's ranks become ours
+        for number in PASSED_ON:
+            signal.signal(number, self._pass_on)
 
     def _attempt(self) -> Attempt:
         folder = RunFolder(self._run_dir)
@@ -203,12 +214,14 @@ class Supervisor:
         horovodrun would kill its ranks 5 s after it is told to stop. A second signal ends all at once.
         """
         if self._asked_to_stop:
-            end_descendants(0)
+            if not self._patient:
+                end_descendants(0)
             return
         self._asked_to_stop = True
         if self._job is None or self._job.poll() is not None:
             return
-        say(f"{signal.Signals(number).name}: the job ends at a checkpoint; a second signal ends it at once")
+        second = "" if self._patient else "; a second signal ends it at once"
+        say(f"{signal.Signals(number).name}: the job ends at a checkpoint{second}")
         for process in ranks_here() or [psutil.Process(self._job.pid)]:
             try:
                 process.send_signal(number if number != signal.SIGHUP else signal.SIGTERM)

@@ -38,6 +38,10 @@ LAUNCHERS = {
 # each place a host of its own: 127.0.0.1 with as many more zeros before the 1 as there are places before it.
 BOX_PLACES = "HOROVOD_OWT_BOX_PLACES"  # how many there are
 
+# Set by whoever starts ranks by mpirun or srun and lets them bind none. A container's or a Slurm step's ranks
+# may have fewer cores than the host and look bound, each to all of them.
+UNBOUND = "HOROVOD_OWT_UNBOUND"
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -49,6 +53,7 @@ class Topology:
     local_rank: int
     local_size: int
     host: str
+    unbound: bool = False  # by the launcher: the cores that this rank may use are its host's ranks' to share
 
 
 def resolve_group_size(setting: str, topology: Topology) -> int:
@@ -88,8 +93,27 @@ def read_topology(env: Mapping[str, str] | None = None) -> Topology:
                 local_rank=local[0],
                 local_size=local[1],
                 host=socket.gethostname() if place else host,
+                unbound=launcher == "horovodrun" or UNBOUND in env,
             )
     return Topology("none", rank=0, world_size=1, local_rank=0, local_size=1, host=host)
+
+
+def rank_topology(env: Mapping[str, str] | None = None) -> Topology:
+    """The same, for a command whose processes are to be ranks of one job.
+
+    Raises ConfigError in tasks that srun did not tell of each other: each would be rank 0 of 1.
+    """
+    env = os.environ if env is None else env
+    topology = read_topology(env)
+    # Only what srun started has it; a batch script and a shell of salloc have SLURM_NTASKS alone.
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if topology.launcher == "none" and tasks > 1:
+        raise ConfigError(
+            f"{tasks} tasks of srun that do not know of each other",
+            wanted="ranks of one job",
+            fix="srun --mpi=pmix, or sbatch slurm/train.sbatch; for a job in each task, --array",
+        ).by_rank_0(int(env["SLURM_PROCID"]))
+    return topology
 
 
 def _place_in_slurm_step(env: Mapping[str, str]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import psutil
 from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.parallel.device import Device
-from horovod_owt.topology import read_topology, resolve_group_size
+from horovod_owt.topology import rank_topology, resolve_group_size
 from horovod_owt.train.prepare import choose_device
 
 OURS, PEERS = ("data", "hybrid"), ("ddp", "ddp-tuned")
@@ -54,7 +54,7 @@ def prepare(
             known = ", ".join(psutil.net_io_counters(pernic=True))
             raise ConfigError(f"--count-interface {interface}", wanted=f"one of {known}")
 
-        topology = read_topology()
+        topology = rank_topology()
         if topology.world_size == 1:
             wanted = tuple(word for word in wanted if word != "hybrid")
         cfg = resolve(recipe, (*settings, f"parallel={'hybrid' if 'hybrid' in wanted else 'data'}"))

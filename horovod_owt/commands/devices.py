@@ -40,9 +40,9 @@ def devices(as_json: bool) -> None:
     from horovod_owt.errors import DeviceError, RunError
     from horovod_owt.parallel.device import check_apart
     from horovod_owt.parallel.meeting import meet
-    from horovod_owt.topology import read_topology
+    from horovod_owt.topology import rank_topology
 
-    topology = read_topology()
+    topology = rank_topology()
     own = _own_row(topology)
     with meet(topology, limit_s=LIMIT_S) as meeting:
         answers = meeting.gather(own, LIMIT_S, "name its device")

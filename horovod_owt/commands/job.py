@@ -34,7 +34,7 @@ SBATCH_OPTIONS = {
     "--array": "Such as 0-4%2; {task} in an option of owt becomes the task's number.",
     "--dependency": "Such as afterok:1234.",
     "--output": "The log's name; %j is the job.",
-    "--signal": "Default for train: B:USR1@120, a warning 120 s before the time limit.",
+    "--signal": "Default for train and elastic: B:USR1@120, a warning 120 s before the time limit.",
 }
 JOB_ID = click.argument("job_id", metavar="JOB")
 
@@ -74,6 +74,11 @@ def job_options(body: Callable) -> Callable:
             "--launcher", type=click.Choice(LAUNCHERS), help="Of the ranks. Default: what the site has."
         ),
         click.option(
+            "--min-ranks",
+            type=click.IntRange(min=1),
+            help="Of an elastic job: fewer end this start of it. Default: half of its ranks.",
+        ),
+        click.option(
             "--max-restarts",
             type=click.IntRange(min=0),
             help=f"Times that a stopped job goes back to the queue. Default: {JobSpec.max_restarts}.",
@@ -109,7 +114,7 @@ def submit(spec: JobSpec, dry_run: bool) -> None:
     from horovod_owt.jobs.script import render
     from horovod_owt.jobs.submit import submit
 
-    if not spec.owt_args and spec.kind == "train":
+    if not spec.owt_args and spec.restarts:
         raise click.UsageError("no DATA to train on")
     script = render(spec)
     click.echo(script if dry_run else submit(script), nl=not dry_run)

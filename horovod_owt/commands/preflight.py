@@ -38,10 +38,10 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
     from horovod_owt.commands.log import log_to_stderr
     from horovod_owt.errors import ProblemFound
     from horovod_owt.preflight.run import preflight
-    from horovod_owt.topology import read_topology
+    from horovod_owt.topology import rank_topology
 
     log_to_stderr()
-    topology = read_topology()
+    topology = rank_topology()
 
     def tell(findings: list[Finding]) -> None:
         document = {"findings": [finding.to_dict() for finding in findings]}

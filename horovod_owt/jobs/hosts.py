@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError
@@ -19,7 +20,7 @@ def read_hosts(file: Path) -> dict[str, int]:
         host, colon, slots = words.partition(":")
         if not words:
             continue
-        if not (host and colon and slots.isdecimal() and int(slots)):
+        if not (re.fullmatch(r"[\w.-]+", host) and colon and slots.isdecimal() and int(slots)):
             raise ConfigError(
                 f"{file}, line {number}: {line!r}", wanted="HOST:SLOTS or HOST slots=SLOTS", fix="gpu07:4"
             )

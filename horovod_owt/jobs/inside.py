@@ -18,6 +18,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.jobs.allocation import Allocation
 from horovod_owt.jobs.interfaces import interface_between
 from horovod_owt.jobs.start import interface_environment
+from horovod_owt.topology import UNBOUND
 
 
 def choose_launcher(asked: str, *, srun_mpi: str, mpirun: str | None, horovod_mpi: bool) -> tuple[str, str]:
@@ -107,7 +108,7 @@ def launcher_environment(launcher: str, allocation: Allocation) -> Iterator[dict
             yield environment
         return
     interface = interface_between(list(allocation.hosts))
-    environment = {} if interface == "lo" else interface_environment(interface)
+    environment = {UNBOUND: "1", **({} if interface == "lo" else interface_environment(interface))}
     if launcher == "mpirun":
         # for the srun below mpirun, which starts a daemon on each node: ranks inherit its cores
         environment["SRUN_CPUS_PER_TASK"] = str(allocation.cpus_per_node)

@@ -47,3 +47,11 @@ def interface_between(hosts: list[str]) -> str:
             fix="--interface NAME",
         )
     return found[0] if found else "lo"
+
+
+def chosen_interface(asked: str | None, hosts: list[str]) -> str:
+    """The one asked for, which must be here, else the one between `hosts`."""
+    here = sorted(psutil.net_if_addrs())
+    if asked is not None and asked not in here:  # horovodrun would hand it to a shell, then find nobody
+        raise ConfigError(f"--interface {asked}", wanted=f"one of {', '.join(here)}")
+    return asked or interface_between(hosts)

@@ -1,6 +1,6 @@
 """The batch process of a job: starts the ranks, passes warnings on to them, and says whether to requeue.
 
-python -m horovod_owt.jobs.launch [--launcher pmix|mpirun|gloo] -- train DATA [options of owt train]
+python -m horovod_owt.jobs.launch [--elastic | --launcher pmix|mpirun|gloo] -- train DATA [options]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.jobs.allocation import Allocation, node_list, read_allocation
+from horovod_owt.jobs.elastic import ElasticJob
 from horovod_owt.jobs.inside import (
     choose_launcher,
     horovod_has_mpi,
@@ -24,10 +25,12 @@ from horovod_owt.jobs.inside import (
     ranks_argv,
 )
 from horovod_owt.jobs.interfaces import interface_between
+from horovod_owt.jobs.nodes import nodes_file
 from horovod_owt.jobs.slurm import comment_argv, hostnames_argv, requeue_argv
 from horovod_owt.jobs.spec import LAUNCHERS, JobSpec
+from horovod_owt.jobs.start import check_folder_for_ssh
 from horovod_owt.jobs.submit import ask, find_jobs, start_ranks
-from horovod_owt.supervise import Attempt, RunFolder, find_run_dir, why_not_again
+from horovod_owt.supervise import Attempt, RunFolder, Supervisor, find_run_dir, why_not_again
 
 STOP = signal.SIGUSR1  # to the ranks, through srun or mpirun: both pass it on, and TERM would end them
 WARNINGS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -40,6 +43,8 @@ def main() -> int:
     try:
         allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
         command = ["owt", *owt_args(args.command, allocation)]
+        if args.elastic:
+            return train(ElasticRanks(allocation, args.min_ranks), command, args.max_restarts)
         launcher, why = choose_launcher(
             args.launcher,
             srun_mpi=ask(["srun", "--mpi=list"]),
@@ -48,7 +53,7 @@ def main() -> int:
             horovod_mpi=bool(args.container_image or args.apptainer) or horovod_has_mpi(),
         )
         introduce(allocation, launcher, why)
-        job = Job(allocation, launcher, args.container_image, args.apptainer)
+        job = Ranks(allocation, launcher, args.container_image, args.apptainer)
         if command[1] == "train":
             return train(job, command, args.max_restarts)
         code = job.run(command)
@@ -62,6 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m horovod_owt.jobs.launch", description=__doc__)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="auto")
     parser.add_argument("--max-restarts", type=int, default=JobSpec.max_restarts)
+    parser.add_argument("--elastic", action="store_true", help="ranks may be lost; they start by ssh")
+    parser.add_argument("--min-ranks", type=int, default=0, help="of an elastic job (default: half of them)")
     parser.add_argument("--container-image", default="")
     parser.add_argument("--apptainer", default="")
     parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="of owt: train DATA ...")
@@ -98,7 +105,7 @@ def owt_args(command: list[str], allocation: Allocation) -> list[str]:
     return args
 
 
-class Job:
+class Ranks:
     """Runs the ranks, and tells them when Slurm wants the job to end."""
 
     def __init__(self, allocation: Allocation, launcher: str, container_image: str, apptainer: str) -> None:
@@ -127,7 +134,35 @@ class Job:
             self._ranks.send_signal(STOP)
 
 
-def train(job: Job, command: list[str], max_restarts: int) -> int:
+class ElasticRanks:
+    """The same for ranks that may be lost with their nodes, which Slurm lets the job outlive (--no-kill)."""
+
+    def __init__(self, allocation: Allocation, min_ranks: int) -> None:
+        self.allocation, self.asked_to_stop = allocation, False
+        self._min_ranks = min_ranks or (allocation.world_size + 1) // 2
+        if self._min_ranks > allocation.world_size:
+            raise ConfigError(
+                f"--min-ranks {self._min_ranks} in a job of {allocation.world_size} ranks",
+                wanted="no more than there are",
+            )
+        if len(allocation.hosts) > 1:
+            check_folder_for_ssh(os.getcwd())
+        introduce(allocation, "horovodrun", f"elastic, {self._min_ranks} ranks at least, by ssh")
+
+    def run(self, command: list[str]) -> int:
+        with nodes_file(self.allocation, say) as hosts_file:
+            elastic = ElasticJob(
+                command[2:],
+                interface=interface_between(list(self.allocation.hosts)),
+                hosts_file=hosts_file,
+                min_ranks=self._min_ranks,
+            )
+            attempt = Supervisor(elastic.argv(Path("cat")), patient=True).run_once()
+        self.asked_to_stop = attempt.asked_to_stop
+        return attempt.exit_code
+
+
+def train(job: Ranks | ElasticRanks, command: list[str], max_restarts: int) -> int:
     """One attempt of a training job, and then back to the queue if another may come further."""
     run_dir = find_run_dir(command).absolute()
     leave_run_dir(job.allocation.job_id, run_dir)

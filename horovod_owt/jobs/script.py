@@ -31,6 +31,10 @@ def render(spec: JobSpec) -> str:
 def launch_argv(spec: JobSpec) -> list[str]:
     """What the batch script becomes; the words given to sbatch after the script's name follow."""
     argv = ["python", "-m", "horovod_owt.jobs.launch"]
+    if spec.elastic:
+        argv += ["--elastic"]
+    if spec.min_ranks:
+        argv += ["--min-ranks", str(spec.min_ranks)]
     if spec.launcher != "auto":
         argv += ["--launcher", spec.launcher]
     if spec.restarts and spec.max_restarts != JobSpec.max_restarts:

@@ -43,6 +43,7 @@ class JobRecord:
     exit_code: int | None  # 128 + the signal that ended it, as a shell says; None before its end
     restarts: int
     comment: str
+    nodes: str  # as Slurm writes lists of them; those that it lost under --no-kill are not among them
 
 
 def parse_jobs(said: str) -> list[JobRecord]:
@@ -64,6 +65,7 @@ def _parse_job(text: str) -> JobRecord:
         exit_code=(code or (number and 128 + number)) if state in FINISHED else None,
         restarts=restarts,
         comment=_values(text, r"Comment=(.*)")[0].strip() if "\n   Comment=" in text else "",
+        nodes=_values(text, r"NodeList=(.*)")[0].strip() if "\n   NodeList=" in text else "",
     )
 
 

@@ -10,7 +10,12 @@ from horovod_owt.errors import ConfigError
 LAUNCHERS = ("auto", "pmix", "mpirun", "gloo")
 
 # kind of job -> the owt command that its ranks run
-KINDS = {"train": ("train",), "preflight": ("preflight",), "scaling": ("bench", "scaling")}
+KINDS = {
+    "train": ("train",),
+    "elastic": ("train",),
+    "preflight": ("preflight",),
+    "scaling": ("bench", "scaling"),
+}
 
 # Fields of JobSpec that are sbatch options, in the order in which a script has them.
 SBATCH_OPTIONS = (
@@ -42,7 +47,7 @@ class JobSpec:
     array: str = ""
     dependency: str = ""
     output: str = ""
-    signal: str = ""  # empty: USR1 to the batch process 120 s before the time limit, for train
+    signal: str = ""  # empty: USR1 to the batch process 120 s before the time limit, where it restarts
     extra: tuple[str, ...] = ()  # further options of sbatch, each as `--name=value`
 
     modules: tuple[str, ...] = ()  # environment modules
@@ -51,6 +56,7 @@ class JobSpec:
     apptainer: str = ""  # image
     launcher: str = "auto"
     max_restarts: int = 20
+    min_ranks: int = 0  # of an elastic job; 0: half of them
     owt_args: tuple[str, ...] = ()  # DATA and options of the owt command
 
     def __post_init__(self) -> None:
@@ -59,7 +65,12 @@ class JobSpec:
     @property
     def restarts(self) -> bool:
         """Whether a stopped job goes back to the queue, to go on from a checkpoint."""
-        return self.kind == "train"
+        return self.kind in ("train", "elastic")
+
+    @property
+    def elastic(self) -> bool:
+        """Whether it goes on without the nodes that it loses."""
+        return self.kind == "elastic"
 
     def sbatch_options(self) -> Iterator[str]:
         """`--name=value`, not quoted yet."""
@@ -67,6 +78,8 @@ class JobSpec:
         if self.restarts:
             # B: to the batch process alone, which passes it on; to ranks that still load torch it is deadly
             filled["signal"] = self.signal or "B:USR1@120"
+        if self.elastic:
+            filled["exclusive"] = True  # ssh starts the ranks outside of what Slurm has set apart for the job
         for name in SBATCH_OPTIONS:
             value = filled.get(name, getattr(self, name))
             if value:
@@ -74,6 +87,8 @@ class JobSpec:
                 yield option if value is True else f"{option}={value}"
         if self.restarts:
             yield "--requeue"
+        if self.elastic:
+            yield "--no-kill"
         yield "--open-mode=append"  # all attempts in one log
         yield from self.extra
 
@@ -95,6 +110,16 @@ def _check(spec: JobSpec) -> None:
             "--gpus-per-task without a number of tasks",
             wanted="ranks of a node",
             fix="--ntasks-per-node N, or --gpus-per-node in its place",
+        )
+    if spec.min_ranks and not spec.elastic:
+        raise ConfigError(
+            f"--min-ranks with --kind {spec.kind}", wanted="a job that may lose ranks", fix="--kind elastic"
+        )
+    if spec.elastic and (spec.container_image or spec.apptainer or spec.launcher != "auto"):
+        raise ConfigError(
+            "--kind elastic with a container or a launcher",
+            wanted="neither: horovodrun starts its ranks by ssh",
+            fix="--kind train",
         )
     if spec.container_image and spec.apptainer:
         raise ConfigError("--container-image and --apptainer", wanted="one of them")

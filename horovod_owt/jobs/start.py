@@ -12,14 +12,15 @@ from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.jobs.hosts import read_hosts
-from horovod_owt.jobs.interfaces import interface_between
+from horovod_owt.jobs.interfaces import chosen_interface
 from horovod_owt.parallel.device import visible_gpus
 from horovod_owt.supervise import Supervisor, find_run_dir, say
+from horovod_owt.topology import UNBOUND
 
 # What mpirun is to carry to other hosts; horovodrun carries all of the environment.
 CARRIED = re.compile(
-    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|CUDA_VISIBLE_DEVICES|THP_MEM_ALLOC_ENABLE"
-    r"|(HOROVOD|NCCL|OMP|DALI|TORCH|UCX)_\w+"
+    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|THP_MEM_ALLOC_ENABLE"
+    r"|(HOROVOD|CUDA|NCCL|OMP|DALI|TORCH|PYTORCH|UCX)_\w+"
 )
 
 EXAMPLES = """\
@@ -73,7 +74,7 @@ class Start:
 
     def environment(self) -> dict[str, str]:
         """For launcher and ranks."""
-        return {} if self.on_this_box else interface_environment(self.interface)
+        return {UNBOUND: "1", **({} if self.on_this_box else interface_environment(self.interface))}
 
 
 def preflight_words(train: Sequence[str]) -> list[str]:
@@ -103,7 +104,7 @@ def main(launcher: str, description: str) -> int:
     parser.add_argument("--interface", metavar="NAME", help="default: the one that leads to the other hosts")
     parser.add_argument(
         "--max-restarts",
-        type=int,
+        type=restarts,
         default=0,
         metavar="N",
         help="after faults, from the last checkpoint (default: 0)",
@@ -116,8 +117,10 @@ def main(launcher: str, description: str) -> int:
     args = parser.parse_args()
     try:
         hosts = read_hosts(args.hosts) if args.hosts else {"localhost": args.ranks or _one_for_each_gpu()}
-        start = Start(args.train, hosts, args.interface or interface_between(list(hosts)))
+        start = Start(args.train, hosts, chosen_interface(args.interface, list(hosts)))
         env = {**os.environ, **start.environment()}
+        if launcher == "horovodrun" and not start.on_this_box:
+            check_folder_for_ssh(os.getcwd())
         command = start.argv(launcher, env, preflight=args.preflight)
         if args.dry_run:
             print(shlex.join([*(f"{name}={value}" for name, value in start.environment().items()), *command]))
@@ -133,12 +136,27 @@ def main(launcher: str, description: str) -> int:
         return error.exit_code
 
 
+def check_folder_for_ssh(folder: str) -> None:
+    """horovodrun has a shell on each host enter the folder that it was started in, and quotes nothing."""
+    if shlex.quote(folder) != folder:
+        raise ConfigError(
+            f"horovodrun in folder {folder!r}",
+            wanted="a path that needs no quotes: a shell on each host is to enter it",
+            fix="start it in another folder, with full paths, or take launch/mpirun",
+        )
+
+
 def count(word: str) -> int:
     """A number of ranks or seconds, for argparse."""
     number = int(word)
     if number < 1:
         raise ValueError(word)
     return number
+
+
+def restarts(word: str) -> int:
+    """A number that may be 0, for argparse."""
+    return count(word) if word != "0" else 0
 
 
 def _one_for_each_gpu() -> int:

@@ -33,10 +33,10 @@ def own_cores(
     Of the cores near its GPU, a share for each rank whose GPU they are near to; with a CPU, or where sysfs
     does not say what is near, its `local_size`-th of all. mpirun and srun may have bound the rank already:
     then its cores are fewer than the host's, and all of them that are near its GPU stay. horovodrun binds
-    nothing, and two ranks' threads would chase each other over all cores.
+    nothing, nor do the start scripts and jobs, and two ranks' threads would chase each other over all cores.
     """
     cores, turn, ranks = set(allowed), topology.local_rank, topology.local_size
-    bound = topology.launcher != "horovodrun" and len(cores) < on_host
+    bound = not topology.unbound and len(cores) < on_host
     if device.gpu and (near := cores & set(_near(device.gpu.pci, sysfs))):
         cores = near
         turn, ranks = _turn(topology, device, sysfs)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
+import stat
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,3 +76,20 @@ def own_addresses() -> list[str]:
     """This host's IPv4 addresses, loopback last."""
     found = [a.address for all_ in psutil.net_if_addrs().values() for a in all_ if a.family == socket.AF_INET]
     return sorted(found, key=lambda address: address.startswith("127."))
+
+
+def hang_up(*, but: set[int]) -> None:
+    """Shut down this process's TCP connections, except those with these descriptors.
+
+    Whatever this rank waits for in a collective fails then, as if the other end had died.
+    """
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if descriptor in but or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if tcp and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # closed meanwhile
+            continue

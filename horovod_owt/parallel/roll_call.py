@@ -19,7 +19,7 @@ from typing import Any
 
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.collectives import broadcast_object
-from horovod_owt.parallel.door import CONNECT_S, Door, enter, json_line
+from horovod_owt.parallel.door import CONNECT_S, Door, enter, hang_up, json_line
 from horovod_owt.parallel.runtime import World
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,9 @@ class RollCall:
     silent), who keeps whom waiting, first after `report_s` seconds and then as often; `give_up` the same once
     that took `give_up_s`; `dump` is called on every rank that can be reached when a report is made.
     `on_death` is told who died, at once, on the ranks that see it: rank 0, and all others if it was rank 0.
+    With `regroup_s`, for a job that outlives its ranks, the collectives of all fail once one has died: Gloo
+    itself tells those that exchange bytes with it, and the others wait for them. And a host whose kernel
+    acknowledges nothing for so long (that of a stopped rank does) counts as dead with its ranks.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class RollCall:
         give_up: Callable[[str], None],
         dump: Callable[[str], None],
         on_death: Callable[[str], None],
+        regroup_s: float | None = None,
     ) -> None:
         self._world, self._report_s, self._give_up_s = world, report_s, give_up_s
         self._report, self._give_up, self._dump, self._on_death = report, give_up, dump, on_death
+        self._regroup_s = regroup_s
         self._lost: list[Peer] = []
         self._someone_lost, self._ending = threading.Event(), threading.Event()
         self._peers: dict[int, Peer] = {}
@@ -187,28 +192,45 @@ class RollCall:
 
     def _keep(self, peer: Peer) -> None:
         peer.connection.settimeout(CONNECT_S)
+        if self._regroup_s is not None:  # there is always a beat to be acknowledged
+            limit_ms = int(1e3 * self._regroup_s)
+            peer.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
         self._peers[peer.rank] = peer
         self._selector.register(peer.connection, selectors.EVENT_READ, peer)
 
     def _listen(self, peer: Peer) -> None:
+        arrived, died = b"", "its process died"
         try:
             arrived = peer.connection.recv(65536)
-        except OSError:
-            arrived = b""
+        except ConnectionError:
+            pass
+        except OSError as error:
+            died = f"its host does not answer ({error.strerror or error})"
         *lines, peer.unread = (peer.unread + arrived).split(b"\n")
         for line in lines:
             beat = json.loads(line)
             peer.hear(beat)
             if "dump" in beat:
                 self._dump(str(beat["dump"]))
+            if "hang up" in beat:
+                self._hang_up()
         if not arrived:
             self._selector.unregister(peer.connection)
             del self._peers[peer.rank]
             if not peer.said_goodbye:
                 self._lost.append(peer)
-                log.error("%s is gone: its process died, last heard of after step %d", peer, peer.step)
+                log.error("%s is gone: %s, last heard of after step %d", peer, died, peer.step)
                 self._on_death(self.lost(0.0))
+                if self._regroup_s is not None:
+                    for other in self._peers.values():
+                        self._tell(other, {"hang up": str(peer)})
+                    self._hang_up()
                 self._someone_lost.set()
+
+    def _hang_up(self) -> None:
+        """Let this rank's collectives fail; not once it has left, perhaps for the job's next world."""
+        if not self._ending.is_set():
+            hang_up(but={peer.connection.fileno() for peer in self._peers.values()})
 
     def _tell(self, peer: Peer, what: dict[str, Any]) -> None:
         try:

@@ -11,7 +11,7 @@ from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import DataSet, open_data_set
 from horovod_owt.errors import ConfigError, DeviceError, OwtError
 from horovod_owt.parallel.device import Device, claim_device
-from horovod_owt.topology import Topology, read_topology, resolve_group_size
+from horovod_owt.topology import Topology, rank_topology, resolve_group_size
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Request:
 
 def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> Request:
     """Resolve the configuration, open the data set, choose the device; raises OwtError if one is unfit."""
-    topology = read_topology()
+    topology = rank_topology()
     try:
         cfg = resolve(recipe, settings)
         folder = open_data_set(data)

@@ -21,6 +21,7 @@ from horovod_owt.train.run_folder import write_outcome
 
 log = logging.getLogger(__name__)
 
+HOST_GONE_S = 20.0  # so long a host may answer nothing, where the job can do without it
 REPORT_S = 60.0  # a collective may wait so long before it is spoken of, or half the stall limit
 
 
@@ -87,6 +88,7 @@ def watched(
             give_up=give_up,
             dump=stacks.dump,
             on_death=on_death,
+            regroup_s=min(HOST_GONE_S, stall_limit_s / 2) if goes_on else None,
         ) as roll_call:
             yield roll_call
     finally:

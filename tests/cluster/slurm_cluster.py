@@ -202,6 +202,7 @@ class Cluster:
             host.wait_until_gone()
 
     def power_off(self, name: str) -> None:
+        self._ip("link", "delete", f"to-{name}")  # or its kernel would take leave of everybody
         self.hosts[name].kill()
         self.hosts[name].wait_until_gone()
 

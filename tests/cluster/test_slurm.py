@@ -144,6 +144,28 @@ def test_a_job_whose_first_node_is_killed_goes_on_on_the_others(slurm, images, t
     wait_for(lambda: slurm.states() == ["idle"] * 3)
 
 
+def test_an_elastic_job_goes_on_without_a_node_that_lost_its_power(slurm, images, tmp_path):
+    """Nothing says goodbye: not the node's kernel to the ranks, nor to ssh, nor to Slurm."""
+    options = ["--kind=elastic", "--nodes=3", "--ntasks-per-node=1"]
+    owt = ["--run-dir", "run", *settings(epochs=1000, max_steps=30, commit_every=2, stall_limit_s=20)]
+    job_id = submit(slurm, tmp_path, images, *options, owt=owt)
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    wait_for(lambda: len(losses(run_dir)) > 4, log=log)
+    slurm.power_off("n2")
+    try:
+        assert end_of(slurm, job_id, log) == "COMPLETED", log.read_text()
+    finally:
+        slurm.power_on("n2")
+    wait_for(lambda: slurm.states() == ["idle"] * 3)
+    said = status(slurm, job_id)
+    assert (said["restarts"], said["step"]) == (0, 30)
+    worlds = [(sorted(run["hosts"]), run["first_step"]) for run in records(run_dir, "run")]
+    assert [hosts for hosts, _ in worlds] == [["n1", "n2", "n3"], ["n1", "n3"]]
+    (fault,) = (record for record in records(run_dir, "fault") if "a rank was lost" in record["fault"])
+    assert worlds[1][1] % 2 == 0 and 0 <= fault["step"] - worlds[1][1] <= 2
+    assert "Slurm took n2 from the job; it has n1, n3" in log.read_text()
+
+
 def test_before_its_time_is_up_a_job_stops_at_a_checkpoint(slurm, images, tmp_path):
     """And is not requeued more often than it may be. By mpirun, which passes the warning on to all nodes."""
     options = ["--nodes=2", "--time=10", "--signal=B:USR1@50", "--max-restarts=0", "--launcher=mpirun"]

@@ -45,3 +45,14 @@ def test_two_tasks_that_see_the_same_gpu_are_refused(slurm):
         devices(slurm, *TWO_NODES, "--gres=gpu:1")
     assert "ranks 0, 1 on host n1 share Tesla K80 GPU-0-n1" in caught.value.stderr
     assert caught.value.stdout.count("GPU-0-n") == 4
+
+
+def test_tasks_that_do_not_know_of_each_other_are_refused_and_lone_processes_are_not(slurm):
+    """Each would be rank 0 of 1. A lone task, and a shell of salloc, may be one."""
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        slurm.run("srun", "--mpi=none", "--nodes=2", "owt", "train", "/no/data")
+    assert caught.value.returncode == 2
+    assert caught.value.stderr.count("owt: 2 tasks of srun that do not know of each other; wanted") == 1
+    alone = [sys.executable, "-c", "from horovod_owt.topology import rank_topology as r; print(r().launcher)"]
+    for start in (["srun", "--ntasks=1"], ["salloc", "--nodes=2", "--ntasks=4"]):
+        assert slurm.run(*start, *alone) == "none\n"

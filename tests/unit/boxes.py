@@ -45,5 +45,8 @@ def write_device(root: Path, pci: str, vendor: str, kind: str, near: str, node: 
         (folder / name).write_text(f"{text}\n")
 
 
-def rank_of(launcher: str = "horovodrun", *, local_rank: int = 0, local_size: int = 1) -> Topology:
-    return Topology(launcher, local_rank, local_size, local_rank, local_size, host="gpu07")
+def rank_of(
+    launcher: str = "horovodrun", *, local_rank: int = 0, local_size: int = 1, unbound: bool | None = None
+) -> Topology:
+    unbound = launcher == "horovodrun" if unbound is None else unbound
+    return Topology(launcher, local_rank, local_size, local_rank, local_size, host="gpu07", unbound=unbound)

@@ -104,6 +104,13 @@ def test_cpu_ranks_that_mpirun_bound_stay_there(sysfs):
     assert own_cores(bound, CPU, [3, 5], 2, sysfs) == [5]  # those are all of the host's
 
 
+@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+def test_ranks_that_were_left_unbound_share_the_cores_of_their_step(sysfs, launcher):
+    """A cgroup of Slurm's, or a container's, has fewer cores than the host."""
+    ranks = [rank_of(launcher, local_rank=rank, local_size=2, unbound=True) for rank in range(2)]
+    assert [own_cores(rank, CPU, range(4, 8), 40, sysfs) for rank in ranks] == [[4, 5], [6, 7]]
+
+
 @pytest.mark.parametrize(("cores", "ranks"), [(8, 4), (7, 3), (2, 2), (5, 1)])
 def test_ranks_share_all_cores_and_none_twice(cores, ranks):
     shares = [share_of_cores(range(cores), rank, ranks) for rank in range(ranks)]

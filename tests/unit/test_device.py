@@ -5,10 +5,10 @@ from boxes import k80_box, rank_of, with_mig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horovod_owt.errors import DeviceError
+from horovod_owt.errors import ConfigError, DeviceError
 from horovod_owt.parallel import device
 from horovod_owt.parallel.device import SHARED, check_apart, claim_device, visible_devices, visible_gpus
-from horovod_owt.topology import read_topology
+from horovod_owt.topology import UNBOUND, rank_topology, read_topology
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -229,3 +229,20 @@ def said(names, *values) -> dict[str, str]:
 def test_the_launchers_word_is_read(env, expected):
     seen = read_topology(env)
     assert (seen.launcher, seen.rank, seen.world_size, seen.local_rank, seen.local_size) == expected
+    assert rank_topology(env) == seen
+
+
+def test_tasks_that_srun_did_not_tell_of_each_other_are_refused_with_one_voice():
+    step = {**SLURM, "SLURM_STEP_NUM_TASKS": "3"}
+    for rank in range(3):
+        with pytest.raises(ConfigError, match="3 tasks of srun .* fix: srun --mpi=pmix") as caught:
+            rank_topology({**step, "SLURM_PROCID": str(rank)})
+        assert caught.value.silent == (rank != 0)
+    assert rank_topology({**step, "PMIX_RANK": "2"}).world_size == 3
+    assert rank_topology({**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}).launcher == "none"
+
+
+def test_ranks_are_unbound_by_horovodrun_and_by_whoever_says_so():
+    mpirun = said(OPEN_MPI, 3, 4, 1, 2)
+    assert [read_topology(env).unbound for env in (mpirun, {**mpirun, UNBOUND: "1"})] == [False, True]
+    assert read_topology(said(HOROVODRUN, 5, 8, 1, 4)).unbound

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError
+from horovod_owt.jobs import launch, nodes
 from horovod_owt.jobs.allocation import Allocation, read_allocation
+from horovod_owt.jobs.hosts import read_hosts
 from horovod_owt.jobs.inside import choose_launcher, ranks_argv
 from horovod_owt.jobs.launch import owt_args
 from horovod_owt.jobs.rank import horovod_environment
@@ -127,11 +130,47 @@ def test_options_of_sbatch_keep_their_names():
         (["--container-image", "a", "--apptainer", "b"], "one of them"),
         (["--container-image", "a", "--launcher", "mpirun"], "srun"),
         (["--sbatch", "rm -r x"], "option"),
+        (["--min-ranks", "2"], "--kind elastic"),
+        (["--kind", "elastic", "--apptainer", "a"], "ssh"),
+        (["--kind", "elastic", "--launcher", "pmix"], "ssh"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(options, says):
     with pytest.raises(ConfigError, match=says):
         CliRunner().invoke(cli, ["job", "render", *options, "D"], catch_exceptions=False)
+
+
+def test_an_elastic_job_outlives_its_nodes_and_has_them_alone():
+    script = rendered("--kind", "elastic", "--nodes", "4", "--min-ranks", "3", "D")
+    for option in ("--no-kill", "--exclusive", "--requeue", "--signal=B:USR1@120"):
+        assert f"#SBATCH {option}" in script.splitlines()
+    assert "jobs.launch --elastic --min-ranks 3 -- train D " in script
+    assert "--no-kill" not in rendered("D")
+
+
+@pytest.mark.parametrize(("asked", "least"), [(0, 2), (3, 3)])
+def test_half_of_an_elastic_jobs_ranks_are_enough_unless_more_are_asked_for(monkeypatch, capfd, asked, least):
+    monkeypatch.setattr(launch, "interface_between", lambda hosts: "eth0")
+    launch.ElasticRanks(ALLOCATION, asked)
+    assert f"elastic, {least} ranks at least" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="--min-ranks 5 in a job of 4 ranks"):
+        launch.ElasticRanks(ALLOCATION, 5)
+
+
+def test_the_file_of_nodes_follows_slurm_while_it_answers(monkeypatch):
+    """Away for a moment, as in a restart of slurmctld, it takes no node."""
+    answers, said = iter([["n1", "n2"], [], ["n2"]]), []
+    monkeypatch.setattr(nodes, "POLL_S", 0.05)
+    monkeypatch.setattr(nodes, "nodes_of", lambda job_id: next(answers, []))
+    with nodes.nodes_file(ALLOCATION, said.append) as file:
+        assert read_hosts(file) == {"n1": 2, "n2": 2}
+        end = time.monotonic() + 10
+        while not said and time.monotonic() < end:
+            time.sleep(0.01)
+        assert said == ["Slurm took n1 from the job; it has n2"]
+        time.sleep(0.2)
+        assert read_hosts(file) == {"n2": 2}
+    assert not file.exists()
 
 
 @pytest.fixture
@@ -161,6 +200,8 @@ JobId={id}{array} JobName=x JobState=COMPLETED
    JobState={state} Reason=None Dependency=(null)
    Requeue=1 Restarts=2 BatchFlag=1 Reboot=0 ExitCode={code}
    RunTime=00:00:00 TimeLimit=UNLIMITED TimeMin=N/A
+   ReqNodeList=(null) ExcNodeList=(null)
+   NodeList=n[1,3]
    Comment={{"run_dir": "/runs/a b"}}{space}
    Power=
 """
@@ -173,6 +214,7 @@ JobId={id}{array} JobName=x JobState=COMPLETED
 def test_a_job_record_is_read_whatever_the_job_is_called(state, code, exit_code):
     (job,) = parse_jobs(RECORD.format(id=7, array="", state=state, code=code, space=" ") + "   \n\n")
     assert (job.job_id, job.state, job.exit_code, job.restarts) == ("7", state, exit_code, 2)
+    assert job.nodes == "n[1,3]"
     assert json.loads(job.comment) == {"run_dir": "/runs/a b"}
 
 

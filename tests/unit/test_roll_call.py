@@ -20,10 +20,10 @@ TOKEN_LENGTH = 32  # hexadecimal digits
 class Rank1:
     """What rank 1 would say and hear."""
 
-    def __init__(self, port: int, token: str) -> None:
+    def __init__(self, port: int, token: str, rank: int = 1) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
         self._heard = self._socket.makefile("rb")
-        self.say(token=token, rank=1, host="node7")
+        self.say(token=token, rank=rank, host="node7")
 
     def say(self, **message) -> None:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
@@ -33,6 +33,9 @@ class Rank1:
 
     def is_asked_to_dump(self) -> bool:
         return any("dump" in json.loads(line) for line in self._heard)
+
+    def is_told_to_hang_up(self) -> bool:
+        return any("hang up" in json.loads(line) for line in self._heard)
 
     def leave(self) -> None:
         self._heard.close()
@@ -48,10 +51,11 @@ def rank0(monkeypatch):
     monkeypatch.setattr(roll_call, "SILENT_S", 0.3)
 
     @contextmanager
-    def start(report_s=60.0, give_up_s=600.0):
+    def start(report_s=60.0, give_up_s=600.0, regroup_s=None):
         calls = {name: Call() for name in ("report", "give_up", "dump", "on_death")}
         world = World(0, 2, 0, 2, "node6", torch.device("cpu"), 1)
-        with roll_call.RollCall(world, report_s=report_s, give_up_s=give_up_s, **calls) as call:
+        limits = dict(report_s=report_s, give_up_s=give_up_s, regroup_s=regroup_s)
+        with roll_call.RollCall(world, **limits, **calls) as call:
             invitation = told["all"]
             assert invitation.host == "node6" and len(invitation.token) == TOKEN_LENGTH
             yield call, invitation.port, invitation.token, calls
@@ -84,6 +88,47 @@ def test_a_rank_that_leaves_without_a_goodbye_is_named_with_host_and_step(rank0,
         assert "rank 1 on node7" in calls["on_death"].wait() and "41" in calls["on_death"].said[0]
         assert call.lost().startswith("rank 1 on node7")
     assert "rank 1 on node7" in caplog.text
+
+
+@pytest.fixture
+def connection():
+    """Both ends of one that Gloo might have."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname(), timeout=5)
+        far, _ = listener.accept()
+        with near, far:
+            far.settimeout(1.0)
+            yield near, far
+
+
+@pytest.mark.parametrize("regroup_s", [None, 20.0])
+def test_where_ranks_regroup_a_death_ends_the_collectives_of_all(rank0, connection, regroup_s):
+    near, far = connection
+    with rank0(regroup_s=regroup_s) as (_, port, token, calls):
+        rank1, rank2 = Rank1(port, token), Rank1(port, token, rank=2)
+        assert rank1.is_admitted() and rank2.is_admitted()
+        rank1.leave()
+        assert "rank 1" in calls["on_death"].wait()
+        if regroup_s is None:
+            with pytest.raises(TimeoutError):
+                far.recv(1)
+        else:
+            assert far.recv(1) == b"" and rank2.is_told_to_hang_up()
+        rank2.say(bye=True)
+        rank2.leave()
+    assert len(calls["on_death"].said) == 1
+
+
+def test_a_host_without_power_is_noticed_by_what_it_does_not_acknowledge(rank0):
+    """Here the limit is seen to be set; tests/cluster powers a host off."""
+    with rank0(regroup_s=20.0) as (call, port, token, _):
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted()
+        rank1.say(step=1, what="computing", waiting=False, for_s=0.1)
+        (peer,) = call._peers.values()
+        assert peer.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20000
+        rank1.say(bye=True)
+        rank1.leave()
 
 
 def test_a_rank_that_says_goodbye_is_not_lost(rank0, caplog):

@@ -1,0 +1,13 @@
+"""horovodrun, whose ssh ends when its host is gone: by itself it waits for ever for one without power.
+
+python -m horovod_owt.jobs.horovodrun OPTIONS OF HOROVODRUN
+"""
+
+from horovod.runner import launch
+from horovod.runner.util import remote
+
+ALIVE = "-o ConnectTimeout=20 -o ServerAliveInterval=5 -o ServerAliveCountMax=4"  # 20 s without an answer
+
+if __name__ == "__main__":
+    remote.SSH_COMMAND_PREFIX += f" {ALIVE}"
+    launch.run_commandline()
