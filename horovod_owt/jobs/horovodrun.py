@@ -3,11 +3,16 @@
 python -m horovod_owt.jobs.horovodrun OPTIONS OF HOROVODRUN
 """
 
-from horovod.runner import launch
-from horovod.runner.util import remote
-
 ALIVE = "-o ConnectTimeout=20 -o ServerAliveInterval=5 -o ServerAliveCountMax=4"  # 20 s without an answer
 
-if __name__ == "__main__":
+
+def main() -> None:
+    from horovod.runner import launch
+    from horovod.runner.util import remote
+
     remote.SSH_COMMAND_PREFIX += f" {ALIVE}"
     launch.run_commandline()
+
+
+if __name__ == "__main__":
+    main()
