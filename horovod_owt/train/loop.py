@@ -8,8 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 
-from torch import Tensor
-
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.errors import OwtError, Preempted, RunError
@@ -31,7 +29,7 @@ from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.run_folder import MetricsLog, open_run_folder, write_outcome
-from horovod_owt.train.state import Position, commit, restore, restore_commit, snapshot
+from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
 from horovod_owt.train.stop import StopRequest
 from horovod_owt.train.watch import watched
 
@@ -82,7 +80,7 @@ class Run:
             self._owes_validation = restore_commit(self.replica, self.position, committed)
         else:
             self._owes_validation = restore(self.replica, self.position, run_dir, resume)
-        self._copies: dict[str, Tensor] = {}  # of the state, made for checkpoints
+        self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
         remaining = max(0, cfg.epochs * self.position.num_samples - self.position.consumed)
         self.total_steps = self.position.step + math.ceil(remaining / self.global_batch)
         if cfg.max_steps:
