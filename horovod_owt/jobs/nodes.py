@@ -15,6 +15,9 @@ from horovod_owt.jobs.slurm import hostnames_argv
 from horovod_owt.jobs.submit import ask, find_jobs
 
 POLL_S = 5.0  # slurmctld is asked so often
+# Until a lost node leaves the file. ssh to it ends sooner, and Horovod then goes on without it in seconds; one
+# that leaves while its ranks are believed alive costs the others a time-out of Gloo's (97 against 25 s).
+LEAVE_S = 40.0
 
 
 @contextmanager
@@ -55,5 +58,6 @@ def _follow(allocation: Allocation, file: Path, over: threading.Event, say: Call
         if found and found != hosts:
             lost = [host for host in hosts if host not in found]
             say(f"Slurm took {', '.join(lost)} from the job; it has {', '.join(found)}")
+            over.wait(LEAVE_S)
             write_hosts(file, found, allocation.ranks_per_node)
             hosts = found

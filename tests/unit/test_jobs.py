@@ -161,6 +161,7 @@ def test_the_file_of_nodes_follows_slurm_while_it_answers(monkeypatch):
     """Away for a moment, as in a restart of slurmctld, it takes no node."""
     answers, said = iter([["n1", "n2"], [], ["n2"]]), []
     monkeypatch.setattr(nodes, "POLL_S", 0.05)
+    monkeypatch.setattr(nodes, "LEAVE_S", 0.05)
     monkeypatch.setattr(nodes, "nodes_of", lambda job_id: next(answers, []))
     with nodes.nodes_file(ALLOCATION, said.append) as file:
         assert read_hosts(file) == {"n1": 2, "n2": 2}
