@@ -15,8 +15,8 @@ from horovod_owt.jobs.slurm import hostnames_argv
 from horovod_owt.jobs.submit import ask, find_jobs
 
 POLL_S = 5.0  # slurmctld is asked so often
-# Until a lost node leaves the file. ssh to it ends sooner, and Horovod then goes on without it in seconds; one
-# that leaves while its ranks are believed alive costs the others a time-out of Gloo's (97 against 25 s).
+# Until a lost node leaves the file. ssh to it ends sooner, and Horovod goes on without it in seconds; a node
+# that leaves while its ranks pass for alive costs the others a time-out of Gloo's (97 against 25 s).
 LEAVE_S = 40.0
 
 
