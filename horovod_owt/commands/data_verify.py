@@ -55,11 +55,11 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     from horovod_owt.data.verify import verify as verify_share
     from horovod_owt.errors import ProblemFound, RunError
     from horovod_owt.parallel.meeting import meet
-    from horovod_owt.topology import read_topology
+    from horovod_owt.topology import rank_topology
 
     log_to_stderr()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: say what was found
-    topology, started = read_topology(), time.perf_counter()
+    topology, started = rank_topology(), time.perf_counter()
     kind = resolve_kind(pipeline)
     data = open_data_set(root)
     stores = {name: getattr(data, name) for name in SPLITS if split in (None, name)}
@@ -79,18 +79,16 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     if topology.rank == 0:
         seconds = time.perf_counter() - started
         click.echo(_json(whole) if as_json else _text(whole, images, kind, seconds))
+    silent = f"no report of rank{'s'[: len(lost) > 1]} {', '.join(map(str, lost))}" if lost else ""
+    rest = f"stopped before the other {images - done}" if stopped else silent
     if bad:
-        saw = f"bad images: {bad} of {done}" + (
-            f" (stopped before the other {images - done})" if stopped else ""
-        )
+        saw = f"bad images: {bad} of {done}" + (f" ({rest})" if rest else "")
         fix = "replace or remove them, or train with --set bad_images=skip"
         raise ProblemFound(saw, wanted="none", fix=fix).on_every_rank()
     if stopped:
         raise RunError(f"stopped after {done} of {images} images, none of them bad").on_every_rank()
-    if lost:
-        saw = (
-            f"no report of rank{'s'[: len(lost) > 1]} {', '.join(map(str, lost))}: {done} of {images} images"
-        )
+    if silent:
+        saw = f"{silent}; of {done} of {images} images none is bad"
         raise RunError(saw, wanted="all of them", fix="see what became of those ranks").on_every_rank()
 
 

@@ -47,14 +47,14 @@ def look(device: Device) -> dict[str, Any]:
 def judge(answers: Sequence[Answer]) -> list[Finding]:
     """A device for each rank and none shared; for GPUs also whether they fit and how they do."""
     gpus = [answer for answer in answers if "gpu" in answer.value]
-    findings = [_judge_kinds(answers, gpus), _judge_sharing(answers)]
+    findings = [_judge_kinds(answers), _judge_sharing(answers)]
     if gpus:
         findings += [_judge_architecture(gpus), _judge_driver(gpus), _judge_presence(gpus), _judge_acs(gpus)]
         findings += _judge_health([answer for answer in gpus if "health" in answer.value])
     return findings
 
 
-def _judge_kinds(answers: Sequence[Answer], gpus: Sequence[Answer]) -> Finding:
+def _judge_kinds(answers: Sequence[Answer]) -> Finding:
     """The same kind for all: the slowest sets the pace."""
     kinds = grouped(answers, lambda value: value["gpu"]["name"] if "gpu" in value else "CPU cores")
     saw, hosts = differing(kinds)
@@ -66,31 +66,35 @@ def _judge_sharing(answers: Sequence[Answer]) -> Finding:
     try:
         check_apart({a.rank: (a.host, a.value["uuid"], a.value["words"]) for a in answers}, os.environ)
     except DeviceError as error:
-        places = Counter((a.host, a.value["uuid"]) for a in answers)
-        twos = [a for a in answers if places[a.host, a.value["uuid"]] > 1]
+        ranks = Counter(a.value["uuid"] for a in answers if a.value["uuid"])  # cores have none
+        twos = [a for a in answers if ranks[a.value["uuid"]] > 1]
         return Finding("device sharing", False, error.saw, error.wanted, error.fix, hosts_of(twos))
     return Finding("device sharing", True, "no device has two ranks, or they are meant to")
 
 
+def _judge_fit(
+    check: str, gpus: Sequence[Answer], fits: Callable[[dict], bool], words: Callable[[dict], str], fix: str
+) -> Finding:
+    """Whether each GPU `fits` this torch; `words` tells of the first one that does not, or of the first."""
+    unfit = [answer for answer in gpus if not fits(answer.value)]
+    saw = words((unfit or gpus)[0].value) + (f"; {who(unfit)}" if unfit else "")
+    return Finding(check, not unfit, saw, "a torch that can use it", fix if unfit else "", hosts_of(unfit))
+
+
 def _judge_architecture(gpus: Sequence[Answer]) -> Finding:
     """torch holds machine code for some compute capabilities, which newer ones of the same major can run."""
-    unfit = [
-        answer
-        for answer in gpus
-        if not can_run(answer.value["architectures"], tuple(answer.value["gpu"]["compute_capability"]))
-    ]
-    shown = (unfit or gpus)[0].value
-    major, minor = shown["gpu"]["compute_capability"]
-    saw = (
-        f"{shown['gpu']['name']} is sm_{major}{minor}; torch is built for {' '.join(shown['architectures'])}"
-    )
-    return Finding(
+
+    def words(value: dict) -> str:
+        major, minor = value["gpu"]["compute_capability"]
+        built = " ".join(value["architectures"])
+        return f"{value['gpu']['name']} is sm_{major}{minor}; torch is built for {built}"
+
+    return _judge_fit(
         "GPU architecture",
-        not unfit,
-        saw + (f"; {who(unfit)}" if unfit else ""),
-        "a torch that is built for it",
-        "launch/setup --lane k80 for a Tesla K80; else an older torch" if unfit else "",
-        hosts_of(unfit),
+        gpus,
+        lambda value: can_run(value["architectures"], tuple(value["gpu"]["compute_capability"])),
+        words,
+        "launch/setup --lane k80 for a Tesla K80; else an older torch",
     )
 
 
@@ -109,23 +113,19 @@ def can_run(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
 
 def _judge_driver(gpus: Sequence[Answer]) -> Finding:
     """A driver runs CUDA up to the major version it was made for."""
-    old = [
-        answer
-        for answer in gpus
-        if answer.value["cuda"]
-        and int(answer.value["gpu"]["cuda_driver"].partition(".")[0])
-        < int(answer.value["cuda"].partition(".")[0])
-    ]
-    shown = (old or gpus)[0].value
-    gpu = shown["gpu"]
-    saw = f"driver {gpu['driver']} runs CUDA up to {gpu['cuda_driver']}; torch has {shown['cuda']}"
-    return Finding(
+
+    def major(version: str) -> int:
+        return int(version.partition(".")[0] or 0)
+
+    return _judge_fit(
         "driver",
-        not old,
-        saw + (f"; {who(old)}" if old else ""),
-        "a driver for torch's CUDA",
-        "a newer driver, or a lane with an older CUDA: launch/setup --lane" if old else "",
-        hosts_of(old),
+        gpus,
+        lambda value: major(value["gpu"]["cuda_driver"]) >= major(value["cuda"]),
+        lambda value: (
+            f"driver {value['gpu']['driver']} runs CUDA up to {value['gpu']['cuda_driver']}; "
+            f"torch has {value['cuda']}"
+        ),
+        "a newer driver, or a lane with an older CUDA: launch/setup --lane",
     )
 
 
@@ -238,9 +238,7 @@ def acs_control(config: bytes) -> int | None:
 
 def _judge_acs(gpus: Sequence[Answer]) -> Finding:
     """It costs GPUs that talk to each other most of their bandwidth; a host with one GPU does not mind."""
-    counts: dict[str, int] = {}
-    for answer in gpus:
-        counts[answer.host] = counts.get(answer.host, 0) + 1
+    counts = Counter(answer.host for answer in gpus)
     several = [answer for answer in gpus if counts[answer.host] > 1]
     on = [answer for answer in several if answer.value["acs"]]
     blind = [answer for answer in several if answer.value["acs"] is None]

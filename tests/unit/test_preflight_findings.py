@@ -327,6 +327,13 @@ def test_a_gpu_that_its_driver_has_lost_is_told_beside_the_others_state():
     assert {f.check: f.hosts for f in findings if not f.ok} == {"GPU answers": ("h1",), "PCIe width": ("h2",)}
 
 
+def test_ranks_that_share_a_gpu_are_told_from_those_on_cores_and_across_containers():
+    cores = {"name": "cpu", "uuid": "", "words": "cpu"}
+    answers = on_hosts(gpu_facts("GPU-0"), gpu_facts("GPU-0"), cores) + [Answer(3, "h2", cores)]
+    (shared,) = [f for f in device.judge(answers) if f.check == "device sharing"]
+    assert (shared.ok, shared.hosts) == (False, ("h0", "h1"))
+
+
 def test_a_host_without_a_gpu_among_others_is_named():
     answers = on_hosts(gpu_facts("GPU-0"), gpu_facts("GPU-1"), {"name": "cpu", "uuid": "", "words": "cpu"})
     (bad,) = [finding for finding in device.judge(answers) if not finding.ok]
