@@ -179,8 +179,7 @@ def patched_source(place: Place, archive: Path) -> Path:
         archive, place.scratch, **({"filter": "data"} if sys.version_info >= (3, 12) else {})
     )
     source = place.scratch / f"horovod-{VERSION}"
-    for patch in PATCHES:
-        patches.apply(patch, source)
+    patches.apply(PATCHES, source)
     return source
 
 

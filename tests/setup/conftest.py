@@ -80,6 +80,5 @@ def source(sdist, tmp_path) -> Path:
 
 @pytest.fixture
 def patched(source) -> Path:
-    for patch in place.PATCHES:
-        patches.apply(patch, source)
+    patches.apply(place.PATCHES, source)
     return source

@@ -21,7 +21,7 @@ def patch(request) -> Path:
 
 def test_a_patch_applies_where_it_says_and_takes_itself_back(patch, source):
     before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
-    changed = patches.apply(patch, source)
+    changed = patches.apply([patch], source)
     assert {file for file, text in before.items() if file.read_bytes() != text} == set(changed)
     reverse = [needs("patch"), "--reverse", "--strip=1", "--fuzz=0", "--silent", "--input", patch]
     subprocess.run(reverse, cwd=source, check=True, timeout=30)
@@ -37,21 +37,21 @@ def test_patch_the_tool_makes_of_it_what_we_make_of_it(patch, source, tmp_path):
         timeout=30,
         capture_output=True,
     )
-    for file in patches.apply(patch, source):
+    for file in patches.apply([patch], source):
         assert file.read_text() == (other / file.relative_to(source)).read_text()
 
 
 def test_a_patch_that_does_not_apply_is_an_error_and_writes_nothing(patch, source):
-    changed = patches.apply(patch, source)
+    changed = patches.apply([patch], source)
     after = [file.read_text() for file in changed]
     with pytest.raises(process.Failed, match=f"{patch.name} does not apply"):
-        patches.apply(patch, source)
+        patches.apply([patch], source)
     assert [file.read_text() for file in changed] == after
 
 
 def test_a_patch_without_its_file_is_an_error(patch, tmp_path):
     with pytest.raises(process.Failed, match="is not there"):
-        patches.apply(patch, tmp_path)
+        patches.apply([patch], tmp_path)
 
 
 def test_a_header_says_why_and_names_a_test_that_is_there(patch):
@@ -62,9 +62,25 @@ def test_a_header_says_why_and_names_a_test_that_is_there(patch):
     assert f"def {test}(" in (place.REPO / file).read_text()
 
 
-def test_the_patches_need_no_order(source):
-    for patch in reversed(place.PATCHES):
-        patches.apply(patch, source)
+def test_all_patches_at_once_are_the_patches_one_by_one_in_any_order(source, tmp_path):
+    orders = {"sorted": place.PATCHES, "reversed": list(reversed(place.PATCHES))}
+    for name, order in orders.items():
+        tree = shutil.copytree(source, tmp_path / name)
+        for patch in order:
+            argv = [needs("patch"), "-p1", "--fuzz=0", "--silent", "-i", patch]
+            subprocess.run(argv, cwd=tree, check=True, timeout=30)
+    for file in patches.apply(place.PATCHES, source):
+        for name in orders:
+            assert (tmp_path / name / file.relative_to(source)).read_text() == file.read_text(), name
+
+
+def test_two_patches_that_want_the_same_lines_are_an_error_and_write_nothing(source, tmp_path):
+    first = place.PATCHES[0]
+    twin = shutil.copy(first, tmp_path / "twin.patch")
+    before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
+    with pytest.raises(process.Failed, match=f"{first.name} and twin.patch both change"):
+        patches.apply([first, twin], source)
+    assert {file: file.read_bytes() for file in before} == before
 
 
 # what they do to the build
