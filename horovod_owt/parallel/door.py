@@ -10,7 +10,7 @@ import stat
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
+from horovod_owt.parallel.interfaces import own_addresses
 
 CONNECT_S = 5.0  # to try one address, and for a hello
 
@@ -70,12 +70,6 @@ def enter(invitation: Invitation, rank: int, host: str) -> socket.socket:
 def json_line(message: dict[str, Any]) -> bytes:
     """A message as both ends write it: a JSON object a line."""
     return json.dumps(message).encode() + b"\n"
-
-
-def own_addresses() -> list[str]:
-    """This host's IPv4 addresses, loopback last."""
-    found = [a.address for all_ in psutil.net_if_addrs().values() for a in all_ if a.family == socket.AF_INET]
-    return sorted(found, key=lambda address: address.startswith("127."))
 
 
 def hang_up(*, but: set[int]) -> None:

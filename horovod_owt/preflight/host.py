@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.parallel.door import own_addresses
+from horovod_owt.parallel.interfaces import own_addresses
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, who
 from horovod_owt.topology import Topology
 from horovod_owt.versions import code_digest, installed_versions

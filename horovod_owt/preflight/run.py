@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.parallel.device import Device, claim_device
-from horovod_owt.parallel.door import own_addresses
+from horovod_owt.parallel.interfaces import own_addresses
 from horovod_owt.parallel.meeting import meet
 from horovod_owt.preflight import dataset, device, host, network, wire
 from horovod_owt.preflight.findings import Finding

@@ -23,7 +23,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from horovod_owt.jobs.hosts import read_hosts
+from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.train.checkpoint import list_checkpoints
 
 ELASTIC = [sys.executable, Path(__file__).parents[2] / "launch" / "elastic"]

@@ -25,7 +25,12 @@ LIGHT += [
 ]
 LIGHT += ["commands.preflight", "commands.devices", "versions"]
 LIGHT += [f"perf.{name}" for name in ("network", "traffic", "predict")]
-LIGHT += ["commands.job", *(f"jobs.{path.stem}" for path in sorted((PACKAGE / "jobs").glob("[a-z]*.py")))]
+LIGHT += ["commands.job", "parallel.interfaces"]
+LIGHT += [
+    f"{path.parent.name}.{path.stem}"
+    for path in PACKAGE.glob("[a-z]*/[a-z]*.py")
+    if path.parent.name in ("launch", "slurm")
+]
 
 
 def imported_after(code: str) -> set[str]:
@@ -80,7 +85,7 @@ def test_only_parallel_talks_to_horovod():
     # the peer of the benchmark is a Horovod loop as others write it
     assert above.pop("bench/plain_loop.py") == {"horovod.torch"}
     # what starts ranks is not what they do: Horovod's launcher may be called, and loads nothing heavy
-    assert above.keys() == {"jobs/inside.py", "jobs/horovodrun.py"}
+    assert above.keys() == {"slurm/launchers.py", "launch/horovodrun.py"}
     runner = set().union(*above.values())
     assert all(re.match(r"horovod\.runner(\.|$)", name) for name in runner)
     launcher = "; ".join(f"import {name}" for name in sorted(runner))

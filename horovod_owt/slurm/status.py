@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import ConfigError, Preempted
-from horovod_owt.jobs.slurm import JobRecord
-from horovod_owt.jobs.submit import find_jobs
+from horovod_owt.slurm.client import find_jobs
+from horovod_owt.slurm.commands import JobRecord
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: far more than one step's record
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.jobs.elastic import ElasticJob
-from horovod_owt.jobs.hosts import read_hosts
-from horovod_owt.jobs.interfaces import interface_between, interface_towards
-from horovod_owt.jobs.start import Start, check_folder_for_ssh
+from horovod_owt.launch.command import Start, check_folder_for_ssh
+from horovod_owt.launch.elastic import ElasticJob
+from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.parallel.interfaces import interface_between, interface_towards
 from horovod_owt.topology import UNBOUND
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -111,7 +111,7 @@ def test_the_interface_is_that_of_the_route(monkeypatch):
     assert interface_towards("localhost") == interface_between(["127.0.0.1", "localhost"]) == "lo"
     ways = {"n1": "eth0", "n2": "eth0", "me": "lo", "n3": "ib0"}
     with monkeypatch.context() as faked:
-        faked.setattr("horovod_owt.jobs.interfaces.interface_towards", ways.get)
+        faked.setattr("horovod_owt.parallel.interfaces.interface_towards", ways.get)
         assert interface_between(["n1", "me", "n2"]) == "eth0"
         with pytest.raises(ConfigError, match="n1 by eth0, me by lo, n3 by ib0"):
             interface_between(["n1", "me", "n3"])

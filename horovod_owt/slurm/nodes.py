@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from horovod_owt.errors import OwtError
-from horovod_owt.jobs.allocation import Allocation
-from horovod_owt.jobs.slurm import hostnames_argv
-from horovod_owt.jobs.submit import ask, find_jobs
+from horovod_owt.slurm.allocation import Allocation
+from horovod_owt.slurm.client import ask, find_jobs
+from horovod_owt.slurm.commands import hostnames_argv
 
 POLL_S = 5.0  # slurmctld is asked so often
 # Until a lost node leaves the file. ssh to it ends sooner, and Horovod goes on without it in seconds; a node

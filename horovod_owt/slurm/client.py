@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError, RunError
-from horovod_owt.jobs.slurm import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
+from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
 
 LIMIT_S = 60.0  # for an answer of slurmctld
 

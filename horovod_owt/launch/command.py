@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
-from horovod_owt.jobs.hosts import read_hosts
-from horovod_owt.jobs.interfaces import chosen_interface
+from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.launch.supervisor import Supervisor, find_run_dir, say
 from horovod_owt.parallel.device import visible_gpus
-from horovod_owt.supervise import Supervisor, find_run_dir, say
+from horovod_owt.parallel.interfaces import chosen_interface, interface_environment
 from horovod_owt.topology import UNBOUND
 
 # What mpirun is to carry to other hosts; horovodrun carries all of the environment.
@@ -83,12 +83,6 @@ def preflight_words(train: Sequence[str]) -> list[str]:
     if data.startswith("-"):
         raise ConfigError(f"{data} before DATA", wanted="DATA first", fix="-- DATA --run-dir ...")
     return ["preflight", data, *(["--run-dir", str(run_dir)] if run_dir else [])]
-
-
-def interface_environment(interface: str) -> dict[str, str]:
-    """By which interface ranks talk, in the words of Open MPI 4, 5 and NCCL."""
-    names = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include", "PRTE_MCA_prte_if_include")
-    return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), interface)
 
 
 def main(launcher: str, description: str) -> int:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
-
 from horovod_owt.errors import ConfigError
-from horovod_owt.jobs.allocation import Allocation
-from horovod_owt.jobs.interfaces import interface_between
-from horovod_owt.jobs.start import interface_environment
+from horovod_owt.parallel.interfaces import address_of, interface_between, interface_environment
+from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.topology import UNBOUND
 
 
@@ -67,7 +63,7 @@ def ranks_argv(
     if bare:
         command = [shutil.which(command[0]) or command[0], *command[1:]]
     if launcher == "gloo":
-        command = [sys.executable if bare else "python", "-m", "horovod_owt.jobs.rank", *command]
+        command = [sys.executable if bare else "python", "-m", "horovod_owt.slurm.gloo_rank", *command]
     if apptainer:
         command = ["apptainer", "exec", "--nv", apptainer, *command]
     if launcher == "mpirun":
@@ -137,8 +133,3 @@ def rendezvous(allocation: Allocation) -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
-
-
-def address_of(interface: str) -> str:
-    (address,) = [a.address for a in psutil.net_if_addrs()[interface] if a.family == socket.AF_INET][:1]
-    return address

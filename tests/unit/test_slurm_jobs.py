@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError
-from horovod_owt.jobs import launch, nodes
-from horovod_owt.jobs.allocation import Allocation, read_allocation
-from horovod_owt.jobs.hosts import read_hosts
-from horovod_owt.jobs.inside import choose_launcher, ranks_argv
-from horovod_owt.jobs.launch import owt_args
-from horovod_owt.jobs.rank import horovod_environment
-from horovod_owt.jobs.script import quote_directive, render
-from horovod_owt.jobs.slurm import parse_jobs
-from horovod_owt.jobs.spec import KINDS, JobSpec
-from horovod_owt.jobs.status import last_step
+from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.slurm import batch, nodes
+from horovod_owt.slurm.allocation import Allocation, read_allocation
+from horovod_owt.slurm.batch import owt_args
+from horovod_owt.slurm.commands import parse_jobs
+from horovod_owt.slurm.gloo_rank import horovod_environment
+from horovod_owt.slurm.launchers import choose_launcher, ranks_argv
+from horovod_owt.slurm.script import quote_directive, render
+from horovod_owt.slurm.spec import KINDS, JobSpec
+from horovod_owt.slurm.status import last_step
 from horovod_owt.topology import expand_counts
 
 REPO = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_every_word_of_owt_and_of_the_launcher_arrives_as_it_was_given(tmp_path)
     spec = JobSpec(owt_args=("/data set/x", *NASTY), apptainer="my image; touch broken", launcher="gloo")
     words = words_that_arrive(render(spec), tmp_path, "--set", "seed=$(touch broken)")
     assert words[: words.index("--")] == [
-        *("-m", "horovod_owt.jobs.launch", "--launcher", "gloo"),
+        *("-m", "horovod_owt.slurm.batch", "--launcher", "gloo"),
         *("--apptainer", "my image; touch broken"),
     ]
     wanted = ["train", "/data set/x", *NASTY, "--set", "seed=$(touch broken)"]
@@ -144,17 +144,17 @@ def test_an_elastic_job_outlives_its_nodes_and_has_them_alone():
     script = rendered("--kind", "elastic", "--nodes", "4", "--min-ranks", "3", "D")
     for option in ("--no-kill", "--exclusive", "--requeue", "--signal=B:USR1@120"):
         assert f"#SBATCH {option}" in script.splitlines()
-    assert "jobs.launch --elastic --min-ranks 3 -- train D " in script
+    assert "slurm.batch --elastic --min-ranks 3 -- train D " in script
     assert "--no-kill" not in rendered("D")
 
 
 @pytest.mark.parametrize(("asked", "least"), [(0, 2), (3, 3)])
 def test_half_of_an_elastic_jobs_ranks_are_enough_unless_more_are_asked_for(monkeypatch, capfd, asked, least):
-    monkeypatch.setattr(launch, "interface_between", lambda hosts: "eth0")
-    launch.ElasticRanks(ALLOCATION, asked)
+    monkeypatch.setattr(batch, "interface_between", lambda hosts: "eth0")
+    batch.ElasticRanks(ALLOCATION, asked)
     assert f"elastic, {least} ranks at least" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="--min-ranks 5 in a job of 4 ranks"):
-        launch.ElasticRanks(ALLOCATION, 5)
+        batch.ElasticRanks(ALLOCATION, 5)
 
 
 def test_the_file_of_nodes_follows_slurm_while_it_answers(monkeypatch):
@@ -282,7 +282,7 @@ def test_containers_wrap_what_ranks_run():
     owt = ["owt", "train", "/my data"]
     argv = ranks_argv("gloo", ALLOCATION, owt, apptainer="image.sif")
     assert argv[0] == "srun" and "--mpi=none" in argv
-    shim = ["python", "-m", "horovod_owt.jobs.rank"]
+    shim = ["python", "-m", "horovod_owt.slurm.gloo_rank"]
     assert argv[argv.index("apptainer") :] == ["apptainer", "exec", "--nv", "image.sif", *shim, *owt]
     argv = ranks_argv("pmix", ALLOCATION, owt, container_image="docker://x")
     assert argv[-4:] == ["--container-image=docker://x", *owt]
@@ -312,7 +312,7 @@ def test_the_last_step_is_found_in_a_long_log_with_half_a_line_at_its_end(tmp_pa
 
 
 def test_jobs_need_no_gpu_stack():
-    modules = "launch, rank, script, status, submit"
-    code = f"import sys; from horovod_owt.jobs import {modules}; "
+    modules = "batch, gloo_rank, script, status, client"
+    code = f"import sys; from horovod_owt.slurm import {modules}; "
     code += "print({'torch', 'horovod'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -1,6 +1,6 @@
 """Becomes a rank of a job without MPI: tells Horovod's Gloo what srun told this task.
 
-srun python -m horovod_owt.jobs.rank owt train DATA
+srun python -m horovod_owt.slurm.gloo_rank owt train DATA
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from horovod_owt.jobs.interfaces import interface_towards
+from horovod_owt.parallel.interfaces import interface_towards
 from horovod_owt.topology import expand_counts
 
 

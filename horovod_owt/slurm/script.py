@@ -7,13 +7,13 @@ from importlib import resources
 
 import jinja2
 
-from horovod_owt.jobs.spec import KINDS, JobSpec
+from horovod_owt.slurm.spec import KINDS, JobSpec
 
 
 def render(spec: JobSpec) -> str:
     """The script; each word that a user gave arrives as the same word, whatever it holds."""
     template = jinja2.Template(
-        resources.files("horovod_owt.jobs").joinpath("job.sbatch.j2").read_text(),
+        resources.files("horovod_owt.slurm").joinpath("job.sbatch.j2").read_text(),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
@@ -30,7 +30,7 @@ def render(spec: JobSpec) -> str:
 
 def launch_argv(spec: JobSpec) -> list[str]:
     """What the batch script becomes; the words given to sbatch after the script's name follow."""
-    argv = ["python", "-m", "horovod_owt.jobs.launch"]
+    argv = ["python", "-m", "horovod_owt.slurm.batch"]
     if spec.elastic:
         argv += ["--elastic"]
     if spec.min_ranks:

@@ -1,6 +1,6 @@
 """The batch process of a job: starts the ranks, passes warnings on to them, and says whether to requeue.
 
-python -m horovod_owt.jobs.launch [--elastic | --launcher pmix|mpirun|gloo] -- train DATA [options]
+python -m horovod_owt.slurm.batch [--elastic | --launcher pmix|mpirun|gloo] -- train DATA [options]
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import sys
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
-from horovod_owt.jobs.allocation import Allocation, node_list, read_allocation
-from horovod_owt.jobs.elastic import ElasticJob
-from horovod_owt.jobs.inside import (
+from horovod_owt.launch.command import check_folder_for_ssh
+from horovod_owt.launch.elastic import ElasticJob
+from horovod_owt.launch.supervisor import Attempt, RunFolder, Supervisor, find_run_dir, why_not_again
+from horovod_owt.parallel.interfaces import interface_between
+from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
+from horovod_owt.slurm.client import ask, find_jobs, start_ranks
+from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
+from horovod_owt.slurm.launchers import (
     choose_launcher,
     horovod_has_mpi,
     launcher_environment,
     ranks_argv,
 )
-from horovod_owt.jobs.interfaces import interface_between
-from horovod_owt.jobs.nodes import nodes_file
-from horovod_owt.jobs.slurm import comment_argv, hostnames_argv, requeue_argv
-from horovod_owt.jobs.spec import LAUNCHERS, JobSpec
-from horovod_owt.jobs.start import check_folder_for_ssh
-from horovod_owt.jobs.submit import ask, find_jobs, start_ranks
-from horovod_owt.supervise import Attempt, RunFolder, Supervisor, find_run_dir, why_not_again
+from horovod_owt.slurm.nodes import nodes_file
+from horovod_owt.slurm.spec import LAUNCHERS, JobSpec
 
 STOP = signal.SIGUSR1  # to the ranks, through srun or mpirun: both pass it on, and TERM would end them
 WARNINGS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m horovod_owt.jobs.launch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m horovod_owt.slurm.batch", description=__doc__)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="auto")
     parser.add_argument("--max-restarts", type=int, default=JobSpec.max_restarts)
     parser.add_argument("--elastic", action="store_true", help="ranks may be lost; they start by ssh")

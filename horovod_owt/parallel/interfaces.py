@@ -1,4 +1,4 @@
-"""Which network interface leads to the other hosts."""
+"""Network interfaces: which one leads to the other hosts, and what addresses are here."""
 
 from __future__ import annotations
 
@@ -55,3 +55,21 @@ def chosen_interface(asked: str | None, hosts: list[str]) -> str:
     if asked is not None and asked not in here:  # horovodrun would hand it to a shell, then find nobody
         raise ConfigError(f"--interface {asked}", wanted=f"one of {', '.join(here)}")
     return asked or interface_between(hosts)
+
+
+def interface_environment(interface: str) -> dict[str, str]:
+    """By which interface ranks talk, in the words of Open MPI 4, 5 and NCCL."""
+    names = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include", "PRTE_MCA_prte_if_include")
+    return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), interface)
+
+
+def address_of(interface: str) -> str:
+    """Its first IPv4 address."""
+    (address,) = [a.address for a in psutil.net_if_addrs()[interface] if a.family == socket.AF_INET][:1]
+    return address
+
+
+def own_addresses() -> list[str]:
+    """This host's IPv4 addresses, loopback last."""
+    found = [a.address for all_ in psutil.net_if_addrs().values() for a in all_ if a.family == socket.AF_INET]
+    return sorted(found, key=lambda address: address.startswith("127."))

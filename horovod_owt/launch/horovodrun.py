@@ -1,6 +1,6 @@
 """horovodrun, whose ssh ends when its host is gone: by itself it waits for ever for one without power.
 
-python -m horovod_owt.jobs.horovodrun OPTIONS OF HOROVODRUN
+python -m horovod_owt.launch.horovodrun OPTIONS OF HOROVODRUN
 """
 
 ALIVE = "-o ConnectTimeout=20 -o ServerAliveInterval=5 -o ServerAliveCountMax=4"  # 20 s without an answer

@@ -37,7 +37,7 @@ class ElasticJob:
             hosts = [str(discover_hosts), str(self.hosts_file)]
         most = self.max_ranks or self.places
         return [
-            *(sys.executable, "-m", "horovod_owt.jobs.horovodrun", "--gloo"),
+            *(sys.executable, "-m", "horovod_owt.launch.horovodrun", "--gloo"),
             *("-np", str(self.min_ranks), "--min-np", str(self.min_ranks)),
             *(("--max-np", str(most)) if most else ()),
             *("--network-interfaces", self.interface),
