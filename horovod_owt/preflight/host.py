@@ -17,7 +17,7 @@ from horovod_owt.versions import code_digest, installed_versions
 
 SHM_BYTES_PER_RANK = 256e6  # NCCL, Open MPI and torch's workers share memory there; Docker's default is 64 MB
 FILES = 512  # open at a time by a rank, for itself: images, libraries, pipes
-FILES_PER_PEER = 3  # a connection of Gloo's, of the roll call's, and one to spare
+FILES_PER_PEER = 3  # a connection of Gloo's, of the heartbeat's, and one to spare
 RESOLVERS = 16  # names asked for at a time: a dead name server answers none of them
 
 

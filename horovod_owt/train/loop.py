@@ -102,7 +102,7 @@ class Run:
             goes_on=elastic,
         )
         try:
-            with watch as roll_call, nullcontext() if elastic else explain_lost_ranks(roll_call.lost):
+            with watch as heartbeat, nullcontext() if elastic else explain_lost_ranks(heartbeat.lost):
                 self._introduce()
                 if self._owes_validation:
                     self._validate(stop)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from horovod_owt.errors import RunError
 from horovod_owt.parallel.activity import now
-from horovod_owt.parallel.roll_call import RollCall
+from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
 from horovod_owt.train.checkpoint import list_checkpoints
 from horovod_owt.train.run_folder import write_outcome
@@ -56,8 +56,8 @@ def watched(
     stall_limit_s: float,
     record: Callable[..., None],
     goes_on: bool = False,
-) -> Iterator[RollCall]:
-    """A roll call of the ranks, reports in log and metrics; after the stall limit the job is ended.
+) -> Iterator[Heartbeat]:
+    """A heartbeat between the ranks, reports in log and metrics; after the stall limit the job is ended.
 
     `goes_on` says that the job outlives a dead rank.
     """
@@ -80,7 +80,7 @@ def watched(
 
     stacks = Stacks(run_dir, world.rank)
     try:
-        with RollCall(
+        with Heartbeat(
             world,
             report_s=min(REPORT_S, stall_limit_s / 2),
             give_up_s=stall_limit_s,
@@ -89,8 +89,8 @@ def watched(
             dump=stacks.dump,
             on_death=on_death,
             regroup_s=min(HOST_GONE_S, stall_limit_s / 2) if goes_on else None,
-        ) as roll_call:
-            yield roll_call
+        ) as heartbeat:
+            yield heartbeat
     finally:
         stacks.close()
 

@@ -18,7 +18,7 @@ LIGHT = ["cli", "commands.data", "config", "errors", "schedule", "topology", "tr
 LIGHT += [f"data.{name}" for name in ("store", "folder", "listing", "order", "augment", "hashing", "jpeg")]
 LIGHT += [f"data.{name}" for name in ("synthetic", "feed", "shards", "pack", "prepare", "making")]
 LIGHT += [f"data.{name}" for name in ("faults", "oddities", "verify", "stats")]
-LIGHT += [f"parallel.{name}" for name in ("door", "meeting", "device", "cores", "gpus")]
+LIGHT += [f"parallel.{name}" for name in ("rendezvous", "meeting", "device", "cores", "gpus")]
 LIGHT += [
     f"preflight.{name}"
     for name in ("run", "inquiry", "findings", "host", "device", "network", "wire", "dataset")

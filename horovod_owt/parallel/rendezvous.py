@@ -1,4 +1,4 @@
-"""How ranks find rank 0 beside Horovod: it opens a port, and whoever knows the token comes in."""
+"""How ranks connect to rank 0 beside Horovod: it listens on a port; a token admits the ranks of this job."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ CONNECT_S = 5.0  # to try one address, and for a hello
 
 
 @dataclass(frozen=True)
-class Invitation:
-    """Where rank 0 is to be found, and what it wants to hear there; for ranks of this job only."""
+class Address:
+    """Where rank 0 listens, and the token that it expects; for ranks of this job only."""
 
     token: str
-    addresses: tuple[str, ...]
+    ips: tuple[str, ...]
     port: int
     host: str
 
 
-class Door:
-    """Rank 0's open port, to be closed by its owner."""
+class Rendezvous:
+    """Rank 0's listening socket, to be closed by its owner."""
 
     def __init__(self, host: str, ranks: int) -> None:
         self.listener = socket.create_server(("", 0), backlog=ranks)
         port = self.listener.getsockname()[1]
-        self.invitation = Invitation(secrets.token_hex(16), tuple(own_addresses()), port, host)
+        self.address = Address(secrets.token_hex(16), tuple(own_addresses()), port, host)
 
-    def admit(self) -> tuple[int, str, socket.socket] | None:
-        """The next one who knocks: its rank, host and connection. None for one without the token."""
+    def accept(self) -> tuple[int, str, socket.socket] | None:
+        """The next peer: its rank, host and connection. None for one without the token."""
         connection, _ = self.listener.accept()
         connection.settimeout(CONNECT_S)
         try:
             hello = json.loads(connection.makefile("rb").readline(1000))
-            if secrets.compare_digest(hello["token"], self.invitation.token):
+            if secrets.compare_digest(hello["token"], self.address.token):
                 connection.sendall(b"\n")
                 return int(hello["rank"]), str(hello["host"]), connection
         except (OSError, ValueError, KeyError, TypeError):
@@ -51,20 +51,20 @@ class Door:
         self.listener.close()
 
 
-def enter(invitation: Invitation, rank: int, host: str) -> socket.socket:
-    """A connection to rank 0, which knows now who is there; raises OSError if nobody lets us in."""
-    local = host == invitation.host
-    for address in (a for a in invitation.addresses if local or not a.startswith("127.")):
+def connect(address: Address, rank: int, host: str) -> socket.socket:
+    """A connection to rank 0, which knows now who this is; raises OSError if no address answers."""
+    local = host == address.host
+    for ip in (ip for ip in address.ips if local or not ip.startswith("127.")):
         try:
-            connection = socket.create_connection((address, invitation.port), timeout=CONNECT_S)
-            connection.sendall(json_line({"token": invitation.token, "rank": rank, "host": host}))
+            connection = socket.create_connection((ip, address.port), timeout=CONNECT_S)
+            connection.sendall(json_line({"token": address.token, "rank": rank, "host": host}))
             if connection.recv(1) == b"\n":
                 return connection
             connection.close()  # anybody may answer at an address that hosts have in common
         except OSError:
             continue
-    where = ", ".join(invitation.addresses)
-    raise OSError(f"rank 0 is at none of {where}, port {invitation.port}")
+    where = ", ".join(address.ips)
+    raise OSError(f"rank 0 is at none of {where}, port {address.port}")
 
 
 def json_line(message: dict[str, Any]) -> bytes:
@@ -72,14 +72,14 @@ def json_line(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def hang_up(*, but: set[int]) -> None:
+def abort_connections(*, keep: set[int]) -> None:
     """Shut down this process's TCP connections, except those with these descriptors.
 
     Whatever this rank waits for in a collective fails then, as if the other end had died.
     """
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         try:
-            if descriptor in but or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            if descriptor in keep or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 continue
             with socket.socket(fileno=os.dup(descriptor)) as connection:
                 tcp = connection.family in (socket.AF_INET, socket.AF_INET6)

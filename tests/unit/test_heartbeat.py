@@ -1,4 +1,4 @@
-"""The roll call of a rank 0, with a rank 1 that the tests play over a real connection."""
+"""The heartbeat of a rank 0, with a rank 1 that the tests play over a real connection."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from horovod_owt.parallel import roll_call
+from horovod_owt.parallel import heartbeat
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.runtime import World
 
@@ -34,8 +34,8 @@ class Rank1:
     def is_asked_to_dump(self) -> bool:
         return any("dump" in json.loads(line) for line in self._heard)
 
-    def is_told_to_hang_up(self) -> bool:
-        return any("hang up" in json.loads(line) for line in self._heard)
+    def is_told_to_abort(self) -> bool:
+        return any("abort" in json.loads(line) for line in self._heard)
 
     def leave(self) -> None:
         self._heard.close()
@@ -44,21 +44,21 @@ class Rank1:
 
 @pytest.fixture
 def rank0(monkeypatch):
-    """A roll call under way, with the calls it makes as lists of what it said."""
+    """A heartbeat under way, with the calls it makes as lists of what it said."""
     told = {}
-    monkeypatch.setattr(roll_call, "broadcast_object", lambda meeting, name: told.setdefault("all", meeting))
-    monkeypatch.setattr(roll_call, "BEAT_S", 0.05)
-    monkeypatch.setattr(roll_call, "SILENT_S", 0.3)
+    monkeypatch.setattr(heartbeat, "broadcast_object", lambda meeting, name: told.setdefault("all", meeting))
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    monkeypatch.setattr(heartbeat, "SILENT_S", 0.3)
 
     @contextmanager
     def start(report_s=60.0, give_up_s=600.0, regroup_s=None):
         calls = {name: Call() for name in ("report", "give_up", "dump", "on_death")}
         world = World(0, 2, 0, 2, "node6", torch.device("cpu"), 1)
         limits = dict(report_s=report_s, give_up_s=give_up_s, regroup_s=regroup_s)
-        with roll_call.RollCall(world, **limits, **calls) as call:
-            invitation = told["all"]
-            assert invitation.host == "node6" and len(invitation.token) == TOKEN_LENGTH
-            yield call, invitation.port, invitation.token, calls
+        with heartbeat.Heartbeat(world, **limits, **calls) as call:
+            address = told["all"]
+            assert address.host == "node6" and len(address.token) == TOKEN_LENGTH
+            yield call, address.port, address.token, calls
 
     return start
 
@@ -113,7 +113,7 @@ def test_where_ranks_regroup_a_death_ends_the_collectives_of_all(rank0, connecti
             with pytest.raises(TimeoutError):
                 far.recv(1)
         else:
-            assert far.recv(1) == b"" and rank2.is_told_to_hang_up()
+            assert far.recv(1) == b"" and rank2.is_told_to_abort()
         rank2.say(bye=True)
         rank2.leave()
     assert len(calls["on_death"].said) == 1

@@ -19,7 +19,7 @@ from typing import Any
 
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.collectives import broadcast_object
-from horovod_owt.parallel.door import CONNECT_S, Door, enter, hang_up, json_line
+from horovod_owt.parallel.rendezvous import CONNECT_S, Rendezvous, abort_connections, connect, json_line
 from horovod_owt.parallel.runtime import World
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Peer:
         return f"rank {self.rank} on {self.host}"
 
 
-class RollCall:
+class Heartbeat:
     """While it is entered, lost and late ranks are named.
 
     Every rank must make one at the same time. `report` is told, on rank 0 (on rank 1 if it is rank 0 that is
@@ -86,11 +86,11 @@ class RollCall:
         self._someone_lost, self._ending = threading.Event(), threading.Event()
         self._peers: dict[int, Peer] = {}
         self._selector = selectors.DefaultSelector()
-        self._door = Door(world.host, world.size) if world.is_root else None
-        self._invitation = broadcast_object(self._door and self._door.invitation, "roll call")
-        self._thread = threading.Thread(target=self._run, name="roll call", daemon=True)
+        self._rendezvous = Rendezvous(world.host, world.size) if world.is_root else None
+        self._address = broadcast_object(self._rendezvous and self._rendezvous.address, "heartbeat")
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> RollCall:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 
@@ -106,19 +106,19 @@ class RollCall:
 
     def _run(self) -> None:
         try:
-            if self._door:
-                self._selector.register(self._door.listener, selectors.EVENT_READ)
+            if self._rendezvous:
+                self._selector.register(self._rendezvous.listener, selectors.EVENT_READ)
             else:
                 self._connect()
             self._watch()
         except OSError as error:
-            log.warning("rank %d has no part in the roll call: %s", self._world.rank, error)
+            log.warning("rank %d takes no part in the heartbeat: %s", self._world.rank, error)
         finally:
             for peer in self._peers.values():
                 self._tell(peer, {"bye": True})
                 peer.connection.close()
-            if self._door:
-                self._door.close()
+            if self._rendezvous:
+                self._rendezvous.close()
             self._selector.close()
 
     def _watch(self) -> None:
@@ -127,8 +127,8 @@ class RollCall:
             for key, _ in self._selector.select(timeout=0.2):
                 if key.data is not None:
                     self._listen(key.data)
-                elif guest := self._door.admit():
-                    self._keep(Peer(*guest))
+                elif peer := self._rendezvous.accept():
+                    self._keep(Peer(*peer))
             if monotonic() >= next_beat:
                 next_beat = monotonic() + BEAT_S
                 for peer in list(self._peers.values()):
@@ -185,10 +185,10 @@ class RollCall:
 
     def _connect(self) -> None:
         try:
-            connection = enter(self._invitation, self._world.rank, self._world.host)
+            connection = connect(self._address, self._world.rank, self._world.host)
         except OSError as error:
             raise OSError(f"{error}: if it dies or hangs, nobody says who") from None
-        self._keep(Peer(0, self._invitation.host, connection))
+        self._keep(Peer(0, self._address.host, connection))
 
     def _keep(self, peer: Peer) -> None:
         peer.connection.settimeout(CONNECT_S)
@@ -212,8 +212,8 @@ class RollCall:
             peer.hear(beat)
             if "dump" in beat:
                 self._dump(str(beat["dump"]))
-            if "hang up" in beat:
-                self._hang_up()
+            if "abort" in beat:
+                self._abort_collectives()
         if not arrived:
             self._selector.unregister(peer.connection)
             del self._peers[peer.rank]
@@ -223,14 +223,14 @@ class RollCall:
                 self._on_death(self.lost(0.0))
                 if self._regroup_s is not None:
                     for other in self._peers.values():
-                        self._tell(other, {"hang up": str(peer)})
-                    self._hang_up()
+                        self._tell(other, {"abort": str(peer)})
+                    self._abort_collectives()
                 self._someone_lost.set()
 
-    def _hang_up(self) -> None:
+    def _abort_collectives(self) -> None:
         """Let this rank's collectives fail; not once it has left, perhaps for the job's next world."""
         if not self._ending.is_set():
-            hang_up(but={peer.connection.fileno() for peer in self._peers.values()})
+            abort_connections(keep={peer.connection.fileno() for peer in self._peers.values()})
 
     def _tell(self, peer: Peer, what: dict[str, Any]) -> None:
         try:
