@@ -13,6 +13,7 @@ from horovod_owt.data.order import SampleOrder
 from horovod_owt.errors import OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
+from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.elastic import RESETS, Committed, why_regrouped
 from horovod_owt.parallel.runtime import World
@@ -22,7 +23,6 @@ from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
 from horovod_owt.train.checkpoint import note_score
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
-from horovod_owt.train.choose import choose_parallel
 from horovod_owt.train.evaluate import Score, validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request

@@ -17,12 +17,12 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.exchange import Exchange
 from horovod_owt.parallel.flat_gradients import MAX_PIECE_ELEMENTS, MIN_PIECES
 from horovod_owt.parallel.groups import Group
-from horovod_owt.parallel.one_weird_trick import DTYPES, autocast
+from horovod_owt.parallel.optimizer import build_optimizer
 from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.step import DTYPES, autocast
 from horovod_owt.parallel.traffic import Traffic, start_sum
 from horovod_owt.perf.network import FC6_IN, HIDDEN, conv_parameters, fc_layers, fc_parameters, share
 from horovod_owt.perf.predict import Communication, Compute, Prediction, predict
-from horovod_owt.train.replica import build_optimizer
 
 log = logging.getLogger(__name__)
 

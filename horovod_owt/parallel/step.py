@@ -1,4 +1,4 @@
-"""Who computes what, and who exchanges what: "One weird trick" (Krizhevsky 2014, arXiv:1404.5997).
+"""One training step: who computes what, and who exchanges what. "One weird trick" (arXiv:1404.5997).
 
 Convolutions hold most of the arithmetic and few of the weights, so every rank has all of them and its own
 images: their gradients are summed over all ranks. Fully connected layers are the reverse, so the ranks of an
