@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import alexnet
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.pipeline import Batch
+from horovod_owt.data.batch import Batch
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import autocast
 from horovod_owt.train.replica import StepReport

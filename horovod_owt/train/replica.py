@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.pipeline import Batch
+from horovod_owt.data.batch import Batch
 from horovod_owt.model import build_model
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.exchange import Slice

@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from horovod_owt.data import pipeline
+from horovod_owt.data.batch import MEAN, STD, Batch
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
-from horovod_owt.data.pipeline import MEAN, STD, Batch, make_pipeline, resolve_kind
+from horovod_owt.data.pipeline import make_pipeline, resolve_kind
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import ConfigError, RunError

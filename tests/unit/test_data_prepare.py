@@ -15,7 +15,7 @@ from miniature_ilsvrc2012 import CMYK, PNG, SMALL, fabricate, write_devkit
 from PIL import Image
 
 from horovod_owt.data import ilsvrc2012
-from horovod_owt.data.making import Form
+from horovod_owt.data.build import Form
 from horovod_owt.data.prepare import Originals, prepare
 from horovod_owt.data.store import open_data_set
 from horovod_owt.errors import DataError

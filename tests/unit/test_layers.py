@@ -16,8 +16,8 @@ PACKAGE = Path(horovod_owt.__file__).parent
 HEAVY = {"torch", "torchvision", "horovod", "nvidia", "mpi4py"}
 LIGHT = ["cli", "commands.data", "config", "errors", "schedule", "topology", "train.prepare"]
 LIGHT += [f"data.{name}" for name in ("store", "folder", "listing", "order", "augment", "hashing", "jpeg")]
-LIGHT += [f"data.{name}" for name in ("synthetic", "feed", "shards", "pack", "prepare", "making")]
-LIGHT += [f"data.{name}" for name in ("faults", "oddities", "verify", "stats")]
+LIGHT += [f"data.{name}" for name in ("synthetic", "feed", "shards", "pack", "prepare", "build")]
+LIGHT += [f"data.{name}" for name in ("faults", "remarks", "verify", "stats")]
 LIGHT += [f"parallel.{name}" for name in ("rendezvous", "meeting", "device", "cores", "gpus")]
 LIGHT += [
     f"preflight.{name}"

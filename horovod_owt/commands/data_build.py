@@ -63,7 +63,7 @@ def prepare(
                the same with --format shards --short-side 256
     """
     log_to_stderr()
-    from horovod_owt.data.making import Form
+    from horovod_owt.data.build import Form
     from horovod_owt.data.prepare import Originals
     from horovod_owt.data.prepare import prepare as prepare_data
 
@@ -88,7 +88,7 @@ def pack(src: Path, out: Path, shard_mb: int, short_side: int | None, workers: i
     To unpack:  for tar in /data/imagenet-packed/train/*.tar; do tar xf $tar -C /data/imagenet/train; done
     """
     log_to_stderr()
-    from horovod_owt.data.making import Form
+    from horovod_owt.data.build import Form
     from horovod_owt.data.pack import pack as pack_data
 
     form = Form("shards", shard_mb, short_side)
@@ -96,7 +96,7 @@ def pack(src: Path, out: Path, shard_mb: int, short_side: int | None, workers: i
 
 
 def _make(out: Path, make: Callable[[Callable], tuple[dict, bool]]) -> None:
-    from horovod_owt.data.workplace import size_text
+    from horovod_owt.data.staging import size_text
 
     begun = time.monotonic()
     with _bars() as progress:

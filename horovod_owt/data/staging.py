@@ -21,7 +21,7 @@ from horovod_owt.errors import DataError
 NOTE = "owt-data.json"  # in a finished data set: what it was made of
 
 
-class Workplace:
+class Staging:
     """OUT, with the right to write to it: made by `opened`."""
 
     def __init__(self, out: Path, spec: dict) -> None:
@@ -55,13 +55,13 @@ class Workplace:
 
 
 @contextmanager
-def opened(out: Path, spec: dict) -> Iterator[Workplace]:
-    """The workplace for what `spec` says (plain JSON), new or where a killed command left it.
+def opened(out: Path, spec: dict) -> Iterator[Staging]:
+    """The staging folder for what `spec` says (plain JSON), new or where a killed command left it.
 
     Raises DataError if OUT holds anything else, and for any trouble with writing within the block.
     """
     out = Path(out).resolve()
-    place = Workplace(out, spec)
+    place = Staging(out, spec)
     try:
         _check(out)
         place.folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _check(out: Path) -> None:
         )
 
 
-def _claim(place: Workplace) -> None:
+def _claim(place: Staging) -> None:
     done = place.finished
     if done:
         shutil.rmtree(place.folder)  # made by `opened`, or left by a kill between the note and the end

@@ -1,6 +1,6 @@
 """From stores to a data set on disk: a folder or shards, as it is or made smaller, on all cores.
 
-Whatever was written before a kill is kept: a shard or an image that has its name is whole (see Workplace).
+Whatever was written before a kill is kept: a shard or an image that has its name is whole (see Staging).
 The bytes depend on the source and the form alone, not on the number of workers or on who was killed when.
 """
 
@@ -22,9 +22,9 @@ from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.resize import shrunk
 from horovod_owt.data.shards import INDEX, Index, shard_name
+from horovod_owt.data.staging import Staging, check_room
 from horovod_owt.data.store import SPLITS, Store, first_few
 from horovod_owt.data.workers import in_processes, tick
-from horovod_owt.data.workplace import Workplace, check_room
 from horovod_owt.errors import DataError, RunError
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class _Split:
 
 
 def make(
-    place: Workplace, stores: dict[str, Store], form: Form, *, workers: int, progress: Progress | None
+    place: Staging, stores: dict[str, Store], form: Form, *, workers: int, progress: Progress | None
 ) -> dict:
     """Write both splits and finish the place; returns `images`, `classes` and `bytes` of the whole."""
     facts = place.recall("facts.json")
@@ -87,7 +87,7 @@ def make(
     return facts
 
 
-def _plan(place: Workplace, stores: dict[str, Store], form: Form) -> dict[str, _Split]:
+def _plan(place: Staging, stores: dict[str, Store], form: Form) -> dict[str, _Split]:
     """How many shards each split gets; DataError if the disk cannot hold what is still to be written."""
     kept = place.recall("plan.json") or {}
     splits, needed, files = {}, 0, 0
@@ -122,7 +122,7 @@ def _there(folder: Path) -> tuple[int, int]:
 
 
 def _write_all(
-    place: Workplace, splits: dict[str, _Split], form: Form, workers: int, progress: Progress | None
+    place: Staging, splits: dict[str, _Split], form: Form, workers: int, progress: Progress | None
 ) -> int:
     """Everything but the indices; returns the bytes of all files."""
     work, tasks = (_write_shard, _shard_tasks) if form.format == "shards" else (_write_images, _image_tasks)
@@ -261,7 +261,7 @@ def _whole_shard(path: Path, rows: Path) -> int | None:
         return None
 
 
-def _write_index(place: Workplace, name: str, split: _Split) -> None:
+def _write_index(place: Staging, name: str, split: _Split) -> None:
     """Join the rows of all shards, in the order of the source."""
     count = len(split.store)
     shard, length, crc32 = np.zeros(count, np.uint32), np.zeros(count, np.uint32), np.zeros(count, np.uint32)

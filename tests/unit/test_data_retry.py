@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from horovod_owt.data import patience
+from horovod_owt.data import retry
+from horovod_owt.data.build import Form
 from horovod_owt.data.folder import FolderStore
-from horovod_owt.data.making import Form
 from horovod_owt.data.pack import pack
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
@@ -16,8 +16,8 @@ from horovod_owt.data.synthetic import write_synthetic
 def pauses(monkeypatch):
     """The pauses, which take no time here; no file has been warned of yet."""
     slept = []
-    monkeypatch.setattr(patience.time, "sleep", slept.append)
-    monkeypatch.setattr(patience, "_warned", set())
+    monkeypatch.setattr(retry.time, "sleep", slept.append)
+    monkeypatch.setattr(retry, "_warned", set())
     return slept
 
 

@@ -22,7 +22,7 @@ PASSING = frozenset(
 _warned: set[str] = set()
 
 
-def patiently(read: Callable[[int], bytes], index: int, path: Callable[[int], str]) -> bytes:
+def with_retries(read: Callable[[int], bytes], index: int, path: Callable[[int], str]) -> bytes:
     """`read(index)`, up to three times over 2.5 s while it fails in passing; then its OSError.
 
     A file that needed it is warned of once in the life of the process.
