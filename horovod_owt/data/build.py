@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from horovod_owt.data import tarball
-from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays, written_beside
+from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.resize import shrunk
 from horovod_owt.data.shards import INDEX, Index, shard_name
@@ -26,6 +26,7 @@ from horovod_owt.data.staging import Staging, check_room
 from horovod_owt.data.store import SPLITS, Store, first_few
 from horovod_owt.data.workers import in_processes, tick
 from horovod_owt.errors import DataError, RunError
+from horovod_owt.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def _write_images(task: tuple[str, int, int]) -> tuple[int, list[str]]:
         else:
             data, fault = _image(store, index, _form)
             faults += [fault] if fault else []
-            with written_beside(path, folder=_folder / "scratch") as file:
+            with atomic_file(path, folder=_folder / "scratch") as file:
                 file.write(data)
             written += len(data)
         tick()
@@ -224,7 +225,7 @@ def _write_shard(task: tuple[str, int]) -> tuple[int, list[str]]:
     # Mixed, so that who reads shards from front to back sees the classes mixed too.
     _, indices = SampleOrder(len(store), 0).at(start, stop - start)
     offsets, lengths, sums, faults = [], [], [], []
-    with written_beside(path, durable=True, folder=_folder / "scratch") as file:
+    with atomic_file(path, durable=True, folder=_folder / "scratch") as file:
         for index in indices.tolist():
             data, fault = _image(store, index, _form)
             faults += [fault] if fault else []

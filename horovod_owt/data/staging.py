@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from horovod_owt.data.arrays import sync, written_beside
 from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
 from horovod_owt.errors import DataError
+from horovod_owt.files import sync, write_text
 
 NOTE = "owt-data.json"  # in a finished data set: what it was made of
 
@@ -140,8 +140,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def write_json(path: Path, what: dict) -> None:
-    with written_beside(path, durable=True) as file:
-        file.write(json.dumps(what, indent=2).encode() + b"\n")
+    write_text(path, json.dumps(what, indent=2) + "\n")
 
 
 def size_text(count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from horovod_owt.errors import OwtError
+from horovod_owt.files import write_text
 from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.client import ask, find_jobs
 from horovod_owt.slurm.commands import hostnames_argv
@@ -36,10 +36,8 @@ def nodes_file(allocation: Allocation, say: Callable[[str], None]) -> Iterator[P
 
 
 def write_hosts(file: Path, hosts: Sequence[str], slots: int) -> None:
-    """Beside, then renamed: Horovod's driver reads it every second."""
-    beside = file.with_suffix(".new")
-    beside.write_text("".join(f"{host}:{slots}\n" for host in hosts))
-    os.replace(beside, file)
+    """In one instant: Horovod's driver reads it every second."""
+    write_text(file, "".join(f"{host}:{slots}\n" for host in hosts))
 
 
 def nodes_of(job_id: str) -> list[str]:

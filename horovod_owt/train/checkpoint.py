@@ -12,10 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from horovod_owt.data.arrays import sync, written_beside
 from horovod_owt.errors import RunError
+from horovod_owt.files import PARTIAL, atomic_folder, write_text
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +109,7 @@ def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
         return False
     best = {"step": step, "epoch": epoch, "top1": top1}
     (run_dir / "checkpoints").mkdir(exist_ok=True)
-    write_atomically(run_dir / "checkpoints" / BEST, json.dumps(best) + "\n")
+    write_text(run_dir / "checkpoints" / BEST, json.dumps(best) + "\n")
     return True
 
 
@@ -134,7 +131,10 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Pat
     """Write one checkpoint, then drop all but the newest `keep` and the best; raises DiskError."""
     folder = run_dir / "checkpoints" / f"step-{checkpoint.state['step']:08d}"
     try:
-        with atomic_folder(folder) as scratch:
+        folder.parent.mkdir(exist_ok=True)  # not what is above: nothing takes a lost mount's place
+        for killed in folder.parent.glob(PARTIAL):  # writes that were, of this or another step
+            shutil.rmtree(killed, ignore_errors=True)
+        with atomic_folder(folder, durable=True, replace=True) as scratch:  # the same step, after a resume
             save_file(checkpoint.model, scratch / "model.safetensors")
             save_file(checkpoint.optimizer, scratch / "optimizer.safetensors")
             (scratch / "state.json").write_text(json.dumps(checkpoint.state, indent=1) + "\n")
@@ -147,34 +147,6 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Pat
     except (OSError, SafetensorError) as error:
         raise DiskError(folder, error) from error
     return folder
-
-
-@contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill: it takes its final name when the block succeeds and is gone when it fails."""
-    scratch = final.with_name(f".{final.name}.partial")
-    for killed in final.parent.glob(".*.partial"):  # writes that were, of this or another step
-        shutil.rmtree(killed, ignore_errors=True)
-    final.parent.mkdir(exist_ok=True)  # not what is above: nothing takes a lost mount's place
-    scratch.mkdir()
-    try:
-        yield scratch
-        for path in scratch.iterdir():
-            sync(path)
-        sync(scratch)
-        if final.exists():  # the same step again, after a resume
-            shutil.rmtree(final)
-        os.replace(scratch, final)
-        sync(final.parent)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text in one instant: a reader sees the old one or the new one."""
-    with written_beside(path, durable=True) as file:
-        file.write(text.encode())
 
 
 def _sha256(path: Path) -> str:

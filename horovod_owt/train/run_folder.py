@@ -12,7 +12,8 @@ from typing import Any
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
-from horovod_owt.train.checkpoint import list_checkpoints, write_atomically
+from horovod_owt.files import write_text
+from horovod_owt.train.checkpoint import list_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def open_run_folder(run_dir: Path | None, cfg: TrainConfig, *, resume: bool) -> 
     config_file = run_dir / "config.json"
     if config_file.exists():
         _check_continues(run_dir, _read_config(config_file), cfg, resume=resume)
-    write_atomically(config_file, json.dumps(cfg.to_dict(), indent=1) + "\n")
+    write_text(config_file, json.dumps(cfg.to_dict(), indent=1) + "\n")
     return run_dir
 
 
@@ -127,7 +128,7 @@ def validated_steps(run_dir: Path) -> set[int]:
 def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
     """How the run ended, on record: mpirun and horovodrun may return exit codes of their own."""
     try:
-        write_atomically(run_dir / "outcome.json", json.dumps(outcome) + "\n")
+        write_text(run_dir / "outcome.json", json.dumps(outcome) + "\n")
     except OSError as error:
         log.warning("outcome.json not written: %s", error.strerror)
 

@@ -297,9 +297,9 @@ def test_trouble_with_writing_is_told_and_the_same_command_goes_on(root, tmp_pat
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("horovod_owt.data.arrays.os.fsync", full)
+    monkeypatch.setattr("horovod_owt.files.os.fsync", full)
     with pytest.raises(DataError, match="cannot write to .*packed: No space left on device; fix: "):
         pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)
-    monkeypatch.setattr("horovod_owt.data.arrays.os.fsync", real)
+    monkeypatch.setattr("horovod_owt.files.os.fsync", real)
     assert pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)[1]
     assert tree(tmp_path / "packed") == tree(root / "packed")
