@@ -12,9 +12,10 @@ from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch.hosts import read_hosts
-from horovod_owt.launch.supervisor import Supervisor, find_run_dir, say
+from horovod_owt.launch.supervisor import Supervisor, say
 from horovod_owt.parallel.device import visible_gpus
 from horovod_owt.parallel.interfaces import chosen_interface, interface_environment
+from horovod_owt.runs.attempts import find_run_dir
 from horovod_owt.topology import UNBOUND
 
 # What mpirun is to carry to other hosts; horovodrun carries all of the environment.

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import psutil
 
 from horovod_owt.errors import ConfigError, Preempted
+from horovod_owt.runs.attempts import Attempt, AttemptWatch, run_dir_of
 from horovod_owt.topology import LAUNCHERS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -24,18 +21,6 @@ LAST_WORD_GRACE_S = (
     30.0  # after outcome.json: an elastic launcher would wait ten minutes for a rank that hangs
 )
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """How one launch of the job ended, and how far the run folder says it came."""
-
-    exit_code: int  # as outcome.json has it, or the launcher's
-    reason: str
-    last_step: int  # 0 where it made none
-    checkpoint: str  # the newest one's folder, empty where there is none
-    new_checkpoint: bool
-    asked_to_stop: bool = False  # by a signal to the supervisor
 
 
 def why_not_again(
@@ -64,81 +49,6 @@ def why_not_again(
 
 def _enough(max_restarts: int) -> str:
     return f"{max_restarts} restart{'s'[: max_restarts != 1]} did not help"
-
-
-def find_run_dir(command: Sequence[str]) -> Path | None:
-    """The command's --run-dir."""
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name == "--run-dir" and (value or following):
-            return Path(value if equals else following)
-    return None
-
-
-def run_dir_of(command: Sequence[str]) -> Path:
-    """The command's --run-dir; raises ConfigError without one: each start would make a new folder."""
-    run_dir = find_run_dir(command)
-    if run_dir is None:
-        raise ConfigError(
-            "no --run-dir in the command", wanted="a run folder to go on from", fix="--run-dir RUNS/NAME"
-        )
-    return run_dir
-
-
-class RunFolder:
-    """What the run's folder says of one attempt: what was there before it does not count."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._metrics, self._outcome = run_dir / "metrics.jsonl", run_dir / "outcome.json"
-        self._checkpoints = run_dir / "checkpoints"
-        self._metrics_before = self._metrics.stat().st_size if self._metrics.exists() else 0
-        self._outcome_before = self._stamp()
-        self._checkpoint_before = self.newest_checkpoint()
-
-    def attempt(self, launcher_code: int, *, asked_to_stop: bool) -> Attempt:
-        exit_code = 128 - launcher_code if launcher_code < 0 else launcher_code
-        outcome = {"exit_code": exit_code, "reason": _said_by_launcher(launcher_code)}
-        if self.has_ended():
-            outcome |= json.loads(self._outcome.read_text())
-        if launcher_code and not outcome["exit_code"]:  # done, and then a rank fell over
-            outcome |= {"exit_code": exit_code}
-        newest = self.newest_checkpoint()
-        return Attempt(
-            exit_code=outcome["exit_code"],
-            reason=outcome["reason"],
-            last_step=max((record["step"] for record in self._new_steps()), default=0),
-            checkpoint=newest,
-            new_checkpoint=newest != self._checkpoint_before,
-            asked_to_stop=asked_to_stop,
-        )
-
-    def has_ended(self) -> bool:
-        """Whether the run has said how it ended, in this attempt."""
-        return self._stamp() != self._outcome_before
-
-    def newest_checkpoint(self) -> str:
-        """Its folder's name; by name, as steps have leading zeros. Whether it is sound, the run will see."""
-        return max((path.name for path in self._checkpoints.glob("step-????????")), default="")
-
-    def _stamp(self) -> tuple[int, int] | None:
-        """Written beside and renamed, a new file is another inode."""
-        try:
-            stat = self._outcome.stat()
-        except FileNotFoundError:
-            return None
-        return stat.st_ino, stat.st_mtime_ns
-
-    def _new_steps(self) -> list[dict[str, Any]]:
-        if not self._metrics.exists():
-            return []
-        with self._metrics.open("rb") as file:
-            file.seek(self._metrics_before)
-            lines = [line for line in file if line.startswith(b'{"kind": "step"') and line.endswith(b"}\n")]
-        return [json.loads(line) for line in lines]
-
-
-def _said_by_launcher(code: int) -> str:
-    return f"the launcher ended by {signal.Signals(-code).name}" if code < 0 else f"the launcher said {code}"
 
 
 class Supervisor:
@@ -179,20 +89,20 @@ class Supervisor:
             signal.signal(number, self._pass_on)
 
     def _attempt(self) -> Attempt:
-        folder = RunFolder(self._run_dir)
+        watch = AttemptWatch(self._run_dir)
         if self._asked_to_stop:  # between two attempts
-            return folder.attempt(Preempted.exit_code, asked_to_stop=True)
+            return watch.attempt(Preempted.exit_code, asked_to_stop=True)
         try:
             self._job = subprocess.Popen(self._command, start_new_session=True)
         except OSError as error:
             raise ConfigError(f"{self._command[0]}: {error.strerror}") from None
         if self._asked_to_stop:  # while it was started
             self._job.terminate()
-        code = self._wait(folder)
+        code = self._wait(watch)
         end_descendants(GRACE_S)
-        return folder.attempt(code, asked_to_stop=self._asked_to_stop)
+        return watch.attempt(code, asked_to_stop=self._asked_to_stop)
 
-    def _wait(self, folder: RunFolder) -> int:
+    def _wait(self, watch: AttemptWatch) -> int:
         """The launcher's exit code; one that goes on after the run's last word is ended."""
         ended_at = None
         while True:
@@ -200,7 +110,7 @@ class Supervisor:
                 return self._job.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
                 pass
-            if ended_at is None and folder.has_ended():
+            if ended_at is None and watch.has_ended():
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() > ended_at + LAST_WORD_GRACE_S:
                 say(

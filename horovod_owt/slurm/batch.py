@@ -6,7 +6,6 @@ python -m horovod_owt.slurm.batch [--elastic | --launcher pmix|mpirun|gloo] -- t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -18,8 +17,9 @@ from pathlib import Path
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch.command import check_folder_for_ssh
 from horovod_owt.launch.elastic import ElasticJob
-from horovod_owt.launch.supervisor import Attempt, RunFolder, Supervisor, find_run_dir, why_not_again
+from horovod_owt.launch.supervisor import Supervisor, why_not_again
 from horovod_owt.parallel.interfaces import interface_between
+from horovod_owt.runs.attempts import AttemptWatch, append_attempt, earlier_attempts, find_run_dir
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
 from horovod_owt.slurm.client import ask, find_jobs, start_ranks
 from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
@@ -166,14 +166,14 @@ def train(job: Ranks | ElasticRanks, command: list[str], max_restarts: int) -> i
     """One attempt of a training job, and then back to the queue if another may come further."""
     run_dir = find_run_dir(command).absolute()
     leave_run_dir(job.allocation.job_id, run_dir)
-    folder = RunFolder(run_dir)
+    watch = AttemptWatch(run_dir)
     code = job.run(command)
-    attempts = [
-        *earlier_attempts(run_dir, job.allocation),
-        folder.attempt(code, asked_to_stop=job.asked_to_stop),
-    ]
-    last = attempts[-1]
-    keep(run_dir, job.allocation, last)
+    last = watch.attempt(code, asked_to_stop=job.asked_to_stop)
+    attempts = [*earlier_attempts(run_dir, job.allocation.job_id), last]
+    try:
+        append_attempt(run_dir, last, job_id=job.allocation.job_id, restarts=job.allocation.restarts)
+    except OSError as error:
+        say(f"WARNING {error.filename}: {error.strerror}")
     say(f"exit code {last.exit_code} after step {last.last_step}: {last.reason}")
     restarts = job.allocation.restarts
     if why := why_not_again(attempts, max_restarts, restarts=restarts, stop_is_final=False):
@@ -211,30 +211,6 @@ def leave_run_dir(job_id: str, run_dir: Path) -> None:
             say(f"the job has a comment already: `owt job status` needs --run-dir {run_dir}")
     except OwtError as error:  # no reason to train less
         say(f"WARNING the job's comment: {error}; `owt job status` needs --run-dir {run_dir}")
-
-
-def earlier_attempts(run_dir: Path, allocation: Allocation) -> list[Attempt]:
-    """Of this job; what another job did in the folder does not count."""
-    file = run_dir / "attempts.jsonl"
-    if not file.exists():
-        return []
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    fields = {field.name for field in dataclasses.fields(Attempt)}
-    return [
-        Attempt(**{key: record[key] for key in fields})
-        for record in records
-        if record["job_id"] == allocation.job_id
-    ]
-
-
-def keep(run_dir: Path, allocation: Allocation, attempt: Attempt) -> None:
-    record = {"job_id": allocation.job_id, "restarts": allocation.restarts, **dataclasses.asdict(attempt)}
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        say(f"WARNING {run_dir}/attempts.jsonl: {error.strerror}")
 
 
 def say(line: str) -> None:

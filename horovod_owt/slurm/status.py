@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import ConfigError, Preempted
+from horovod_owt.runs.attempts import last_restarts
+from horovod_owt.runs.folder import OUTCOME, read_outcome
+from horovod_owt.runs.records import last_step
 from horovod_owt.slurm.client import find_jobs
 from horovod_owt.slurm.commands import JobRecord
-
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: far more than one step's record
 
 
 @dataclass(frozen=True)
@@ -75,40 +76,18 @@ def _run_dir_in(comment: str) -> Path | None:
 
 
 def _from_run_folder(job_id: str, run_dir: Path) -> JobStatus:
-    """What an ended run has left: its exit code in outcome.json, its restarts in attempts.jsonl."""
+    """What an ended run has left."""
     try:
-        exit_code = json.loads((run_dir / "outcome.json").read_text())["exit_code"]
+        exit_code = read_outcome(run_dir)["exit_code"]
     except FileNotFoundError:
-        raise ConfigError(
-            f"{run_dir} has no outcome.json", wanted="the --run-dir of a run that ended"
-        ) from None
+        raise ConfigError(f"{run_dir} has no {OUTCOME}", wanted="the --run-dir of a run that ended") from None
     step, images_per_s = last_step(run_dir)
-    restarts = [record["restarts"] for record in _records(run_dir / "attempts.jsonl")]
     return JobStatus(
         job_id=job_id,
         state={0: "COMPLETED", Preempted.exit_code: "PREEMPTED"}.get(exit_code, "FAILED"),
         exit_code=exit_code,
-        restarts=restarts[-1] if restarts else None,
+        restarts=last_restarts(run_dir),
         step=step,
         images_per_s=images_per_s,
         run_dir=str(run_dir),
     )
-
-
-def last_step(run_dir: Path) -> tuple[int | None, float | None]:
-    """The newest step in metrics.jsonl, and its images per second."""
-    steps = [record for record in _records(run_dir / "metrics.jsonl") if record["kind"] == "step"]
-    return (steps[-1]["step"], steps[-1].get("images_per_s")) if steps else (None, None)
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    """The last ones, without a line that is only half there."""
-    try:
-        with file.open("rb") as lines:
-            size = lines.seek(0, 2)
-            lines.seek(max(0, size - TAIL_BYTES))
-            tail = lines.read()
-    except FileNotFoundError:
-        return []
-    whole = tail.split(b"\n")[1 if size > TAIL_BYTES else 0 : -1]
-    return [json.loads(line) for line in whole]

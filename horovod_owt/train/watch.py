@@ -16,8 +16,8 @@ from horovod_owt.errors import RunError
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
-from horovod_owt.train.checkpoint import list_checkpoints
-from horovod_owt.train.run_folder import write_outcome
+from horovod_owt.runs.checkpoints import list_checkpoints
+from horovod_owt.runs.folder import stacks_file, stacks_folder, write_outcome
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Stacks:
     """RUN/stacks/rank-0001.txt: where each thread of a rank is, on SIGQUIT and when ranks wait too long."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        self._path = run_dir / "stacks" / f"rank-{rank:04d}.txt"
+        self._path = stacks_file(run_dir, rank)
         self._path.parent.mkdir(exist_ok=True)
         self._file = self._path.open("a", buffering=1)
         faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
@@ -63,7 +63,7 @@ def watched(
     """
 
     def report(who: str) -> None:
-        log.warning("stalled: %s; stacks are in %s", who, run_dir / "stacks")
+        log.warning("stalled: %s; stacks are in %s", who, stacks_folder(run_dir))
         record("fault", fault=f"stalled: {who}", step=now.step)
 
     def give_up(who: str) -> None:

@@ -9,21 +9,18 @@ from click.testing import CliRunner
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError, ProblemFound, RunError
-from horovod_owt.train import checkpoint as module
-from horovod_owt.train import checkpoint_writer
-from horovod_owt.train.checkpoint import (
+from horovod_owt.runs.checkpoints import (
     FILES,
     MANIFEST,
-    Checkpoint,
-    DiskError,
     find_fault,
     list_checkpoints,
     newest_sound,
     note_score,
     read_best,
-    read_checkpoint,
-    write_checkpoint,
 )
+from horovod_owt.train import checkpoint as module
+from horovod_owt.train import checkpoint_writer
+from horovod_owt.train.checkpoint import Checkpoint, DiskError, read_checkpoint, write_checkpoint
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
 
 

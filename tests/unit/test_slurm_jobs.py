@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError
 from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.runs.records import last_step
 from horovod_owt.slurm import batch, nodes
 from horovod_owt.slurm.allocation import Allocation, read_allocation
 from horovod_owt.slurm.batch import owt_args
@@ -24,7 +25,6 @@ from horovod_owt.slurm.gloo_rank import horovod_environment
 from horovod_owt.slurm.launchers import choose_launcher, ranks_argv
 from horovod_owt.slurm.script import quote_directive, render
 from horovod_owt.slurm.spec import KINDS, JobSpec
-from horovod_owt.slurm.status import last_step
 from horovod_owt.topology import expand_counts
 
 REPO = Path(__file__).parents[2]

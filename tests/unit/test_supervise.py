@@ -9,7 +9,8 @@ import pytest
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.launch import supervisor
-from horovod_owt.launch.supervisor import Attempt, RunFolder, run_dir_of, why_not_again
+from horovod_owt.launch.supervisor import why_not_again
+from horovod_owt.runs.attempts import Attempt, AttemptWatch, run_dir_of
 
 
 def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False) -> Attempt:
@@ -74,7 +75,7 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
     step(7)
     outcome(exit_code=75, reason="stopped by SIGTERM")
     (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
-    folder = RunFolder(tmp_path)
+    folder = AttemptWatch(tmp_path)
     silent = folder.attempt(-9, asked_to_stop=False)
     assert (silent.exit_code, silent.last_step, silent.new_checkpoint) == (137, 0, False)
     assert "SIGKILL" in silent.reason and silent.checkpoint == "step-00000007"
