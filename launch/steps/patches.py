@@ -1,7 +1,7 @@
-"""Apply patches to one source tree: every hunk exactly where it says in the released source, or nothing is written.
+"""Apply patches to one source tree: every hunk exactly where it says in the release, or nothing is written.
 
-`patch` would look around, shift and guess; here a guess would be a Horovod that nobody has tested. Each patch is
-made against the released source, so that it stands alone; together they are merged by the lines of that source.
+`patch` would look around, shift and guess; here a guess would be a Horovod that nobody has tested. Each patch
+is made against the released source, so that it stands alone; together they are merged by that source's lines.
 """
 
 import re

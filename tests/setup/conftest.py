@@ -60,7 +60,8 @@ def sdist(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def source(sdist, tmp_path) -> Path:
-    """Of Horovod's source, fresh and unpatched, the files that the patches touch and the CMake modules."""
+    """Of Horovod's source, fresh and unpatched, the files that the patches touch, those beside them in the
+    torch binding and flatbuffers, and the CMake modules."""
     wanted = {
         line[6:].split()[0]
         for patch in place.PATCHES
@@ -71,7 +72,7 @@ def source(sdist, tmp_path) -> Path:
     with tarfile.open(sdist) as archive:
         for member in archive:
             name = member.name.removeprefix(top)
-            if name in wanted or name.startswith("cmake/"):
+            if name in wanted or name.startswith(("cmake/", "horovod/torch/", "third_party/flatbuffers/")):
                 archive.extract(
                     member, tmp_path, **({"filter": "data"} if sys.version_info >= (3, 12) else {})
                 )
