@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from steps import diagnosis
+
 PLAIN_EVERY_S = 20  # between two signs of life where stderr is no terminal
 STOP_GRACE_S = 10  # horovodrun ends its ranks on SIGTERM; after this long nobody is asked
 
@@ -28,6 +30,14 @@ class Missing(Stopped):
     """The machine lacks something that set-up may not install."""
 
     exit_code = 2
+
+
+class Lacking(Missing):
+    """A tool that a Debian package brings."""
+
+    def __init__(self, seen: str, package: str):
+        super().__init__(f"{seen}: apt-get install {package}")
+        self.seen, self.package = seen, package
 
 
 class Failed(Stopped):
@@ -94,7 +104,9 @@ def run(
     if timed_out:
         raise Failed(f"{label}: no end after {timeout_s:.0f} s; {log}")
     if child.returncode != 0:
-        raise Failed(f"{label} failed (exit {child.returncode}): {likeliest_line(text)}; log: {log}")
+        line = diagnosis.telling_line(text)
+        advice = f"; {found}" if (found := diagnosis.way_out(line)) else ""
+        raise Failed(f"{label} failed (exit {child.returncode}): {line}{advice}; log: {log}")
     say(f"{label}: done in {time.monotonic() - start:.0f} s")
     return text
 
@@ -171,15 +183,3 @@ def progress_in(log: Path) -> str:
         return f"{percents[-1]} %"
     doing = re.findall(r"^(?:Collecting|Downloading|Using cached|Installing) [^\s(]+", tail, re.MULTILINE)
     return doing[-1] if doing else ""
-
-
-def likeliest_line(text: str) -> str:
-    """The line of a log that says why: a full disk before all, else the first error, else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for pattern in (r"No space left on device", r"^CMake Error|\berror:|^ERROR|Error:", r""):
-        for line in lines[1:]:
-            if re.search(pattern, line) and not re.search(
-                r"subprocess-exited-with-error|did not run successfully", line
-            ):
-                return (line if pattern else lines[-1])[:200]
-    return "it printed nothing"
