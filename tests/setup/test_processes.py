@@ -40,7 +40,7 @@ def test_an_interrupt_ends_the_grandchildren_too(tmp_path, signum):
     try:
         log = tmp_path / "log"
         wait_for(lambda: log.exists() and "ready" in log.read_text().splitlines())
-        assert sleeping(mark)
+        wait_for(lambda: sleeping(mark))  # the shell is ready before its child has become `sleep`
         child.send_signal(signum)
         child.wait(20)
         wait_for(lambda: not sleeping(mark))
