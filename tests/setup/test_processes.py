@@ -64,11 +64,3 @@ def wait_for(condition, limit_s: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
-
-
-def test_progress_is_the_percentage_of_make_or_what_pip_is_at(tmp_path):
-    log = tmp_path / "log"
-    log.write_text("[  4%] Building CXX object a.o\n[ 37%] Building CXX object b.o\n")
-    assert process.progress_in(log) == "37 %"
-    log.write_text("Collecting torch==2.14.1 (from -c cpu.txt)\n  Downloading torch.whl\n")
-    assert process.progress_in(log) == "Collecting torch==2.14.1"
