@@ -14,7 +14,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click", "reference"]
 myst_heading_anchors = 3
 html_theme = "furo"
 exclude_patterns = ["_build"]
-suppress_warnings = ["myst.xref_missing"]  # links to files of the repository
 autodoc_mock_imports = ["horovod", "mpi4py", "nvidia", "pynvml"]  # nothing is run, so no rank is needed
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # not those of torch
