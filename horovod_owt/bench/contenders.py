@@ -25,7 +25,7 @@ import torch
 from horovod_owt.bench.ddp_loop import LR, DdpLoop, torch_process_group
 from horovod_owt.bench.request import PEERS
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.pipeline import Batch
+from horovod_owt.data.batch import Batch
 from horovod_owt.parallel.runtime import World
 from horovod_owt.train.replica import Replica, StepReport
 

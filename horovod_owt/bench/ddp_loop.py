@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import alexnet
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.pipeline import Batch
-from horovod_owt.parallel.one_weird_trick import autocast
+from horovod_owt.data.batch import Batch
 from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.step import autocast
 from horovod_owt.train.replica import StepReport
 
 LR = 1e-4  # random labels teach nothing; small enough that no loss grows

@@ -18,8 +18,9 @@ from torchvision import transforms
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.augment import RATIO
+from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.data.feed import TrainFeed
-from horovod_owt.data.pipeline import MEAN, STD, make_pipeline
+from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import Store
 
 ENDLESS = 2**40  # samples

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torchvision.models import alexnet
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.parallel.one_weird_trick import autocast
 from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.step import autocast
 from horovod_owt.train.replica import StepReport
 
 

@@ -10,9 +10,9 @@ from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.plain_loop import PlainLoop
 from horovod_owt.config import TrainConfig
 from horovod_owt.parallel import runtime
+from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
-from horovod_owt.train.choose import choose_parallel
 from horovod_owt.train.pipelines import training_pipeline
 from horovod_owt.train.prepare import prepare_alone
 from horovod_owt.train.replica import Replica, StepReport

@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.errors import ConfigError, ProblemFound
+from horovod_owt.runs.checkpoints import find_fault, list_checkpoints, read_best, read_state, step_of
 
 RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path))
 
@@ -53,9 +55,6 @@ def verify(run_dir: Path, as_json: bool) -> None:
     \b
     Example:  owt checkpoint verify runs/first
     """
-    from horovod_owt.errors import ProblemFound
-    from horovod_owt.train.checkpoint import find_fault
-
     rows = []
     for folder in _folders(run_dir):
         rows.append({"path": str(folder), "fault": find_fault(folder)})
@@ -71,9 +70,6 @@ def verify(run_dir: Path, as_json: bool) -> None:
 
 
 def _folders(run_dir: Path) -> list[Path]:
-    from horovod_owt.errors import ConfigError
-    from horovod_owt.train.checkpoint import list_checkpoints
-
     folders = list_checkpoints(run_dir)
     if not folders:
         there = "has no checkpoints" if run_dir.is_dir() else "does not exist"
@@ -83,10 +79,8 @@ def _folders(run_dir: Path) -> list[Path]:
 
 def _row(folder: Path, run_dir: Path) -> dict[str, Any]:
     """What the names, sizes and state.json say; the files' content is not looked at."""
-    from horovod_owt.train.checkpoint import read_best, step_of
-
     try:
-        epoch = float(json.loads((folder / "state.json").read_text())["epoch"])
+        epoch = float(read_state(folder)["epoch"])
     except (OSError, ValueError, KeyError, TypeError):
         epoch = None
     row = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from horovod_owt.commands.data_making import pack, prepare
+from horovod_owt.commands.data_build import pack, prepare
 from horovod_owt.commands.data_stats import stats
 from horovod_owt.commands.data_verify import verify
 

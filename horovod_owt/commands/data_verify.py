@@ -73,7 +73,7 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
             )
         parts = meeting.gather(found.to_dict(), PATIENCE_S, "verify")
         whole = merged([part for _, part in sorted(parts.items())]) if parts else found
-        bad, done, stopped, lost = meeting.share(
+        bad, done, stopped, lost = meeting.broadcast(
             [len(whole.bad), whole.images, whole.stopped, sorted(meeting.absent)], PATIENCE_S
         )
     if topology.rank == 0:

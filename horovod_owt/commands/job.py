@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from horovod_owt.commands.options import JSON_OPTION
-from horovod_owt.jobs.spec import KINDS, LAUNCHERS, JobSpec
+from horovod_owt.slurm.spec import KINDS, LAUNCHERS, JobSpec
 
 if TYPE_CHECKING:
-    from horovod_owt.jobs.status import JobStatus
+    from horovod_owt.slurm.status import JobStatus
 
 # of sbatch, by the same names and with the same values
 SBATCH_OPTIONS = {
@@ -96,7 +96,7 @@ def render(spec: JobSpec) -> None:
     Example:  owt job render --nodes 8 --gpus-per-node 4 > train.sbatch
               sbatch train.sbatch /data/imagenet --run-dir runs/first
     """
-    from horovod_owt.jobs.script import render
+    from horovod_owt.slurm.script import render
 
     click.echo(render(spec), nl=False)
 
@@ -111,8 +111,8 @@ def submit(spec: JobSpec, dry_run: bool) -> None:
     Examples:  owt job submit --nodes 8 --gpus-per-node 4 /data/imagenet -- --run-dir runs/first
                owt job submit --array 0-4 --gpus-per-node 4 /data/imagenet -- --set seed={task}
     """
-    from horovod_owt.jobs.script import render
-    from horovod_owt.jobs.submit import submit
+    from horovod_owt.slurm.client import submit
+    from horovod_owt.slurm.script import render
 
     if not spec.owt_args and spec.restarts:
         raise click.UsageError("no DATA to train on")
@@ -130,7 +130,7 @@ def status(job_id: str, run_dir: Path | None, as_json: bool) -> None:
     \b
     Example:  owt job status 1234 --json
     """
-    from horovod_owt.jobs.status import job_status
+    from horovod_owt.slurm.status import job_status
 
     found = job_status(job_id, run_dir)
     click.echo(json.dumps(found.to_dict()) if as_json else _in_words(found))
@@ -144,7 +144,7 @@ def cancel(job_id: str) -> None:
     \b
     Example:  owt job cancel 1234
     """
-    from horovod_owt.jobs.submit import cancel
+    from horovod_owt.slurm.client import cancel
 
     cancel(job_id)
 

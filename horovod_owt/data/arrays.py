@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+
+from horovod_owt.files import atomic_file
 
 UNREADABLE = (
     OSError,
@@ -73,7 +71,7 @@ def ends_of(lengths: np.ndarray) -> np.ndarray:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, durable: bool = False) -> None:
     """An uncompressed .npz, whole or not at all; same arrays, same bytes (np.savez sets no fixed date)."""
-    with written_beside(path, durable=durable) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_file(path, durable=durable) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             with archive.open(entry, "w", force_zip64=True) as member:
@@ -84,33 +82,3 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz, checksums compared; raises one of UNREADABLE."""
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
-
-
-@contextmanager
-def written_beside(path: Path, *, durable: bool = False, folder: Path | None = None) -> Iterator[BinaryIO]:
-    """A file, in `folder` or beside `path`, that takes the name `path` if the block succeeds.
-
-    `durable` waits for the disk, so that the name survives a power cut and never stands for half a file.
-    """
-    scratch = (folder or path.parent) / f".{os.getpid()}-{secrets.token_hex(4)}.partial"
-    try:
-        with open(scratch, "xb") as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    if durable:
-        sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

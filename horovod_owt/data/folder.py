@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from horovod_owt.data.listing import list_split
-from horovod_owt.data.patience import patiently
+from horovod_owt.data.retry import with_retries
 
 STATTERS = 8  # threads that ask a file server for sizes
 
@@ -38,7 +38,7 @@ class FolderStore:
         return self._names[index]
 
     def read(self, index: int) -> bytes:
-        return patiently(self._read_once, index, self.path)
+        return with_retries(self._read_once, index, self.path)
 
     def check(self, index: int, data: bytes) -> str | None:
         """Nothing is known of a file beyond its bytes."""

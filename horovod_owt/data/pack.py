@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from horovod_owt.data import workplace
-from horovod_owt.data.making import Form, Progress, make
+from horovod_owt.data import staging
+from horovod_owt.data.build import Form, Progress, make
 from horovod_owt.data.store import SPLITS, DataSet, open_data_set
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.errors import DataError
@@ -26,7 +26,7 @@ def pack(
     _check_apart(source, out)
     data = open_data_set(source)
     spec = {"made_by": "owt data pack", "source_sha256": _fingerprint(data), **form.spec()}
-    with workplace.opened(out, spec) as place:
+    with staging.opened(out, spec) as place:
         if done := place.finished:
             return done, False
         stores = {split: getattr(data, split) for split in SPLITS}

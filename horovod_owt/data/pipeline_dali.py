@@ -11,9 +11,9 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
+from horovod_owt.data.batch import MEAN, STD, Batch
 from horovod_owt.data.dali_decoder import decoder_options, find_refused, undecodable
 from horovod_owt.data.feed import EncodedBatch, Feed
-from horovod_owt.data.pipeline import MEAN, STD, Batch
 from horovod_owt.errors import RunError
 
 PREFETCH = 2  # batches that DALI decodes ahead

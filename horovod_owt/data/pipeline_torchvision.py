@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import resized_crop
 
+from horovod_owt.data.batch import MEAN, STD, Batch
 from horovod_owt.data.faults import pillow_says
 from horovod_owt.data.feed import EncodedBatch, Feed
-from horovod_owt.data.pipeline import MEAN, STD, Batch
 from horovod_owt.data.prefetch import Prefetched
 
 PREFETCH = 2  # batches decoded ahead

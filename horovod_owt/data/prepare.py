@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from horovod_owt.data import workplace
+from horovod_owt.data import staging
 from horovod_owt.data.arrays import UNREADABLE, read_arrays, write_arrays
+from horovod_owt.data.build import Form, Progress, make
 from horovod_owt.data.ilsvrc2012 import (
     OFFICIAL,
     Contents,
@@ -19,9 +20,8 @@ from horovod_owt.data.ilsvrc2012 import (
     read_devkit,
     take_md5,
 )
-from horovod_owt.data.making import Form, Progress, make
+from horovod_owt.data.staging import Staging
 from horovod_owt.data.workers import usable_cores
-from horovod_owt.data.workplace import Workplace
 from horovod_owt.errors import DataError
 
 KINDS = dict(zip(("train", "val", "devkit"), OFFICIAL, strict=True))  # official names
@@ -70,7 +70,7 @@ def prepare(
             stack.enter_context(open_checked(getattr(originals, kind), published))
     md5 = {kind: published.md5 for kind, published in originals.published.items()}
     spec = {"made_by": "owt data prepare", "md5": md5, **form.spec()}
-    with workplace.opened(out, spec) as place:
+    with staging.opened(out, spec) as place:
         if done := place.finished:
             return done, False
         devkit = read_devkit(_checked(place, originals, "devkit", progress)[0])
@@ -81,7 +81,7 @@ def prepare(
 
 
 def _checked(
-    place: Workplace, originals: Originals, kind: str, progress: Progress | None
+    place: Staging, originals: Originals, kind: str, progress: Progress | None
 ) -> tuple[Path, Contents | None]:
     """The file and its contents, from this run's pass over it or from an earlier one's."""
     path, published, nested = getattr(originals, kind), originals.published[kind], _NESTED[kind]

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
-from horovod_owt.data.patience import PASSING, patiently
+from horovod_owt.data.retry import PASSING, with_retries
 from horovod_owt.errors import DataError
 
 INDEX = "index.npz"
@@ -119,7 +119,7 @@ class ShardStore:
         return self._index.names[index]
 
     def read(self, index: int) -> bytes:
-        return patiently(self._read_once, index, self.path)
+        return with_retries(self._read_once, index, self.path)
 
     def check(self, index: int, data: bytes) -> str | None:
         """What is wrong with bytes that were read: None, or that they are not those that were packed."""

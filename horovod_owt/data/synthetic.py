@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from PIL import Image
 from horovod_owt.data.store import SPLITS, first_few
 from horovod_owt.data.workers import in_processes, usable_cores
 from horovod_owt.errors import DataError
+from horovod_owt.files import atomic_folder
 
 CHUNK = 25  # images a worker draws before it reports back
 
@@ -226,7 +224,8 @@ def write_synthetic(
     if _is_there_already(out, spec):
         return False
     try:
-        with _written_beside(out) as scratch:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(out) as scratch:
             for split in SPLITS:
                 for label in range(classes):
                     (scratch / split / class_name(label, classes)).mkdir(parents=True)
@@ -267,19 +266,6 @@ def _read_note(path: Path) -> dict:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         raise DataError(f"unreadable {path}", fix="choose another name, or remove the folder") from None
-
-
-@contextmanager
-def _written_beside(out: Path) -> Iterator[Path]:
-    """A scratch folder next to `out` that takes its name if the block succeeds and vanishes if not."""
-    scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        os.replace(scratch, out)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _write_chunks(root: Path, spec: SyntheticSet, workers: int) -> Iterator[int]:

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from horovod_owt.data.faults import check_image, pillow_fault, read_fault
 from horovod_owt.data.jpeg import Header
-from horovod_owt.data.oddities import remark
 from horovod_owt.data.order import validation_slice
 from horovod_owt.data.prefetch import Prefetched
+from horovod_owt.data.remarks import remark
 from horovod_owt.data.store import Store
 
 READERS = 4  # threads that wait for the file system

@@ -19,15 +19,15 @@ from time import monotonic, sleep
 from typing import Any
 
 from horovod_owt.errors import RunError
-from horovod_owt.parallel.door import Door, Invitation, enter, json_line
+from horovod_owt.parallel.rendezvous import Address, Rendezvous, connect, json_line
 from horovod_owt.topology import Topology
 
 GRACE_S = 2.0  # for an answer on its way
 POLL_S = 0.05
-INVITATION_BYTES = 4096  # of MPI's broadcast: all ranks must know its size
-ADDRESS, PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
+ADDRESS_BYTES = 4096  # of MPI's broadcast: all ranks must know its size
+STORE_ADDRESS, STORE_PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-_meetings = 0  # of this process: the launcher's store keeps the invitation of each under a name of its own
+_meetings = 0  # of this process: the launcher's store keeps the address of each under a name of its own
 
 
 class Link:
@@ -90,7 +90,7 @@ class Meeting:
                 self._lose(rank, link, what)
         return values
 
-    def share(self, value: Any = None, limit_s: float = 60.0) -> Any:
+    def broadcast(self, value: Any = None, limit_s: float = 60.0) -> Any:
         """Rank 0's `value` (JSON's types) on every rank; raises RunError where rank 0 is silent so long."""
         deadline = monotonic() + limit_s
         if not self.is_root:
@@ -117,17 +117,17 @@ class Meeting:
                 fix="see what rank 0 said; is its host alive?",
             ) from None
 
-    def _assemble(self, door: Door, limit_s: float) -> None:
+    def _assemble(self, rendezvous: Rendezvous, limit_s: float) -> None:
         """Let ranks in until all are there or time is up."""
         deadline = monotonic() + limit_s
         while len(self._links) < self.size - 1 and monotonic() < deadline:
-            door.listener.settimeout(max(POLL_S, deadline - monotonic()))
+            rendezvous.listener.settimeout(max(POLL_S, deadline - monotonic()))
             try:
-                guest = door.admit()
+                peer = rendezvous.accept()
             except OSError:
                 break
-            if guest:
-                rank, host, connection = guest
+            if peer:
+                rank, host, connection = peer
                 self._links[rank] = Link(host, connection)
         for rank in set(range(1, self.size)) - self._links.keys():
             self.absent[rank] = ("", "come")
@@ -145,42 +145,42 @@ def meet(topology: Topology, *, limit_s: float = 60.0) -> Iterator[Meeting]:
         if topology.world_size > 1:
             deadline = monotonic() + limit_s
             if meeting.is_root:
-                door = Door(topology.host, topology.world_size)
-                stack.callback(door.close)
-                _invite(topology, door.invitation, deadline)
-                meeting._assemble(door, deadline - monotonic())
+                rendezvous = Rendezvous(topology.host, topology.world_size)
+                stack.callback(rendezvous.close)
+                _exchange_address(topology, rendezvous.address, deadline)
+                meeting._assemble(rendezvous, deadline - monotonic())
             else:
-                invitation = _invite(topology, None, deadline)
+                address = _exchange_address(topology, None, deadline)
                 try:
-                    connection = enter(invitation, topology.rank, topology.host)
+                    connection = connect(address, topology.rank, topology.host)
                 except OSError as error:
                     raise RunError(
-                        f"rank {topology.rank} on {topology.host} does not reach {invitation.host}: {error}",
+                        f"rank {topology.rank} on {topology.host} does not reach {address.host}: {error}",
                         wanted="TCP between all hosts, on any port",
-                        fix=f"`ping {invitation.host}` from there; open the firewall between the hosts",
+                        fix=f"`ping {address.host}` from there; open the firewall between the hosts",
                     ) from None
-                meeting._links[0] = Link(invitation.host, connection)
+                meeting._links[0] = Link(address.host, connection)
         yield meeting
 
 
-def _invite(topology: Topology, invitation: Invitation | None, deadline: float) -> Invitation:
-    """Rank 0's invitation, on every rank; raises RunError where it does not come in time."""
+def _exchange_address(topology: Topology, address: Address | None, deadline: float) -> Address:
+    """Rank 0's address, on every rank; raises RunError where it does not come in time."""
     global _meetings
     _meetings += 1
-    exchange = _by_store if ADDRESS in os.environ else _by_mpi
-    text = exchange(invitation and json.dumps(asdict(invitation)), deadline)
+    exchange = _by_store if STORE_ADDRESS in os.environ else _by_mpi
+    text = exchange(address and json.dumps(asdict(address)), deadline)
     if text is None:
         raise RunError(
             f"rank {topology.rank} on {topology.host} heard nothing of rank 0",
             wanted="all ranks started together",
             fix="see what the launcher said of rank 0 and its host",
         )
-    return Invitation(**json.loads(text))
+    return Address(**json.loads(text))
 
 
 def _by_store(text: str | None, deadline: float) -> str | None:
     """Through the key-value store that Horovod's launchers keep for Gloo."""
-    url = f"http://{os.environ[ADDRESS]}:{os.environ[PORT]}/owt-meeting/{_meetings}"
+    url = f"http://{os.environ[STORE_ADDRESS]}:{os.environ[STORE_PORT]}/owt-meeting/{_meetings}"
     if text is not None:
         request = urllib.request.Request(url, data=text.encode(), method="PUT")
         _NO_PROXY.open(request, timeout=max(POLL_S, deadline - monotonic())).close()
@@ -200,7 +200,7 @@ def _by_mpi(text: str | None, deadline: float) -> str | None:
     """By a broadcast that is not waited for longer than that."""
     from mpi4py import MPI
 
-    buffer = bytearray((text or "").encode().ljust(INVITATION_BYTES))
+    buffer = bytearray((text or "").encode().ljust(ADDRESS_BYTES))
     request = MPI.COMM_WORLD.Ibcast([buffer, MPI.BYTE], root=0)
     while not request.Test():
         if monotonic() > deadline:

@@ -59,7 +59,7 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
     torch.set_num_threads(use_own_cores(topology, device))
     defaults = {
         "HOROVOD_FUSION_THRESHOLD": "0",
-        # Where the roll call is at work, it speaks and ends the job before either of these does.
+        # Where the heartbeat is at work, it speaks and ends the job before either of these does.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(int(stall_limit_s) + 15),
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(int(stall_limit_s) + 30),
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(stall_limit_s) + 60),  # its 30 s end runs at a hiccup

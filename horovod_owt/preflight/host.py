@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.parallel.door import own_addresses
+from horovod_owt.parallel.interfaces import own_addresses
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, who
 from horovod_owt.topology import Topology
 from horovod_owt.versions import code_digest, installed_versions
 
 SHM_BYTES_PER_RANK = 256e6  # NCCL, Open MPI and torch's workers share memory there; Docker's default is 64 MB
 FILES = 512  # open at a time by a rank, for itself: images, libraries, pipes
-FILES_PER_PEER = 3  # a connection of Gloo's, of the roll call's, and one to spare
+FILES_PER_PEER = 3  # a connection of Gloo's, of the heartbeat's, and one to spare
 RESOLVERS = 16  # names asked for at a time: a dead name server answers none of them
 
 

@@ -89,8 +89,8 @@ class Inquiry:
             findings.append(Finding("ranks", False, saw, "an answer of every rank", fix, hosts))
         return findings
 
-    def share(self, value: Any = None) -> Any:
-        return self.meeting.share(value, WORD_S)
+    def broadcast(self, value: Any = None) -> Any:
+        return self.meeting.broadcast(value, WORD_S)
 
     def _note_trouble(self, what: str, failed: Sequence[Answer]) -> None:
         errors = grouped(

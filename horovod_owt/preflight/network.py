@@ -11,9 +11,8 @@ from time import perf_counter
 from typing import Any
 
 from horovod_owt.errors import RunError
-from horovod_owt.jobs.inside import address_of
-from horovod_owt.jobs.interfaces import interface_between
 from horovod_owt.parallel.device import Device
+from horovod_owt.parallel.interfaces import address_of, interface_between
 from horovod_owt.preflight import wire
 from horovod_owt.preflight.findings import Answer, Finding, differing, grouped, hosts_of, who
 from horovod_owt.preflight.wire import Pair

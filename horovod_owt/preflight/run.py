@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.parallel.device import Device, claim_device
-from horovod_owt.parallel.door import own_addresses
+from horovod_owt.parallel.interfaces import own_addresses
 from horovod_owt.parallel.meeting import meet
 from horovod_owt.preflight import dataset, device, host, network, wire
 from horovod_owt.preflight.findings import Finding
@@ -63,11 +63,11 @@ def preflight(
         if meeting.is_root:
             inquiry.find(*inquiry.attendance())
             tell(inquiry.findings)
-        return inquiry.share(sum(not finding.ok for finding in inquiry.findings))
+        return inquiry.broadcast(sum(not finding.ok for finding in inquiry.findings))
 
 
 def check_folder(inquiry: Inquiry, run_dir: Path) -> None:
-    token, rank = inquiry.share(secrets.token_hex(4)), inquiry.topology.rank
+    token, rank = inquiry.broadcast(secrets.token_hex(4)), inquiry.topology.rank
     own = (lambda: dataset.leave_token(run_dir, token)) if rank == 0 else None
     inquiry.ask("run folder of rank 0", own, LOOK_S)
     try:
@@ -81,26 +81,26 @@ def check_folder(inquiry: Inquiry, run_dir: Path) -> None:
 def check_network(inquiry: Inquiry, claimed: list[Device]) -> None:
     """Names and interfaces first: what they say is what the rest is measured by."""
     said = inquiry.check("addresses", own_addresses, host.judge_addresses, LOOK_S, each_host=True)
-    table = inquiry.share({answer.host: answer.value for answer in said})
+    table = inquiry.broadcast({answer.host: answer.value for answer in said})
     inquiry.check("host names", lambda: host.names(table), host.judge_names, RESOLVE_S, each_host=True)
     ways = inquiry.check(
         "interface", lambda: network.interface(table), network.judge_interfaces, RESOLVE_S, each_host=True
     )
-    addresses = inquiry.share({answer.host: answer.value["address"] for answer in ways})
+    addresses = inquiry.broadcast({answer.host: answer.value["address"] for answer in ways})
     if inquiry.topology.world_size == 1:
         return
     address = addresses.get(inquiry.topology.host)
     with ExitStack() as stack:
         port = (lambda: stack.enter_context(wire.answering(address))) if address else None
         ports = inquiry.ask("open ports", port, LOOK_S, each_host=True)
-        where = inquiry.share({answer.host: [addresses[answer.host], answer.value] for answer in ports})
+        where = inquiry.broadcast({answer.host: [addresses[answer.host], answer.value] for answer in ports})
         check_clocks(inquiry, where)
         check_pairs(inquiry, where)
     check_ring(inquiry, address, claimed)
 
 
 def check_clocks(inquiry: Inquiry, where: dict[str, list]) -> None:
-    root = inquiry.share(inquiry.topology.host)
+    root = inquiry.broadcast(inquiry.topology.host)
     other = root in where and inquiry.topology.host != root
     offset = (lambda: wire.ping(*where[root])[1]) if other else None
     judge = functools.partial(network.judge_clocks, root=root)
@@ -120,12 +120,12 @@ def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
             other, found = answer.value
             pair = answer.host, other
             pairs[pair] = network.better(pairs.get(pair), wire.Pair(**found))
-        inquiry.share()  # no round begins before the last one is over
+        inquiry.broadcast()  # no round begins before the last one is over
 
     for round_ in rounds:
         measure(round_)
     for _ in range(2):
-        slow = {tuple(pair) for pair in inquiry.share(network.slow_pairs(pairs))}
+        slow = {tuple(pair) for pair in inquiry.broadcast(network.slow_pairs(pairs))}
         for round_ in rounds:
             if again := slow.intersection(round_):
                 measure(sorted(again))
@@ -140,7 +140,7 @@ def check_ring(inquiry: Inquiry, address: str | None, claimed: list[Device]) -> 
         place = [address, listener.getsockname()[1]] if address and claimed else None
         places = inquiry.ask("places in the ring", lambda: place, LOOK_S)
         ring = [answer.value for answer in places if answer.value]
-        ring = inquiry.share(ring if len(ring) == size else [])
+        ring = inquiry.broadcast(ring if len(ring) == size else [])
         if not ring:
             saw = "not measured: not every rank has an answer, an interface and a device"
             inquiry.find(Finding("allreduce", False, saw, "all of them", "what else is found here"))

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from horovod_owt.data.batch import Batch
 from horovod_owt.data.faults import BadImages
-from horovod_owt.data.pipeline import Batch
 from horovod_owt.data.store import Store
 from horovod_owt.errors import RunError
 from horovod_owt.parallel.collectives import gather_objects

@@ -12,7 +12,8 @@ from time import perf_counter
 import torch
 
 from horovod_owt.errors import RunError
-from horovod_owt.train.checkpoint import Checkpoint, DiskError, step_of, write_checkpoint
+from horovod_owt.runs.checkpoints import step_of
+from horovod_owt.train.checkpoint import Checkpoint, DiskError, write_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import elastic, runtime
 from horovod_owt.parallel.collectives import broadcast_object, on_root
 from horovod_owt.parallel.elastic import Committed
+from horovod_owt.runs.folder import open_run_folder
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.loop import Run
 from horovod_owt.train.prepare import Request
-from horovod_owt.train.run_folder import open_run_folder
 from horovod_owt.train.stop import StopRequest
 
 log = logging.getLogger(__name__)

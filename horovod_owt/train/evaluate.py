@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from horovod_owt.data.pipeline import Batch
+from horovod_owt.data.batch import Batch
 from horovod_owt.parallel.collectives import sum_over_ranks
 from horovod_owt.train.replica import Replica
 

@@ -13,22 +13,23 @@ from horovod_owt.data.order import SampleOrder
 from horovod_owt.errors import OwtError, Preempted, RunError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
+from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.elastic import RESETS, Committed, why_regrouped
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
+from horovod_owt.runs.checkpoints import note_score
+from horovod_owt.runs.folder import open_run_folder, write_outcome
+from horovod_owt.runs.records import MetricsLog
 from horovod_owt.schedule import learning_rate
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
-from horovod_owt.train.checkpoint import note_score
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
-from horovod_owt.train.choose import choose_parallel
 from horovod_owt.train.evaluate import Score, validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
-from horovod_owt.train.run_folder import MetricsLog, open_run_folder, write_outcome
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
 from horovod_owt.train.stop import StopRequest
 from horovod_owt.train.watch import watched
@@ -102,7 +103,7 @@ class Run:
             goes_on=elastic,
         )
         try:
-            with watch as roll_call, nullcontext() if elastic else explain_lost_ranks(roll_call.lost):
+            with watch as heartbeat, nullcontext() if elastic else explain_lost_ranks(heartbeat.lost):
                 self._introduce()
                 if self._owes_validation:
                     self._validate(stop)
@@ -176,7 +177,7 @@ class Run:
                     self._commit()
             self._finish_writing()
         if self.world.is_root and self._bad_images:
-            log.info("%d bad images left out: the lines of kind fault in metrics.jsonl", self._bad_images)
+            log.info("%d bad images left out: see the `fault` records", self._bad_images)
 
     def _learning_rate(self) -> float:
         cfg = self.cfg

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from horovod_owt.config import TrainConfig
+from horovod_owt.data.batch import Pipeline
 from horovod_owt.data.faults import BadImages
 from horovod_owt.data.feed import Feed, TrainFeed, ValidationFeed
-from horovod_owt.data.pipeline import Pipeline, make_pipeline
+from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import DataSet
 from horovod_owt.parallel.runtime import World
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.pipeline import Batch
+from horovod_owt.data.batch import Batch
 from horovod_owt.model import build_model
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.exchange import Slice
-from horovod_owt.parallel.one_weird_trick import OneWeirdTrick
+from horovod_owt.parallel.optimizer import build_optimizer
 from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.step import OneWeirdTrick
 
 MOMENTUM = "momentum."  # before a parameter's name, that of its momentum
 
@@ -207,28 +207,6 @@ class Replica:
         else:
             optimizer.step()
         self.weights_changed()
-
-
-class SGD(torch.optim.SGD):
-    """torch's, without the detours for torch.compile: they import that compiler, seconds of a start."""
-
-    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
-
-
-def build_optimizer(parameters: list[nn.Parameter], cfg: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum, fused where torch has it: one pass over the weights, 24 not 147 ms on a CPU."""
-    fused = "fused" in inspect.signature(torch.optim.SGD).parameters
-    optimizer = SGD(
-        parameters,
-        lr=cfg.lr,
-        momentum=cfg.momentum,
-        weight_decay=cfg.weight_decay,
-        **({"fused": True} if fused else {}),
-    )
-    for parameter in parameters:  # from the start, so that every checkpoint has the same tensors
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
 
 
 def _build_scaler():

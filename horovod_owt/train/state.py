@@ -14,9 +14,10 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
 from horovod_owt.parallel.elastic import Committed
-from horovod_owt.train.checkpoint import Checkpoint, newest_sound, read_checkpoint
+from horovod_owt.runs.checkpoints import newest_sound
+from horovod_owt.runs.records import validated_steps
+from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
 from horovod_owt.train.replica import MOMENTUM, Replica
-from horovod_owt.train.run_folder import validated_steps
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from horovod_owt.errors import RunError
 from horovod_owt.parallel.activity import now
-from horovod_owt.parallel.roll_call import RollCall
+from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
-from horovod_owt.train.checkpoint import list_checkpoints
-from horovod_owt.train.run_folder import write_outcome
+from horovod_owt.runs.checkpoints import list_checkpoints
+from horovod_owt.runs.folder import stacks_file, stacks_folder, write_outcome
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Stacks:
     """RUN/stacks/rank-0001.txt: where each thread of a rank is, on SIGQUIT and when ranks wait too long."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        self._path = run_dir / "stacks" / f"rank-{rank:04d}.txt"
+        self._path = stacks_file(run_dir, rank)
         self._path.parent.mkdir(exist_ok=True)
         self._file = self._path.open("a", buffering=1)
         faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
@@ -56,14 +56,14 @@ def watched(
     stall_limit_s: float,
     record: Callable[..., None],
     goes_on: bool = False,
-) -> Iterator[RollCall]:
-    """A roll call of the ranks, reports in log and metrics; after the stall limit the job is ended.
+) -> Iterator[Heartbeat]:
+    """A heartbeat between the ranks, reports in log and metrics; after the stall limit the job is ended.
 
     `goes_on` says that the job outlives a dead rank.
     """
 
     def report(who: str) -> None:
-        log.warning("stalled: %s; stacks are in %s", who, run_dir / "stacks")
+        log.warning("stalled: %s; stacks are in %s", who, stacks_folder(run_dir))
         record("fault", fault=f"stalled: {who}", step=now.step)
 
     def give_up(who: str) -> None:
@@ -80,7 +80,7 @@ def watched(
 
     stacks = Stacks(run_dir, world.rank)
     try:
-        with RollCall(
+        with Heartbeat(
             world,
             report_s=min(REPORT_S, stall_limit_s / 2),
             give_up_s=stall_limit_s,
@@ -89,8 +89,8 @@ def watched(
             dump=stacks.dump,
             on_death=on_death,
             regroup_s=min(HOST_GONE_S, stall_limit_s / 2) if goes_on else None,
-        ) as roll_call:
-            yield roll_call
+        ) as heartbeat:
+            yield heartbeat
     finally:
         stacks.close()
 

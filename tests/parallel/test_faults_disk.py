@@ -9,9 +9,10 @@ import torch
 from conftest import NARROW, SMALL, outcome, records, settings, wait_for
 
 from horovod_owt.errors import RunError
-from horovod_owt.train.checkpoint import Checkpoint, find_fault, list_checkpoints
+from horovod_owt.runs.checkpoints import find_fault, list_checkpoints
+from horovod_owt.runs.records import MetricsLog
+from horovod_owt.train.checkpoint import Checkpoint
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
-from horovod_owt.train.run_folder import MetricsLog
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs: needs root")
 

@@ -23,8 +23,8 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from horovod_owt.jobs.hosts import read_hosts
-from horovod_owt.train.checkpoint import list_checkpoints
+from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.runs.checkpoints import list_checkpoints
 
 ELASTIC = [sys.executable, Path(__file__).parents[2] / "launch" / "elastic"]
 EXACT = settings(precision="fp64", dropout=0.0, epochs=1000, checkpoint_every=0, commit_every=3)

@@ -10,7 +10,8 @@ from conftest import NARROW, PROGRAMS, SMALL, outcome, ranks_below, records, set
 from safetensors.torch import load_file
 
 from horovod_owt.data.order import SampleOrder
-from horovod_owt.train.checkpoint import find_fault, list_checkpoints, read_checkpoint
+from horovod_owt.runs.checkpoints import find_fault, list_checkpoints
+from horovod_owt.train.checkpoint import read_checkpoint
 
 STEPS = 20  # more than one machine does before a signal arrives; 12 an epoch
 

@@ -9,22 +9,18 @@ from click.testing import CliRunner
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError, ProblemFound, RunError
-from horovod_owt.train import checkpoint as module
-from horovod_owt.train import checkpoint_writer
-from horovod_owt.train.checkpoint import (
+from horovod_owt.runs.checkpoints import (
     FILES,
     MANIFEST,
-    Checkpoint,
-    DiskError,
-    atomic_folder,
     find_fault,
     list_checkpoints,
     newest_sound,
     note_score,
     read_best,
-    read_checkpoint,
-    write_checkpoint,
 )
+from horovod_owt.train import checkpoint as module
+from horovod_owt.train import checkpoint_writer
+from horovod_owt.train.checkpoint import Checkpoint, DiskError, read_checkpoint, write_checkpoint
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
 
 
@@ -99,14 +95,6 @@ def test_the_remains_of_a_killed_write_are_no_checkpoint_and_in_nobodys_way(tmp_
     assert list_checkpoints(tmp_path) == [folder]
     write_checkpoint(tmp_path, checkpoint(2), keep=3)
     assert not list(folder.parent.glob(".*.partial"))
-
-
-def test_a_folder_is_replaced_whole(tmp_path):
-    for text in ("old", "new"):
-        with atomic_folder(tmp_path / "final") as scratch:
-            (scratch / text).write_text(text)
-            assert (tmp_path / "final").exists() == (text == "new")
-    assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
 
 
 def test_the_best_one_stays_however_old(tmp_path):

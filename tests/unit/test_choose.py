@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from horovod_owt.config import resolve
+from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.runtime import World
-from horovod_owt.train.choose import choose_parallel
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from horovod_owt.data import shards
+from horovod_owt.data.build import Form
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
-from horovod_owt.data.making import Form
 from horovod_owt.data.pack import pack
 from horovod_owt.data.resize import shrunk
 from horovod_owt.data.store import open_data_set
@@ -283,11 +283,11 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_filled(root, tmp_path, mo
         def __init__(self, path):
             self.f_bavail, self.f_frsize, self.f_files, self.f_favail = 100, 4096, 0, 0
 
-    monkeypatch.setattr("horovod_owt.data.workplace.os.statvfs", Nearly)
+    monkeypatch.setattr("horovod_owt.data.staging.os.statvfs", Nearly)
     with pytest.raises(DataError, match=r"on a disk with 0.4 MB free; wanted \d.\d MB; fix: free some"):
         pack(root / "folder", tmp_path / "packed", Form(), workers=1)
     assert not list((tmp_path / "packed").rglob("*.tar"))
-    monkeypatch.setattr("horovod_owt.data.workplace.os.statvfs", real)
+    monkeypatch.setattr("horovod_owt.data.staging.os.statvfs", real)
     assert pack(root / "folder", tmp_path / "packed", Form(), workers=1)[1]  # the same command goes on
 
 
@@ -297,9 +297,9 @@ def test_trouble_with_writing_is_told_and_the_same_command_goes_on(root, tmp_pat
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("horovod_owt.data.arrays.os.fsync", full)
+    monkeypatch.setattr("horovod_owt.files.os.fsync", full)
     with pytest.raises(DataError, match="cannot write to .*packed: No space left on device; fix: "):
         pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)
-    monkeypatch.setattr("horovod_owt.data.arrays.os.fsync", real)
+    monkeypatch.setattr("horovod_owt.files.os.fsync", real)
     assert pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)[1]
     assert tree(tmp_path / "packed") == tree(root / "packed")

@@ -15,7 +15,7 @@ from miniature_ilsvrc2012 import CMYK, PNG, SMALL, fabricate, write_devkit
 from PIL import Image
 
 from horovod_owt.data import ilsvrc2012
-from horovod_owt.data.making import Form
+from horovod_owt.data.build import Form
 from horovod_owt.data.prepare import Originals, prepare
 from horovod_owt.data.store import open_data_set
 from horovod_owt.errors import DataError
@@ -167,8 +167,8 @@ def test_killed_at_random_moments_and_continued_it_writes_the_same_bytes(larger,
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from horovod_owt.data.arrays import written_beside\n"
-        "with written_beside(Path(sys.argv[1])) as file:\n"
+        "import os, sys; from pathlib import Path; from horovod_owt.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as file:\n"
         "    file.write(bytes(100_000)); file.flush(); os.kill(os.getpid(), 9)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -193,7 +193,7 @@ def test_a_kill_between_the_last_renames_is_mended(mini, tmp_path, format, monke
             raise Killed
         return real(source, target)
 
-    monkeypatch.setattr("horovod_owt.data.arrays.os.replace", replace)
+    monkeypatch.setattr("horovod_owt.files.os.replace", replace)
     step = 2 if format == "shards" else 11
     for survived in range(0, 200, step):
         out = tmp_path / f"out-{survived}"

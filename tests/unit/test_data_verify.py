@@ -10,10 +10,10 @@ from PIL import Image
 
 from horovod_owt.cli import cli
 from horovod_owt.data import verify as module
+from horovod_owt.data.build import Form
 from horovod_owt.data.jpeg import read_header
-from horovod_owt.data.making import Form
-from horovod_owt.data.oddities import ILSVRC2012_CMYK, remark
 from horovod_owt.data.pack import pack
+from horovod_owt.data.remarks import ILSVRC2012_CMYK, remark
 from horovod_owt.data.stats import data_stats
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.jobs.elastic import ElasticJob
+from horovod_owt.launch.elastic import ElasticJob
 from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
 from horovod_owt.train.elastic import in_world_of
 

@@ -39,8 +39,8 @@ def ranks(monkeypatch):
     Store.kept = {}
     with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setenv(meeting.ADDRESS, "127.0.0.1")
-        monkeypatch.setenv(meeting.PORT, str(server.server_address[1]))
+        monkeypatch.setenv(meeting.STORE_ADDRESS, "127.0.0.1")
+        monkeypatch.setenv(meeting.STORE_PORT, str(server.server_address[1]))
         monkeypatch.setattr(meeting, "GRACE_S", 0.2)
 
         class AlwaysFirst:  # threads share a process's count of meetings
@@ -70,7 +70,7 @@ def test_rank_0_hears_all_and_all_hear_rank_0(ranks):
     def act(topology):
         with meet(topology, limit_s=10) as met:
             heard = met.gather({"from": topology.rank}, 10, "hello")
-            return heard, met.share([topology.rank, "word"]), met.absent
+            return heard, met.broadcast([topology.rank, "word"]), met.absent
 
     said = ranks(act, 4)
     assert said[0][0] == {rank: {"from": rank} for rank in range(4)}
@@ -87,7 +87,7 @@ def test_a_rank_that_is_silent_is_named_with_its_host_and_the_question_and_the_o
                 released.wait(20)
                 return met.gather("late", 0.5, "first")
             heard = met.gather("in time", 0.5, "first"), met.gather("again", 10, "second")
-            met.share(None)
+            met.broadcast(None)
             released.set()
             return heard, dict(met.absent)
 
@@ -118,7 +118,7 @@ def test_when_rank_0_goes_the_others_hear_of_it(ranks):
     def act(topology):
         with meet(topology, limit_s=10) as met:
             met.gather(None, 10)
-            return None if met.is_root else met.share(limit_s=30)
+            return None if met.is_root else met.broadcast(limit_s=30)
 
     assert "no word from rank 0 on host0" in str(ranks(act, 2)[1])
 
@@ -126,4 +126,4 @@ def test_when_rank_0_goes_the_others_hear_of_it(ranks):
 def test_a_lone_rank_needs_no_network(monkeypatch):
     monkeypatch.setattr(socket, "create_server", None)
     with meet(Topology("none", 0, 1, 0, 1, "here")) as met:
-        assert met.gather(7, 1) == {0: 7} and met.share({"a": 1}) == {"a": 1}
+        assert met.gather(7, 1) == {0: 7} and met.broadcast({"a": 1}) == {"a": 1}

@@ -7,9 +7,10 @@ import signal
 import psutil
 import pytest
 
-from horovod_owt import supervise
 from horovod_owt.errors import ConfigError
-from horovod_owt.supervise import Attempt, RunFolder, run_dir_of, why_not_again
+from horovod_owt.launch import supervisor
+from horovod_owt.launch.supervisor import why_not_again
+from horovod_owt.runs.attempts import Attempt, AttemptWatch, run_dir_of
 
 
 def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False) -> Attempt:
@@ -74,7 +75,7 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
     step(7)
     outcome(exit_code=75, reason="stopped by SIGTERM")
     (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
-    folder = RunFolder(tmp_path)
+    folder = AttemptWatch(tmp_path)
     silent = folder.attempt(-9, asked_to_stop=False)
     assert (silent.exit_code, silent.last_step, silent.new_checkpoint) == (137, 0, False)
     assert "SIGKILL" in silent.reason and silent.checkpoint == "step-00000007"
@@ -95,16 +96,16 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
 
 
 def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervise, "LAST_WORD_GRACE_S", 0.5)
-    monkeypatch.setattr(supervise, "GRACE_S", 0.1)
+    monkeypatch.setattr(supervisor, "LAST_WORD_GRACE_S", 0.5)
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
     word = json.dumps({"exit_code": 2, "reason": "stalled"})
     script = f"echo '{word}' > $1/outcome.json; sleep 1000 & echo $! > $1/pid; wait"
-    before = {number: signal.getsignal(number) for number in supervise.PASSED_ON}
+    before = {number: signal.getsignal(number) for number in supervisor.PASSED_ON}
     try:
         command = ["sh", "-c", script, "job", str(tmp_path), "--run-dir", str(tmp_path)]
-        assert supervise.Supervisor(command, max_restarts=3).run() == 2
+        assert supervisor.Supervisor(command, max_restarts=3).run() == 2
     finally:
-        ctypes.CDLL(None).prctl(supervise.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))

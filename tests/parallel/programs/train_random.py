@@ -19,8 +19,8 @@ from exchange_checks import check_exchange
 from safetensors.torch import save_file
 
 from horovod_owt.config import TrainConfig, resolve
+from horovod_owt.data.batch import Batch
 from horovod_owt.data.feed import IGNORED
-from horovod_owt.data.pipeline import Batch
 from horovod_owt.model import alexnet_owt, build_model
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects

@@ -1,0 +1,40 @@
+"""Reads that fail for a moment are tried again: a file server that restarts must not end a run."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+PAUSES_S = (0.5, 2.0)  # before the second and the third try
+# What a network file system says while it is away. ENOENT and EACCES are answers, not trouble.
+PASSING = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO ESTALE ETIMEDOUT EAGAIN EINTR ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EHOSTDOWN "
+        "EHOSTUNREACH ENETDOWN ENETUNREACH EREMOTEIO ESHUTDOWN"
+    ).split()
+    if hasattr(errno, name)
+)
+_warned: set[str] = set()
+
+
+def with_retries(read: Callable[[int], bytes], index: int, path: Callable[[int], str]) -> bytes:
+    """`read(index)`, up to three times over 2.5 s while it fails in passing; then its OSError.
+
+    A file that needed it is warned of once in the life of the process.
+    """
+    for pause_s in PAUSES_S:
+        try:
+            return read(index)
+        except OSError as trouble:
+            if trouble.errno not in PASSING:
+                raise
+            if (name := path(index)) not in _warned:
+                _warned.add(name)
+                log.warning("reading %s failed (%s): trying again", name, trouble.strerror)
+            time.sleep(pause_s)
+    return read(index)

@@ -1,0 +1,160 @@
+"""A folder that a long command fills, may be killed in, and goes on with when it is given again.
+
+Everything is made in OUT/.unfinished and moved to its place at the very end, so that half a data set is never
+taken for a whole one. A note says what is being made; another command finds it and keeps its hands off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
+from horovod_owt.errors import DataError
+from horovod_owt.files import sync, write_text
+
+NOTE = "owt-data.json"  # in a finished data set: what it was made of
+
+
+class Staging:
+    """OUT, with the right to write to it: made by `opened`."""
+
+    def __init__(self, out: Path, spec: dict) -> None:
+        self.out, self.spec = out, spec
+        self.folder = out / UNFINISHED
+        self.scratch = self.folder / "scratch"  # for files on their way; emptied at each start
+
+    @property
+    def finished(self) -> dict | None:
+        """The note, if all is done."""
+        return read_json(self.out / NOTE)
+
+    def split_is_done(self, split: str) -> bool:
+        """It has been moved to its place, though not all may have been."""
+        return (self.out / split).is_dir()
+
+    def recall(self, name: str) -> dict | None:
+        return read_json(self.folder / name)
+
+    def remember(self, name: str, what: dict) -> None:
+        write_json(self.folder / name, what)
+
+    def finish(self, facts: dict) -> None:
+        """Move the splits to their places and leave the note; `facts` go into it."""
+        for split in SPLITS:
+            if not self.split_is_done(split):
+                os.replace(self.folder / split, self.out / split)
+        sync(self.out)
+        write_json(self.out / NOTE, {**self.spec, **facts})
+        shutil.rmtree(self.folder)
+
+
+@contextmanager
+def opened(out: Path, spec: dict) -> Iterator[Staging]:
+    """The staging folder for what `spec` says (plain JSON), new or where a killed command left it.
+
+    Raises DataError if OUT holds anything else, and for any trouble with writing within the block.
+    """
+    out = Path(out).resolve()
+    place = Staging(out, spec)
+    try:
+        _check(out)
+        place.folder.mkdir(parents=True, exist_ok=True)
+        with _alone(place.folder, out):
+            _claim(place)
+            yield place
+    except OSError as trouble:
+        saw = f"cannot write to {out}: {trouble.strerror or trouble}"
+        fix = "name a folder on a disk with room that you may write to; the same command goes on"
+        raise DataError(saw, fix=fix) from trouble
+
+
+def _check(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file", wanted="a new or empty folder", fix="choose another name")
+    found = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if NOTE in found:  # a finished set, which may have got company
+        return
+    visible = {name for name in found if not name.startswith(".")} - {"lost+found"}  # of a whole disk
+    if foreign := visible - set(SPLITS) if UNFINISHED in found else visible:
+        raise DataError(
+            f"{out} is not empty: it holds {first_few(foreign)}",
+            wanted="a new or empty folder",
+            fix="choose another name, or remove it",
+        )
+
+
+def _claim(place: Staging) -> None:
+    done = place.finished
+    if done:
+        shutil.rmtree(place.folder)  # made by `opened`, or left by a kill between the note and the end
+    begun = done or place.recall("spec.json")
+    if begun is None:
+        if (place.out / NOTE).exists() or any((place.out / split).exists() for split in SPLITS):
+            raise DataError(f"unreadable {place.out / NOTE}", fix="choose another name, or remove the folder")
+        place.remember("spec.json", place.spec)
+    elif differ := [key for key in place.spec if begun.get(key) != place.spec[key]]:
+        told = ", ".join(f"{key} {_short(begun.get(key))}, not {_short(place.spec[key])}" for key in differ)
+        state = "holds" if done else "is half made for"
+        raise DataError(
+            f"{place.out} {state} another data set ({told})",
+            wanted="the same command, unchanged, or a new folder",
+            fix="choose another name, or remove it",
+        )
+    if done:
+        return
+    shutil.rmtree(place.scratch, ignore_errors=True)
+    place.scratch.mkdir()
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:20]}...{text[-4:]}"
+
+
+@contextmanager
+def _alone(folder: Path, out: Path) -> Iterator[None]:
+    """Two commands must not fill one folder; where the file system has no locks we trust the user."""
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{out} is being written by another command", fix="wait for its end") from None
+        except OSError:
+            pass
+        yield
+
+
+def read_json(path: Path) -> dict | None:
+    """None if it is not there or says nothing."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_json(path: Path, what: dict) -> None:
+    write_text(path, json.dumps(what, indent=2) + "\n")
+
+
+def size_text(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def check_room(out: Path, needed_bytes: int, needed_files: int) -> None:
+    """DataError if the disk cannot hold that much more."""
+    disk = os.statvfs(out)
+    free = disk.f_bavail * disk.f_frsize
+    fix = "free some, or choose a folder on another disk"
+    if needed_bytes > free:
+        saw = f"{out} is on a disk with {size_text(free)} free"
+        raise DataError(saw, wanted=size_text(needed_bytes), fix=fix)
+    if disk.f_files and needed_files > disk.f_favail:  # 0: the file system does not count them
+        saw = f"{out} is on a disk with room for {disk.f_favail} more files"
+        raise DataError(saw, wanted=f"{needed_files} files", fix=f"{fix}, or use --format shards")

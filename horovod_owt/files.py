@@ -1,0 +1,73 @@
+"""The one way to write files and folders: beside their place, then renamed. Nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".*.partial"  # what a killed write leaves behind
+
+
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A file, in `folder` or beside `path`, that takes the name `path` if the block succeeds.
+
+    `durable` waits for the disk, so that the name survives a power cut and never stands for half a file.
+    """
+    scratch = (folder or path.parent) / f".{os.getpid()}-{secrets.token_hex(4)}.partial"
+    try:
+        with open(scratch, "xb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text in one instant, and durably: a reader sees the old one or the new one."""
+    with atomic_file(path, durable=True) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, beside `final`: it takes that name if the block succeeds and is gone if it fails.
+
+    `durable` waits for the disk, as above. `replace` drops what `final` held; without it, OSError if that is
+    anything but an empty folder.
+    """
+    scratch = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if durable:
+            for path in [*scratch.rglob("*"), scratch]:
+                sync(path)
+        if replace and final.exists():
+            shutil.rmtree(final)
+        os.replace(scratch, final)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    if durable:
+        sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

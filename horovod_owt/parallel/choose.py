@@ -1,0 +1,239 @@
+"""`parallel=auto`: measure the parts of a step, and take the strategy predicted to be faster."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.model.alexnet_owt import AlexNetOWT
+from horovod_owt.parallel.collectives import gather_objects
+from horovod_owt.parallel.exchange import Exchange
+from horovod_owt.parallel.flat_gradients import MAX_PIECE_ELEMENTS, MIN_PIECES
+from horovod_owt.parallel.groups import Group
+from horovod_owt.parallel.optimizer import build_optimizer
+from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.step import DTYPES, autocast
+from horovod_owt.parallel.traffic import Traffic, start_sum
+from horovod_owt.perf.network import FC6_IN, HIDDEN, conv_parameters, fc_layers, fc_parameters, share
+from horovod_owt.perf.predict import Communication, Compute, Prediction, predict
+
+log = logging.getLogger(__name__)
+
+REPEATS = 3  # of a measurement, after one that warms up
+LONG_S = 0.5  # what takes longer is measured once
+PIECES = 4  # of the flat gradients, sent at a time; the time of all follows from it
+CPU_IMAGES = 8  # on a CPU the time of convolutions grows with the images: so many are enough
+
+Seconds = dict[str, float]
+
+
+def choose_parallel(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Seconds]:
+    """`cfg` with `parallel` resolved, alike on every rank, and the predicted milliseconds of a step, if any.
+
+    Every rank must call it. What the user chose is left alone.
+    """
+    if cfg.parallel != "auto":
+        return cfg, {}
+    why_not = _why_not_hybrid(cfg, world)
+    if why_not:
+        choice, predicted_ms, line = "data", {}, f"parallel auto: data ({why_not})"
+    else:
+        prediction = _predict(cfg, world)
+        choice = prediction.faster
+        predicted_ms = {"data": 1e3 * prediction.data_s, "hybrid": 1e3 * prediction.hybrid_s}
+        line = _line(prediction, world.size)
+    if world.is_root:
+        log.info("%s", line)
+    return dataclasses.replace(cfg, parallel=choice), predicted_ms
+
+
+def _why_not_hybrid(cfg: TrainConfig, world: World) -> str:
+    """What makes a measurement pointless; empty if nothing does."""
+    if world.size == 1:
+        return "one rank"
+    if cfg.fc_group_size == "1":
+        return "fc_group_size is 1: no rank to share layers with"
+    if cfg.precision == "fp16":
+        return "hybrid takes no fp16"
+    return ""
+
+
+def _line(prediction: Prediction, ranks: int) -> str:
+    seconds = {"data": prediction.data_s, "hybrid": prediction.hybrid_s}
+    choice = prediction.faster
+    (other,) = seconds.keys() - {choice}
+    return (
+        f"parallel auto: {choice} (predicted {seconds[choice]:.3g} s a step on {ranks} ranks; "
+        f"{other} {seconds[other]:.3g} s); --parallel {other} overrules"
+    )
+
+
+def _predict(cfg: TrainConfig, world: World) -> Prediction:
+    group_size = int(cfg.fc_group_size)
+    on_cpu = world.device.type == "cpu"
+    convolutions = _convolutions(cfg, world)
+    classifiers = [_classifier(cfg, world, group_size=size) for size in (1, group_size)]
+    if not on_cpu:
+        torch.cuda.empty_cache()
+    gradients = conv_parameters() + fc_parameters(cfg.classes)
+    shard = fc_parameters(cfg.classes, group_size=group_size)
+    return predict(
+        Compute(
+            conv_forward_s=convolutions["forward"],
+            conv_backward_s=convolutions["backward"],
+            data_classifier_s=classifiers[0]["passes"],
+            hybrid_classifier_s=classifiers[1]["passes"],
+            data_update_s=classifiers[0]["update"],
+            hybrid_update_s=classifiers[1]["update"],
+        ),
+        Communication(
+            all_gradients_s=_sum_of_gradients(gradients, world.everyone, cfg, world),
+            conv_gradients_s=_sum_of_gradients(conv_parameters(), world.everyone, cfg, world),
+            shard_gradients_s=_sum_of_gradients(shard, world.shard_group(group_size), cfg, world),
+            exchange_s=_exchange(cfg, world, world.fc_group(group_size)),
+        ),
+        accum_steps=cfg.accum_steps,
+        can_hide=not on_cpu,
+    )
+
+
+def _convolutions(cfg: TrainConfig, world: World) -> Seconds:
+    """Forward and backward of a micro-batch of this net in this precision."""
+    images = min(cfg.batch, CPU_IMAGES) if world.device.type == "cpu" else cfg.batch
+    with torch.device("meta"):  # the classifier's weights need no memory here
+        model = AlexNetOWT(1, batch_norm=cfg.model == "alexnet-owt-bn")
+    model.classifier = nn.Sequential()
+    model.to_empty(device=world.device)
+    for module in model.features:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model = model.to(dtype=_kept(cfg))
+    model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
+    kept = _kept(cfg)
+    x = torch.randn(images, 3, cfg.image_size, cfg.image_size, device=world.device, dtype=kept)
+    x = x.contiguous(memory_format=torch.channels_last) if cfg.channels_last else x
+    d_out = torch.randn(images, FC6_IN, device=world.device, dtype=kept)
+    out: list[Tensor] = []
+
+    def forward() -> None:
+        with autocast(cfg.precision, world.device):
+            out[:] = [model.convolve(x).to(kept)]
+
+    def backward() -> None:
+        model.zero_grad()
+        out[0].backward(d_out)
+
+    seconds = _time_together({"forward": forward, "backward": backward}, world)
+    return {what: s * cfg.batch / images for what, s in seconds.items()}
+
+
+def _classifier(cfg: TrainConfig, world: World, *, group_size: int) -> Seconds:
+    """Matrix products and the update of one rank's part of the layers; all of them in a group of one."""
+    rows, dtype, kept = cfg.batch * group_size, DTYPES[cfg.precision], _kept(cfg)
+
+    def filled(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.full(shape, 1e-2, device=world.device, dtype=dtype)
+
+    layers = []
+    for units_in, units_out in fc_layers(cfg.classes, group_size=group_size):
+        weight = nn.Parameter(filled(units_out, units_in, dtype=kept))
+        weight.grad = torch.zeros_like(weight)
+        layers.append((weight, filled(rows, units_in), filled(rows, units_out)))
+    optimizer = build_optimizer([weight for weight, _, _ in layers], cfg)
+
+    @torch.no_grad()
+    def passes() -> None:
+        for weight, x, d_out in layers:
+            cast = weight.to(dtype)
+            cast @ x.t().contiguous()
+            d_out @ cast
+            if dtype == kept:
+                torch.mm(d_out.t(), x, out=weight.grad)
+            else:
+                weight.grad.copy_(d_out.t() @ x)
+
+    return _time_together({"passes": passes, "update": optimizer.step}, world)
+
+
+def _sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world: World) -> float:
+    """Seconds to sum so many gradients over the group; some pieces are sent, the rest is reckoned."""
+    if group.is_alone:
+        return 0.0
+    dtype = torch.float16 if cfg.compression == "fp16" else _kept(cfg)
+    length = min(MAX_PIECE_ELEMENTS, -(-parameters // MIN_PIECES))
+    pieces = [torch.zeros(length, device=world.device, dtype=dtype) for _ in range(PIECES)]
+    traffic = Traffic()
+
+    def send() -> None:
+        sums = [
+            start_sum(piece, group, traffic, what="auto", name=f"auto.sum.{number}", in_place=True)
+            for number, piece in enumerate(pieces)
+        ]
+        for piece in sums:
+            piece.wait()
+
+    return _time_together({"sum": send}, world)["sum"] * parameters / (PIECES * length)
+
+
+def _exchange(cfg: TrainConfig, world: World, group: Group) -> float:
+    """Seconds that a micro-batch's transfers inside the fc_group take, one after the other as in scheme a."""
+    exchange, dtype = Exchange(group, Traffic()), DTYPES[cfg.precision]
+    rows, own = cfg.batch * group.size, share(HIDDEN, group.size, group.index)
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, device=world.device, dtype=dtype)
+
+    features, features_part = zeros(cfg.batch, FC6_IN), zeros(rows, FC6_IN)
+    units_part, own_units = zeros(rows, HIDDEN), zeros(rows, own)
+    logits_part = zeros(rows, cfg.classes, dtype=_kept(cfg))
+
+    def there_and_back() -> None:
+        exchange.gather_rows(features, "auto.features").wait()
+        exchange.sum_units(units_part, "auto.units").wait()
+        exchange.sum_everywhere(logits_part, "auto.logits").wait()
+        exchange.gather_units(own_units, "auto.units back").wait()
+        exchange.sum_rows(features_part, "auto.features back").wait()
+
+    return _time_together({"exchange": there_and_back}, world)["exchange"]
+
+
+def _kept(cfg: TrainConfig) -> torch.dtype:
+    """What weights, gradients and logits are in, whatever computes."""
+    return DTYPES["fp64" if cfg.precision == "fp64" else "fp32"]
+
+
+def _time_together(actions: dict[str, Callable[[], object]], world: World) -> Seconds:
+    """Seconds of each action, done in this order by all ranks at once: the median, of the slowest rank.
+
+    Every rank gets the same figures, and so comes to the same decision.
+    """
+
+    def synchronize() -> None:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def once() -> list[float]:
+        times = []
+        for action in actions.values():
+            synchronize()
+            start = perf_counter()
+            action()
+            synchronize()
+            times.append(perf_counter() - start)
+        return times
+
+    def on_all_ranks(mine: list[float]) -> list[float]:
+        return [max(times) for times in zip(*gather_objects(mine, "auto.times"), strict=True)]
+
+    warm_up = on_all_ranks(once())
+    repeats = 1 if sum(warm_up) > LONG_S else REPEATS
+    rows = [once() for _ in range(repeats)]
+    slowest = on_all_ranks([median(times) for times in zip(*rows, strict=True)])
+    return dict(zip(actions, slowest, strict=True))

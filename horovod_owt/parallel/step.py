@@ -1,0 +1,328 @@
+"""One training step: who computes what, and who exchanges what. "One weird trick" (arXiv:1404.5997).
+
+Convolutions hold most of the arithmetic and few of the weights, so every rank has all of them and its own
+images: their gradients are summed over all ranks. Fully connected layers are the reverse, so the ranks of an
+fc_group share them, each with a part of every layer and all of the group's images; a part's gradients are
+summed over the ranks that hold the same part in other groups. In groups of one that is data parallelism.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.model.alexnet_owt import FC6_IN, AlexNetOWT
+from horovod_owt.model.dropout import keep_scale, sample_keys
+from horovod_owt.parallel.batch_norm import synchronize_batch_norms
+from horovod_owt.parallel.collectives import broadcast_tensor
+from horovod_owt.parallel.exchange import Exchange, Slice
+from horovod_owt.parallel.flat_gradients import FlatGradients
+from horovod_owt.parallel.groups import Group
+from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.split_classifier import SplitClassifier
+from horovod_owt.parallel.traffic import Arrived, Traffic, Transfer, start_sum
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The precision of forward passes; weights and gradients stay fp32 (fp64 in a run of that)."""
+    low = precision in ("bf16", "fp16")
+    return torch.autocast(device.type, dtype=DTYPES[precision] if low else torch.bfloat16, enabled=low)
+
+
+@dataclass
+class Pass:
+    """One micro-batch on its way through the net."""
+
+    features: Tensor  # (b, 9216), this rank's, with the graph of the convolutions behind them
+    labels: Transfer | Arrived  # (K*b,), of the whole group
+    keys: Tensor  # (K*b, 2), for dropout
+    d_features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Images that go through the shared layers together, and how their features come and go."""
+
+    rows: slice  # of the group's K*b images
+    batches: int  # ranks' batches among them
+    fetch: Callable[[Tensor], Transfer | Arrived]
+    send_back: Callable[[Tensor], Transfer | Arrived]
+
+
+class OneWeirdTrick:
+    """A training step's forward and backward, by all ranks together.
+
+    A step: `begin_step`; for each micro-batch `convolve`, `classify`, `backward`; `finish`. Then each
+    `parameter.grad` has the mean over the global batch. With fc_batch=local the classifier is updated on
+    the way: `update_classifier` is called after each turn, when its gradients are the mean over the turn's
+    images. Images whose label is negative count nothing; the means are over all images nevertheless, until
+    `leave_out` is told how many those are.
+    """
+
+    def __init__(
+        self,
+        model: AlexNetOWT,
+        cfg: TrainConfig,
+        world: World,
+        *,
+        update_classifier: Callable[[], None],
+    ) -> None:
+        self.cfg, self.world = cfg, world
+        self.fc_group_size = fc_group_size = cfg.ranks_per_classifier()
+        self.traffic = Traffic()
+        self._everyone, self._fc_group = world.everyone, world.fc_group(fc_group_size)
+        self._shard_group = world.shard_group(fc_group_size)
+        self._update_classifier = update_classifier
+        if not self._everyone.is_alone:
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(broadcast_tensor(tensor, f"first.{name}"))
+        self._exchange = Exchange(self._fc_group, self.traffic)
+        self.classifier = SplitClassifier(
+            model.classifier,
+            self._exchange,
+            dropout=cfg.dropout,
+            label_smoothing=cfg.label_smoothing,
+            dtype=DTYPES[cfg.precision],
+        )
+        self.model = model
+        self._unfilled = model.classifier  # where the layers are split: their structure without numbers
+        if fc_group_size > 1:
+            self._unfilled.to("meta")
+            model.classifier = nn.Sequential()
+        if cfg.sync_bn:
+            synchronize_batch_norms(model.features, self._everyone, self.traffic)
+            self.classifier.synchronize_norms(self._shard_group, self.traffic)
+        self.conv_parameters = list(model.features.parameters())
+        self.fc_parameters = list(self.classifier.parameters.values())
+        self._conv_gradients = self._flat(self.conv_parameters, self._everyone, "conv gradients")
+        self._conv_gradients.watch()
+        self._fc_gradients = self._flat(self.fc_parameters, self._shard_group, "fc gradients")
+        # Of the classifier's gradients: images that they are the mean of, as a share of the global batch.
+        self.fc_update_share = 1 / (fc_group_size * cfg.accum_steps) if self._local else 1.0
+
+    @property
+    def name(self) -> str:
+        return "data" if self.fc_group_size == 1 else "hybrid"
+
+    @property
+    def beside_root(self) -> bool:
+        """Whether this rank shares its FC layers with rank 0."""
+        return 0 in self._fc_group.ranks
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """What weights and gradients are kept in, whatever the passes compute in."""
+        return self.conv_parameters[0].dtype
+
+    def begin_step(self) -> None:
+        self.traffic.reset()
+        self._conv_gradients.begin_step()
+        self._fc_gradients.begin_step()
+
+    def convolve(self, images: Tensor, labels: Tensor, *, consumed: int, micro_step: int) -> Pass:
+        """The convolutions of this rank's images; `consumed` samples came before this step."""
+        all_labels = self._exchange.gather_rows(labels, "labels")
+        cfg, group = self.cfg, self._fc_group
+        starts = [consumed + rank * cfg.rank_batch() + micro_step * cfg.batch for rank in group.ranks]
+        positions = np.concatenate([np.arange(start, start + len(labels)) for start in starts])
+        keys = torch.from_numpy(sample_keys(cfg.seed, positions)).to(images.device)
+        kept = self.kept_dtype
+        with self.autocast():
+            features = self.model.convolve(images.to(kept)).to(kept)
+        if cfg.dropout:
+            own = keys[group.index * len(labels) :][: len(labels)]
+            features = features * keep_scale(own, 0, range(FC6_IN), cfg.dropout)
+        return Pass(features, all_labels, keys)
+
+    @torch.no_grad()
+    def classify(self, batch: Pass, *, last: bool, gradient_scale: Tensor) -> Tensor:
+        """Forward and backward of the shared layers.
+
+        Returns this rank's share of the loss: over all ranks and micro-batches they add up to the mean over
+        the global batch. `last` starts the sums of the gradients. Raises FloatingPointError, on all ranks,
+        when a turn's loss is no number and its update would follow.
+        """
+        own = batch.features.detach().to(DTYPES[self.cfg.precision])
+        turns = self._turns(len(own))
+        labels, backs, total = batch.labels.wait(), [], torch.zeros((), device=own.device)
+        images = len(own) * self._shard_group.size if self._local else self.cfg.global_batch(self.world.size)
+        arriving = turns[0].fetch(own)
+        for number, turn in enumerate(turns):
+            features = arriving.wait()
+            if number + 1 < len(turns):
+                arriving = turns[number + 1].fetch(own)
+            if self._local:
+                self._fc_gradients.begin_step()
+            if self._local or (last and number + 1 == len(turns)):
+                self._fc_gradients.begin_last()
+            loss, back = self.classifier.forward_backward(
+                features,
+                labels[turn.rows],
+                batch.keys[turn.rows],
+                turn.send_back,
+                self._fc_gradients,
+                loss_factor=1 / images,
+                gradient_scale=gradient_scale,
+                batches=turn.batches,
+            )
+            backs.append(back)
+            total += loss
+            if self._local:
+                self._update_in_turn(loss, labels[turn.rows], images)
+        self.classifier.end_micro_batch()
+        d_features = [back.wait() for back in backs][self._fc_group.index if len(backs) > 1 else 0]
+        batch.d_features = d_features * self.fc_update_share if self._local else d_features
+        return total * (self.fc_update_share / self._fc_group.size)
+
+    def backward(self, batch: Pass, *, last: bool) -> None:
+        """Backward of the convolutions; `last` starts the sum of their gradients, layer by layer."""
+        if last:
+            self._conv_gradients.begin_last()
+        batch.features.backward(batch.d_features.to(batch.features.dtype))
+
+    def start_sum(self, values: Tensor, what: str) -> Transfer | Arrived:
+        """A small sum over all ranks that travels while the caller computes."""
+        return start_sum(values, self._everyone, self.traffic, what=what, name=what)
+
+    def finish(self) -> None:
+        """Wait until every gradient is the mean over the global batch."""
+        self._fc_gradients.finish()
+        self._conv_gradients.finish()
+
+    def leave_out(self, bad_images: int) -> None:
+        """Make the mean over the global batch one over its good images; after `finish`, by every rank."""
+        images = self.cfg.global_batch(self.world.size)
+        self.scale_gradients(images / (images - bad_images))
+
+    def scale_gradients(self, factor: float) -> None:
+        """Those of the classifier too, unless its turns have seen to it."""
+        self._conv_gradients.scale(factor)
+        if not self._local:
+            self._fc_gradients.scale(factor)
+
+    def gradient_norm(self) -> float:
+        """Euclidean, of the whole net's gradient; after `finish`, by every rank. The same on each."""
+        split, whole = (
+            [p.grad for _, p, part in self.named_parameters() if (part is None) == unsplit]
+            for unsplit in (False, True)
+        )
+        total = _sum_of_squares(split, self.world.device)
+        total = self._exchange.sum_everywhere(total, "gradient norm").wait()
+        return math.sqrt((total + _sum_of_squares(whole, self.world.device)).item())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Slice | None]]:
+        """What this rank's optimizer updates: name in the whole net, parameter, and which part of it."""
+        for name, parameter in self.model.features.named_parameters():
+            yield f"features.{name}", parameter, None
+        for name, parameter in self.classifier.parameters.items():
+            yield f"classifier.{name}", parameter, self.classifier.slices[name]
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor, Slice | None]]:
+        """The running statistics, likewise."""
+        for name, buffer in self.model.features.named_buffers():
+            yield f"features.{name}", buffer, None
+        for name, buffer in self.classifier.buffers.items():
+            yield f"classifier.{name}", buffer, self.classifier.slices.get(name)
+
+    def gather(self, named: Iterable[tuple[str, Tensor, Slice | None]]) -> dict[str, Tensor]:
+        """Whole tensors of parts; all ranks of a group must call it. What is not split is not copied."""
+        return {name: self._exchange.gather_whole(tensor.detach(), part) for name, tensor, part in named}
+
+    @contextmanager
+    def whole_model(self) -> Iterator[AlexNetOWT]:
+        """The net with whole layers, for as long as the block lasts. All ranks of a group must call it."""
+        if self.fc_group_size == 1:
+            yield self.model
+            return
+        split = self.model.classifier
+        whole = copy.deepcopy(self._unfilled).to_empty(device=self.world.device)
+        tensors = {**self.classifier.parameters, **self.classifier.buffers}
+        named = ((name, tensor, self.classifier.slices.get(name)) for name, tensor in tensors.items())
+        whole.load_state_dict(self.gather(named))
+        self.model.classifier = whole
+        try:
+            yield self.model
+        finally:
+            self.model.classifier = split
+
+    def average_running_statistics(self) -> None:
+        """Give all ranks the mean of theirs (batch norm), so that they stand for one net."""
+        for over, named in (
+            (self._everyone, self.model.features.named_buffers()),
+            (self._shard_group, self.classifier.buffers.items()),
+        ):
+            for name, buffer in named:
+                if buffer.is_floating_point() and not over.is_alone:
+                    total = start_sum(buffer, over, self.traffic, what="buffers", name=f"buffer.{name}")
+                    buffer.copy_(total.wait() / over.size)
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.cfg.precision, self.world.device)
+
+    @property
+    def _local(self) -> bool:
+        return self.cfg.fc_batch == "local"
+
+    def _flat(self, parameters: list[nn.Parameter], group: Group, name: str) -> FlatGradients:
+        return FlatGradients(parameters, group, self.traffic, name=name, compression=self.cfg.compression)
+
+    def _turns(self, batch: int) -> list[_Turn]:
+        """Scheme (a): all images at once. Scheme (b): the ranks' batches in turn, each lent to the others."""
+        exchange, size = self._exchange, self._fc_group.size
+        if self.cfg.owt_scheme == "a":
+            return [
+                _Turn(
+                    slice(None),
+                    size,
+                    lambda own: exchange.gather_rows(own, "features"),
+                    lambda parts: exchange.sum_rows(parts, "features back"),
+                )
+            ]
+        return [
+            _Turn(
+                slice(owner * batch, (owner + 1) * batch),
+                1,
+                lambda own, owner=owner: exchange.lend_rows(own, owner, "features"),
+                lambda parts, owner=owner: exchange.return_rows(parts, owner, "features back"),
+            )
+            for owner in range(size)
+        ]
+
+    def _update_in_turn(self, loss: Tensor, labels: Tensor, images: int) -> None:
+        """Update the classifier by the mean gradient of the good ones among the `images` of one turn.
+
+        None of them good, none to learn from: the weights stay. `labels` are those of this fc_group.
+        """
+        facts = torch.stack([loss / self.world.size, (labels < 0).sum().to(loss) / self._fc_group.size])
+        facts = start_sum(facts, self._everyone, self.traffic, what="loss", name="turn_facts")
+        self._fc_gradients.finish()
+        mean_loss, bad = facts.wait().tolist()
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"loss is {mean_loss}")
+        good = images - round(bad)
+        if not good:
+            return
+        if good < images:
+            self._fc_gradients.scale(images / good)
+        self._update_classifier()
+        self.classifier.weights_changed()
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    zero = torch.zeros(1, dtype=torch.float64, device=device)
+    return sum((torch.linalg.vector_norm(tensor).double().square() for tensor in tensors), zero)

@@ -1,0 +1,221 @@
+"""The batch process of a job: starts the ranks, passes warnings on to them, and says whether to requeue.
+
+python -m horovod_owt.slurm.batch [--elastic | --launcher pmix|mpirun|gloo] -- train DATA [options]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.launch.command import check_folder_for_ssh
+from horovod_owt.launch.elastic import ElasticJob
+from horovod_owt.launch.supervisor import Supervisor, why_not_again
+from horovod_owt.parallel.interfaces import interface_between
+from horovod_owt.runs.attempts import AttemptWatch, append_attempt, earlier_attempts, find_run_dir
+from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
+from horovod_owt.slurm.client import ask, find_jobs, start_ranks
+from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
+from horovod_owt.slurm.launchers import (
+    choose_launcher,
+    horovod_has_mpi,
+    launcher_environment,
+    ranks_argv,
+)
+from horovod_owt.slurm.nodes import nodes_file
+from horovod_owt.slurm.spec import LAUNCHERS, JobSpec
+
+STOP = signal.SIGUSR1  # to the ranks, through srun or mpirun: both pass it on, and TERM would end them
+WARNINGS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+REQUEUE_LIMIT_S = 60  # from a requeue to the TERM that it brings
+TASK = "{task}"  # in options of an array's job: the number of its task
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
+        command = ["owt", *owt_args(args.command, allocation)]
+        if args.elastic:
+            return train(ElasticRanks(allocation, args.min_ranks), command, args.max_restarts)
+        launcher, why = choose_launcher(
+            args.launcher,
+            srun_mpi=ask(["srun", "--mpi=list"]),
+            mpirun=shutil.which("mpirun"),
+            # what is in a container cannot be seen from here
+            horovod_mpi=bool(args.container_image or args.apptainer) or horovod_has_mpi(),
+        )
+        introduce(allocation, launcher, why)
+        job = Ranks(allocation, launcher, args.container_image, args.apptainer)
+        if command[1] == "train":
+            return train(job, command, args.max_restarts)
+        code = job.run(command)
+        return 128 - code if code < 0 else code  # as a shell says that a signal ended it
+    except OwtError as error:
+        say(str(error))
+        return error.exit_code
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m horovod_owt.slurm.batch", description=__doc__)
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="auto")
+    parser.add_argument("--max-restarts", type=int, default=JobSpec.max_restarts)
+    parser.add_argument("--elastic", action="store_true", help="ranks may be lost; they start by ssh")
+    parser.add_argument("--min-ranks", type=int, default=0, help="of an elastic job (default: half of them)")
+    parser.add_argument("--container-image", default="")
+    parser.add_argument("--apptainer", default="")
+    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="of owt: train DATA ...")
+    return parser.parse_args()
+
+
+def introduce(allocation: Allocation, launcher: str, why: str) -> None:
+    hosts, ranks = len(allocation.hosts), allocation.ranks_per_node
+    interface = interface_between(list(allocation.hosts))
+    say(
+        f"job {allocation.job_id} start {allocation.restarts + 1}: {hosts} nodes x {ranks} ranks, "
+        f"launcher {launcher} ({why}), nodes meet over {interface}"
+    )
+    if allocation.crowded:
+        say(
+            f"WARNING a node gives {allocation.cpus_per_node} CPU to {ranks} ranks; "
+            "fix: --cpus-per-gpu, --cpus-per-task or --exclusive"
+        )
+
+
+def owt_args(command: list[str], allocation: Allocation) -> list[str]:
+    """The command with its array task's number filled in, and a run folder that each attempt finds again."""
+    args = [word.replace(TASK, allocation.task) for word in command] if allocation.task else command
+    if command[0] != "train":
+        return args
+    if find_run_dir(args) is None:
+        return [*args, "--run-dir", f"runs/slurm-{allocation.job_id}"]
+    if allocation.task and find_run_dir(command) == find_run_dir(args):
+        raise ConfigError(
+            f"one --run-dir for all tasks of an array: {find_run_dir(args)}",
+            wanted="one for each",
+            fix=f"--run-dir {find_run_dir(args)}-{TASK}",
+        )
+    return args
+
+
+class Ranks:
+    """Runs the ranks, and tells them when Slurm wants the job to end."""
+
+    def __init__(self, allocation: Allocation, launcher: str, container_image: str, apptainer: str) -> None:
+        self.allocation, self._launcher = allocation, launcher
+        self._container = {"container_image": container_image, "apptainer": apptainer}
+        self._ranks: subprocess.Popen | None = None
+        self.asked_to_stop = False
+        for number in WARNINGS:
+            signal.signal(number, self._pass_on)
+
+    def run(self, command: list[str]) -> int:
+        """The launcher's exit code, negative for a signal."""
+        argv = ranks_argv(self._launcher, self.allocation, command, **self._container)
+        with launcher_environment(self._launcher, self.allocation) as env:
+            self._ranks = start_ranks(argv, env)
+            if self.asked_to_stop:  # while it was started
+                self._ranks.terminate()
+            return self._ranks.wait()
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        if self.asked_to_stop:
+            return
+        self.asked_to_stop = True
+        say(f"{signal.Signals(number).name}: the ranks stop at a checkpoint")
+        if self._ranks is not None:
+            self._ranks.send_signal(STOP)
+
+
+class ElasticRanks:
+    """The same for ranks that may be lost with their nodes, which Slurm lets the job outlive (--no-kill)."""
+
+    def __init__(self, allocation: Allocation, min_ranks: int) -> None:
+        self.allocation, self.asked_to_stop = allocation, False
+        self._min_ranks = min_ranks or (allocation.world_size + 1) // 2
+        if self._min_ranks > allocation.world_size:
+            raise ConfigError(
+                f"--min-ranks {self._min_ranks} in a job of {allocation.world_size} ranks",
+                wanted="no more than there are",
+            )
+        if len(allocation.hosts) > 1:
+            check_folder_for_ssh(os.getcwd())
+        introduce(allocation, "horovodrun", f"elastic, {self._min_ranks} ranks at least, by ssh")
+
+    def run(self, command: list[str]) -> int:
+        with nodes_file(self.allocation, say) as hosts_file:
+            elastic = ElasticJob(
+                command[2:],
+                interface=interface_between(list(self.allocation.hosts)),
+                hosts_file=hosts_file,
+                min_ranks=self._min_ranks,
+            )
+            attempt = Supervisor(elastic.argv(Path("cat")), patient=True).run_once()
+        self.asked_to_stop = attempt.asked_to_stop
+        return attempt.exit_code
+
+
+def train(job: Ranks | ElasticRanks, command: list[str], max_restarts: int) -> int:
+    """One attempt of a training job, and then back to the queue if another may come further."""
+    run_dir = find_run_dir(command).absolute()
+    leave_run_dir(job.allocation.job_id, run_dir)
+    watch = AttemptWatch(run_dir)
+    code = job.run(command)
+    last = watch.attempt(code, asked_to_stop=job.asked_to_stop)
+    attempts = [*earlier_attempts(run_dir, job.allocation.job_id), last]
+    try:
+        append_attempt(run_dir, last, job_id=job.allocation.job_id, restarts=job.allocation.restarts)
+    except OSError as error:
+        say(f"WARNING {error.filename}: {error.strerror}")
+    say(f"exit code {last.exit_code} after step {last.last_step}: {last.reason}")
+    restarts = job.allocation.restarts
+    if why := why_not_again(attempts, max_restarts, restarts=restarts, stop_is_final=False):
+        say(f"not requeued: {why}")
+    else:
+        start = f"start {restarts + 2} of {max_restarts + 1}, from {last.checkpoint or 'the beginning'}"
+        requeue(job.allocation.job_id, start)
+    return last.exit_code
+
+
+def requeue(job_id: str, start: str) -> None:
+    """Send the job back to the queue, and wait for the end that this brings."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        (record,) = find_jobs(job_id)
+        if record.state != "RUNNING":  # cancelled, and this would bring it back; or preempted
+            say(f"the rest is Slurm's, who has the job as {record.state}")
+            return
+        say(f"requeued, {start}")
+        ask(requeue_argv(job_id))
+    except OwtError as error:  # --no-requeue, or a site that allows none
+        say(f"not requeued after all: {error}")
+        return
+    signal.sigtimedwait({signal.SIGTERM}, REQUEUE_LIMIT_S)  # to leave before might pass for the job's end
+
+
+def leave_run_dir(job_id: str, run_dir: Path) -> None:
+    """For `owt job status`, in the job's comment, unless the user has put something there."""
+    comment = json.dumps({"run_dir": str(run_dir)})
+    try:
+        (record,) = find_jobs(job_id)
+        if not record.comment:
+            ask(comment_argv(job_id, comment))
+        elif record.comment != comment:
+            say(f"the job has a comment already: `owt job status` needs --run-dir {run_dir}")
+    except OwtError as error:  # no reason to train less
+        say(f"WARNING the job's comment: {error}; `owt job status` needs --run-dir {run_dir}")
+
+
+def say(line: str) -> None:
+    print(f"job: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

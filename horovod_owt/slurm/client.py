@@ -1,0 +1,61 @@
+"""Runs Slurm's commands: the only module of `jobs` that starts processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
+
+LIMIT_S = 60.0  # for an answer of slurmctld
+
+
+def submit(script: str) -> str:
+    """Hand a script to sbatch; returns the job's id."""
+    with tempfile.TemporaryDirectory(prefix="owt-job-") as folder:
+        file = Path(folder, "job.sbatch")  # sbatch copies it
+        file.write_text(script)
+        return ask(sbatch_argv(file)).strip().partition(";")[0]  # ID, or ID;CLUSTER
+
+
+def find_jobs(job_id: str) -> list[JobRecord]:
+    """What Slurm remembers of the job: one record, or one for each task of an array; none if it forgot."""
+    try:
+        return parse_jobs(ask(show_job_argv(job_id)))
+    except RunError as error:
+        if "Invalid job id" in str(error):
+            return []
+        raise
+
+
+def cancel(job_id: str) -> None:
+    ask(scancel_argv(job_id))
+
+
+def ask(argv: Sequence[str]) -> str:
+    """A short command's stdout; RunError with what it said where it failed."""
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=True
+        )
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{argv[0]} not found", wanted="Slurm's commands on PATH", fix="run this on a login node"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise RunError(
+            f"{argv[0]} gave no answer for {LIMIT_S:g} s", fix="is slurmctld up? see `scontrol ping`"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        said = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
+        raise RunError(f"{argv[0]}: {said.removeprefix(f'{argv[0]}: ').removeprefix('error: ')}") from None
+    return done.stdout
+
+
+def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
+    """Start srun or mpirun, in a session of its own: signals to the batch process are not for them."""
+    return subprocess.Popen(argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -1,0 +1,61 @@
+"""The nodes that Slurm still has in a job: one started with --no-kill outlives those that it loses."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from horovod_owt.errors import OwtError
+from horovod_owt.files import write_text
+from horovod_owt.slurm.allocation import Allocation
+from horovod_owt.slurm.client import ask, find_jobs
+from horovod_owt.slurm.commands import hostnames_argv
+
+POLL_S = 5.0  # slurmctld is asked so often
+# Until a lost node leaves the file. ssh to it ends sooner, and Horovod goes on without it in seconds; a node
+# that leaves while its ranks pass for alive costs the others a time-out of Gloo's (97 against 25 s).
+LEAVE_S = 40.0
+
+
+@contextmanager
+def nodes_file(allocation: Allocation, say: Callable[[str], None]) -> Iterator[Path]:
+    """A file with a line HOST:SLOTS for each of the job's nodes; while the block lasts it follows Slurm."""
+    with tempfile.TemporaryDirectory(prefix="owt-nodes-") as folder:
+        file, over = Path(folder, "hosts"), threading.Event()
+        write_hosts(file, allocation.hosts, allocation.ranks_per_node)
+        follower = threading.Thread(target=_follow, args=(allocation, file, over, say), daemon=True)
+        follower.start()
+        try:
+            yield file
+        finally:
+            over.set()
+            follower.join()
+
+
+def write_hosts(file: Path, hosts: Sequence[str], slots: int) -> None:
+    """In one instant: Horovod's driver reads it every second."""
+    write_text(file, "".join(f"{host}:{slots}\n" for host in hosts))
+
+
+def nodes_of(job_id: str) -> list[str]:
+    """The nodes that the job has now; empty while Slurm does not say."""
+    try:
+        nodes = [record.nodes for record in find_jobs(job_id)]
+        return ask(hostnames_argv(nodes[0])).split() if len(nodes) == 1 and nodes[0] else []
+    except OwtError:  # slurmctld is restarted, or has much to do
+        return []
+
+
+def _follow(allocation: Allocation, file: Path, over: threading.Event, say: Callable[[str], None]) -> None:
+    hosts = list(allocation.hosts)
+    while not over.wait(POLL_S):
+        found = nodes_of(allocation.job_id)
+        if found and found != hosts:
+            lost = [host for host in hosts if host not in found]
+            say(f"Slurm took {', '.join(lost)} from the job; it has {', '.join(found)}")
+            over.wait(LEAVE_S)
+            write_hosts(file, found, allocation.ranks_per_node)
+            hosts = found

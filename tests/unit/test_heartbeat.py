@@ -1,0 +1,190 @@
+"""The heartbeat of a rank 0, with a rank 1 that the tests play over a real connection."""
+
+import json
+import logging
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from horovod_owt.parallel import heartbeat
+from horovod_owt.parallel.activity import now
+from horovod_owt.parallel.runtime import World
+
+TOKEN_LENGTH = 32  # hexadecimal digits
+
+
+class Rank1:
+    """What rank 1 would say and hear."""
+
+    def __init__(self, port: int, token: str, rank: int = 1) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
+        self._heard = self._socket.makefile("rb")
+        self.say(token=token, rank=rank, host="node7")
+
+    def say(self, **message) -> None:
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def is_admitted(self) -> bool:
+        return self._socket.recv(1) == b"\n"
+
+    def is_asked_to_dump(self) -> bool:
+        return any("dump" in json.loads(line) for line in self._heard)
+
+    def is_told_to_abort(self) -> bool:
+        return any("abort" in json.loads(line) for line in self._heard)
+
+    def leave(self) -> None:
+        self._heard.close()
+        self._socket.close()
+
+
+@pytest.fixture
+def rank0(monkeypatch):
+    """A heartbeat under way, with the calls it makes as lists of what it said."""
+    told = {}
+    monkeypatch.setattr(heartbeat, "broadcast_object", lambda meeting, name: told.setdefault("all", meeting))
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    monkeypatch.setattr(heartbeat, "SILENT_S", 0.3)
+
+    @contextmanager
+    def start(report_s=60.0, give_up_s=600.0, regroup_s=None):
+        calls = {name: Call() for name in ("report", "give_up", "dump", "on_death")}
+        world = World(0, 2, 0, 2, "node6", torch.device("cpu"), 1)
+        limits = dict(report_s=report_s, give_up_s=give_up_s, regroup_s=regroup_s)
+        with heartbeat.Heartbeat(world, **limits, **calls) as call:
+            address = told["all"]
+            assert address.host == "node6" and len(address.token) == TOKEN_LENGTH
+            yield call, address.port, address.token, calls
+
+    return start
+
+
+class Call:
+    """A function that remembers what it was told, and lets others wait for that."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self._called = threading.Event()
+
+    def __call__(self, what: str) -> None:
+        self.said.append(what)
+        self._called.set()
+
+    def wait(self) -> str:
+        assert self._called.wait(10), "never called"
+        return self.said[0]
+
+
+def test_a_rank_that_leaves_without_a_goodbye_is_named_with_host_and_step(rank0, caplog):
+    with rank0() as (call, port, token, calls), caplog.at_level(logging.ERROR):
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted()
+        rank1.say(step=41, what="computing", waiting=False, for_s=0.1)
+        rank1.leave()
+        assert "rank 1 on node7" in calls["on_death"].wait() and "41" in calls["on_death"].said[0]
+        assert call.lost().startswith("rank 1 on node7")
+    assert "rank 1 on node7" in caplog.text
+
+
+@pytest.fixture
+def connection():
+    """Both ends of one that Gloo might have."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname(), timeout=5)
+        far, _ = listener.accept()
+        with near, far:
+            far.settimeout(1.0)
+            yield near, far
+
+
+@pytest.mark.parametrize("regroup_s", [None, 20.0])
+def test_where_ranks_regroup_a_death_ends_the_collectives_of_all(rank0, connection, regroup_s):
+    near, far = connection
+    with rank0(regroup_s=regroup_s) as (_, port, token, calls):
+        rank1, rank2 = Rank1(port, token), Rank1(port, token, rank=2)
+        assert rank1.is_admitted() and rank2.is_admitted()
+        rank1.leave()
+        assert "rank 1" in calls["on_death"].wait()
+        if regroup_s is None:
+            with pytest.raises(TimeoutError):
+                far.recv(1)
+        else:
+            assert far.recv(1) == b"" and rank2.is_told_to_abort()
+        rank2.say(bye=True)
+        rank2.leave()
+    assert len(calls["on_death"].said) == 1
+
+
+def test_a_host_without_power_is_noticed_by_what_it_does_not_acknowledge(rank0):
+    """Here the limit is seen to be set; tests/cluster powers a host off."""
+    with rank0(regroup_s=20.0) as (call, port, token, _):
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted()
+        rank1.say(step=1, what="computing", waiting=False, for_s=0.1)
+        (peer,) = call._peers.values()
+        assert peer.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20000
+        rank1.say(bye=True)
+        rank1.leave()
+
+
+def test_a_rank_that_says_goodbye_is_not_lost(rank0, caplog):
+    with rank0() as (call, port, token, calls), caplog.at_level(logging.WARNING):
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted()
+        rank1.say(bye=True)
+        rank1.leave()
+        assert call.lost(wait_s=0.5) == ""
+    assert not calls["on_death"].said and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "hello", [b'{"token": "wrong", "rank": 1, "host": "x"}\n', b"GET /\n", b"[]\n", b"1\n"]
+)
+def test_a_stranger_is_sent_away_and_a_rank_still_let_in(rank0, hello):
+    with rank0() as (call, port, token, _):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+            stranger.sendall(hello)
+            assert stranger.recv(1) == b""
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted() and call.lost(wait_s=0.0) == ""
+        rank1.say(bye=True)
+        rank1.leave()
+
+
+def test_a_busy_rank_is_reported_asked_for_its_stacks_and_then_given_up(rank0):
+    with rank0(report_s=0.5, give_up_s=1.3) as (_, port, token, calls), now.waiting_in("gradients.0"):
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted()
+        while not calls["report"].said:
+            rank1.say(step=7, what="reading images", waiting=False, for_s=3.0)
+            time.sleep(0.05)
+        said = calls["report"].said[0]
+        assert "rank 1 on node7" in said and "reading images" in said and "'gradients.0'" in said
+        assert rank1.is_asked_to_dump() and calls["dump"].said
+        assert "rank 1 on node7" in calls["give_up"].wait()
+        rank1.leave()
+
+
+def test_a_silent_rank_is_reported_as_silent_once_a_limit(rank0):
+    with rank0(report_s=0.6, give_up_s=2.0) as (_, port, token, calls), now.waiting_in("loss"):
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted()
+        assert "rank 1 on node7 has been silent" in calls["give_up"].wait()
+        assert 1 <= len(calls["report"].said) <= 3
+        rank1.leave()
+
+
+def test_nobody_is_reported_while_ranks_compute(rank0):
+    with rank0(report_s=0.2, give_up_s=0.4) as (_, port, token, calls), now.phase("validating"):
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted()
+        for _ in range(12):
+            rank1.say(step=1, what="validating", waiting=False, for_s=60)
+            time.sleep(0.05)
+        rank1.say(bye=True)
+        rank1.leave()
+    assert not calls["report"].said and not calls["give_up"].said

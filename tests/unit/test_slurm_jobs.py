@@ -1,0 +1,310 @@
+"""Jobs on paper: scripts in which every word stays one word, and what Slurm's answers mean."""
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_owt.cli import cli
+from horovod_owt.errors import ConfigError
+from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.runs.records import last_step
+from horovod_owt.slurm import batch, nodes
+from horovod_owt.slurm.allocation import Allocation, read_allocation
+from horovod_owt.slurm.batch import owt_args
+from horovod_owt.slurm.commands import parse_jobs
+from horovod_owt.slurm.gloo_rank import horovod_environment
+from horovod_owt.slurm.launchers import choose_launcher, ranks_argv
+from horovod_owt.slurm.script import quote_directive, render
+from horovod_owt.slurm.spec import KINDS, JobSpec
+from horovod_owt.topology import expand_counts
+
+REPO = Path(__file__).parents[2]
+NASTY = [
+    "a b",
+    "it's",
+    '"x"',
+    "$(touch broken)",
+    "`touch broken`",
+    "a\nb",
+    "a\n#SBATCH --wrap=x",
+    "\\",
+    "*",
+    "",
+]
+ALLOCATION = Allocation("7", ("n1", "n2"), ranks_per_node=2, cpus_per_node=8, restarts=0)
+
+
+def rendered(*args: str) -> str:
+    done = CliRunner().invoke(cli, ["job", "render", *args], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def words_that_arrive(script: str, folder: Path, *submitted: str) -> list[str]:
+    """The argv of the batch process: the script runs under bash, with a `python` that notes its words."""
+    (folder / "bin").mkdir(exist_ok=True)
+    stub, seen = folder / "bin" / "python", folder / "seen"
+    stub.write_text(f'#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done > {shlex.quote(str(seen))}\n')
+    stub.chmod(0o755)
+    (folder / "job.sbatch").write_text(script)
+    env = {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "job.sbatch", *submitted], cwd=folder, env=env, check=True, timeout=20)
+    assert not (folder / "broken").exists()
+    return seen.read_text().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scripts_in_slurm_are_what_render_gives(kind):
+    assert (REPO / "slurm" / f"{kind}.sbatch").read_text() == rendered("--kind", kind)
+
+
+def test_every_word_of_owt_and_of_the_launcher_arrives_as_it_was_given(tmp_path):
+    spec = JobSpec(owt_args=("/data set/x", *NASTY), apptainer="my image; touch broken", launcher="gloo")
+    words = words_that_arrive(render(spec), tmp_path, "--set", "seed=$(touch broken)")
+    assert words[: words.index("--")] == [
+        *("-m", "horovod_owt.slurm.batch", "--launcher", "gloo"),
+        *("--apptainer", "my image; touch broken"),
+    ]
+    wanted = ["train", "/data set/x", *NASTY, "--set", "seed=$(touch broken)"]
+    assert words[words.index("--") + 1 :] == wanted
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=4))
+def test_any_words_become_one_line_of_bash_that_gives_them_back(words):
+    line = render(JobSpec(owt_args=tuple(words))).partition("\nexec ")[2].removesuffix(' "$@"\n')
+    assert shlex.split(line)[4:] == ["train", *words]
+
+
+def test_modules_and_environments_are_quoted_too(tmp_path):
+    venv = tmp_path / "my $(touch broken) env"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "activate").write_text("echo activated > activated\n")
+    script = render(JobSpec(modules=("gcc/12; touch broken",), venv=str(venv), owt_args=("D",)))
+    (tmp_path / "module.sh").write_text('module() { printf "%s\\n" "$@" > modules; }\n')
+    words_that_arrive(script.replace("\n\n", "\n. ./module.sh\n", 1), tmp_path)
+    assert (tmp_path / "modules").read_text().splitlines() == ["load", "gcc/12; touch broken"]
+    assert (tmp_path / "activated").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", 'say "x"', "back\\slash", "it's", "$(x)", "`x`", "#x", "\u00e9t\u00e9"]
+)
+def test_a_directive_keeps_its_value(name):
+    """sbatch reads quotes and backslashes as a POSIX shell does inside double quotes, and expands nothing."""
+    assert shlex.split(quote_directive(f"--job-name={name}")) == [f"--job-name={name}"]
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\n#SBATCH --wrap=x", "a\tb", "\x1b[0m", "\r"])
+def test_what_has_no_place_in_a_directive_is_refused(value):
+    with pytest.raises(ConfigError, match="--job-name"):
+        JobSpec(job_name=value)
+    with pytest.raises(ConfigError, match="printable"):
+        JobSpec(extra=(f"--comment={value}",))
+
+
+def test_options_of_sbatch_keep_their_names():
+    options = ["--nodes=8", "--gpus-per-task=1", "--ntasks-per-node=4", "--exclusive", "--array=0-4%2"]
+    script = rendered(*options, "--sbatch", "--gres=fs:1", "--sbatch", "--contiguous", "D")
+    lines = script.splitlines()
+    for option in [*options, "--gres=fs:1", "--contiguous", "--requeue", "--open-mode=append"]:
+        assert f"#SBATCH {option}" in lines
+    assert lines.index("#SBATCH --contiguous") < next(
+        i for i, line in enumerate(lines) if line[:1] not in "#"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--gpus-per-task", "1"], "--ntasks-per-node"),
+        (["--container-image", "a", "--apptainer", "b"], "one of them"),
+        (["--container-image", "a", "--launcher", "mpirun"], "srun"),
+        (["--sbatch", "rm -r x"], "option"),
+        (["--min-ranks", "2"], "--kind elastic"),
+        (["--kind", "elastic", "--apptainer", "a"], "ssh"),
+        (["--kind", "elastic", "--launcher", "pmix"], "ssh"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(options, says):
+    with pytest.raises(ConfigError, match=says):
+        CliRunner().invoke(cli, ["job", "render", *options, "D"], catch_exceptions=False)
+
+
+def test_an_elastic_job_outlives_its_nodes_and_has_them_alone():
+    script = rendered("--kind", "elastic", "--nodes", "4", "--min-ranks", "3", "D")
+    for option in ("--no-kill", "--exclusive", "--requeue", "--signal=B:USR1@120"):
+        assert f"#SBATCH {option}" in script.splitlines()
+    assert "slurm.batch --elastic --min-ranks 3 -- train D " in script
+    assert "--no-kill" not in rendered("D")
+
+
+@pytest.mark.parametrize(("asked", "least"), [(0, 2), (3, 3)])
+def test_half_of_an_elastic_jobs_ranks_are_enough_unless_more_are_asked_for(monkeypatch, capfd, asked, least):
+    monkeypatch.setattr(batch, "interface_between", lambda hosts: "eth0")
+    batch.ElasticRanks(ALLOCATION, asked)
+    assert f"elastic, {least} ranks at least" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="--min-ranks 5 in a job of 4 ranks"):
+        batch.ElasticRanks(ALLOCATION, 5)
+
+
+def test_the_file_of_nodes_follows_slurm_while_it_answers(monkeypatch):
+    """Away for a moment, as in a restart of slurmctld, it takes no node."""
+    answers, said = iter([["n1", "n2"], [], ["n2"]]), []
+    monkeypatch.setattr(nodes, "POLL_S", 0.05)
+    monkeypatch.setattr(nodes, "LEAVE_S", 0.05)
+    monkeypatch.setattr(nodes, "nodes_of", lambda job_id: next(answers, []))
+    with nodes.nodes_file(ALLOCATION, said.append) as file:
+        assert read_hosts(file) == {"n1": 2, "n2": 2}
+        end = time.monotonic() + 10
+        while not said and time.monotonic() < end:
+            time.sleep(0.01)
+        assert said == ["Slurm took n1 from the job; it has n2"]
+        time.sleep(0.2)
+        assert read_hosts(file) == {"n2": 2}
+    assert not file.exists()
+
+
+@pytest.fixture
+def fake_sbatch(tmp_path, monkeypatch):
+    """An `sbatch` that keeps the script it was given."""
+    tool = tmp_path / "bin" / "sbatch"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\ncp "$2" "{tmp_path}/seen.sh"\necho "4242;cluster"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    return tmp_path / "seen.sh"
+
+
+def test_submit_hands_the_rendered_script_to_sbatch_and_prints_the_number(fake_sbatch):
+    args = ["job", "submit", "--nodes", "2", "/data", "--", "--set", "lr=0.1"]
+    dry = CliRunner().invoke(cli, [*args[:2], "--dry-run", *args[2:]], catch_exceptions=False)
+    assert not fake_sbatch.exists()
+    done = CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert done.stdout == "4242\n"
+    assert fake_sbatch.read_text() == dry.stdout
+
+
+RECORD = """\
+JobId={id}{array} JobName=x JobState=COMPLETED
+   UserId=me(1) GroupId=me(1) MCS_label=N/A
+   Priority=1 Nice=0 Account=(null) QOS=(null)
+   JobState={state} Reason=None Dependency=(null)
+   Requeue=1 Restarts=2 BatchFlag=1 Reboot=0 ExitCode={code}
+   RunTime=00:00:00 TimeLimit=UNLIMITED TimeMin=N/A
+   ReqNodeList=(null) ExcNodeList=(null)
+   NodeList=n[1,3]
+   Comment={{"run_dir": "/runs/a b"}}{space}
+   Power=
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "exit_code"),
+    [("RUNNING", "0:0", None), ("COMPLETED", "0:0", 0), ("FAILED", "75:0", 75), ("CANCELLED", "0:15", 143)],
+)
+def test_a_job_record_is_read_whatever_the_job_is_called(state, code, exit_code):
+    (job,) = parse_jobs(RECORD.format(id=7, array="", state=state, code=code, space=" ") + "   \n\n")
+    assert (job.job_id, job.state, job.exit_code, job.restarts) == ("7", state, exit_code, 2)
+    assert job.nodes == "n[1,3]"
+    assert json.loads(job.comment) == {"run_dir": "/runs/a b"}
+
+
+def test_tasks_of_an_array_are_told_apart():
+    tasks = [
+        RECORD.format(id=7 + n, array=f" ArrayJobId=7 ArrayTaskId={n}", state="RUNNING", code="0:0", space="")
+        for n in (1, 0)
+    ]
+    assert [job.job_id for job in parse_jobs("\n".join(tasks))] == ["7_1", "7_0"]
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}
+
+
+@pytest.mark.parametrize(
+    ("env", "ranks"),
+    [
+        ({}, 1),
+        ({"SLURM_GPUS_PER_NODE": "a100:4", "SLURM_GPUS_ON_NODE": "4"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "2"}, 2),
+        ({"SLURM_NTASKS": "6"}, 3),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": "8"}, 2),
+    ],
+)
+def test_ranks_of_a_node_are_its_tasks_or_else_its_gpus(env, ranks):
+    assert read_allocation({**SLURM, **env}, ["n1", "n2"]).ranks_per_node == ranks
+
+
+def test_slurms_counts_by_node():
+    assert expand_counts("4(x2),8") == [4, 4, 8]
+
+
+def test_a_task_of_srun_knows_its_place_in_horovods_words():
+    """Two nodes, with 3 and 1 ranks: this is the second rank of the first one."""
+    env = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+    said = horovod_environment({**env, "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURMD_NODENAME": "n1"})
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "HOSTNAME")
+    assert [said[f"HOROVOD_{name}"] for name in names] == ["1", "4", "1", "3", "0", "1", "n1"]
+
+
+PMIX = "MPI plugin types are...\n\tpmix\n\tnone\nspecific pmix plugin versions available: pmix_v4"
+
+
+@pytest.mark.parametrize(
+    ("site", "chosen", "why"),
+    [
+        ((PMIX, "/bin/mpirun", True), "pmix", "srun has pmix"),
+        (("none pmi2", "/bin/mpirun", True), "mpirun", "srun has no pmix"),
+        (("none pmi2", None, True), "gloo", "no mpirun"),
+        ((PMIX, "/bin/mpirun", False), "gloo", "Horovod has no MPI"),
+    ],
+)
+def test_the_launcher_is_what_the_site_has(site, chosen, why):
+    srun_mpi, mpirun, horovod_mpi = site
+    site = {"srun_mpi": srun_mpi, "mpirun": mpirun, "horovod_mpi": horovod_mpi}
+    launcher, said = choose_launcher("auto", **site)
+    assert launcher == chosen and why in said
+    if chosen == "gloo":
+        with pytest.raises(ConfigError, match="--launcher pmix, but"):
+            choose_launcher("pmix", **site)
+
+
+def test_containers_wrap_what_ranks_run():
+    owt = ["owt", "train", "/my data"]
+    argv = ranks_argv("gloo", ALLOCATION, owt, apptainer="image.sif")
+    assert argv[0] == "srun" and "--mpi=none" in argv
+    shim = ["python", "-m", "horovod_owt.slurm.gloo_rank"]
+    assert argv[argv.index("apptainer") :] == ["apptainer", "exec", "--nv", "image.sif", *shim, *owt]
+    argv = ranks_argv("pmix", ALLOCATION, owt, container_image="docker://x")
+    assert argv[-4:] == ["--container-image=docker://x", *owt]
+    assert ranks_argv("mpirun", ALLOCATION, ["/x/owt"])[-1] == "/x/owt"
+
+
+def test_each_attempt_finds_the_same_run_folder_and_each_task_its_own():
+    assert owt_args(["train", "D"], ALLOCATION) == ["train", "D", "--run-dir", "runs/slurm-7"]
+    array = {"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    task = read_allocation({**SLURM, **array}, ["n1", "n2"])
+    assert owt_args(["train", "D", "--set", "seed={task}"], task)[-3:] == [
+        "seed=2",
+        "--run-dir",
+        "runs/slurm-5_2",
+    ]
+    assert owt_args(["train", "D", "--run-dir", "runs/{task}"], task)[-1] == "runs/2"
+    with pytest.raises(ConfigError, match="one --run-dir for all tasks"):
+        owt_args(["train", "D", "--run-dir", "runs/a"], task)
+    assert owt_args(["preflight"], ALLOCATION) == ["preflight"]
+
+
+def test_the_last_step_is_found_in_a_long_log_with_half_a_line_at_its_end(tmp_path):
+    assert last_step(tmp_path) == (None, None)
+    lines = [json.dumps({"kind": "step", "step": n, "images_per_s": n / 2}) for n in range(1, 5001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "validation"}', '{"kind": "st']))
+    assert last_step(tmp_path) == (5000, 2500.0)
