@@ -36,54 +36,48 @@ CHOICES = {
 class TrainConfig:
     """Everything that decides what a run computes; the keys of recipes, of --set and of config.json."""
 
-    model: str = "alexnet-owt"  # alexnet-owt | alexnet-owt-bn
-    classes: int = 0  # 0: as many as the data set has
-    image_size: int = 224  # px, side of the square that the network sees
-    crop_scale_min: float = 0.08  # smallest share of an image's area that a training crop may take
+    model: str = "alexnet-owt"  # alexnet-owt-bn adds batch normalisation after each hidden layer
+    classes: int = 0  # outputs; 0: as many as the data set has classes
+    image_size: int = 224  # px, side of the square training and validation crops; at least 63
+    crop_scale_min: float = 0.08  # smallest fraction of an image's area that a training crop may cover
 
-    epochs: int = 90
-    max_steps: int = 0  # optimizer updates; 0: no limit but the epochs
-    batch: int = 128  # images a rank in one forward pass (the micro-batch)
-    accum_steps: int = 1  # micro-batches per optimizer update
+    epochs: int = 90  # length of the run, in passes over the training set
+    max_steps: int = 0  # stop after this many optimizer updates; 0: no limit
+    batch: int = 128  # images per rank in one forward pass (the micro-batch)
+    accum_steps: int = 1  # micro-batches per optimizer update (gradient accumulation)
 
     lr: float = 0.01  # peak learning rate at a global batch of lr_batch images
-    lr_batch: int = 256  # images; the learning rate grows linearly with global batch / lr_batch
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.0  # longest gradient that an update may take, Euclidean norm; 0: no limit
-    warmup_epochs: float = 0.0  # linear ramp from 0 to the scaled learning rate
-    schedule: str = "step:30:0.1"  # constant | cosine | poly:POWER | step:EPOCHS:FACTOR
-    dropout: float = 0.5  # share of units zeroed before each hidden FC layer
-    label_smoothing: float = 0.0
+    lr_batch: int = 256  # images; the peak is lr * global batch / lr_batch (linear scaling)
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # of SGD, on all parameters
+    clip_norm: float = 0.0  # clip the gradient to this Euclidean norm over the whole net; 0: off
+    warmup_epochs: float = 0.0  # linear ramp from 0 to the peak learning rate
+    schedule: str = "step:30:0.1"  # after warm-up: constant, cosine, poly:POWER or step:EPOCHS:FACTOR
+    dropout: float = 0.5  # probability of zeroing an input of a hidden FC layer
+    label_smoothing: float = 0.0  # probability mass spread over all classes
 
-    precision: str = "fp32"  # fp32 | bf16 (autocast) | fp16 (loss scaling, GPU only) | fp64 (for proofs)
-    channels_last: bool = True
-    deterministic: bool = False  # only kernels that give the same bits each time; slower on a GPU
-    seed: int = 0  # weights, order of samples, augmentation and dropout all follow from it
+    precision: str = "fp32"  # bf16: autocast; fp16: autocast and loss scaling, GPU only; fp64: for proofs
+    channels_last: bool = True  # memory format of weights and images
+    deterministic: bool = False  # only bitwise reproducible kernels; slower on a GPU
+    seed: int = 0  # of the initial weights, order of samples, augmentation and dropout
 
-    parallel: str = (
-        "data"  # data: each rank holds the whole net; hybrid: One Weird Trick; auto: the faster one
-    )
-    fc_group_size: str = (
-        "node"  # ranks that share their FC layers in hybrid: a number, all, or node: its ranks
-    )
-    owt_scheme: str = "a"  # a: all of a group's images at once through the FC layers; b: its ranks in turn
-    fc_batch: str = (
-        "global"  # of an FC update: global, or local: one rank's batch in each group, scheme b only
-    )
-    sync_bn: bool = False  # batch normalisation over all ranks' images; else over one rank's
-    compression: str = "none"  # none | fp16: gradients travel as 16-bit floats
+    parallel: str = "data"  # hybrid: ranks share the FC layers (One Weird Trick); auto: the faster of the two
+    fc_group_size: str = "node"  # ranks that share the FC layers: a number, all, or node (those of a host)
+    owt_scheme: str = "a"  # hybrid: a: a group's whole batch at once through the FC layers; b: rank by rank
+    fc_batch: str = "global"  # batch of an FC update; local (scheme b): one rank's images of each group
+    sync_bn: bool = False  # batch statistics over all ranks' images instead of each rank's own
+    compression: str = "none"  # fp16: send gradients as 16-bit floats
 
-    pipeline: str = "auto"  # auto | dali | torchvision
-    decode_threads: int = 0  # a rank; 0: its share of the cores
-    bad_images: str = "fail"  # fail: one ends the run; skip: each is named, and weighs nothing
-    log_every: int = 10  # steps between two progress lines
-    checkpoint_every: int = 0  # steps; 0: at epoch ends only
-    keep_checkpoints: int = 3  # newest ones that stay on disk, and the best by validation
-    commit_every: int = 10  # steps between two commits of an elastic run, which a lost rank throws it back to
-    elastic_batch: str = "scale"  # scale: the global batch follows the ranks; keep: they share the first one
-    checkpoint_retries: int = 3  # checkpoints in a row that the disk may refuse before the run ends
-    stall_limit_s: float = 600.0  # a collective that waits longer than this for a rank ends the run
+    pipeline: str = "auto"  # auto: DALI where it is installed, else torchvision
+    decode_threads: int = 0  # per rank; 0: the rank's share of the cores
+    bad_images: str = "fail"  # fail: one ends the run; skip: each is named once and left out of the loss
+    log_every: int = 10  # steps between progress lines
+    checkpoint_every: int = 0  # steps between checkpoints, besides those at epoch ends; 0: epoch ends only
+    keep_checkpoints: int = 3  # newest checkpoints kept on disk, besides the best by validation
+    commit_every: int = 10  # elastic: steps between commits, the most that is repeated after losing a rank
+    elastic_batch: str = "scale"  # elastic: the global batch scales with the ranks; keep: it stays constant
+    checkpoint_retries: int = 3  # consecutive failed checkpoint writes tolerated before the run ends
+    stall_limit_s: float = 600.0  # seconds that ranks wait in a collective for a hung one before the run ends
 
     def __post_init__(self) -> None:
         _check(self)
