@@ -62,6 +62,10 @@ def test_a_header_says_why_and_names_a_test_that_is_there(patch):
     assert f"def {test}(" in (place.REPO / file).read_text()
 
 
+def test_the_documentation_has_a_row_for_each_patch(patch):
+    assert f"\n| `{patch.stem}` |" in (place.REPO / "docs" / "horovod.md").read_text()
+
+
 def test_all_patches_at_once_are_the_patches_one_by_one_in_any_order(source, tmp_path):
     orders = {"sorted": place.PATCHES, "reversed": list(reversed(place.PATCHES))}
     for name, order in orders.items():
