@@ -109,4 +109,6 @@ def test_a_supervised_job_with_a_bad_configuration_is_not_started_again(start, i
     command = [*NARROW, "train", images, "--run-dir", tmp_path / "run", *settings(no_such_key=1)]
     job = start([*SUPERVISE, "--", *HOROVODRUN, *command], launcher="none")
     done = job.finish(60)
-    assert done.exit_code != 0 and "not started again: " in done.stderr and "start 2" not in done.stderr
+    assert done.exit_code == 2
+    (line,) = [line for line in done.stderr.splitlines() if "not started again: " in line]
+    assert line.startswith("supervise: exit code 2, not started again: ") and "start 2" not in done.stderr
