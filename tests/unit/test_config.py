@@ -107,6 +107,23 @@ def test_learning_rate_and_steps_follow_the_global_batch():
     cfg = TrainConfig(batch=32, accum_steps=2, lr=0.1, lr_batch=256, epochs=3)
     assert cfg.global_batch(world_size=8) == 512
     assert cfg.peak_lr(world_size=8) == pytest.approx(0.2)
+    assert cfg.total_steps(num_samples=1000, world_size=8) == 6  # 3000 images, the last batch is filled up
+    assert cfg.total_steps(num_samples=1000, world_size=4) == 12
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "done", "total"),
+    [
+        (0, dict(step=2, consumed=1024), 10),  # 1976 images are left for batches of 256
+        (0, dict(step=6, consumed=3072), 6),  # nothing is
+        (4, {}, 4),
+        (4, dict(step=2, consumed=1024), 4),
+        (100, {}, 12),
+    ],
+)
+def test_a_resumed_run_counts_on_and_max_steps_is_the_most(max_steps, done, total):
+    cfg = TrainConfig(batch=32, accum_steps=2, epochs=3, max_steps=max_steps)
+    assert cfg.total_steps(num_samples=1000, world_size=4, **done) == total
 
 
 def test_fp16_is_refused_for_hybrid_only():
