@@ -9,6 +9,7 @@ import pytest
 from conftest import OWT, PROGRAMS
 
 
+@pytest.mark.alone  # whoever slows the network down is told
 @pytest.mark.parametrize("launcher", ["none", "horovodrun", "mpirun"])
 def test_preflight_looks_at_ranks_under_any_launcher(run, images, tmp_path, launcher):
     done = run(
