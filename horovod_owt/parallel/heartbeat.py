@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 SILENT_S = 3.0  # without a beat: stopped, or its host is out of reach
+GOODBYE_S = 2 * CONNECT_S  # to end what is under way, and to take leave
 
 
 @dataclass
@@ -95,9 +96,12 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Say goodbye, so that nobody takes this rank for dead."""
+        """Say goodbye, so that nobody takes this rank for dead.
+
+        The thread of a busy host may come late to that; what is waited for here in vain is a peer that hangs.
+        """
         self._ending.set()
-        self._thread.join(timeout=2 * BEAT_S)
+        self._thread.join(timeout=GOODBYE_S)
 
     def lost(self, wait_s: float = 2.0) -> str:
         """The ranks known to have died, in words; waits for one to be known, empty if there is none."""
@@ -216,6 +220,7 @@ class Heartbeat:
                 self._abort_collectives()
         if not arrived:
             self._selector.unregister(peer.connection)
+            peer.connection.close()
             del self._peers[peer.rank]
             if not peer.said_goodbye:
                 self._lost.append(peer)

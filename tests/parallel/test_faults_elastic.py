@@ -1,10 +1,8 @@
 """Elastic jobs: ranks are killed, hosts come and go, and the run is what an undisturbed one is."""
 
 import os
-import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,12 +59,9 @@ def what_counts(run_dir) -> dict[int, dict]:
 
 
 def test_a_killed_rank_comes_back_and_the_run_is_that_of_one_process(
-    start, run, images, tmp_path, narrow_owt
+    start, run, images, tmp_path, narrow_owt, chance
 ):
     """Which rank and when, chance says; the global batch is kept, so every loss must be the same."""
-    seed = time.time_ns() % 10**6
-    print("seed", seed)
-    chance = random.Random(seed)
     elastic, alone = tmp_path / "elastic", tmp_path / "alone"
     train = [images, *SMALL, *EXACT]
     options = ["--places", "2", "--cooldown", "1", "4", "--", *train, "--run-dir", elastic]
