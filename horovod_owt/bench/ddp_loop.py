@@ -62,7 +62,8 @@ class DdpLoop:
         loss.backward()
         self._optimizer.step()
         value = loss.item()
-        return StepReport(value, False, perf_counter() - start, data_wait_s=0.0, exposed_comm_s=0.0)
+        step_s = perf_counter() - start
+        return StepReport(loss=value, stop_asked=False, step_s=step_s, data_wait_s=0.0, exposed_comm_s=0.0)
 
 
 def free_meeting_point() -> str:

@@ -63,4 +63,10 @@ def _mean_report(reports: list[StepReport]) -> StepReport:
     def mean(name: str) -> float:
         return sum(getattr(report, name) for report in reports) / len(reports)
 
-    return StepReport(mean("loss"), False, mean("step_s"), mean("data_wait_s"), mean("exposed_comm_s"))
+    return StepReport(
+        loss=mean("loss"),
+        stop_asked=False,
+        step_s=mean("step_s"),
+        data_wait_s=mean("data_wait_s"),
+        exposed_comm_s=mean("exposed_comm_s"),
+    )

@@ -23,7 +23,7 @@ from horovod_owt.parallel.step import OneWeirdTrick
 MOMENTUM = "momentum."  # before a parameter's name, that of its momentum
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What one optimizer update did; loss and stop are the same on every rank."""
 
@@ -107,16 +107,16 @@ class Replica:
         grad_norm = self._clip() if self.cfg.clip_norm else None
         self._update()
         return StepReport(
-            mean_loss,
-            stops > 0,
-            perf_counter() - start,
-            data_wait_s,
-            strategy.traffic.waited_s,
-            dict(strategy.traffic.sent),
-            dict(strategy.traffic.received),
-            round(bad),
-            unnamed > 0,
-            grad_norm,
+            loss=mean_loss,
+            stop_asked=stops > 0,
+            step_s=perf_counter() - start,
+            data_wait_s=data_wait_s,
+            exposed_comm_s=strategy.traffic.waited_s,
+            bytes_sent=dict(strategy.traffic.sent),
+            bytes_received=dict(strategy.traffic.received),
+            bad_images=round(bad),
+            any_unnamed=unnamed > 0,
+            grad_norm=grad_norm,
         )
 
     @contextmanager
