@@ -17,11 +17,11 @@ from horovod_owt.commands.devices import devices
 from horovod_owt.commands.job import job
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.train import train
-from horovod_owt.errors import OwtError
+from horovod_owt.errors import OwtError, Speaker
 from horovod_owt.topology import read_topology
 
-# Of the ranks of a host that met the same trouble, the first one speaks; then the launcher ends the others,
-# or they speak after all.
+# How long the other ranks of a host wait before they print an error that all ranks raised: by then the
+# launcher has usually ended them, and the host reports the error once.
 SPEAKER_GRACE_S = 5.0
 
 
@@ -51,9 +51,9 @@ def main() -> None:
     try:
         cli.main()
     except OwtError as error:
-        if error.shared and topology.local_rank != 0:
+        if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
             time.sleep(SPEAKER_GRACE_S)
-        if not error.silent:
+        if error.speaker is not Speaker.RANK_0 or error.rank == 0:
             print(f"owt: {who}{error}", file=sys.stderr, flush=True)
         exit_code = error.exit_code
     except Exception:
