@@ -64,8 +64,8 @@ class TrainConfig:
     parallel: str = (
         "data"  # data: each rank holds the whole net; hybrid: One Weird Trick; auto: the faster one
     )
-    fc_group_size: str = (
-        "node"  # ranks that share their FC layers in hybrid: a number, all, or node: its ranks
+    fc_group_size: int | str = (
+        "node"  # ranks that share FC layers in hybrid: a number, all, or node (its ranks)
     )
     owt_scheme: str = "a"  # a: all of a group's images at once through the FC layers; b: its ranks in turn
     fc_batch: str = (
@@ -97,9 +97,9 @@ class TrainConfig:
         return self.rank_batch() * world_size
 
     def ranks_per_classifier(self) -> int:
-        """How many ranks share the FC layers; to be asked when fc_group_size and parallel are resolved."""
-        assert self.parallel != "auto"
-        return 1 if self.parallel == "data" else int(self.fc_group_size)
+        """How many ranks share the FC layers; `parallel` and `fc_group_size` must be resolved."""
+        assert self.parallel != "auto" and isinstance(self.fc_group_size, int)
+        return 1 if self.parallel == "data" else self.fc_group_size
 
     def peak_lr(self, world_size: int) -> float:
         """After warm-up: the linear rule of Goyal et al. 2017, arXiv:1706.02677, section 2.1."""
@@ -180,6 +180,8 @@ def _typed(key: str, value: Any) -> Any:
             if isinstance(value, bool) or not math.isfinite(float(value)):
                 raise ValueError
             return float(value)
+        if kind == "int | str" and str(value).isdecimal():
+            return int(value)
     except (KeyError, TypeError, ValueError, OverflowError):
         wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
         fix = f"{key}={FIELDS[key].default}"
@@ -228,7 +230,7 @@ def _check(cfg: TrainConfig) -> None:
 def _check_hybrid(cfg: TrainConfig) -> None:
     """Refuse what makes no sense together, and what does not hold for split layers."""
     size = cfg.fc_group_size
-    if size not in ("node", "all") and not (size.isdecimal() and int(size)):
+    if size not in ("node", "all") and not (isinstance(size, int) and size > 0):
         raise ConfigError(
             f"fc_group_size={size}",
             wanted="node, all or a number of ranks",

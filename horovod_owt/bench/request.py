@@ -65,7 +65,7 @@ def prepare(
                 wanted="more ranks in a group",
                 fix="--set fc_group_size=all",
             )
-        cfg = dataclasses.replace(cfg, classes=cfg.classes or CLASSES, fc_group_size=str(group_size))
+        cfg = dataclasses.replace(cfg, classes=cfg.classes or CLASSES, fc_group_size=group_size)
         if against:
             _refuse_unfit_for_ddp(cfg)
         device = choose_device(cfg, topology)

@@ -29,9 +29,7 @@ def bench_scaling(request: Request) -> dict[str, Any] | None:
     cfg = request.cfg
     # Gloo gives up on a rank that stands still for 30 s, and ranks do while others than Horovod's contend
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(int(cfg.stall_limit_s)))
-    world = runtime.init(
-        request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=int(cfg.fc_group_size)
-    )
+    world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
     runtime.check_devices(request.device, world)
     meeting_point = None
     if request.against and world.size > 1:
@@ -141,7 +139,7 @@ def _report(
             "efficiency": "images/s over ranks times the images/s of data on one rank",
             "ddp": "torchvision's alexnet, DistributedDataParallel, contiguous tensors, default SGD",
             "ddp-tuned": "the same with channels_last, fused SGD, gradient_as_bucket_view, static_graph",
-            "fc_group_size": int(cfg.fc_group_size),
+            "fc_group_size": cfg.fc_group_size,
             "owt_scheme": cfg.owt_scheme,
             "fc_batch": cfg.fc_batch,
             "hosts": gather_objects(world.host, "bench.hosts"),

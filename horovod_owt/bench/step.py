@@ -35,9 +35,7 @@ def bench_step(
             settings = (f"classes={CLASSES}", *settings)
         request = prepare_alone(root, recipe, settings)
         cfg = request.cfg
-        world = runtime.init(
-            request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=int(cfg.fc_group_size)
-        )
+        world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
         runtime.check_devices(request.device, world)
         cfg, _ = choose_parallel(cfg, world)
         with training_pipeline(cfg, request.folder, world) as batches:

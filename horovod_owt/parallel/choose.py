@@ -58,7 +58,7 @@ def _why_not_hybrid(cfg: TrainConfig, world: World) -> str:
     """What makes a measurement pointless; empty if nothing does."""
     if world.size == 1:
         return "one rank"
-    if cfg.fc_group_size == "1":
+    if cfg.fc_group_size == 1:
         return "fc_group_size is 1: no rank to share layers with"
     if cfg.precision == "fp16":
         return "hybrid takes no fp16"
@@ -76,7 +76,7 @@ def _line(prediction: Prediction, ranks: int) -> str:
 
 
 def _predict(cfg: TrainConfig, world: World) -> Prediction:
-    group_size = int(cfg.fc_group_size)
+    group_size = cfg.fc_group_size
     on_cpu = world.device.type == "cpu"
     convolutions = _convolutions(cfg, world)
     classifiers = [_classifier(cfg, world, group_size=size) for size in (1, group_size)]

@@ -45,7 +45,7 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
     world = runtime.init(
         request.device,
         stall_limit_s=request.cfg.stall_limit_s,
-        fc_group_size=int(request.cfg.fc_group_size),
+        fc_group_size=request.cfg.fc_group_size,
     )
     with explain_lost_ranks(), StopRequest() as stop:
         check_agreement(request, world)

@@ -49,9 +49,9 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
     return Request(cfg, Path(data).resolve(), folder, device)
 
 
-def _group_size(cfg: TrainConfig, topology: Topology) -> str:
-    """Ranks that share the FC layers. In `data` each has its own: hosts of any size may come together."""
-    return "1" if cfg.parallel == "data" else str(resolve_group_size(cfg.fc_group_size, topology))
+def _group_size(cfg: TrainConfig, topology: Topology) -> int:
+    """Ranks that share the FC layers. With parallel=data each has its own, and hosts may differ in size."""
+    return 1 if cfg.parallel == "data" else resolve_group_size(cfg.fc_group_size, topology)
 
 
 def choose_device(cfg: TrainConfig, topology: Topology) -> Device:
