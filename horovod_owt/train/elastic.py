@@ -39,25 +39,25 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: str) -> Non
             world = runtime.look_around(request.device)
             check_agreement(request, world)
             cfg = broadcast_object(request.cfg, "config")
-            if "run_dir" in state.values:
-                where = Path(state.values["run_dir"])
+            if state.last:
+                where = state.last.run_dir
+                cfg = in_world_of(world.size, cfg, state.last.first_global_batch)
             else:
                 where = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
-            cfg = in_world_of(world.size, cfg, state.values.get("global_batch"))
             Run(cfg, request, world, where, resume, {}, committed=state).train(stop)
 
         elastic.run(Committed(), train)
     runtime.shutdown()
 
 
-def in_world_of(ranks: int, cfg: TrainConfig, first_global_batch: int | None) -> TrainConfig:
+def in_world_of(ranks: int, cfg: TrainConfig, first_global_batch: int) -> TrainConfig:
     """The configuration for so many ranks; `first_global_batch` is that of the job's first world.
 
     With elastic_batch=scale it is the same: the global batch, and with it the learning rate, follows the
     number of ranks. With keep, each rank takes its share of the first global batch, in as many micro-batches
     of at most `batch` images as it needs; a share that is no whole number is rounded, with a warning.
     """
-    if cfg.elastic_batch == "scale" or first_global_batch is None:
+    if cfg.elastic_batch == "scale":
         return cfg
     share = max(1, round(first_global_batch / ranks))
     accum_steps = math.ceil(share / cfg.batch)

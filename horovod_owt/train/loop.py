@@ -77,7 +77,7 @@ class Run:
         self.replica = Replica(cfg, world)
         self.position = Position(num_samples=len(self.folder.train))
         self._committed = committed
-        if committed is not None and committed.step >= 0:
+        if committed is not None and committed.last:
             self._owes_validation = restore_commit(self.replica, self.position, committed)
         else:
             self._owes_validation = restore(self.replica, self.position, run_dir, resume)
@@ -110,7 +110,7 @@ class Run:
                 self._run_steps(stop)
         except RESETS as error:
             exit_code = None
-            self._committed.parted = {
+            self._committed.regrouped = {
                 "fault": f"ranks regroup: {why_regrouped(error)}",
                 "step": self.position.step,
                 "world_size": self.world.size,
@@ -174,7 +174,7 @@ class Run:
                 if epoch_over or last:
                     self._validate(stop)
                 if self._committed is not None and (position.step % cfg.commit_every == 0 or keep):
-                    self._commit()
+                    commit(self.replica, position, self._committed, self.run_dir)
             self._finish_writing()
         if self.world.is_root and self._bad_images:
             log.info("%d bad images left out: see the `fault` records", self._bad_images)
@@ -232,12 +232,6 @@ class Run:
         if self.writer is not None:
             self.writer.write(state, stall_s=perf_counter() - start)
 
-    def _commit(self) -> None:
-        """What an elastic job goes back to when it loses a rank; where it lets newcomers in."""
-        values = {"run_dir": str(self.run_dir), "global_batch": self._committed.values.get("global_batch")}
-        values["global_batch"] = values["global_batch"] or self.global_batch
-        commit(self.replica, self.position, self._committed, values)
-
     def _finish_writing(self) -> None:
         on_root(self.writer.finish if self.writer else None, "written")
 
@@ -260,8 +254,8 @@ class Run:
 
     def _introduce(self) -> None:
         cfg, world = self.cfg, self.world
-        if self._committed is not None and self._committed.parted:
-            self._record("fault", **self._committed.parted)
+        if self._committed is not None and self._committed.regrouped:
+            self._record("fault", **self._committed.regrouped)
         hosts = gather_objects(world.host, "hosts")
         images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
         self._record(

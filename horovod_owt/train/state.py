@@ -13,7 +13,7 @@ from torch import Tensor
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import Commit, Committed
 from horovod_owt.runs.checkpoints import newest_sound
 from horovod_owt.runs.records import validated_steps
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
@@ -115,20 +115,26 @@ def restore(replica: Replica, position: Position, run_dir: Path, resume: str) ->
     return state["validation_due"]
 
 
-def commit(replica: Replica, position: Position, committed: Committed, values: dict[str, Any]) -> None:
-    """Keep this state in the memory of every rank; raises, on all, what lets an elastic job regroup."""
-    tensors = {name: tensor for name, tensor, _ in replica.parts()}
-    place = {"step": position.step, "consumed": position.consumed, "scaler": replica.scaler_state()}
-    committed.commit_copy(tensors, {**values, **place})
+def commit(replica: Replica, position: Position, committed: Committed, run_dir: Path) -> None:
+    """Keep this state in the memory of every rank; if hosts changed, all ranks raise an elastic reset."""
+    last, own_global_batch = committed.last, replica.cfg.global_batch(replica.world.size)
+    state = Commit(
+        step=position.step,
+        consumed=position.consumed,
+        scaler=replica.scaler_state(),
+        run_dir=run_dir,
+        first_global_batch=last.first_global_batch if last else own_global_batch,
+    )
+    committed.commit_copy({name: tensor for name, tensor, _ in replica.parts()}, state)
 
 
 def restore_commit(replica: Replica, position: Position, committed: Committed) -> bool:
-    """Go back to what was committed, as every rank does; nothing is left to validate."""
+    """Go back to the last commit, on every rank. Returns False: validation is not due."""
     for name, tensor, _ in replica.parts():
         tensor.copy_(committed.tensors[name])
     replica.weights_changed()
-    replica.load_scaler_state(committed.values["scaler"])
-    position.step, position.consumed = committed.step, committed.values["consumed"]
+    replica.load_scaler_state(committed.last.scaler)
+    position.step, position.consumed = committed.last.step, committed.last.consumed
     return False
 
 

@@ -81,7 +81,7 @@ def test_a_killed_rank_comes_back_and_the_run_is_that_of_one_process(
     assert done.exit_code == 75, done.stderr[-3000:]
     assert [ranks for _, ranks in worlds(elastic)] == [2, 1, 2]
     lost, came = records(elastic, "fault")
-    assert "a rank was lost" in lost["fault"] and "hosts came or went" in came["fault"]
+    assert "a rank was lost" in lost["fault"] and "hosts joined or left" in came["fault"]
     assert 0 <= lost["step"] - worlds(elastic)[1][0] <= 3 and worlds(elastic)[1][0] % 3 == 0
     steps = what_counts(elastic)
     assert list(steps) == list(range(1, outcome(elastic)["step"] + 1))
