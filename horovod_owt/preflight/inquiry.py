@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from horovod_owt.errors import OwtError
-from horovod_owt.parallel.meeting import Meeting
+from horovod_owt.parallel.meeting import CONNECT, Meeting
 from horovod_owt.preflight.findings import Answer, Finding, grouped, hosts_of, spans, who
 from horovod_owt.topology import Topology
 
@@ -78,7 +78,7 @@ class Inquiry:
         findings = []
         for what in dict.fromkeys(asked for _, asked in self.meeting.absent.values()):
             lost = {rank: name for rank, (name, asked) in self.meeting.absent.items() if asked == what}
-            if what == "come":
+            if what == CONNECT:
                 saw = f"never came: {spans(lost)}; there are {who(came)}"
                 fix = "see what the launcher said; is that host up, and has it this package?"
             else:

@@ -122,7 +122,7 @@ def test_more_ranks_than_gpus_are_refused(box, visible):
     with pytest.raises(DeviceError) as caught:
         claims(3)
     assert caught.value.exit_code == 2
-    assert f"3 ranks on host gpu07, where each sees {visible}" in str(caught.value)
+    assert f"3 ranks on host gpu07, and each sees {visible}" in str(caught.value)
     assert f"fix: -np {visible}" in str(caught.value)
 
 
