@@ -152,9 +152,9 @@ def _write_all(
                 size += written
                 for fault in faults:
                     log.warning("copied unchanged: %s", fault)
-    except BrokenProcessPool as trouble:
+    except BrokenProcessPool as error:
         fix = "if memory is short, use fewer --workers; the same command continues"
-        raise RunError("a worker process died", fix=fix) from trouble
+        raise RunError("a worker process died", fix=fix) from error
     ticked(total)
     return size
 
@@ -171,17 +171,17 @@ def _image(store: Store, index: int, form: Form) -> tuple[bytes, str | None]:
     """An image as it is to be written, and the reason if it could not be downscaled."""
     try:
         data = store.read(index)
-    except OSError as trouble:
-        saw = f"cannot read {store.path(index)}: {trouble.strerror or trouble}"
-        raise DataError(saw, fix="check the file and the disk it is on") from trouble
+    except OSError as error:
+        saw = f"cannot read {store.path(index)}: {error.strerror or error}"
+        raise DataError(saw, fix="check the file and the disk it is on") from error
     if fault := store.check(index, data):
         raise DataError(f"{store.path(index)} is damaged: {fault}", fix="download or copy the file again")
     if form.short_side is None:
         return data, None
     try:
         return shrunk(data, form.short_side, png=store.name(index).lower().endswith(b".png")), None
-    except ValueError as trouble:
-        return data, f"{store.path(index)}: {trouble}"
+    except ValueError as error:
+        return data, f"{store.path(index)}: {error}"
 
 
 def _image_tasks(split: _Split) -> list[tuple[int, int]]:

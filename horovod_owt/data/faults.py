@@ -34,15 +34,15 @@ def pillow_fault(data: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.convert("RGB")
-    except Exception as trouble:  # its decoders may raise anything on malformed bytes
-        return pillow_message(trouble)
+    except Exception as error:  # its decoders may raise anything on malformed bytes
+        return pillow_message(error)
     return None
 
 
-def pillow_message(trouble: Exception) -> str:
-    if isinstance(trouble, UnidentifiedImageError):  # its message contains only a memory address
+def pillow_message(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its message contains only a memory address
         return "unknown image format"
-    return str(trouble) or type(trouble).__name__
+    return str(error) or type(error).__name__
 
 
 def _has_end(data: bytes, header: Header) -> bool:
@@ -52,9 +52,9 @@ def _has_end(data: bytes, header: Header) -> bool:
     return header.kind != "PNG" or _PNG_END in data[-64:] or _PNG_END in data
 
 
-def read_fault(trouble: OSError) -> str:
+def read_fault(error: OSError) -> str:
     """The fault of a file that cannot be read."""
-    return f"{UNREADABLE}: {trouble.strerror or trouble}"
+    return f"{UNREADABLE}: {error.strerror or error}"
 
 
 class BadImages:

@@ -144,10 +144,10 @@ class Feed:
             try:
                 data = self.store.read(index)
                 return np.frombuffer(data, np.uint8), check_image(data)[:2], ""
-            except OSError as trouble:
-                fault = read_fault(trouble)
-            except ValueError as trouble:
-                fault = str(trouble)
+            except OSError as error:
+                fault = read_fault(error)
+            except ValueError as error:
+                fault = str(error)
         return np.empty(0, np.uint8), (1, 1), fault
 
 

@@ -52,8 +52,8 @@ def read_checksums(path: Path) -> dict[str, Published]:
     found = {}
     try:
         lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as trouble:
-        raise DataError(f"{path} cannot be read: {trouble}") from trouble
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     for line in filter(str.strip, lines):
         match = re.fullmatch(r"([0-9a-fA-F]{32}) [ *](.+)", line.rstrip())
         if not match:
@@ -66,9 +66,9 @@ def open_checked(path: Path, published: Published) -> BinaryIO:
     """Open the file if it exists and has the right size; raises DataError."""
     try:
         file = open(path, "rb", buffering=0)
-    except OSError as trouble:
-        fix = "download it from image-net.org (needs an account)" if trouble.errno == errno.ENOENT else ""
-        raise DataError(f"{path} cannot be read: {trouble.strerror}", fix=fix) from trouble
+    except OSError as error:
+        fix = "download it from image-net.org (needs an account)" if error.errno == errno.ENOENT else ""
+        raise DataError(f"{path} cannot be read: {error.strerror}", fix=fix) from error
     size = os.fstat(file.fileno()).st_size
     if published.size not in (None, size):
         file.close()
@@ -160,12 +160,12 @@ def take_md5(
     file: BinaryIO, path: Path, published: Published, progress, *, nested: bool | None
 ) -> Contents | None:
     """Verify the file's md5 and return its contents; None if `nested` is None (not an archive of images)."""
-    stream, contents, trouble = HashedStream(file, progress), None, None
+    stream, contents, tar_error = HashedStream(file, progress), None, None
     try:
         try:
             contents = walk(stream, nested, path.name) if nested is not None else None
         except TarError as error:  # a wrong md5 explains more, so it is reported first
-            trouble = error
+            tar_error = error
         if (found := stream.md5()) != published.md5:
             fix = "download it again; for another release pass --checksums"
             raise DataError(f"{path} has md5 {found}", wanted=published.md5, fix=fix)
@@ -174,8 +174,8 @@ def take_md5(
         raise DataError(saw, fix="check the disk it is on") from error
     finally:
         stream.close()
-    if trouble:
-        raise DataError(str(trouble), wanted="the archives of ILSVRC2012 as published")
+    if tar_error:
+        raise DataError(str(tar_error), wanted="the archives of ILSVRC2012 as published")
     return contents
 
 
@@ -191,8 +191,8 @@ def read_devkit(path: Path) -> Devkit:
     try:
         with tarfile.open(path, "r:*") as archive:
             files = {name: _member(archive, name) for name in (META, GROUND_TRUTH)}
-    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as trouble:
-        raise DataError(f"{path} is not a devkit: {_first_line(trouble)}", wanted=wanted) from trouble
+    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
+        raise DataError(f"{path} is not a devkit: {_first_line(error)}", wanted=wanted) from error
     from scipy.io import loadmat  # slow to import
 
     try:
@@ -202,8 +202,8 @@ def read_devkit(path: Path) -> Devkit:
             int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows if not int(row["num_children"])
         }
         ground_truth = [int(line) for line in files[GROUND_TRUTH].split()]
-    except Exception as trouble:  # scipy's reader may raise anything on malformed bytes
-        raise DataError(f"{path} cannot be parsed: {_first_line(trouble)}", wanted=wanted) from trouble
+    except Exception as error:  # scipy's reader may raise anything on malformed bytes
+        raise DataError(f"{path} cannot be parsed: {_first_line(error)}", wanted=wanted) from error
     if strange := sorted(set(ground_truth) - synsets.keys()):
         raise DataError(
             f"{path}: validation images of class id {strange[0]}, which is unknown", wanted=wanted
@@ -211,8 +211,8 @@ def read_devkit(path: Path) -> Devkit:
     return Devkit(synsets, ground_truth)
 
 
-def _first_line(trouble: Exception) -> str:
-    return str(trouble).partition("\n")[0] or type(trouble).__name__
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _member(archive: tarfile.TarFile, ending: str) -> bytes:

@@ -64,8 +64,8 @@ def _other_header(data: bytes) -> Header:
             return Header(image.height, image.width, image.format or "", len(image.getbands()), 0)
     except Image.DecompressionBombError:
         raise ValueError("impossible size") from None
-    except Exception as trouble:  # Pillow's parsers may raise anything on malformed bytes
-        raise ValueError(f"not an image: {_looks_like(data)}") from trouble
+    except Exception as error:  # Pillow's parsers may raise anything on malformed bytes
+        raise ValueError(f"not an image: {_looks_like(data)}") from error
 
 
 def _looks_like(data: bytes) -> str:

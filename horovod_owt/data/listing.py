@@ -74,8 +74,8 @@ def list_split(folder: Path) -> Listing:
 def _stamp(folder: bytes) -> tuple[int, int]:
     try:
         found = os.stat(folder)
-    except OSError as trouble:
-        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {trouble.strerror}") from trouble
+    except OSError as error:
+        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {error.strerror}") from error
     return found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -98,8 +98,8 @@ def scan(folder: bytes) -> list[os.DirEntry[bytes]]:
         ) from None
     except NotADirectoryError:
         raise DataError(f"{os.fsdecode(folder)} is not a folder", wanted=f"a folder with {LAYOUT}") from None
-    except OSError as trouble:  # a dangling link, a stale NFS handle
-        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {trouble.strerror}") from trouble
+    except OSError as error:  # a dangling link, a stale NFS handle
+        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {error.strerror}") from error
     return found
 
 
@@ -129,8 +129,8 @@ def _read_cached(folder: Path) -> Listing | None:
             return Listing(classes, [tuple(stamp) for stamp in stamps.tolist()], counts, names)
         except FileNotFoundError:
             continue
-        except (*UNREADABLE, TypeError) as trouble:
-            log.debug("ignoring %s: %s", path, trouble)
+        except (*UNREADABLE, TypeError) as error:
+            log.debug("ignoring %s: %s", path, error)
     return None
 
 
@@ -143,5 +143,5 @@ def _write_cached(folder: Path, listing: Listing) -> None:
             if path.parent != folder.parent:
                 path.parent.mkdir(parents=True, exist_ok=True)
             return write_arrays(path, arrays)
-        except OSError as trouble:  # read-only or full: try the next place, else every run lists again
-            log.debug("cannot write %s: %s", path, trouble)
+        except OSError as error:  # read-only or full: try the next place, else every run lists again
+            log.debug("cannot write %s: %s", path, error)

@@ -52,8 +52,8 @@ def _fingerprint(data: DataSet) -> str:
         try:
             for column in store.sizes_and_times():
                 digest.update(np.ascontiguousarray(column, np.int64))
-        except OSError as trouble:
-            path = os.fsdecode(trouble.filename) if trouble.filename else store.path(0)
-            saw = f"cannot read {path}: {trouble.strerror}"
-            raise DataError(saw, fix="check the file and the disk it is on") from trouble
+        except OSError as error:
+            path = os.fsdecode(error.filename) if error.filename else store.path(0)
+            saw = f"cannot read {path}: {error.strerror}"
+            raise DataError(saw, fix="check the file and the disk it is on") from error
     return digest.hexdigest()

@@ -53,16 +53,16 @@ class DaliPipeline:
                 if self._fault:
                     raise self._fault from None
                 raise
-            except RuntimeError as trouble:
-                self._recover(trouble)
+            except RuntimeError as error:
+                self._recover(error)
                 continue
             images = self._copied(decoded.as_tensor())
             encoded = self._in_flight.popleft()
             try:
                 self._pipe.release_outputs()
                 self._pipe.schedule_run()
-            except RuntimeError as trouble:  # in a later batch: this one is complete
-                self._recover(trouble)
+            except RuntimeError as error:  # in a later batch: this one is complete
+                self._recover(error)
             return Batch.of(encoded, images)
         raise StopIteration
 
@@ -104,7 +104,7 @@ class DaliPipeline:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         return feed_ndarray(tensor, images, cuda_stream=stream)
 
-    def _recover(self, trouble: RuntimeError) -> None:
+    def _recover(self, error: RuntimeError) -> None:
         """Start a new pipeline with the batches in flight, without the images that DALI fails to decode.
 
         RunError if it decodes each of them alone, or if bad images are not to be skipped.
@@ -117,9 +117,9 @@ class DaliPipeline:
             paths = [self._feed.store.path(index) for encoded in in_flight for index in encoded.indices]
             raise RunError(
                 f"DALI failed on {len(paths)} images, each of which it decodes alone, {min(paths)} first: "
-                + " ".join(str(trouble).split())[:300],
+                + " ".join(str(error).split())[:300],
                 fix="--set pipeline=torchvision",
-            ) from trouble
+            ) from error
         self._retry = deque(map(self._feed.without, in_flight, refused))
         self._begin()
 

@@ -67,8 +67,8 @@ class TorchvisionPipeline:
             try:
                 with Image.open(io.BytesIO(encoded.jpegs[row])) as stored:
                     image = stored.convert("RGB")
-            except Exception as trouble:  # Pillow's decoders may raise anything on malformed bytes
-                faults[row] = f"undecodable: {pillow_message(trouble)}"
+            except Exception as error:  # Pillow's decoders may raise anything on malformed bytes
+                faults[row] = f"undecodable: {pillow_message(error)}"
                 return
             window = encoded.windows[row].tolist()
             pixels = np.asarray(resized_crop(image, *window, size=[self._image_size] * 2))

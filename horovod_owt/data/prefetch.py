@@ -52,8 +52,8 @@ class Prefetched(Generic[Item]):
                 if not self._put(False, item):
                     return
             self._put(True, StopIteration())
-        except BaseException as trouble:
-            self._put(True, trouble)
+        except BaseException as error:
+            self._put(True, error)
 
     def _put(self, last: bool, item: Item | BaseException) -> bool:
         """False if closed."""

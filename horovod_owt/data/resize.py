@@ -29,8 +29,8 @@ def shrunk(data: bytes, short_side: int, *, png: bool = False) -> bytes:
                 size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
                 pixels = image.convert("L" if image.mode in ("L", "1") else "RGB")
                 small = pixels.resize(size, Image.Resampling.BICUBIC)
-    except Exception as trouble:  # Pillow's parsers may raise anything on malformed bytes
-        raise ValueError(str(trouble) or type(trouble).__name__) from trouble
+    except Exception as error:  # Pillow's parsers may raise anything on malformed bytes
+        raise ValueError(str(error) or type(error).__name__) from error
     out = io.BytesIO()
     small.save(out, "PNG") if png else small.save(out, "JPEG", quality=QUALITY)
     return out.getvalue()

@@ -30,11 +30,11 @@ def with_retries(read: Callable[[int], bytes], index: int, path: Callable[[int],
     for pause_s in PAUSES_S:
         try:
             return read(index)
-        except OSError as trouble:
-            if trouble.errno not in TRANSIENT:
+        except OSError as error:
+            if error.errno not in TRANSIENT:
                 raise
             if (name := path(index)) not in _warned:
                 _warned.add(name)
-                log.warning("reading %s failed (%s): trying again", name, trouble.strerror)
+                log.warning("reading %s failed (%s): trying again", name, error.strerror)
             time.sleep(pause_s)
     return read(index)

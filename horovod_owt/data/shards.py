@@ -95,14 +95,14 @@ class ShardStore:
         again = "rebuild the data set with `owt data pack` or `owt data prepare`"
         try:
             index = Index.read(path)
-        except (*UNREADABLE, TypeError) as trouble:
-            raise DataError(f"{path} cannot be used: {trouble}", fix=again) from trouble
+        except (*UNREADABLE, TypeError) as error:
+            raise DataError(f"{path} cannot be used: {error}", fix=again) from error
         files = [folder / shard_name(number) for number in range(len(index.shard_bytes))]
         for file, wanted in zip(files, index.shard_bytes.tolist(), strict=True):
             try:
                 saw = os.stat(file).st_size
-            except OSError as trouble:
-                raise DataError(f"{file} cannot be read: {trouble.strerror}", fix=again) from trouble
+            except OSError as error:
+                raise DataError(f"{file} cannot be read: {error.strerror}", fix=again) from error
             if saw != wanted:
                 raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, as in {path.name}", fix=again)
         return cls(files, index)
@@ -175,8 +175,8 @@ class _Files:
         failed = False
         try:
             yield file.descriptor
-        except OSError as trouble:
-            failed = trouble.errno in TRANSIENT or trouble.errno == errno.EBADF
+        except OSError as error:
+            failed = error.errno in TRANSIENT or error.errno == errno.EBADF
             raise
         finally:
             with self._lock:

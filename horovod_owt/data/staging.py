@@ -68,10 +68,10 @@ def opened(out: Path, spec: dict) -> Iterator[Staging]:
         with _alone(place.folder, out):
             _claim(place)
             yield place
-    except OSError as trouble:
-        saw = f"cannot write to {out}: {trouble.strerror or trouble}"
+    except OSError as error:
+        saw = f"cannot write to {out}: {error.strerror or error}"
         fix = "choose a writable folder with room, or free some: the same command continues"
-        raise DataError(saw, fix=fix) from trouble
+        raise DataError(saw, fix=fix) from error
 
 
 def _check(out: Path) -> None:

@@ -62,9 +62,9 @@ def data_stats(
 def _bytes(store: Store) -> int:
     try:
         sizes, _ = store.sizes_and_times()
-    except OSError as trouble:
-        saw = f"{trouble.filename} is listed but cannot be opened: {trouble.strerror}"
-        raise DataError(saw, fix="`owt data verify` lists all bad images") from trouble
+    except OSError as error:
+        saw = f"{error.filename} is listed but cannot be opened: {error.strerror}"
+        raise DataError(saw, fix="`owt data verify` lists all bad images") from error
     return int(sizes.sum())
 
 

@@ -235,9 +235,9 @@ def write_synthetic(
                 if progress:
                     progress(done, spec.num_images)
             (scratch / "synthetic.json").write_text(json.dumps(asdict(spec), indent=2) + "\n")
-    except OSError as trouble:
-        saw = f"cannot write {out}: {trouble.strerror or trouble}"
-        raise DataError(saw, fix="choose a writable folder on a disk with room") from trouble
+    except OSError as error:
+        saw = f"cannot write {out}: {error.strerror or error}"
+        raise DataError(saw, fix="choose a writable folder on a disk with room") from error
     return True
 
 

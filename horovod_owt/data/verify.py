@@ -142,10 +142,10 @@ def _groups(store: Store, share: range) -> Iterator[tuple[list[_Read], dict[int,
             if fault := store.check(index, data):
                 return f"differs from the image that was packed: {fault}"
             return _Read(index, data, check_image(data))
-        except OSError as trouble:
-            return read_fault(trouble)
-        except ValueError as trouble:
-            return str(trouble)
+        except OSError as error:
+            return read_fault(error)
+        except ValueError as error:
+            return str(error)
 
     images: list[_Read] = []
     faults: dict[int, str] = {}
