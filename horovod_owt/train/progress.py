@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines anywhere else. Rank 0 only."""
+"""Progress output of rank 0: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows each `every`-th step with loss, images/s and the shares of the step spent waiting."""
+    """Shows every `every`-th step: loss, images/s and the shares of the step spent waiting."""
 
     def __init__(
         self, *, total_steps: int, first_step: int, global_batch: int, every: int, show: bool

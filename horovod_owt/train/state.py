@@ -1,4 +1,4 @@
-"""All that a run must remember to go on: weights, momentum, and its place in the stream of samples."""
+"""The state that a run resumes from: weights, momentum, and its position in the stream of samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """A run's position."""
 
     num_samples: int  # training images, the length of an epoch
     step: int = 0  # optimizer updates done
@@ -32,14 +32,14 @@ class Position:
 
     @property
     def epoch(self) -> float:
-        """Epochs done, with the fraction."""
+        """Epochs done, as a fraction."""
         return self.consumed / self.num_samples
 
 
 def room_for_copies(replica: Replica) -> dict[str, Tensor]:
-    """Memory for `snapshot` on rank 0, nothing on others.
+    """Memory for `snapshot` on rank 0, empty on others.
 
-    Written to now: Linux gives pages at the first touch, which for 490 MB takes most of a second.
+    It is touched now: page faults on first use would take most of a second for 490 MB.
     """
     if not replica.world.is_root:
         return {}
@@ -52,9 +52,9 @@ def room_for_copies(replica: Replica) -> dict[str, Tensor]:
 def snapshot(
     replica: Replica, position: Position, copies: dict[str, Tensor], *, validation_due: bool
 ) -> Checkpoint | None:
-    """A copy of the run's state that later steps leave alone, on rank 0. Every rank must call it.
+    """A copy of the run's state on rank 0, None on others. Every rank must call it.
 
-    It is made in `copies`, from `room_for_copies`; `validation_due`: whether this state is to be validated.
+    It is written to `copies`, from `room_for_copies`; `validation_due` tells a resumed run to validate first.
     """
     whole = replica.gather()
     if not replica.world.is_root:
@@ -80,10 +80,10 @@ def snapshot(
 
 
 def restore(replica: Replica, position: Position, run_dir: Path, resume: str) -> bool:
-    """Go on where a checkpoint stopped, if there is one: rank 0 reads it, all receive. Every rank calls it.
+    """Resume from a checkpoint, if there is one: rank 0 reads and broadcasts it. Every rank must call it.
 
-    `resume` is auto (the newest sound checkpoint of the run), never, or the path of a checkpoint. Returns
-    whether the run ended before it had validated that state.
+    `resume` is auto (the newest valid checkpoint of the run), never, or the path of a checkpoint. Returns
+    whether that state is still to be validated.
     """
     if resume == "never":
         return False
@@ -151,6 +151,6 @@ def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica, num_sample
     if checkpoint.state["num_samples"] != num_samples:
         raise ConfigError(
             f"checkpoint {path} was made on {checkpoint.state['num_samples']} training images",
-            wanted=f"the same data set, this one has {num_samples}",
-            fix="name the data set it was trained on, or start a new --run-dir",
+            wanted=f"the same data set; this one has {num_samples}",
+            fix="use the data set it was trained on, or a new --run-dir",
         )

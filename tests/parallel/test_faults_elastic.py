@@ -129,7 +129,7 @@ def test_hosts_come_and_go_with_the_lines_of_a_file(start, images, tmp_path, nar
 def test_hybrid_is_refused(run, images):
     command = [*OWT, "train", images, *SMALL, "--parallel", "hybrid"]
     done = run(command, launcher="none", exit_code=2, HOROVOD_ELASTIC="1")
-    assert "takes its FC layers along" in done.stderr and "fix: --parallel data" in done.stderr
+    assert "FC layers are lost with it" in done.stderr and "fix: --parallel data" in done.stderr
 
 
 def test_a_file_of_hosts_reads_as_the_discovery_script_prints_it(run, tmp_path):
