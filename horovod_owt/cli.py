@@ -1,4 +1,4 @@
-"""The `owt` command: its groups, and how it ends."""
+"""The `owt` command: its subcommands, and error handling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPEAKER_GRACE_S = 5.0
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="owt")
 def cli() -> None:
-    """Train AlexNet-OWT on ImageNet-like folders of JPEGs, on one rank or on many.
+    """Train AlexNet-OWT on ImageNet-like data sets with Horovod, on one rank or many.
 
     \b
     Example:  owt data synth /tmp/synth
@@ -41,9 +41,9 @@ for command in (data, train, checkpoint, devices, preflight, bench, job):
 
 
 def main() -> None:
-    """Run the command line: an OwtError becomes one line and its exit code, a bug ends the whole job."""
-    # torch's large tensors in huge pages, or each new one costs a page fault for every 4 KB: a step of 32
-    # images on a CPU core takes 10 to 17 % longer. Before torch allocates; what the user set stays.
+    """Run the command line. An OwtError is printed as one line and sets the exit code; a bug ends the job."""
+    # Huge pages for torch's large tensors: with 4 KB pages a step of 32 images on a CPU core takes 10 to 17 %
+    # longer. Must be set before torch allocates; a value set by the user is kept.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     topology = read_topology()
     alone = topology.world_size == 1
@@ -61,6 +61,6 @@ def main() -> None:
         exit_code = 1
     if alone:
         sys.exit(exit_code)
-    # Who leaves in mid-job must not wait for its peers in Horovod's exit handler: the launcher ends them.
+    # Skip Horovod's exit handler, which would wait for peers that may be hung; the launcher ends them.
     sys.stdout.flush()
     os._exit(exit_code)

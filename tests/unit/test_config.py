@@ -55,7 +55,11 @@ def test_a_bad_setting_is_refused_with_what_was_wanted(setting, saw, fix):
 
 @pytest.mark.parametrize(
     ("text", "saw"),
-    [("batch: [", "is no YAML at line"), ("- batch", "holds a list"), ("bach: 3", "unknown key 'bach'")],
+    [
+        ("batch: [", "is not valid YAML at line"),
+        ("- batch", "contains a list"),
+        ("bach: 3", "unknown key 'bach'"),
+    ],
 )
 def test_a_bad_recipe_file_is_refused(tmp_path, text, saw):
     (tmp_path / "bad.yaml").write_text(text)
