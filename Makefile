@@ -25,7 +25,7 @@ lint: setup
 	@$(IN_VENV) ruff format --check
 
 docs: setup
-	@$(IN_VENV) sphinx-build -W -q -b html docs docs/_build/html
+	@$(IN_VENV) sphinx-build -W -E -q -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
 
 clean:

@@ -36,48 +36,48 @@ CHOICES = {
 class TrainConfig:
     """The configuration keys of recipes, --set and config.json."""
 
-    model: str = "alexnet-owt"  # alexnet-owt | alexnet-owt-bn
-    classes: int = 0  # 0: the number of classes in the data set
-    image_size: int = 224  # px, side of the square input
-    crop_scale_min: float = 0.08  # smallest area of a training crop, as a share of the image
+    model: str = "alexnet-owt"  # alexnet-owt-bn adds batch normalisation after each hidden layer
+    classes: int = 0  # outputs; 0: as many as the data set has classes
+    image_size: int = 224  # px, side of the square training and validation crops; at least 63
+    crop_scale_min: float = 0.08  # smallest fraction of an image's area that a training crop may cover
 
-    epochs: int = 90
-    max_steps: int = 0  # optimizer updates; 0: limited by epochs only
+    epochs: int = 90  # length of the run, in passes over the training set
+    max_steps: int = 0  # stop after this many optimizer updates; 0: no limit
     batch: int = 128  # images per rank in one forward pass (the micro-batch)
-    accum_steps: int = 1  # micro-batches per optimizer update
+    accum_steps: int = 1  # micro-batches per optimizer update (gradient accumulation)
 
     lr: float = 0.01  # peak learning rate at a global batch of lr_batch images
-    lr_batch: int = 256  # images; the learning rate scales linearly with global batch / lr_batch
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.0  # limit of the Euclidean norm of the gradient; 0: no limit
-    warmup_epochs: float = 0.0  # linear ramp from 0 to the scaled learning rate
-    schedule: str = "step:30:0.1"  # constant | cosine | poly:POWER | step:EPOCHS:FACTOR
+    lr_batch: int = 256  # images; the peak is lr * global batch / lr_batch (linear scaling)
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # of SGD, on all parameters
+    clip_norm: float = 0.0  # clip the gradient to this Euclidean norm over the whole net; 0: off
+    warmup_epochs: float = 0.0  # linear ramp from 0 to the peak learning rate
+    schedule: str = "step:30:0.1"  # after warm-up: constant, cosine, poly:POWER or step:EPOCHS:FACTOR
     dropout: float = 0.5  # probability of zeroing an input of a hidden FC layer
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # probability mass spread over all classes
 
-    precision: str = "fp32"  # fp32 | bf16 (autocast) | fp16 (loss scaling, GPU only) | fp64 (for tests)
-    channels_last: bool = True
-    deterministic: bool = False  # use only bitwise reproducible kernels; slower on a GPU
-    seed: int = 0  # determines initial weights, sample order, augmentation and dropout
+    precision: str = "fp32"  # bf16: autocast; fp16: autocast and loss scaling, GPU only; fp64: for tests
+    channels_last: bool = True  # memory format of weights and images
+    deterministic: bool = False  # only bitwise reproducible kernels; slower on a GPU
+    seed: int = 0  # of the initial weights, order of samples, augmentation and dropout
 
-    parallel: str = "data"  # data: whole net on each rank; hybrid: One Weird Trick; auto: the faster one
-    fc_group_size: int | str = "node"  # ranks that share FC layers (hybrid): a number, node or all
-    owt_scheme: str = "a"  # a: FC layers process all of a group's images at once; b: rank by rank
-    fc_batch: str = "global"  # batch of an FC update: global, or local (one rank's; owt_scheme=b only)
-    sync_bn: bool = False  # batch normalisation over all ranks' images; false: over each rank's own
-    compression: str = "none"  # none | fp16: gradients are sent as 16-bit floats
+    parallel: str = "data"  # hybrid: ranks share the FC layers (One Weird Trick); auto: the faster of the two
+    fc_group_size: int | str = "node"  # ranks that share the FC layers: a number, all, or node (a host's)
+    owt_scheme: str = "a"  # hybrid: a: a group's whole batch at once through the FC layers; b: rank by rank
+    fc_batch: str = "global"  # batch of an FC update; local (scheme b): one rank's images of each group
+    sync_bn: bool = False  # batch statistics over all ranks' images instead of each rank's own
+    compression: str = "none"  # fp16: send gradients as 16-bit floats
 
-    pipeline: str = "auto"  # auto | dali | torchvision
-    decode_threads: int = 0  # per rank; 0: its share of the cores
-    bad_images: str = "fail"  # fail: the first one ends the run; skip: each is reported and not counted
+    pipeline: str = "auto"  # auto: DALI where it is installed, else torchvision
+    decode_threads: int = 0  # per rank; 0: the rank's share of the cores
+    bad_images: str = "fail"  # fail: one ends the run; skip: each is reported once and not counted
     log_every: int = 10  # steps between progress lines
-    checkpoint_every: int = 0  # steps; 0: at epoch ends only
-    keep_checkpoints: int = 3  # number of newest ones to keep, besides the best by validation
-    commit_every: int = 10  # steps between commits of an elastic run, to which a lost rank takes it back
-    elastic_batch: str = "scale"  # scale: the global batch follows the number of ranks; keep: it stays
-    checkpoint_retries: int = 3  # checkpoints in a row that may fail before the run ends
-    stall_limit_s: float = 600.0  # a collective that waits longer than this ends the run
+    checkpoint_every: int = 0  # steps between checkpoints, besides those at epoch ends; 0: epoch ends only
+    keep_checkpoints: int = 3  # newest checkpoints kept on disk, besides the best by validation
+    commit_every: int = 10  # elastic: steps between commits, the most that is repeated after losing a rank
+    elastic_batch: str = "scale"  # elastic: the global batch scales with the ranks; keep: it stays constant
+    checkpoint_retries: int = 3  # consecutive failed checkpoint writes tolerated before the run ends
+    stall_limit_s: float = 600.0  # seconds that ranks wait in a collective for a hung one before the run ends
 
     def __post_init__(self) -> None:
         _check(self)
