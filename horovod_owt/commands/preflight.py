@@ -49,8 +49,8 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
         click.echo(json.dumps(document) if as_json else _table(findings))
 
     if bad := preflight(topology, data, run_dir, tell):
-        saw = f"preflight failed: {bad} bad finding{'s'[: bad > 1]}"
-        raise ProblemFound(saw, fix="see the BAD lines above").by_rank_0(topology.rank)
+        found = f"{bad} bad finding{'s'[: bad > 1]}"
+        raise ProblemFound(f"preflight failed: {found}; see BAD lines above").by_rank_0(topology.rank)
 
 
 def _table(findings: list[Finding]) -> str:

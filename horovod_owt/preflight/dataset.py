@@ -135,7 +135,7 @@ def judge_folder(answers: Sequence[Answer]) -> list[Finding]:
         saw = (
             f"rank 0's file is not visible on {', '.join(hosts_of(blind))}"
             if blind
-            else f"{folder} is shared"
+            else "one folder on all hosts"
         )
         fix = "use a --run-dir on a file system that all hosts share" if blind else ""
         findings.append(Finding("shared run folder", not blind, saw, "the same folder", fix, hosts_of(blind)))
