@@ -87,7 +87,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all_in_that_step(run, images,
     assert done.exit_code != 0
     assert outcome(tmp_path)["exit_code"] == 1 and outcome(tmp_path)["step"] == 2
     reason = outcome(tmp_path)["reason"]
-    assert reason.startswith("loss is nan at step 3, lr 1.00e-02, images number [")
+    assert reason.startswith("loss is nan at step 3, lr 1.00e-02, image indices [")
     _, indices = SampleOrder(96, seed=0).at(16, 8)
     assert str(indices.tolist()) in reason
     newest = list_checkpoints(tmp_path)[0]

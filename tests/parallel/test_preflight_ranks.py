@@ -45,7 +45,7 @@ def test_a_rank_that_stands_still_is_named_with_the_question_and_nobody_hangs(ru
 def test_a_data_set_that_is_not_there_is_a_finding_not_an_end(run, tmp_path):
     done = run([*OWT, "preflight", tmp_path / "none", "--run-dir", tmp_path], launcher="none", exit_code=3)
     assert "BAD   data" in done.stdout and f"{tmp_path}/none does not exist" in done.stdout
-    assert "1 bad finding" in done.stderr and "fix: give the path of the data set" in done.stdout
+    assert "1 bad finding" in done.stderr and "fix: pass the path of the data set" in done.stdout
 
 
 def test_json_is_all_that_stdout_has(run, tmp_path):

@@ -90,7 +90,11 @@ def test_a_bad_setting_is_refused_with_what_was_wanted(setting, saw, fix):
 
 @pytest.mark.parametrize(
     ("text", "saw"),
-    [("batch: [", "is no YAML at line"), ("- batch", "holds a list"), ("bach: 3", "unknown key 'bach'")],
+    [
+        ("batch: [", "is not valid YAML at line"),
+        ("- batch", "contains a list"),
+        ("bach: 3", "unknown key 'bach'"),
+    ],
 )
 def test_a_bad_recipe_file_is_refused(tmp_path, text, saw):
     (tmp_path / "bad.yaml").write_text(text)
@@ -178,7 +182,7 @@ def job(world_size: int, local_size: int) -> Topology:
 
 
 @pytest.mark.parametrize(
-    ("setting", "size"), [("node", 4), ("all", 8), ("1", 1), ("2", 2), ("8", 8)]
+    ("setting", "size"), [("node", 4), ("all", 8), (1, 1), (2, 2), (8, 8)]
 )  # fmt: skip
 def test_a_group_is_of_a_node_of_all_or_of_a_number_of_ranks(setting, size):
     assert resolve_group_size(setting, job(world_size=8, local_size=4)) == size
@@ -188,14 +192,14 @@ def test_a_group_is_of_a_node_of_all_or_of_a_number_of_ranks(setting, size):
     ("setting", "ranks", "local", "message"),
     [
         (
-            "3",
+            3,
             4,
             4,
             "fc_group_size=3 in a job of 4 ranks; wanted whole groups: 1, 2, 4; fix: --set fc_group_size=2",
         ),
-        ("8", 4, 4, "fc_group_size=8 in a job of 4 ranks; wanted whole groups: 1, 2, 4"),
+        (8, 4, 4, "fc_group_size=8 in a job of 4 ranks; wanted whole groups: 1, 2, 4"),
         (
-            "2",
+            2,
             1,
             1,
             "fc_group_size=2 in a job of 1 ranks; wanted whole groups: 1; fix: --set fc_group_size=1",

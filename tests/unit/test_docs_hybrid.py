@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def megabytes(group_size: int, **values) -> str:
-    cfg = TrainConfig(classes=1000, fc_group_size=str(group_size), **values)
+    cfg = TrainConfig(classes=1000, fc_group_size=group_size, **values)
     return f"{sum(bytes_sent_per_step(cfg, group_size).values()) / 1e6:.1f}"
 
 
