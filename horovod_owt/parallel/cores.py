@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.device import Device
 from horovod_owt.topology import Topology
 
@@ -16,13 +17,31 @@ def use_own_cores(topology: Topology, device: Device) -> int:
     """Keep this process to its cores; returns how many threads are to compute there.
 
     Memory needs no more: Linux puts a page on the node of the core that first writes to it, and all that
-    counts is allocated after this. OMP_NUM_THREADS, if set, still decides the number of threads.
+    counts is allocated after this. OMP_NUM_THREADS, if set, still decides the number of threads;
+    raises ConfigError where it is no number.
     """
     on_host = os.cpu_count() or 1
     cores = own_cores(topology, device, os.sched_getaffinity(0), on_host, SYSFS)
     os.sched_setaffinity(0, cores)
     share = max(1, min(len(cores), on_host // topology.local_size))  # bound to a socket is not alone on it
-    return int(os.environ.get("OMP_NUM_THREADS") or share)
+    return _asked_threads(os.environ.get("OMP_NUM_THREADS", "")) or share
+
+
+def _asked_threads(setting: str) -> int | None:
+    """The first number of OMP_NUM_THREADS, which may be a list, one for each level of nested parallelism.
+
+    None where it is not set; ConfigError for what OpenMP would not take either.
+    """
+    if not setting.strip():
+        return None
+    first = setting.partition(",")[0].strip()
+    if not (first.isdecimal() and int(first) > 0):
+        raise ConfigError(
+            f"OMP_NUM_THREADS={setting}",
+            wanted="a number from 1 on",
+            fix="unset it: a rank has a share of the cores",
+        ).on_every_rank()
+    return int(first)
 
 
 def own_cores(

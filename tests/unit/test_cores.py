@@ -6,6 +6,7 @@ import os
 import pytest
 from boxes import k80_box, k80_sysfs, rank_of, with_mig, write_device
 
+from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import cores, device
 from horovod_owt.parallel.cores import cpu_list, numa_node, own_cores, read_cpu_list, share_of_cores
 from horovod_owt.parallel.device import CPU, SHARED, claim_device
@@ -123,7 +124,7 @@ def test_more_ranks_than_cores_all_use_all():
     assert share_of_cores([0, 1], 2, 3) == [0, 1]
 
 
-@pytest.mark.parametrize(("threads", "expected"), [(None, 20), ("3", 3)])
+@pytest.mark.parametrize(("threads", "expected"), [(None, 20), ("", 20), ("3", 3), ("4,2", 4)])
 def test_a_rank_goes_to_its_cores_with_a_thread_on_each(box, sysfs, monkeypatch, threads, expected):
     gone_to = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(ALL))
@@ -131,12 +132,23 @@ def test_a_rank_goes_to_its_cores_with_a_thread_on_each(box, sysfs, monkeypatch,
     monkeypatch.setattr(os, "cpu_count", lambda: 40)
     monkeypatch.setattr(cores, "SYSFS", sysfs)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if threads:
+    if threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     topology = rank_of(local_rank=0, local_size=2)
     own = claim_device(topology, {"CUDA_VISIBLE_DEVICES": "0,2"})
     assert cores.use_own_cores(topology, own) == expected
     assert gone_to == [SOCKET_0]
+
+
+@pytest.mark.parametrize("threads", ["0", "all", "-1", ",2", "1.5"])
+def test_a_number_of_threads_that_is_none_is_refused(box, sysfs, monkeypatch, threads):
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: None)
+    monkeypatch.setattr(cores, "SYSFS", sysfs)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with pytest.raises(
+        ConfigError, match=f"^OMP_NUM_THREADS={threads}; wanted a number from 1 on; fix: unset"
+    ):
+        cores.use_own_cores(rank_of(local_rank=0, local_size=2), CPU)
 
 
 def test_the_memory_node_is_the_devices_or_unknown(sysfs):
