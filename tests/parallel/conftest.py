@@ -44,6 +44,7 @@ def launcher_argv(launcher: str, ranks: int) -> list[str]:
         "horovodrun": ["horovodrun", "--gloo", "-np", str(ranks)],
         "horovodrun-mpi": ["horovodrun", "--mpi", "-np", str(ranks), "--mpi-args=--oversubscribe"],
         "mpirun": ["mpirun", "--oversubscribe", "-np", str(ranks)],
+        "torchrun": ["torchrun", "--nproc-per-node", str(ranks), "--no-python"],
         "none": [],
     }[launcher]
 
@@ -92,7 +93,9 @@ def launch(
     argv: list, *, ranks: int = 2, launcher: str = "horovodrun", cwd: Path | None = None, **env: str
 ) -> Iterator[Job]:
     """Start `argv` on `ranks` ranks under a launcher; the job is gone at the end of the block."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_COMM", "PMI"))}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_COMM", "PMI", "RANK"))
+    }
     clean.update(OMP_NUM_THREADS="1", PATH=f"{VENV_BIN}{os.pathsep}{os.environ['PATH']}")
     clean.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **env)
     job = Job([*launcher_argv(launcher, ranks), *map(str, argv)], clean, cwd)
@@ -172,7 +175,8 @@ def ranks_below(pid: int) -> dict[int, psutil.Process]:
         try:
             if "train" in process.cmdline() and "python" in process.name():
                 env = process.environ()
-                found[int(env.get("HOROVOD_RANK") or env["OMPI_COMM_WORLD_RANK"])] = process
+                rank = env.get("HOROVOD_RANK") or env.get("OMPI_COMM_WORLD_RANK") or env["RANK"]
+                found[int(rank)] = process
         except (psutil.NoSuchProcess, psutil.ZombieProcess, KeyError):
             continue
     return found
