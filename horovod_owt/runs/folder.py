@@ -44,21 +44,26 @@ def open_run_folder(run_dir: Path | None, cfg: TrainConfig, *, resume: bool) -> 
         ) from None
     config_file = run_dir / CONFIG
     if config_file.exists():
-        _check_continues(run_dir, _read_config(config_file), cfg, resume=resume)
+        before = _read_object(
+            config_file, what="the run's configuration", fix="remove it: the next run writes it again"
+        )
+        _check_continues(run_dir, before, cfg, resume=resume)
     write_text(config_file, json.dumps(cfg.to_dict(), indent=1) + "\n")
     return run_dir
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
+    """What a file of JSON holds; FileNotFoundError if there is none, ConfigError where it is damaged."""
     try:
-        config = json.loads(file.read_text())
-        if isinstance(config, dict):
-            return config
-        what = "holds no configuration"
+        found = json.loads(file.read_text())
+        if isinstance(found, dict):
+            return found
+        fault = "holds no JSON object"
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
-        what = f"is unreadable: {error}"
-    fix = "remove it: the next run writes it again"
-    raise ConfigError(f"{file} {what}", wanted="the run's configuration", fix=fix)
+        fault = f"is unreadable: {error}"
+    raise ConfigError(f"{file} {fault}", wanted=what, fix=fix)
 
 
 def _check_continues(run_dir: Path, before: dict[str, Any], cfg: TrainConfig, *, resume: bool) -> None:
@@ -89,8 +94,14 @@ def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """How the run ended when it last did; raises FileNotFoundError where it has not yet."""
-    return json.loads((run_dir / OUTCOME).read_text())
+    """How the run ended when it last did, with `exit_code` and `reason` at least.
+
+    Raises FileNotFoundError where it has not yet, ConfigError where the file is damaged.
+    """
+    outcome = _read_object(run_dir / OUTCOME, what="how the run ended", fix="its ranks' logs tell that too")
+    if not isinstance(outcome.get("exit_code"), int):
+        raise ConfigError(f"{run_dir / OUTCOME} has no exit_code", wanted="how the run ended")
+    return {"reason": "", **outcome}
 
 
 def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
 from horovod_owt.parallel.elastic import Committed
 from horovod_owt.runs.checkpoints import newest_sound
-from horovod_owt.runs.records import validated_steps
+from horovod_owt.runs.records import was_validated
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
 from horovod_owt.train.replica import MOMENTUM, Replica
 
@@ -97,7 +97,7 @@ def restore(replica: Replica, position: Position, run_dir: Path, resume: str) ->
         _check_fits(path, found[0], replica, position.num_samples)
         log.info("resuming from %s", path)
         state = found[0].state
-        owed = state.get("validation_due", False) and state["step"] not in validated_steps(run_dir)
+        owed = state.get("validation_due", False) and not was_validated(run_dir, state["step"])
         return state | {"validation_due": owed}
 
     state = on_root(read_on_root, "resume")
