@@ -44,8 +44,8 @@ def write_text(path: Path, text: str) -> None:
 def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, beside `final`: it takes that name if the block succeeds and is gone if it fails.
 
-    `durable` waits for the disk, as above. `replace` drops what `final` held; without it, OSError if that is
-    anything but an empty folder.
+    `durable` waits for the disk, as above. `replace` drops the folder that was there; without it, OSError if
+    that was anything but an empty one.
     """
     scratch = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     scratch.mkdir()
@@ -54,14 +54,29 @@ def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) 
         if durable:
             for path in [*scratch.rglob("*"), scratch]:
                 sync(path)
-        if replace and final.exists():
-            shutil.rmtree(final)
+        old = _hide(final) if replace and final.exists() else None
         os.replace(scratch, final)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     if durable:
         sync(final.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)  # what can't be deleted is no longer in the way
+
+
+def remove_folder(folder: Path) -> None:
+    """A folder goes in one instant: nobody sees half of it.
+
+    Raises OSError where it can't be removed, or not all of it; then the rest has a name that PARTIAL matches.
+    """
+    shutil.rmtree(_hide(folder))
+
+
+def _hide(folder: Path) -> Path:
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    os.replace(folder, hidden)
+    return hidden
 
 
 def sync(path: Path) -> None:

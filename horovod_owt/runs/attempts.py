@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,26 @@ from typing import Any
 from horovod_owt.errors import ConfigError
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import outcome_stamp, read_outcome
+from horovod_owt.runs.owner import elastic_driver
 from horovod_owt.runs.records import append_record, last_step, newest_records, records_size
 
 ATTEMPTS = "attempts.jsonl"
+JOB = "HOROVOD_OWT_JOB"  # a variable: the same name for each start of a job, by whoever starts it again
+
+
+def job_name(env: Mapping[str, str]) -> str:
+    """What all starts of this job have in common; empty for a command that nobody starts again."""
+    slurm = f"slurm-{env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else ""
+    return env.get(JOB) or slurm or elastic_driver(env)
+
+
+def is_same_job(name: str, env: Mapping[str, str]) -> bool:
+    """Whether this is another start of the job that `name` was the name of.
+
+    In a shell of salloc each command has the same SLURM_JOB_ID; only a requeue makes one a job's next start.
+    """
+    lone = JOB not in env and not elastic_driver(env) and not int(env.get("SLURM_RESTART_COUNT", 0))
+    return bool(name) and name == job_name(env) and not lone
 
 
 @dataclass(frozen=True)

@@ -65,17 +65,22 @@ def records_size(run_dir: Path) -> int:
         return 0
 
 
-def was_validated(run_dir: Path, step: int) -> bool:
-    """Whether the run has a validation of the state after `step`.
+def validations(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
+    """The validations of the states after `steps`, by step; those that the run has not are left out.
 
     A run that resumed from an earlier step has taken back what was written of later ones before it did.
     """
+    found: dict[int, dict[str, Any]] = {}
+    wanted = set(steps)
     for record in newest_records(run_dir / METRICS):
-        if record.get("kind") == "validation" and record.get("step") == step:
-            return True
-        if record.get("kind") == "run" and record.get("first_step", step) < step:
-            return False
-    return False
+        if record.get("kind") == "validation" and record.get("step") in wanted:
+            found[record["step"]] = record
+            wanted.discard(record["step"])
+        elif record.get("kind") == "run":
+            wanted = {step for step in wanted if step <= record.get("first_step", step)}
+        if not wanted:
+            break
+    return found
 
 
 def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | None]:

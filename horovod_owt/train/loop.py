@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -18,14 +19,16 @@ from horovod_owt.parallel.collectives import broadcast_object, explain_lost_rank
 from horovod_owt.parallel.elastic import RESETS, Committed, why_regrouped
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
-from horovod_owt.runs.checkpoints import note_score
-from horovod_owt.runs.folder import open_run_folder, write_outcome
+from horovod_owt.runs.attempts import job_name
+from horovod_owt.runs.folder import write_outcome
+from horovod_owt.runs.opening import Opened, Resume, open_run_folder
+from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.records import MetricsLog
 from horovod_owt.schedule import learning_rate
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
-from horovod_owt.train.evaluate import Score, validate
+from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
@@ -37,7 +40,7 @@ from horovod_owt.train.watch import watched
 log = logging.getLogger(__name__)
 
 
-def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "auto") -> None:
+def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume) -> None:
     """Run one rank of training to its end.
 
     Raises OwtError for whatever a message can explain; Preempted (exit 75) after a stop signal.
@@ -47,12 +50,13 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
         stall_limit_s=request.cfg.stall_limit_s,
         fc_group_size=int(request.cfg.fc_group_size),
     )
-    with explain_lost_ranks(), StopRequest() as stop:
+    with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
         check_agreement(request, world)
         cfg = broadcast_object(request.cfg, "config")
         cfg, predicted_step_ms = choose_parallel(cfg, world)
-        run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
-        Run(cfg, request, world, run_dir, resume, predicted_step_ms).train(stop)
+        data = request.folder.identity()
+        opened = on_root(lambda: open_run_folder(run_dir, cfg, data, resume, ownership), "run_dir")
+        Run(cfg, request, world, opened, predicted_step_ms).train(stop)
     runtime.shutdown()
 
 
@@ -64,13 +68,12 @@ class Run:
         cfg: TrainConfig,
         request: Request,
         world: World,
-        run_dir: Path,
-        resume: str,
+        opened: Opened,
         predicted_step_ms: dict[str, float],
         committed: Committed | None = None,
     ) -> None:
         """`committed` is the state of an elastic job; what is in it goes before any checkpoint."""
-        self.cfg, self.world, self.run_dir = cfg, world, run_dir
+        self.cfg, self.world, self.run_dir = cfg, world, opened.run_dir
         self.predicted_step_ms = predicted_step_ms  # by strategy, when parallel=auto chose one
         self.data, self.folder = request.data, request.folder
         self.global_batch = cfg.global_batch(world.size)
@@ -80,13 +83,14 @@ class Run:
         if committed is not None and committed.step >= 0:
             self._owes_validation = restore_commit(self.replica, self.position, committed)
         else:
-            self._owes_validation = restore(self.replica, self.position, run_dir, resume)
+            self._owes_validation = restore(self.replica, self.position, opened.run_dir, opened.checkpoint)
+        self._began_from = opened.began_from
         self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
         remaining = max(0, cfg.epochs * self.position.num_samples - self.position.consumed)
         self.total_steps = self.position.step + math.ceil(remaining / self.global_batch)
         if cfg.max_steps:
             self.total_steps = min(self.total_steps, cfg.max_steps)
-        self.metrics = MetricsLog(run_dir) if world.is_root else None
+        self.metrics = MetricsLog(self.run_dir) if world.is_root else None
         self.writer = self._make_writer() if world.is_root else None
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
@@ -215,26 +219,31 @@ class Run:
         self._record("validation", epoch=position.epoch, step=position.step, **score.to_dict())
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
-            self._note_score(score)
-
-    def _note_score(self, score: Score) -> None:
-        position = self.position
-        try:
-            note_score(self.run_dir, step=position.step, epoch=position.epoch, top1=score.top1)
-        except OSError as error:
-            log.warning("the best checkpoint is not noted: %s", error.strerror)
+            self.writer.score(step=position.step, epoch=position.epoch, top1=score.top1)
 
     def _checkpoint(self, *, validation_due: bool) -> None:
         """Copy the state; it is written while training goes on."""
         start = perf_counter()
         on_root(self.writer.settle if self.writer else None, "checkpoint")
-        state = snapshot(self.replica, self.position, self._copies, validation_due=validation_due)
+        state = snapshot(
+            self.replica,
+            self.position,
+            self._copies,
+            validation_due=validation_due,
+            began_from=self._began_from,
+            job=job_name(os.environ),
+            data=self.folder.identity(),
+        )
         if self.writer is not None:
             self.writer.write(state, stall_s=perf_counter() - start)
 
     def _commit(self) -> None:
         """What an elastic job goes back to when it loses a rank; where it lets newcomers in."""
-        values = {"run_dir": str(self.run_dir), "global_batch": self._committed.values.get("global_batch")}
+        values = {
+            "run_dir": str(self.run_dir),
+            "began_from": self._began_from,
+            "global_batch": self._committed.values.get("global_batch"),
+        }
         values["global_batch"] = values["global_batch"] or self.global_batch
         commit(self.replica, self.position, self._committed, values)
 

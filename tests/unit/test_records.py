@@ -13,7 +13,7 @@ from horovod_owt.runs.records import (
     last_step,
     newest_records,
     records_size,
-    was_validated,
+    validations,
 )
 
 
@@ -90,12 +90,20 @@ def test_what_another_attempt_wrote_is_not_looked_at(metrics):
 
 
 def test_a_validation_of_a_step_that_was_taken_back_does_not_count(metrics):
-    run, score = (lambda n: line("run", first_step=n)), (lambda n: line("validation", step=n))
-    metrics.write_text(run(0) + score(2) + score(6) + run(6))
-    assert was_validated(metrics.parent, 6) and was_validated(metrics.parent, 2)
+    def run(step):
+        return line("run", first_step=step)
+
+    def score(step, top1):
+        return line("validation", step=step, top1=top1)
+
+    def scores(*steps):
+        return {step: record["top1"] for step, record in validations(metrics.parent, set(steps)).items()}
+
+    assert scores(2) == {}
+    metrics.write_text(run(0) + score(2, 20) + score(6, 60) + run(6))
+    assert scores(2, 6, 7) == {2: 20, 6: 60}
+    append_record(metrics, {"kind": "run", "first_step": 4})
+    assert scores(2, 6) == {2: 20}
     with metrics.open("a") as file:
-        file.write(run(4))
-    assert was_validated(metrics.parent, 2) and not was_validated(metrics.parent, 6)
-    with metrics.open("a") as file:
-        file.write(score(6) + run(6))
-    assert was_validated(metrics.parent, 6) and not was_validated(metrics.parent, 7)
+        file.write(score(6, 66) + run(6))
+    assert scores(2, 6) == {2: 20, 6: 66}
