@@ -72,7 +72,8 @@ class AttemptWatch:
         self._run_dir = run_dir
         self._records_before = records_size(run_dir)
         self._outcome_before = outcome_stamp(run_dir)
-        self._checkpoint_before = self._newest_checkpoint()
+        newest = self._newest_checkpoint()
+        self._checkpoint_before = _made_at(newest) if newest else None
 
     def attempt(self, launcher_code: int, *, asked_to_stop: bool) -> Attempt:
         exit_code = 128 - launcher_code if launcher_code < 0 else launcher_code
@@ -87,8 +88,8 @@ class AttemptWatch:
             exit_code=outcome["exit_code"],
             reason=outcome["reason"],
             last_step=step or 0,
-            checkpoint=newest,
-            new_checkpoint=newest != self._checkpoint_before,
+            checkpoint=newest.name if newest else "",
+            new_checkpoint=newest is not None and _made_at(newest) != self._checkpoint_before,
             asked_to_stop=asked_to_stop,
         )
 
@@ -103,9 +104,14 @@ class AttemptWatch:
         except ConfigError as error:
             return {"reason": error.saw}
 
-    def _newest_checkpoint(self) -> str:
-        """Its folder's name. Whether it is sound, the run will see."""
-        return next((folder.name for folder in list_checkpoints(self._run_dir)), "")
+    def _newest_checkpoint(self) -> Path | None:
+        """Whether it is sound, the run will see."""
+        return next(iter(list_checkpoints(self._run_dir)), None)
+
+
+def _made_at(checkpoint: Path) -> tuple[str, int]:
+    """Differs for a checkpoint of the same step that was written again."""
+    return checkpoint.name, checkpoint.stat().st_mtime_ns
 
 
 def _said_by_launcher(code: int) -> str:

@@ -96,6 +96,12 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
     assert (hidden.exit_code, hidden.reason, hidden.last_step) == (2, "no such recipe", 9)
     assert hidden.new_checkpoint and hidden.checkpoint == "step-00000009"
 
+    folder = AttemptWatch(tmp_path)
+    assert not folder.attempt(1, asked_to_stop=False).new_checkpoint
+    (tmp_path / "checkpoints" / "step-00000009").rename(tmp_path / "damaged")
+    (tmp_path / "checkpoints" / "step-00000009").mkdir()
+    assert folder.attempt(1, asked_to_stop=False).new_checkpoint  # of the same step, made again
+
     outcome(exit_code=0, reason="done")
     assert folder.attempt(0, asked_to_stop=False).exit_code == 0
     assert folder.attempt(1, asked_to_stop=False).exit_code == 1
