@@ -1,4 +1,4 @@
-"""A checkpoint's content: tensors and plain numbers, in the files that `runs.checkpoints` names.
+"""Read and write the content of a checkpoint: tensors and plain numbers.
 
 Tensors are whole, under the names of the state dict, so a checkpoint resumes on any number of ranks.
 """
@@ -25,7 +25,7 @@ from horovod_owt.runs.checkpoints import (
 
 
 class DiskError(Exception):
-    """A checkpoint that could not be written, and why in a few words."""
+    """A checkpoint could not be written."""
 
     def __init__(self, folder: Path, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -34,7 +34,7 @@ class DiskError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on: tensors by name, and the position in plain numbers."""
+    """What a run needs to resume: tensors by name, and its position in plain numbers."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""All that a run must remember to go on: weights, momentum, and its place in the stream of samples."""
+"""The state that a run resumes from: weights, momentum, and its position in the stream of samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import Commit, Committed
 from horovod_owt.runs.records import validations
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
 from horovod_owt.train.replica import MOMENTUM, Replica
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """A run's position."""
 
     num_samples: int  # training images, the length of an epoch
     step: int = 0  # optimizer updates done
@@ -31,14 +31,14 @@ class Position:
 
     @property
     def epoch(self) -> float:
-        """Epochs done, with the fraction."""
+        """Epochs done, as a fraction."""
         return self.consumed / self.num_samples
 
 
 def room_for_copies(replica: Replica) -> dict[str, Tensor]:
-    """Memory for `snapshot` on rank 0, nothing on others.
+    """Memory for `snapshot` on rank 0, empty on others.
 
-    Written to now: Linux gives pages at the first touch, which for 490 MB takes most of a second.
+    It is touched now: page faults on first use would take most of a second for 490 MB.
     """
     if not replica.world.is_root:
         return {}
@@ -51,10 +51,10 @@ def room_for_copies(replica: Replica) -> dict[str, Tensor]:
 def snapshot(
     replica: Replica, position: Position, copies: dict[str, Tensor], *, validation_due: bool, **run: Any
 ) -> Checkpoint | None:
-    """A copy of the run's state that later steps leave alone, on rank 0. Every rank must call it.
+    """A copy of the run's state on rank 0, None on others. Every rank must call it.
 
-    It is made in `copies`, from `room_for_copies`; `validation_due`: whether this state is to be validated.
-    `run` is what else `runs.opening` wants to know when the run is resumed.
+    It is written to `copies`, from `room_for_copies`; `validation_due` tells a resumed run to validate first.
+    `run` is what else `runs.opening` needs to resume it.
     """
     whole = replica.gather()
     if not replica.world.is_root:
@@ -81,9 +81,9 @@ def snapshot(
 
 
 def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Path | None) -> bool:
-    """Go on where a checkpoint stopped, if there is one: rank 0 reads it, all receive. Every rank calls it.
+    """Resume from a checkpoint, if there is one: rank 0 reads and broadcasts it. Every rank must call it.
 
-    Returns whether the run ended before it had validated that state.
+    Returns whether that state is still to be validated.
     """
     if checkpoint is None:
         return False
@@ -110,20 +110,29 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
     return state["validation_due"]
 
 
-def commit(replica: Replica, position: Position, committed: Committed, values: dict[str, Any]) -> None:
-    """Keep this state in the memory of every rank; raises, on all, what lets an elastic job regroup."""
-    tensors = {name: tensor for name, tensor, _ in replica.parts()}
-    place = {"step": position.step, "consumed": position.consumed, "scaler": replica.scaler_state()}
-    committed.commit_copy(tensors, {**values, **place})
+def commit(
+    replica: Replica, position: Position, committed: Committed, run_dir: Path, began_from: str = ""
+) -> None:
+    """Keep this state in the memory of every rank; if hosts changed, all ranks raise an elastic reset."""
+    last, own_global_batch = committed.last, replica.cfg.global_batch(replica.world.size)
+    state = Commit(
+        step=position.step,
+        consumed=position.consumed,
+        scaler=replica.scaler_state(),
+        run_dir=run_dir,
+        first_global_batch=last.first_global_batch if last else own_global_batch,
+        began_from=began_from,
+    )
+    committed.commit_copy({name: tensor for name, tensor, _ in replica.parts()}, state)
 
 
 def restore_commit(replica: Replica, position: Position, committed: Committed) -> bool:
-    """Go back to what was committed, as every rank does; nothing is left to validate."""
+    """Go back to the last commit, on every rank. Returns False: validation is not due."""
     for name, tensor, _ in replica.parts():
         tensor.copy_(committed.tensors[name])
     replica.weights_changed()
-    replica.load_scaler_state(committed.values["scaler"])
-    position.step, position.consumed = committed.step, committed.values["consumed"]
+    replica.load_scaler_state(committed.last.scaler)
+    position.step, position.consumed = committed.last.step, committed.last.consumed
     return False
 
 
