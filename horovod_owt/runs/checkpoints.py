@@ -6,7 +6,7 @@ Each is written beside its final place, fsynced and renamed; the manifest has a 
 `checkpoints/best.json` names the step with the best validation; that one stays, however old. What the tensors
 mean is `train.checkpoint`'s to know.
 
-A run folder holds one line of steps, so the largest number is the newest checkpoint: a run that resumes from
+A run folder has a linear history, so the largest step is the newest checkpoint: a run that resumes from
 a step moves later ones aside (`resume_at`), and one that wants to go back gets another folder.
 """
 

@@ -5,8 +5,8 @@
     PATH       PATH                              the same, if the run began from PATH; else refused
     never      initial weights                   the same, if this job wrote it; else refused
 
-So a job that is requeued or restarted resumes where it stopped, whatever its command says; and a folder holds
-one line of steps: to go back, a run begins from the earlier checkpoint in a folder of its own.
+So a job that is requeued or restarted resumes where it stopped, whatever its command says; and the
+history of a folder is linear: to go back, a run begins from the earlier checkpoint in another folder.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
         raise ConfigError(
             f"run folder {run_dir} has come to step {step_of(own)}, from {began_from or 'initial weights'}; "
             f"--resume {resume.how} would go back",
-            wanted="one line of steps in a folder",
+            wanted="a linear history in a run folder",
             fix=f"--resume auto to go on from step {step_of(own)}, "
             f"or another --run-dir to start from {resume.how}",
         )
