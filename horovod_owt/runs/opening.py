@@ -62,46 +62,45 @@ def open_run_folder(
     `data` is the data set's identity. Raises ConfigError when the folder is another process's, or holds a run
     that is not to be resumed, or cannot be with `cfg` or `data`; RunError when its checkpoints are damaged.
     """
-    run_dir = _writable_folder(run_dir, cfg.model, ownership)
-    opened = _choose_checkpoint(run_dir, resume)
-    own = opened.checkpoint is not None and opened.checkpoint.parent.parent == run_dir
-    if opened.checkpoint is not None:
-        if own:
-            _check_config(run_dir, cfg)
-        _check_data(opened.checkpoint, data, other_data=resume.other_data)
-    resume_at(run_dir, step_of(opened.checkpoint) if own else 0)
-    write_config(run_dir, cfg.to_dict())
-    return opened
-
-
-def _writable_folder(run_dir: Path | None, model: str, ownership: Ownership) -> Path:
-    """The folder, owned by this process."""
     try:
-        if run_dir is None:
-            run_dir = _new_folder(Path("runs") / f"{model}-{time.strftime('%Y%m%d-%H%M%S')}")
-        run_dir = run_dir.resolve()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        ownership.take(run_dir)
+        return _open(run_dir, cfg, data, resume, ownership)
     except OSError as error:
         raise ConfigError(
             f"run folder {run_dir or 'runs'}: {error.strerror}",
             wanted="a folder to write to",
             fix="--run-dir ELSEWHERE",
         ) from None
-    return run_dir
+
+
+def _open(
+    run_dir: Path | None, cfg: TrainConfig, data: Mapping[str, Any], resume: Resume, ownership: Ownership
+) -> Opened:
+    if run_dir is None:
+        run_dir = _new_folder(Path("runs") / f"{cfg.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = run_dir.resolve()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    ownership.take(run_dir)
+    opened = _choose_checkpoint(run_dir, resume)
+    checkpoint = opened.checkpoint
+    own = checkpoint is not None and checkpoint.parent.parent == run_dir
+    if own:
+        _check_config(run_dir, cfg)
+    if checkpoint is not None:
+        _check_data(checkpoint, data, other_data=resume.other_data)
+    resume_at(run_dir, step_of(checkpoint) if own else 0)
+    write_config(run_dir, cfg.to_dict())
+    return opened
 
 
 def _new_folder(path: Path) -> Path:
     """One that nobody has: runs that start in the same second get one each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
+    for folder in itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))):
         try:
-            made = path if number == 1 else path.with_name(f"{path.name}-{number}")
-            made.mkdir()
-            return made
+            folder.mkdir()
+            return folder
         except FileExistsError:
             continue
-    raise AssertionError
 
 
 def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:

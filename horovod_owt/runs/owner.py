@@ -185,8 +185,12 @@ def _create(folder: Path, number: int, owner: Owner) -> Path | None:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return None
-    with open(descriptor, "w") as file:
-        file.write(json.dumps(asdict(owner)) + "\n")
+    try:
+        with open(descriptor, "w") as file:
+            file.write(json.dumps(asdict(owner)) + "\n")
+    except OSError:  # a full disk: others should not wait for an owner without a name
+        path.unlink(missing_ok=True)
+        raise
     if max(_numbers(folder)) > number:  # this one was long over when it was created
         path.unlink(missing_ok=True)
         return None

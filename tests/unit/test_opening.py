@@ -225,3 +225,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="Not a directory.*--run-dir ELSEWHERE"):
         start(tmp_path / "file" / "run")
+    (tmp_path / "run" / "config.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="Is a directory"):
+        start(tmp_path / "run")

@@ -182,6 +182,17 @@ def test_a_file_system_that_is_gone_for_a_while_is_no_loss(tmp_path):
     assert not lost
 
 
+def test_a_full_disk_leaves_no_owner_behind(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(owner.json, "dumps", refuse)
+        with pytest.raises(OSError):
+            Ownership().take(tmp_path)
+    assert files(tmp_path) == []
+
+
 def take_turns(run_dir, seed, turns):
     """Own the folder so often, each time alone in it, and now and then die as its owner."""
     chance = random.Random(seed)
