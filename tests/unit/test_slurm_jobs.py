@@ -16,7 +16,7 @@ from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.runs.records import last_step
-from horovod_owt.slurm import batch, nodes
+from horovod_owt.slurm import batch, nodes, status
 from horovod_owt.slurm.allocation import Allocation, read_allocation
 from horovod_owt.slurm.batch import owt_args
 from horovod_owt.slurm.commands import parse_jobs
@@ -308,3 +308,15 @@ def test_the_last_step_is_found_in_a_long_log_with_half_a_line_at_its_end(tmp_pa
     lines = [json.dumps({"kind": "step", "step": n, "images_per_s": n / 2}) for n in range(1, 5001)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "validation"}', '{"kind": "st']))
     assert last_step(tmp_path) == (5000, 2500.0)
+
+
+def test_the_status_of_an_ended_job_comes_from_its_run_folder_damaged_or_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "find_jobs", lambda job_id: [])
+    (tmp_path / "outcome.json").write_text('{"exit_code": 75}')
+    for name in ("metrics.jsonl", "attempts.jsonl"):  # after a power cut
+        (tmp_path / name).write_text('{"kind": "step", "step": 3, "restarts": 2}\n\0\0\0\0\n')
+    found = status.job_status("7", tmp_path)
+    assert (found.state, found.step, found.restarts) == ("PREEMPTED", 3, 2)
+    (tmp_path / "outcome.json").write_text('{"exit_code": 7')
+    with pytest.raises(ConfigError, match="outcome.json is unreadable"):
+        status.job_status("7", tmp_path)
