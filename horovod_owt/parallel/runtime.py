@@ -98,7 +98,7 @@ def _check_size(topology: Topology) -> None:
         raise ConfigError(
             f"{topology.launcher} started {topology.world_size} ranks, Horovod's MPI sees {hvd.size()}",
             wanted="the MPI that Horovod is built with",
-            fix="its mpirun first on PATH, or `owt launch hosts --hosts FILE -- DATA`",
+            fix="its mpirun first on PATH, or `owt launch hosts --hosts FILE -- DATA --run-dir DIR`",
         ).by_rank_0(topology.rank)
 
 
