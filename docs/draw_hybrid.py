@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from drawing import FAINT, INK, PANEL, PAPER, arrow, box, svg, text
+
 FILE = Path(__file__).with_name("hybrid.svg")
 
-PAPER, PANEL, EDGE, INK, FAINT = "#fcfcfa", "#eef0f2", "#9aa3ab", "#22282d", "#5b666f"
 CONV, BAR = "#d5dbe0", "#ffffff"  # what all ranks have; what moves between them
 PARTS = (("#8fc1e3", "#2f78a8"), ("#f3bd86", "#b9691c"))  # fill and edge of the two parts of each FC layer
 
@@ -17,29 +18,6 @@ TOP = 20
 
 # Upper edges, px
 IMAGES, CONVOLUTIONS, GATHER, FC6, FC7, UNITS, FC8, LOGITS, LOSS = 80, 128, 236, 302, 372, 456, 522, 606, 660
-
-
-def text(x: float, y: float, words: str, *, size: int = 13, fill: str = INK, weight: str = "normal") -> str:
-    return (
-        f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}" font-weight="{weight}" '
-        f'text-anchor="middle">{words}</text>'
-    )
-
-
-def box(x: float, y: float, width: float, height: float, fill: str, edge: str = EDGE) -> str:
-    return (
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5" fill="{fill}" '
-        f'stroke="{edge}"/>'
-    )
-
-
-def arrow(x: float, y: float, to_y: float, colour: str = FAINT) -> str:
-    """Downwards is forward, upwards backward."""
-    tip = 5 if to_y > y else -5
-    return (
-        f'<path d="M{x:g} {y:g}V{to_y - tip:g}" stroke="{colour}" stroke-width="1.5"/>'
-        f'<path d="M{x - 4:g} {to_y - tip:g}h8l-4 {tip:g}z" fill="{colour}"/>'
-    )
 
 
 def both_ways(x: float, y: float, to_y: float) -> list[str]:
@@ -122,19 +100,16 @@ def sum_between(y: float, colour: str, *lines: str) -> list[str]:
 
 
 def drawing() -> str:
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" fill="none" '
-        'font-family="Helvetica, Arial, sans-serif" role="img">',
-        "<title>Four ranks in two groups: each has all convolutions and half of each FC layer</title>",
-        box(0.5, 0.5, WIDTH - 1, HEIGHT - 1, PAPER),
+    return svg(
+        WIDTH,
+        HEIGHT,
+        "Four ranks in two groups: each has all convolutions and half of each FC layer",
         *group("0", 0, TOP),
         *group("1", 2, TOP + GROUP + GAP),
         *sum_between(CONVOLUTIONS + 40, FAINT, "gradients summed", "over all ranks"),
         *sum_between(FC7 - 18, PARTS[0][1], "gradients of equal parts", "summed over the groups"),
         *sum_between(FC7 + 2, PARTS[1][1]),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+    )
 
 
 if __name__ == "__main__":

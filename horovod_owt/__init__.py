@@ -1,3 +1,3 @@
-"""AlexNet-OWT on ImageNet: Horovod keeps the replicas in step, DALI feeds them."""
+"""Train AlexNet-OWT on ImageNet with Horovod and DALI."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The `owt` command: its groups, and how it ends."""
+"""The `owt` command: its subcommands, and error handling."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.train import train
-from horovod_owt.errors import OwtError
+from horovod_owt.errors import OwtError, Speaker
 from horovod_owt.topology import read_topology
 
-# Of the ranks of a host that met the same trouble, the first one speaks; then the launcher ends the others,
-# or they speak after all.
+# How long the other ranks of a host wait before they print an error that all ranks raised: by then the
+# launcher has usually ended them, and the host reports the error once.
 SPEAKER_GRACE_S = 5.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="owt")
 def cli() -> None:
-    """Train AlexNet-OWT on ImageNet-like folders of JPEGs, on one rank or on many.
+    """Train AlexNet-OWT on ImageNet-like data sets with Horovod, on one rank or many.
 
     \b
     Example:  owt data synth /tmp/synth
@@ -42,9 +42,9 @@ for command in (data, train, checkpoint, devices, preflight, bench, launch, job)
 
 
 def main() -> None:
-    """Run the command line: an OwtError becomes one line and its exit code, a bug ends the whole job."""
-    # torch's large tensors in huge pages, or each new one costs a page fault for every 4 KB: a step of 32
-    # images on a CPU core takes 10 to 17 % longer. Before torch allocates; what the user set stays.
+    """Run the command line. An OwtError is printed as one line and sets the exit code; a bug ends the job."""
+    # Huge pages for torch's large tensors: with 4 KB pages a step of 32 images on a CPU core takes 10 to 17 %
+    # longer. Must be set before torch allocates; a value set by the user is kept.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     topology = read_topology()
     alone = topology.world_size == 1
@@ -52,9 +52,9 @@ def main() -> None:
     try:
         cli.main()
     except OwtError as error:
-        if error.shared and topology.local_rank != 0:
+        if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
             time.sleep(SPEAKER_GRACE_S)
-        if not error.silent:
+        if error.speaker is not Speaker.RANK_0 or error.rank == 0:
             print(f"owt: {who}{error}", file=sys.stderr, flush=True)
         exit_code = error.exit_code
     except Exception:
@@ -62,6 +62,6 @@ def main() -> None:
         exit_code = 1
     if alone:
         sys.exit(exit_code)
-    # Who leaves in mid-job must not wait for its peers in Horovod's exit handler: the launcher ends them.
+    # Skip Horovod's exit handler, which would wait for peers that may be hung; the launcher ends them.
     sys.stdout.flush()
     os._exit(exit_code)

@@ -1,4 +1,4 @@
-"""One run's configuration: resolved once from a recipe and what the user set, then frozen."""
+"""The configuration of a run: resolved once from a recipe and the user's settings, then frozen."""
 
 from __future__ import annotations
 
@@ -34,80 +34,78 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a run computes; the keys of recipes, of --set and of config.json."""
+    """The configuration keys of recipes, --set and config.json."""
 
-    model: str = "alexnet-owt"  # alexnet-owt | alexnet-owt-bn
-    classes: int = 0  # 0: as many as the data set has
-    image_size: int = 224  # px, side of the square that the network sees
-    crop_scale_min: float = 0.08  # smallest share of an image's area that a training crop may take
+    model: str = "alexnet-owt"  # alexnet-owt-bn adds batch normalisation after each hidden layer
+    classes: int = 0  # outputs; 0: as many as the data set has classes
+    image_size: int = 224  # px, side of the square training and validation crops; at least 63
+    crop_scale_min: float = 0.08  # smallest fraction of an image's area that a training crop may cover
 
-    epochs: int = 90
-    max_steps: int = 0  # optimizer updates; 0: no limit but the epochs
-    batch: int = 128  # images a rank in one forward pass (the micro-batch)
-    accum_steps: int = 1  # micro-batches per optimizer update
+    epochs: int = 90  # length of the run, in passes over the training set
+    max_steps: int = 0  # stop after this many optimizer updates; 0: no limit
+    batch: int = 128  # images per rank in one forward pass (the micro-batch)
+    accum_steps: int = 1  # micro-batches per optimizer update (gradient accumulation)
 
     lr: float = 0.01  # peak learning rate at a global batch of lr_batch images
-    lr_batch: int = 256  # images; the learning rate grows linearly with global batch / lr_batch
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.0  # longest gradient that an update may take, Euclidean norm; 0: no limit
-    warmup_epochs: float = 0.0  # linear ramp from 0 to the scaled learning rate
-    schedule: str = "step:30:0.1"  # constant | cosine | poly:POWER | step:EPOCHS:FACTOR
-    dropout: float = 0.5  # share of units zeroed before each hidden FC layer
-    label_smoothing: float = 0.0
+    lr_batch: int = 256  # images; the peak is lr * global batch / lr_batch (linear scaling)
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # of SGD, on all parameters
+    clip_norm: float = 0.0  # clip the gradient to this Euclidean norm over the whole net; 0: off
+    warmup_epochs: float = 0.0  # linear ramp from 0 to the peak learning rate
+    schedule: str = "step:30:0.1"  # after warm-up: constant, cosine, poly:POWER or step:EPOCHS:FACTOR
+    dropout: float = 0.5  # probability of zeroing an input of a hidden FC layer
+    label_smoothing: float = 0.0  # probability mass spread over all classes
 
-    precision: str = "fp32"  # fp32 | bf16 (autocast) | fp16 (loss scaling, GPU only) | fp64 (for proofs)
-    channels_last: bool = True
-    deterministic: bool = False  # only kernels that give the same bits each time; slower on a GPU
-    seed: int = 0  # weights, order of samples, augmentation and dropout all follow from it
+    precision: str = "fp32"  # bf16: autocast; fp16: autocast and loss scaling, GPU only; fp64: for tests
+    channels_last: bool = True  # memory format of weights and images
+    deterministic: bool = False  # only bitwise reproducible kernels; slower on a GPU
+    seed: int = 0  # of the initial weights, order of samples, augmentation and dropout
 
-    parallel: str = (
-        "data"  # data: each rank holds the whole net; hybrid: One Weird Trick; auto: the faster one
-    )
-    fc_group_size: str = (
-        "node"  # ranks that share their FC layers in hybrid: a number, all, or node: its ranks
-    )
-    owt_scheme: str = "a"  # a: all of a group's images at once through the FC layers; b: its ranks in turn
-    fc_batch: str = (
-        "global"  # of an FC update: global, or local: one rank's batch in each group, scheme b only
-    )
-    sync_bn: bool = False  # batch normalisation over all ranks' images; else over one rank's
-    compression: str = "none"  # none | fp16: gradients travel as 16-bit floats
+    parallel: str = "data"  # hybrid: ranks share the FC layers (One Weird Trick); auto: the faster of the two
+    fc_group_size: int | str = "node"  # ranks that share the FC layers: a number, all, or node (a host's)
+    owt_scheme: str = "a"  # hybrid: a: a group's whole batch at once through the FC layers; b: rank by rank
+    fc_batch: str = "global"  # batch of an FC update; local (scheme b): one rank's images of each group
+    sync_bn: bool = False  # batch statistics over all ranks' images instead of each rank's own
+    compression: str = "none"  # fp16: send gradients as 16-bit floats
 
-    pipeline: str = "auto"  # auto | dali | torchvision
-    decode_threads: int = 0  # a rank; 0: its share of the cores
-    bad_images: str = "fail"  # fail: one ends the run; skip: each is named, and weighs nothing
-    log_every: int = 10  # steps between two progress lines
-    checkpoint_every: int = 0  # steps; 0: at epoch ends only
-    keep_checkpoints: int = 3  # newest ones that stay on disk, and the best by validation
-    commit_every: int = 10  # steps between two commits of an elastic run, which a lost rank throws it back to
-    elastic_batch: str = "scale"  # scale: the global batch follows the ranks; keep: they share the first one
-    checkpoint_retries: int = 3  # checkpoints in a row that the disk may refuse before the run ends
-    stall_limit_s: float = 600.0  # a collective that waits longer than this for a rank ends the run
+    pipeline: str = "auto"  # auto: DALI where it is installed, else torchvision
+    decode_threads: int = 0  # per rank; 0: the rank's share of the cores
+    bad_images: str = "fail"  # fail: one ends the run; skip: each is reported once and not counted
+    log_every: int = 10  # steps between progress lines
+    checkpoint_every: int = 0  # steps between checkpoints, besides those at epoch ends; 0: epoch ends only
+    keep_checkpoints: int = 3  # newest checkpoints kept on disk, besides the best by validation
+    commit_every: int = 10  # elastic: steps between commits, the most that is repeated after losing a rank
+    elastic_batch: str = "scale"  # elastic: the global batch scales with the ranks; keep: it stays constant
+    checkpoint_retries: int = 3  # consecutive failed checkpoint writes tolerated before the run ends
+    stall_limit_s: float = 600.0  # seconds that ranks wait in a collective for a hung one before the run ends
 
     def __post_init__(self) -> None:
         _check(self)
 
     def rank_batch(self) -> int:
-        """Images that one rank sees in one step."""
+        """Images per rank and step."""
         return self.batch * self.accum_steps
 
     def global_batch(self, world_size: int) -> int:
-        """Images that go into one optimizer update."""
+        """Images per optimizer update."""
         return self.rank_batch() * world_size
 
     def ranks_per_classifier(self) -> int:
-        """How many ranks share the FC layers; to be asked when fc_group_size and parallel are resolved."""
-        assert self.parallel != "auto"
-        return 1 if self.parallel == "data" else int(self.fc_group_size)
+        """How many ranks share the FC layers; `parallel` and `fc_group_size` must be resolved."""
+        assert self.parallel != "auto" and isinstance(self.fc_group_size, int)
+        return 1 if self.parallel == "data" else self.fc_group_size
 
     def peak_lr(self, world_size: int) -> float:
-        """After warm-up: the linear rule of Goyal et al. 2017, arXiv:1706.02677, section 2.1."""
+        """Learning rate after warm-up: linear scaling, Goyal et al. 2017, arXiv:1706.02677, section 2.1."""
         return self.lr * self.global_batch(world_size) / self.lr_batch
 
-    def total_steps(self, num_samples: int, world_size: int) -> int:
-        """Optimizer updates of the whole run over `num_samples` training images."""
-        steps = math.ceil(self.epochs * num_samples / self.global_batch(world_size))
+    def total_steps(self, num_samples: int, world_size: int, *, step: int = 0, consumed: int = 0) -> int:
+        """Optimizer updates of the whole run over `num_samples` training images.
+
+        A run that resumes has done `step` of them, with `consumed` samples, perhaps on other ranks.
+        """
+        remaining = max(0, self.epochs * num_samples - consumed)
+        steps = step + math.ceil(remaining / self.global_batch(world_size))
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +116,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
 def resolve(recipe: str | None = None, settings: Iterable[str] = ()) -> TrainConfig:
-    """A recipe's values, overlaid by `key=value` settings in their order."""
+    """A recipe's values, overridden by `key=value` settings in order; raises ConfigError."""
     values = load_recipe(recipe or DEFAULT_RECIPE)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -129,7 +127,7 @@ def resolve(recipe: str | None = None, settings: Iterable[str] = ()) -> TrainCon
 
 
 def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
-    """A configuration from names and values of any origin; raises ConfigError for an unknown or unfit one."""
+    """A configuration from keys and values; raises ConfigError for an unknown key or invalid value."""
     return TrainConfig(**{key: _typed(key, value) for key, value in values.items()})
 
 
@@ -142,14 +140,14 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_file: str) -> dict[str, Any]:
-    """The keys and values of a recipe that comes with the package, or of a YAML file."""
+    """The keys and values of a built-in recipe or a YAML file; raises ConfigError."""
     if name_or_file in recipe_names():
         text = (resources.files("horovod_owt.recipes") / f"{name_or_file}.yaml").read_text()
     elif Path(name_or_file).is_file():
         text = Path(name_or_file).read_text()
     else:
         raise ConfigError(
-            f"recipe {name_or_file!r} is neither a known name nor a file",
+            f"recipe {name_or_file!r} is neither a built-in recipe nor a file",
             wanted=f"one of {', '.join(recipe_names())} or a path",
             fix=f"--recipe {_nearest(name_or_file, recipe_names()) or DEFAULT_RECIPE}",
         )
@@ -158,28 +156,34 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"recipe {name_or_file} is no YAML{line}", wanted="key: value lines") from None
+        raise ConfigError(
+            f"recipe {name_or_file} is not valid YAML{line}", wanted="key: value lines"
+        ) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe {name_or_file} holds a {type(values).__name__}", wanted="key: value lines")
+        raise ConfigError(
+            f"recipe {name_or_file} contains a {type(values).__name__}", wanted="key: value lines"
+        )
     return values
 
 
 def _typed(key: str, value: Any) -> Any:
-    """`value` as the field's type; text comes from --set, and from YAML for numbers like 1e-4."""
+    """`value` as the field's type. --set gives text, and so does YAML for numbers like 1e-4."""
     if key not in FIELDS:
         near = _nearest(key, FIELDS)
         fix = f"use {near}" if near else f"known keys: {', '.join(FIELDS)}"
         raise ConfigError(f"unknown key {key!r}", wanted="a config key", fix=fix)
-    kind = FIELDS[key].type  # a string, thanks to the __future__ import
+    kind = FIELDS[key].type  # a string, because of the __future__ import
     try:
         if kind == "bool":
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
         if kind == "int":
-            return int(str(value))  # through text, so that neither 1.5 nor True passes for a whole number
+            return int(str(value))  # from text, so that neither 1.5 nor True is accepted
         if kind == "float":
             if isinstance(value, bool) or not math.isfinite(float(value)):
                 raise ValueError
             return float(value)
+        if kind == "int | str" and str(value).isdecimal():
+            return int(value)
     except (KeyError, TypeError, ValueError, OverflowError):
         wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
         fix = f"{key}={FIELDS[key].default}"
@@ -226,9 +230,9 @@ def _check(cfg: TrainConfig) -> None:
 
 
 def _check_hybrid(cfg: TrainConfig) -> None:
-    """Refuse what makes no sense together, and what does not hold for split layers."""
+    """Reject inconsistent settings, and those that split layers do not support."""
     size = cfg.fc_group_size
-    if size not in ("node", "all") and not (size.isdecimal() and int(size)):
+    if size not in ("node", "all") and not (isinstance(size, int) and size > 0):
         raise ConfigError(
             f"fc_group_size={size}",
             wanted="node, all or a number of ranks",
@@ -236,7 +240,7 @@ def _check_hybrid(cfg: TrainConfig) -> None:
         )
     if cfg.fc_batch == "local" and cfg.owt_scheme != "b":
         raise ConfigError(
-            "fc_batch=local with owt_scheme=a, where all images go through the FC layers at once",
+            "fc_batch=local with owt_scheme=a, where the FC layers process all images at once",
             wanted="owt_scheme=b, where ranks take turns",
             fix="--set owt_scheme=b",
         )
@@ -252,14 +256,14 @@ def _check_hybrid(cfg: TrainConfig) -> None:
         )
     if cfg.sync_bn and cfg.owt_scheme == "b" and cfg.parallel != "data":
         raise ConfigError(
-            "sync_bn=true with owt_scheme=b, where no FC layer sees the whole batch",
+            "sync_bn=true with owt_scheme=b, where no FC layer gets the whole batch",
             wanted="owt_scheme=a",
             fix="--set owt_scheme=a",
         )
     if cfg.precision == "fp16" and cfg.parallel == "hybrid":
         raise ConfigError(
             "precision=fp16 with parallel=hybrid, whose ranks would skip different steps",
-            wanted="fp32 or bf16 there",
+            wanted="fp32 or bf16",
             fix="--set precision=bf16, or --parallel data",
         )
 

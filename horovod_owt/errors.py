@@ -1,30 +1,40 @@
-"""What a user can get wrong, each with its exit code.
+"""Errors that a message explains, each with its exit code and the ranks that print it.
 
 1 the run failed; 2 bad usage or config; 3 a check found a problem; 75 stopped at a checkpoint, requeue me.
 """
 
 from __future__ import annotations
 
+from enum import Enum
+
+
+class Speaker(Enum):
+    """Which of the ranks that raise an error print it."""
+
+    ONE_RANK = "the rank that raised it"
+    EVERY_RANK = "local rank 0 of each host, then the others, unless the launcher ends them first"
+    RANK_0 = "rank 0 of the job"
+
 
 class OwtError(Exception):
-    """A mistake or mishap that a message can explain: printed as one line, without a traceback."""
+    """A failure that a message explains: printed as one line, without a traceback."""
 
     exit_code = 1
-    shared = False  # every rank of this host has met it, so that one of them may speak for all
-    silent = False  # rank 0 says it, and all leave together
+    speaker = Speaker.ONE_RANK
+    rank = 0  # of this process, where the speaker is rank 0
 
     def __init__(self, saw: str, *, wanted: str = "", fix: str = "") -> None:
         self.saw, self.wanted, self.fix = saw, wanted, fix
         super().__init__(saw, wanted, fix)  # all of them, so that an error survives pickling
 
     def on_every_rank(self) -> OwtError:
-        """The same error, marked as one that each rank raises."""
-        self.shared = True
+        """The same error, marked as raised by every rank of the job."""
+        self.speaker = Speaker.EVERY_RANK
         return self
 
     def by_rank_0(self, rank: int) -> OwtError:
-        """The same error, marked as one that all ranks of the job raise at once, and rank 0 tells."""
-        self.silent = rank != 0
+        """The same error, marked as raised by every rank of the job, `rank` here, and printed by rank 0."""
+        self.speaker, self.rank = Speaker.RANK_0, rank
         return self
 
     def __str__(self) -> str:
@@ -40,17 +50,17 @@ def _rebuild(kind: type[OwtError], saw: str, wanted: str, fix: str) -> OwtError:
 
 
 class RunError(OwtError):
-    """The run cannot go on: a bad image under way, a loss that is no number, a disk that is full."""
+    """The run cannot continue: a bad image, a NaN loss, a full disk."""
 
 
 class ConfigError(OwtError):
-    """A recipe, an option or a --set value that makes no sense."""
+    """An invalid recipe, option or --set value."""
 
     exit_code = 2
 
 
 class DataError(OwtError):
-    """A data set that is missing, empty, unreadable or does not fit together."""
+    """A data set that is missing, empty, unreadable or inconsistent."""
 
     exit_code = 2
 
@@ -62,13 +72,13 @@ class DeviceError(OwtError):
 
 
 class ProblemFound(OwtError):
-    """A check did its work, and what it looked at is not as it should be."""
+    """A check ran and found a problem in what it checked."""
 
     exit_code = 3
 
 
 class Preempted(OwtError):
-    """The run stopped at a checkpoint because it was told to; requeue it."""
+    """The run stopped at a checkpoint on request; requeue it."""
 
     exit_code = 75
-    shared = True  # ranks agree on it, and rank 0 leaves first, when all is on disk
+    speaker = Speaker.EVERY_RANK

@@ -1,4 +1,4 @@
-"""The one way to write files and folders: beside their place, then renamed. Nobody ever sees half of one."""
+"""Atomic writes of files and folders: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PARTIAL = ".*.partial"  # what a killed write leaves behind
 
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None) -> Iterator[BinaryIO]:
-    """A file, in `folder` or beside `path`, that takes the name `path` if the block succeeds.
+    """A temporary file, in `folder` or next to `path`, that is renamed to `path` if the block succeeds.
 
-    `durable` waits for the disk, so that the name survives a power cut and never stands for half a file.
+    `durable` syncs file and folder, so that after a power cut `path` is the complete file or the old one.
     """
     scratch = (folder or path.parent) / f".{os.getpid()}-{secrets.token_hex(4)}.partial"
     try:
@@ -35,17 +35,17 @@ def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's text in one instant, and durably: a reader sees the old one or the new one."""
+    """Replace a file's text atomically and durably: a reader sees the old text or the new one."""
     with atomic_file(path, durable=True) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill, beside `final`: it takes that name if the block succeeds and is gone if it fails.
+    """A temporary folder next to `final`: renamed to it if the block succeeds, removed if it fails.
 
-    `durable` waits for the disk, as above. `replace` drops what `final` held; without it, OSError if that is
-    anything but an empty folder.
+    `durable` syncs everything, as above. `replace` deletes an existing `final`; without it, OSError if
+    `final` is anything but an empty folder.
     """
     scratch = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     scratch.mkdir()
@@ -65,7 +65,7 @@ def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) 
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a folder's names, to the disk."""
+    """fsync a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

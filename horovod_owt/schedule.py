@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of how far a run has come."""
+"""The learning rate as a pure function of the epoch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FORMS = "constant, cosine, poly:POWER or step:EPOCHS:FACTOR"
 
 
 def parse_schedule(text: str) -> Factor:
-    """The function behind a schedule's name, such as `step:30:0.1` or `poly:2`."""
+    """The function that a schedule such as `step:30:0.1` or `poly:2` names; raises ConfigError."""
     kind, *words = text.split(":")
     try:
         numbers = [float(word) for word in words]
@@ -35,7 +35,7 @@ def learning_rate(
 ) -> float:
     """Learning rate of the step that starts at `epoch` (a fraction) and is `step_epochs` long.
 
-    The ramp counts the step's end, so that the first step learns something and the ramp ends at the peak.
+    The warm-up ramp uses the step's end, so that the first rate is not 0 and the ramp ends at the peak.
     """
     lr = peak_lr * parse_schedule(schedule)(epoch, epochs)
     if epoch < warmup_epochs:

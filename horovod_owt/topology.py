@@ -103,10 +103,10 @@ class Topology:
     unbound: bool = False  # by the launcher: the cores that this rank may use are its host's ranks' to share
 
 
-def resolve_group_size(setting: str, topology: Topology) -> int:
+def resolve_group_size(setting: int | str, topology: Topology) -> int:
     """`fc_group_size` as a number of ranks; ConfigError when the job has no whole number of such groups."""
     ranks = topology.world_size
-    size = {"all": ranks, "node": topology.local_size}.get(setting) or int(setting)
+    size = {"all": ranks, "node": topology.local_size}.get(setting, setting)
     if ranks % size:
         choices = [str(n) for n in range(1, ranks + 1) if ranks % n == 0]
         asked = f"fc_group_size={setting}" + (

@@ -1,4 +1,4 @@
-"""Which code this is and what it is installed with, without loading any of it."""
+"""Versions of this package and its dependencies, without importing them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
 
 def installed_versions() -> dict[str, str]:
-    """This package, Python, and what of the packages that count is there, by name."""
+    """Versions of this package, Python and those of PACKAGES and DALI that are installed, by name."""
     return {"horovod_owt": horovod_owt.__version__, "python": platform.python_version(), **_packages()}
 
 
 @cache
 def _packages() -> dict[str, str]:
-    """To read what all distributions say of themselves takes 0.1 s."""
+    """Cached: reading the metadata of all distributions takes 0.1 s."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower()
         if name in PACKAGES or name.startswith("nvidia-dali"):
-            found.setdefault(name, distribution.version)  # the first on sys.path is the one that is imported
+            found.setdefault(name, distribution.version)  # the first on sys.path is imported
     return found
 
 
 def code_digest(package: Path = Path(horovod_owt.__file__).parent) -> str:
-    """A short sha256 of the package's sources and recipes: a checkout can differ under one version."""
+    """A short sha256 of the package's sources and recipes, because checkouts of one version may differ."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         if path.suffix in (".py", ".yaml"):

@@ -53,7 +53,7 @@ BAD = {
     "text": (b"404: Not Found", "not an image: begins with b'404"),
     "zeros": (b"\0" * 5000, "not an image: 5000 zero bytes"),
     "header": (encoded()[:20] + b"\0" * 500, "broken JPEG header"),
-    "cut in header": (encoded()[:100], "cut short within its header"),
+    "cut in header": (encoded()[:100], "truncated JPEG header"),
     "truncated": (encoded()[:-700], "truncated"),
     "progressive truncated": (encoded(progressive=True)[:-700], "truncated"),
     "zero tail": (encoded()[:-700] + b"\0" * 700, "truncated"),

@@ -1,1 +1,1 @@
-"""Measurements that carry their method."""
+"""Benchmarks; every report includes its method."""

@@ -1,4 +1,4 @@
-"""What measurements have in common: alternating short blocks, figures over all ranks, and the method."""
+"""Shared by the benchmarks: alternating short blocks, figures over all ranks, and the method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.runtime import World
 from horovod_owt.train.replica import StepReport
 
-BLOCK = 5  # steps of one contender before the other's turn: short, so that all meet the same noise
+BLOCK = 5  # steps per turn of a contender: short, so that all see the same noise
 SECONDS = ("step_s", "data_wait_s", "exposed_comm_s")  # of a StepReport, the columns of `seconds_by_rank`
 
 Name = TypeVar("Name", bound=Hashable)
@@ -32,9 +32,9 @@ def alternate(
     warmup: int,
     timed_block: Callable[[Name], AbstractContextManager] = lambda name: nullcontext(),
 ) -> dict[Name, list[StepReport]]:
-    """Each contender's timed steps, taken in turns of BLOCK after `warmup` untimed ones.
+    """Each contender's timed steps, in turns of BLOCK after `warmup` untimed ones.
 
-    A contender takes the steps of a range and reports each; on a rank that takes no part, none.
+    A contender runs the steps of a range and returns a report of each; none on a rank that is not part of it.
     """
     reports: dict[Name, list[StepReport]] = {name: [] for name in contenders}
     for take_steps in contenders.values():
@@ -46,19 +46,19 @@ def alternate(
                 reports[name] += take_steps(block)
         if world.is_root:
             latest = (f"{name} {1e3 * rows[-1].step_s:.0f}" for name, rows in reports.items())
-            log.info("%d of %d steps | last ones in ms: %s", block.stop - warmup, steps, ", ".join(latest))
+            log.info("%d of %d steps | last step in ms: %s", block.stop - warmup, steps, ", ".join(latest))
     return reports
 
 
 def seconds_by_rank(reports: dict[Name, list[StepReport]]) -> dict[Name, np.ndarray]:
-    """Of each contender, (ranks that took part, steps, SECONDS); every rank must call it."""
+    """By contender, an array (participating ranks, steps, SECONDS); every rank must call it."""
     mine = {name: [[getattr(r, c) for c in SECONDS] for r in rows] for name, rows in reports.items()}
     by_rank = gather_objects(mine, "bench.reports")
     return {name: np.array([rank[name] for rank in by_rank if rank[name]]) for name in reports}
 
 
 def figures(seconds: np.ndarray, images: int) -> dict[str, Any]:
-    """Of a contender's `seconds_by_rank`: a step lasts as long as on its slowest rank."""
+    """Step times of a contender's `seconds_by_rank`: a step takes as long as on its slowest rank."""
     step_ms = 1e3 * seconds[:, :, 0].max(axis=0)
     low, p25, median, p75 = np.percentile(step_ms, [0, 25, 50, 75])
     return {
@@ -68,7 +68,7 @@ def figures(seconds: np.ndarray, images: int) -> dict[str, Any]:
 
 
 def method(cfg: TrainConfig, world: World, *, warmup: int) -> dict[str, Any]:
-    """How the figures came about, as far as it is the same for every measurement of steps."""
+    """The part of the method that all step benchmarks share."""
     return {
         "warmup_steps": warmup,
         "block_steps": BLOCK,

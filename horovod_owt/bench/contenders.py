@@ -1,8 +1,8 @@
-"""Who takes part in `bench scaling`, and where: in this process, or in one beside it without Horovod.
+"""The contenders of `bench scaling`, in this process or in a helper process without Horovod.
 
-Horovod's thread looks for work a thousand times a second, over the network with all ranks: that costs a rank
-10 to 20 % of a core even when there is none. Training with Horovod pays it; torch's DDP does not, nor does
-one rank alone. So these run in a process of their own while the one that Horovod lives in stands still.
+Horovod's background thread polls all ranks a thousand times a second, which costs a rank 10 to 20 % of a core
+even when idle. Training with Horovod pays that; torch's DDP and a single rank do not. So these run in a
+helper process while the process with Horovod is stopped.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from horovod_owt.data.batch import Batch
 from horovod_owt.parallel.runtime import World
 from horovod_owt.train.replica import Replica, StepReport
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for when the parent ends
+PR_SET_PDEATHSIG = 1  # Linux prctl: the signal to get when the parent dies
 
 
 class Name(NamedTuple):
-    """A contender: a strategy on all ranks of the job, or on rank 0 alone."""
+    """A contender: a strategy on all ranks of the job, or on rank 0 only."""
 
     strategy: str
     ranks: int
@@ -43,7 +43,7 @@ class Name(NamedTuple):
 
 
 def build(name: Name, cfg: TrainConfig, world: World) -> Callable[[int], StepReport]:
-    """The contender's training step, on random images that stay the same: no pipeline has to make them."""
+    """The contender's training step, on one fixed batch of random images: no input pipeline."""
     place, batch = world if name.ranks == world.size else _alone(world), _random_batch(cfg, world)
     if name.strategy in PEERS:
         return DdpLoop(cfg, place, batch, tuned=name.strategy == "ddp-tuned").train_step
@@ -53,27 +53,27 @@ def build(name: Name, cfg: TrainConfig, world: World) -> Callable[[int], StepRep
     return lambda step: replica.train_step(lambda: batch, consumed=step * images, lr=LR)
 
 
-class Aside:
-    """A process beside this one, which stands still while the other takes steps."""
+class HelperProcess:
+    """A process without Horovod; this one is stopped while the helper runs steps."""
 
-    def __init__(self, cfg: TrainConfig, world: World, meeting_point: str | None) -> None:
-        """`meeting_point`: where torch's process groups form, if there is to be one."""
+    def __init__(self, cfg: TrainConfig, world: World, init_method: str | None) -> None:
+        """`init_method` is that of torch's process group, if one is needed."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._stands_still = world.size > 1  # a lone rank waits for nobody, and a shell may be watching it
+        self._stops_itself = world.size > 1  # a single rank waits for no peer, and a shell may watch it
         plain_world = dataclasses.replace(world, process_sets=())
         self._process = context.Process(
-            target=_serve, args=(theirs, cfg, plain_world, meeting_point, self._stands_still), daemon=True
+            target=_serve, args=(theirs, cfg, plain_world, init_method, self._stops_itself), daemon=True
         )
         self._process.start()
         theirs.close()
         self._receive()
 
     def run(self, name: Name, steps: range) -> list[StepReport]:
-        """These steps of the contender, which is built when it is first asked for."""
+        """Run these steps of the contender, which is built on first use."""
         self._connection.send((name, steps))
-        if self._stands_still:
-            os.kill(os.getpid(), signal.SIGSTOP)  # until the other process says CONT
+        if self._stops_itself:
+            os.kill(os.getpid(), signal.SIGSTOP)  # until the helper sends CONT
         return self._receive()
 
     def close(self) -> None:
@@ -84,20 +84,20 @@ class Aside:
         try:
             answer = self._connection.recv()
         except EOFError:
-            raise RuntimeError("the process for contenders without Horovod has died") from None
+            raise RuntimeError("the helper process of the benchmark has died") from None
         if isinstance(answer, str):
-            raise RuntimeError(f"in the process for contenders without Horovod: {answer}")
+            raise RuntimeError(f"in the helper process of the benchmark: {answer}")
         return answer
 
 
 def _serve(
-    connection: Connection, cfg: TrainConfig, world: World, meeting_point: str | None, stop_parent: bool
+    connection: Connection, cfg: TrainConfig, world: World, init_method: str | None, stop_parent: bool
 ) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(world.threads)
     parent, contenders = psutil.Process(os.getppid()), {}
-    with torch_process_group(world, meeting_point):
+    with torch_process_group(world, init_method):
         connection.send([])
         while (request := connection.recv()) is not None:
             name, steps = request

@@ -1,4 +1,4 @@
-"""torch's own way, DistributedDataParallel over its own process group: the peers in `bench scaling`."""
+"""torch's DistributedDataParallel over its own process group: the baselines of `bench scaling`."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import autocast
 from horovod_owt.train.replica import StepReport
 
-LR = 1e-4  # random labels teach nothing; small enough that no loss grows
+LR = 1e-4  # small, so that the loss does not diverge on random labels
 
 
 class DdpLoop:
-    """torchvision's alexnet in a plain training loop on one batch; in a world of one rank without DDP.
+    """torchvision's alexnet in a plain training loop on one batch; without DDP in a world of one rank.
 
-    As torchvision's reference script runs it: contiguous tensors, default SGD. `tuned`: the same with
-    torch's own switches, channels_last, fused SGD, gradients that are views of DDP's buckets.
+    As in torchvision's reference script: contiguous tensors, default SGD. `tuned` adds torch's own options:
+    channels_last, fused SGD, gradients as views of DDP's buckets.
     """
 
     def __init__(self, cfg: TrainConfig, world: World, batch: Batch, *, tuned: bool) -> None:
         memory_format = torch.channels_last if tuned else torch.contiguous_format
         model = alexnet(weights=None, num_classes=cfg.classes, dropout=cfg.dropout)
         model = model.to(world.device, memory_format=memory_format)
-        fused = tuned and "fused" in inspect.signature(torch.optim.SGD).parameters  # torch 2.0 has it not
+        fused = tuned and "fused" in inspect.signature(torch.optim.SGD).parameters  # not in torch 2.0
         self._optimizer = torch.optim.SGD(
             model.parameters(),
             lr=LR,
@@ -53,7 +53,7 @@ class DdpLoop:
         self._autocast = lambda: autocast(cfg.precision, world.device)
 
     def train_step(self, step: int) -> StepReport:
-        """One update; what DDP does not hide of its communication is part of backward, not told apart."""
+        """One update; DDP's exposed communication is part of backward and not reported separately."""
         start = perf_counter()
         with self._autocast():
             logits = self._model(self._images)
@@ -62,11 +62,12 @@ class DdpLoop:
         loss.backward()
         self._optimizer.step()
         value = loss.item()
-        return StepReport(value, False, perf_counter() - start, data_wait_s=0.0, exposed_comm_s=0.0)
+        step_s = perf_counter() - start
+        return StepReport(loss=value, stop_asked=False, step_s=step_s, data_wait_s=0.0, exposed_comm_s=0.0)
 
 
-def free_meeting_point() -> str:
-    """On rank 0: where its peers in torch.distributed can find it, on the interface of Horovod's Gloo."""
+def free_init_method() -> str:
+    """A free address on rank 0 for torch.distributed, on the interface that Horovod's Gloo uses."""
     addresses = psutil.net_if_addrs().get(os.environ.get("HOROVOD_GLOO_IFACE", ""), [])
     found = [address.address for address in addresses if address.family == socket.AF_INET]
     host = found[0] if found else socket.gethostbyname(socket.gethostname())
@@ -75,14 +76,14 @@ def free_meeting_point() -> str:
 
 
 @contextmanager
-def torch_process_group(world: World, meeting_point: str | None) -> Iterator[None]:
-    """torch.distributed among these ranks, on the same interface; nothing where there is no meeting point."""
-    if not meeting_point:
+def torch_process_group(world: World, init_method: str | None) -> Iterator[None]:
+    """torch.distributed among these ranks, on the same interface; nothing without an `init_method`."""
+    if not init_method:
         yield
         return
     if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "gloo" if world.device.type == "cpu" else "nccl"
-    dist.init_process_group(backend, meeting_point, rank=world.rank, world_size=world.size)
+    dist.init_process_group(backend, init_method, rank=world.rank, world_size=world.size)
     yield
     dist.destroy_process_group()

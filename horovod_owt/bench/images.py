@@ -1,4 +1,4 @@
-"""The images that a measurement reads: the user's, or synthetic ones of ImageNet's sizes."""
+"""The images that a benchmark reads: the user's, or synthetic ones of ImageNet's sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SYNTHETIC = {"classes": 10, "train_per_class": 20, "val_per_class": 1, "size": (
 
 @contextmanager
 def given_or_synthetic(data: Path | None) -> Iterator[Path]:
-    """The user's data set, or for the time of the measurement a synthetic one, each rank its own."""
+    """The user's data set, or a temporary synthetic one for each rank."""
     if data is not None:
         yield data
         return

@@ -1,7 +1,7 @@
-"""How fast images come: read, decoded, cropped, normalised, with no net behind them.
+"""Throughput of the input pipeline: read, decode, crop, normalise, without a net.
 
-Contenders take turns in short blocks. All of them work ahead, so a turn begins with batches that were ready:
-these are taken and not counted. It ends when the contender's threads have gone to sleep.
+Contenders take turns in short blocks. All of them prefetch, so a turn starts with batches that were ready:
+these are taken and not counted. It ends when the contender's threads are idle again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from horovod_owt.parallel import runtime
 from horovod_owt.topology import read_topology
 from horovod_owt.train.prepare import Request, prepare_alone
 
-AHEAD = 8  # batches; no contender has more of them ready or under way
+AHEAD = 8  # batches; no contender prefetches more
 IDLE_SHARE = 0.05  # of a core
 IDLE_LIMIT_S = 10.0
 
@@ -39,7 +39,7 @@ def bench_input(
 ) -> dict[str, Any]:
     """Time `blocks` turns of `batches` batches of each contender; ConfigError under a launcher."""
     if read_topology().world_size > 1:
-        raise ConfigError("bench input under a launcher", wanted="one process", fix="leave out the launcher")
+        raise ConfigError("bench input under a launcher", wanted="one process", fix="run it without")
     with given_or_synthetic(data) as root, ExitStack() as keep:
         request = _with_threads(prepare_alone(root, recipe, settings))
         contenders = _contenders(request, root, keep)
@@ -58,7 +58,7 @@ def _with_threads(request: Request) -> Request:
 
 
 def _contenders(request: Request, root: Path, keep: ExitStack) -> dict[str, Iterator[Tensor]]:
-    """Ours first. The DataLoader's workers are forked before there are threads that a fork would break."""
+    """Ours first. The DataLoader forks its workers before any threads exist, which a fork would break."""
     cfg, store, device = request.cfg, request.folder.train, torch.device(request.device.name)
     loader = open_data_loader(cfg, store, device)
     next(loader)
@@ -90,7 +90,7 @@ def _cpu_seconds() -> float:
 
 
 def _wait_until_idle() -> None:
-    """Until what works ahead has filled its queues."""
+    """Wait until all prefetch queues are full."""
     give_up, nap_s = time.monotonic() + IDLE_LIMIT_S, 0.1
     while time.monotonic() < give_up:
         before = _cpu_seconds()
@@ -139,7 +139,7 @@ def _report(request: Request, turns: dict[str, list[tuple[float, float]]], batch
 
 
 def format_input_report(report: dict[str, Any]) -> str:
-    """The same figures for a person."""
+    """The report as text."""
     method = report["method"]
     lines = [
         f"{method['training_images']} training images to {method['image_size']} px, batches of "

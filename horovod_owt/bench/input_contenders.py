@@ -1,6 +1,6 @@
-"""Who takes part in `bench input`: our pipeline, and what one would use without it. All work ahead.
+"""The contenders of `bench input`: our pipeline and the usual alternatives. All of them prefetch.
 
-Each yields batches of float32 images, normalised, in tensors of torch's: same files, cores, crops and sizes.
+Each yields normalised float32 batches as torch tensors, from the same files, cores, crops and sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENDLESS = 2**40  # samples
 
 
 def open_ours(cfg: TrainConfig, store: Store, device: torch.device, keep: ExitStack) -> Iterator[Tensor]:
-    """What training uses: our order of samples, our draws, decoded by `cfg.pipeline`."""
+    """The training pipeline: our sample order and augmentation, decoded by `cfg.pipeline`."""
     feed = TrainFeed(store, seed=cfg.seed, batch=cfg.batch, scale=(cfg.crop_scale_min, 1.0))
     pipeline = make_pipeline(
         cfg.pipeline,
@@ -40,7 +40,7 @@ def open_ours(cfg: TrainConfig, store: Store, device: torch.device, keep: ExitSt
 
 
 def open_data_loader(cfg: TrainConfig, store: Store, device: torch.device) -> Iterator[Tensor]:
-    """torch's DataLoader with torchvision's transforms, one worker for each decoding thread of the others."""
+    """torch's DataLoader with torchvision's transforms, one worker per decoding thread of the others."""
     seen = transforms.Compose(
         [
             transforms.RandomResizedCrop(cfg.image_size, scale=(cfg.crop_scale_min, 1.0), ratio=RATIO),
@@ -61,7 +61,7 @@ def open_data_loader(cfg: TrainConfig, store: Store, device: torch.device) -> It
 
 
 class _Images(Dataset):
-    """torchvision's ImageFolder, over a store instead of a folder."""
+    """torchvision's ImageFolder, reading from a store."""
 
     def __init__(self, store: Store, transform: Callable[[Image.Image], Tensor]) -> None:
         self._store, self._transform = store, transform
@@ -75,7 +75,7 @@ class _Images(Dataset):
 
 
 def open_dali_reader(cfg: TrainConfig, folder: Path, device: torch.device) -> Iterator[Tensor]:
-    """DALI with its own file reader, shuffle and random crops, as its ResNet example has it."""
+    """DALI with its own file reader, shuffle and random crops, as in its ResNet example."""
     from nvidia.dali import Pipeline, fn, types
     from nvidia.dali.plugin.pytorch import feed_ndarray
 

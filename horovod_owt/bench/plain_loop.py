@@ -1,4 +1,4 @@
-"""The Horovod loop that one writes by hand from its examples: the peer that our own step is held against."""
+"""A hand-written Horovod loop as in its examples: the baseline of `bench step`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from horovod_owt.train.replica import StepReport
 class PlainLoop:
     """torchvision's alexnet, contiguous, `hvd.DistributedOptimizer` around SGD, random tensors.
 
-    As in Horovod's examples/pytorch: nothing waits for data, nothing is logged, no step is counted.
+    As in Horovod's examples/pytorch, without a data loader or logging.
     """
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
@@ -39,7 +39,7 @@ class PlainLoop:
         self._autocast = lambda: autocast(cfg.precision, world.device)
 
     def train_step(self, step: int) -> StepReport:
-        """One update; what communication it does not hide is part of `optimizer.step`, not told apart."""
+        """One update; exposed communication is part of `optimizer.step` and not reported separately."""
         start = perf_counter()
         self._optimizer.zero_grad()
         for _ in range(self._accum_steps):
@@ -49,4 +49,5 @@ class PlainLoop:
             loss.backward()
         self._optimizer.step()
         value = loss.item()
-        return StepReport(value, False, perf_counter() - start, data_wait_s=0.0, exposed_comm_s=0.0)
+        step_s = perf_counter() - start
+        return StepReport(loss=value, stop_asked=False, step_s=step_s, data_wait_s=0.0, exposed_comm_s=0.0)

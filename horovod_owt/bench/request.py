@@ -1,4 +1,4 @@
-"""What `bench scaling` is asked for; bad input is refused before anything heavy is loaded."""
+"""The options of `bench scaling`; bad ones are refused before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSES = 1000  # of the net, unless the recipe or --set says otherwise
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be timed, as far as one rank can tell."""
+    """What to time, checked as far as one rank can."""
 
     cfg: TrainConfig
     strategies: tuple[str, ...]
@@ -40,7 +40,7 @@ def prepare(
     warmup: int,
     interface: str | None,
 ) -> Request:
-    """Refuse what can be refused before ranks meet, with an OwtError."""
+    """Check the options before ranks connect; raises OwtError."""
     try:
         for name, value, low in (("steps", steps, 1), ("warmup", warmup, 0)):
             if value < low:
@@ -49,7 +49,7 @@ def prepare(
         if unknown := [word for word in wanted if word not in OURS]:
             raise ConfigError(f"--strategies {unknown[0]!r}", wanted=" or ".join(OURS))
         if any(setting.partition("=")[0].strip() == "parallel" for setting in settings):
-            raise ConfigError("--set parallel", wanted="--strategies, as several are compared")
+            raise ConfigError("--set parallel", wanted="--strategies, because several are compared")
         if interface and interface not in psutil.net_io_counters(pernic=True):
             known = ", ".join(psutil.net_io_counters(pernic=True))
             raise ConfigError(f"--count-interface {interface}", wanted=f"one of {known}")
@@ -61,11 +61,11 @@ def prepare(
         group_size = resolve_group_size(cfg.fc_group_size, topology)
         if "hybrid" in wanted and group_size == 1:
             raise ConfigError(
-                f"fc_group_size={cfg.fc_group_size}, one rank: hybrid would be data",
+                f"fc_group_size={cfg.fc_group_size} is one rank: hybrid would equal data",
                 wanted="more ranks in a group",
                 fix="--set fc_group_size=all",
             )
-        cfg = dataclasses.replace(cfg, classes=cfg.classes or CLASSES, fc_group_size=str(group_size))
+        cfg = dataclasses.replace(cfg, classes=cfg.classes or CLASSES, fc_group_size=group_size)
         if against:
             _refuse_unfit_for_ddp(cfg)
         device = choose_device(cfg, topology)
@@ -76,9 +76,9 @@ def prepare(
 
 
 def _refuse_unfit_for_ddp(cfg: TrainConfig) -> None:
-    """ConfigError for what the peers cannot do as ours does, so that the comparison would be none."""
+    """Raise ConfigError for settings that the baselines cannot match."""
     if cfg.model != "alexnet-owt":
-        raise ConfigError(f"model={cfg.model} against ddp", wanted="alexnet-owt, the net of torchvision")
+        raise ConfigError(f"model={cfg.model} against ddp", wanted="alexnet-owt, which torchvision has too")
     if cfg.accum_steps > 1:
         raise ConfigError(f"accum_steps={cfg.accum_steps} against ddp", wanted="1", fix="set batch instead")
     if cfg.precision not in ("fp32", "bf16"):

@@ -1,7 +1,7 @@
-"""Strategies side by side in one job: data-parallel, hybrid, one rank alone and, on request, torch's DDP.
+"""Compare strategies in one job: data-parallel, hybrid, a single rank and, on request, torch's DDP.
 
-Machines are noisy, so figures from different runs do not compare. Here all contenders take turns in short
-blocks, and what is compared are lower quartiles.
+Machines are noisy, so figures of different runs are not comparable. Here all contenders take turns in short
+blocks, and their lower quartiles are compared.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import psutil
 import torch
 
 from horovod_owt.bench.blocks import alternate, figures, method, seconds_by_rank
-from horovod_owt.bench.contenders import Aside, Name, build
-from horovod_owt.bench.ddp_loop import free_meeting_point
+from horovod_owt.bench.contenders import HelperProcess, Name, build
+from horovod_owt.bench.ddp_loop import free_init_method
 from horovod_owt.bench.request import OURS, PEERS, Request
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects, on_root, sum_over_ranks
@@ -25,63 +25,63 @@ from horovod_owt.train.replica import StepReport
 
 
 def bench_scaling(request: Request) -> dict[str, Any] | None:
-    """Time every contender; the report on rank 0, else None."""
+    """Time every contender; returns the report on rank 0, else None."""
     cfg = request.cfg
-    # Gloo gives up on a rank that stands still for 30 s, and ranks do while others than Horovod's contend
+    # Gloo drops a rank that is stopped for 30 s, and ranks are while the helper process runs
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(int(cfg.stall_limit_s)))
-    world = runtime.init(
-        request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=int(cfg.fc_group_size)
-    )
+    world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
     runtime.check_devices(request.device, world)
-    meeting_point = None
+    init_method = None
     if request.against and world.size > 1:
-        meeting_point = on_root(free_meeting_point, "bench.meeting")
-    aside, meter = Aside(cfg, world, meeting_point), _Meter(world, request.interface)
+        init_method = on_root(free_init_method, "bench.init_method")
+    helper, meter = HelperProcess(cfg, world, init_method), _Meter(world, request.interface)
     reports = alternate(
-        _contenders(request, world, aside),
+        _contenders(request, world, helper),
         world,
         steps=request.steps,
         warmup=request.warmup,
         timed_block=meter.timed_block,
     )
     report = _report(request, world, reports, meter)
-    aside.close()
+    helper.close()
     runtime.shutdown()
     return report if world.is_root else None
 
 
 def _contenders(
-    request: Request, world: World, aside: Aside
+    request: Request, world: World, helper: HelperProcess
 ) -> dict[Name, Callable[[range], list[StepReport]]]:
-    """On all ranks: peers, then ours. Then on rank 0, the others wait: peers and `data`, the yardstick."""
+    """On all ranks: baselines, then ours. Then on rank 0 while the others wait: baselines and `data`."""
     peers = PEERS if request.against else ()
 
     def here(name: Name) -> Callable[[range], list[StepReport]]:
         train_step = build(name, request.cfg, world)
         return lambda steps: [train_step(step) for step in steps]
 
-    def beside(name: Name) -> Callable[[range], list[StepReport]]:
+    def in_helper(name: Name) -> Callable[[range], list[StepReport]]:
         takes_part = world.is_root or name.ranks > 1
-        return lambda steps: aside.run(name, steps) if takes_part else []
+        return lambda steps: helper.run(name, steps) if takes_part else []
 
     contenders = {}
     if world.size > 1:
-        contenders |= {name: beside(name) for name in (Name(peer, world.size) for peer in peers)}
+        contenders |= {name: in_helper(name) for name in (Name(peer, world.size) for peer in peers)}
         contenders |= {name: here(name) for name in (Name(ours, world.size) for ours in request.strategies)}
-    return contenders | {name: beside(name) for name in (Name(strategy, 1) for strategy in (*peers, "data"))}
+    return contenders | {
+        name: in_helper(name) for name in (Name(strategy, 1) for strategy in (*peers, "data"))
+    }
 
 
 class _Meter:
-    """Keeps contenders apart, and counts what the host's kernel sends on an interface meanwhile."""
+    """Separates the contenders' blocks, and counts the bytes that the kernel sends on an interface."""
 
     def __init__(self, world: World, interface: str | None) -> None:
         self._interface = interface
-        self._counts = interface is not None and world.local_rank == 0  # once a host
+        self._counts = interface is not None and world.local_rank == 0  # once per host
         self._bytes: dict[Name, int] = {}
 
     @contextmanager
     def timed_block(self, name: Name) -> Iterator[None]:
-        """From when all ranks are ready until all are done. Who has nothing to do waits asleep."""
+        """From when all ranks are ready until all are done. Ranks without work sleep in the meantime."""
         _wait_for_all("bench.begin")
         before = self._sent()
         yield
@@ -89,12 +89,12 @@ class _Meter:
         self._bytes[name] = self._bytes.get(name, 0) + self._sent() - before
 
     def bytes_sent(self) -> dict[Name, int]:
-        """By all hosts, in all timed blocks; every rank must call it."""
+        """Bytes sent by all hosts in all timed blocks; every rank must call it."""
         by_rank = gather_objects(self._bytes, "bench.bytes")
         return {name: sum(counted[name] for counted in by_rank) for name in self._bytes}
 
     def _sent(self) -> int:
-        # from /proc/net/dev, which unlike /sys/class/net is always of the process's own network namespace
+        # psutil reads /proc/net/dev, which unlike /sys/class/net is per network namespace
         return psutil.net_io_counters(pernic=True)[self._interface].bytes_sent if self._counts else 0
 
 
@@ -119,7 +119,7 @@ def _report(
         row["images_per_s_p25"] = 1e3 * images / row["step_ms"]["p25"]
         if name.strategy in OURS:
             totals = taken.sum(axis=(0, 1))
-            # on the other ranks there are no steps of rank 0 alone, nor is there a report
+            # other ranks have no steps of contenders on rank 0, and make no report
             row["bytes_sent_per_step"] = sum(reports[name][-1].bytes_sent.values()) if world.is_root else 0
             row["exposed_comm_share"] = totals[2] / totals[0]
         if request.interface:
@@ -135,13 +135,13 @@ def _report(
             **method(cfg, world, warmup=request.warmup),
             "steps": request.steps,
             "step_time": "of the slowest rank; ratios and efficiency at the lower quartile (p25)",
-            "images": "random, the same in every step: no decoding in the comparison",
-            "one_rank": "rank 0 while the others wait asleep",
-            "processes": "ddp, ddp-tuned and one rank in processes without Horovod, which stands still then",
-            "efficiency": "images/s over ranks times the images/s of data on one rank",
+            "images": "random, the same in every step: decoding is not measured",
+            "one_rank": "rank 0 while the others sleep",
+            "processes": "ddp, ddp-tuned and one rank run without Horovod, whose processes are stopped then",
+            "efficiency": "images/s divided by ranks times the images/s of data on one rank",
             "ddp": "torchvision's alexnet, DistributedDataParallel, contiguous tensors, default SGD",
             "ddp-tuned": "the same with channels_last, fused SGD, gradient_as_bucket_view, static_graph",
-            "fc_group_size": int(cfg.fc_group_size),
+            "fc_group_size": cfg.fc_group_size,
             "owt_scheme": cfg.owt_scheme,
             "fc_batch": cfg.fc_batch,
             "hosts": gather_objects(world.host, "bench.hosts"),
@@ -151,13 +151,13 @@ def _report(
 
 
 def _images_per_s(rows: list[dict[str, Any]], strategy: str, ranks: int) -> float | None:
-    """At the lower quartile; None where there is no such row."""
+    """images/s at the lower quartile; None if there is no such row."""
     found = (r["images_per_s_p25"] for r in rows if (r["strategy"], r["ranks"]) == (strategy, ranks))
     return next(found, None)
 
 
 def _ratios(rows: list[dict[str, Any]], ranks: int) -> dict[str, float]:
-    """How many times as fast, at the lower quartiles, for each pair that somebody would ask for."""
+    """Ratios of images/s at the lower quartiles, for the pairs of interest."""
     pairs = [(a, b, ranks) for a in OURS for b in PEERS] if ranks > 1 else []
     pairs += [("hybrid", "data", ranks), ("data", "ddp", 1), ("data", "ddp-tuned", 1)]
     ratios = {}
@@ -174,7 +174,7 @@ def _ratios(rows: list[dict[str, Any]], ranks: int) -> dict[str, float]:
 
 
 def format_scaling_report(report: dict[str, Any]) -> str:
-    """The same figures for a person."""
+    """The report as text."""
     rows, method = report["rows"], report["method"]
     counted = "wire_bytes_per_step" in rows[0]
     table = [["strategy", "ranks", "images/s", "min ms", "p25", "median", "p75", "efficiency", "MB sent"]]
@@ -190,8 +190,8 @@ def format_scaling_report(report: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         f"{method['model']}, {rows[0]['precision']}, {rows[0]['batch_per_rank']} images of "
-        f"{method['image_size']} px a rank, fc_group_size {method['fc_group_size']}, scheme "
-        f"{method['owt_scheme']}, {method['device']}, {method['threads_per_rank']} threads a rank",
+        f"{method['image_size']} px per rank, fc_group_size {method['fc_group_size']}, scheme "
+        f"{method['owt_scheme']}, {method['device']}, {method['threads_per_rank']} threads per rank",
         "",
         *(
             "  ".join(
@@ -205,7 +205,7 @@ def format_scaling_report(report: dict[str, Any]) -> str:
         "",
         f"images/s, efficiency and ratios at the lower quartile of the slowest rank's steps; "
         f"{method['warmup_steps']} warm-up steps, {method['steps']} timed in blocks of "
-        f"{method['block_steps']}, contenders in turn; bytes a rank and step",
+        f"{method['block_steps']}, contenders in turn; bytes per rank and step",
         f"images {method['images']}",
         ", ".join(f"{name} {version}" for name, version in method["versions"].items()),
     ]

@@ -1,4 +1,4 @@
-"""Training steps, timed: ours on real JPEGs and, on request, a plain loop beside it in alternating blocks."""
+"""Time training steps on real JPEGs and, on request, a plain loop in alternating blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from horovod_owt.train.pipelines import training_pipeline
 from horovod_owt.train.prepare import prepare_alone
 from horovod_owt.train.replica import Replica, StepReport
 
-CLASSES = 1000  # of the net that is timed when no data set is given
+CLASSES = 1000  # of the net, when no data set is given
 
 
 def bench_step(
@@ -29,15 +29,13 @@ def bench_step(
     warmup: int,
     against: str | None,
 ) -> dict[str, Any] | None:
-    """Time `steps` steps of each contender after `warmup` untimed ones; the report on rank 0, else None."""
+    """Time `steps` steps of each contender after `warmup` untimed ones; returns the report on rank 0."""
     with given_or_synthetic(data) as root:
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
         request = prepare_alone(root, recipe, settings)
         cfg = request.cfg
-        world = runtime.init(
-            request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=int(cfg.fc_group_size)
-        )
+        world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
         runtime.check_devices(request.device, world)
         cfg, _ = choose_parallel(cfg, world)
         with training_pipeline(cfg, request.folder, world) as batches:
@@ -63,7 +61,7 @@ def bench_step(
 def _summary(
     cfg: TrainConfig, world: World, replica: Replica, reports: dict[str, list[StepReport]], *, warmup: int
 ) -> dict[str, Any]:
-    """Figures over all ranks: a step lasts as long as on its slowest rank."""
+    """Figures over all ranks: a step takes as long as on its slowest rank."""
     seconds, images = seconds_by_rank(reports), cfg.global_batch(world.size)
     totals, last = seconds["ours"].sum(axis=(0, 1)), reports["ours"][-1]
     report = {
@@ -93,18 +91,18 @@ def _summary(
 
 
 def format_step_report(report: dict[str, Any]) -> str:
-    """The same figures for a person."""
+    """The report as text."""
     method, step_ms = report["method"], report["step_ms"]
     lines = [
         f"{method['model']}, {report['strategy']}, {report['precision']}, {report['ranks']} ranks x "
         f"{report['batch_per_rank']} images of {method['image_size']} px, {method['device']}, "
-        f"{method['threads_per_rank']} threads a rank",
+        f"{method['threads_per_rank']} threads per rank",
         f"step ms       min {step_ms['min']:.1f}   p25 {step_ms['p25']:.1f}   "
         f"median {step_ms['median']:.1f}   p75 {step_ms['p75']:.1f}",
         f"images/s      {report['images_per_s']:.1f}",
         f"data wait     {report['data_wait_share']:.2%} of the step",
         f"exposed comm  {report['exposed_comm_share']:.2%} of the step",
-        f"bytes sent    {report['bytes_sent_per_step']:,} a rank and step "
+        f"bytes sent    {report['bytes_sent_per_step']:,} per rank and step "
         f"({sum(report['bytes_sent_expected'].values()):,.0f} by the closed form)",
     ]
     if theirs := report.get("against"):

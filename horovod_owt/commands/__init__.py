@@ -1,1 +1,1 @@
-"""The commands of `owt`. Their bodies import the heavy machinery, so that --help answers at once."""
+"""The commands of `owt`. Their bodies import the heavy modules, so that --help is fast."""

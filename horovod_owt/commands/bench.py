@@ -1,4 +1,4 @@
-"""owt bench: measure, with the method beside the figures."""
+"""owt bench: benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from horovod_owt.commands.options import (
 
 @click.group()
 def bench() -> None:
-    """Measure, with the method beside the figures."""
+    """Run benchmarks; each report includes its method."""
 
 
 @bench.command()
@@ -27,10 +27,12 @@ def bench() -> None:
 @RECIPE_OPTION
 @PARALLEL_OPTION
 @SET_OPTION
-@click.option("--steps", default=20, show_default=True, help="Timed steps of each contender.")
-@click.option("--warmup", default=3, show_default=True, help="Steps of each contender before any is timed.")
+@click.option("--steps", default=20, show_default=True, help="Timed steps per contender.")
+@click.option("--warmup", default=3, show_default=True, help="Untimed steps per contender before those.")
 @click.option(
-    "--against", type=click.Choice(["plain"]), help="A hand-written Horovod loop on random tensors."
+    "--against",
+    type=click.Choice(["plain"]),
+    help="Compare with a hand-written Horovod loop on random tensors.",
 )
 @JSON_OPTION
 def step(
@@ -43,7 +45,7 @@ def step(
     against: str | None,
     as_json: bool,
 ) -> None:
-    """Time training steps on the images in DATA; without DATA on synthetic JPEGs and a net of 1000 classes.
+    """Time training steps on the images in DATA, or on synthetic JPEGs with a net of 1000 classes.
 
     \b
     Example:  horovodrun --gloo -np 2 owt bench step --set batch=32 --against plain --json
@@ -60,20 +62,22 @@ def step(
 @bench.command()
 @RECIPE_OPTION
 @SET_OPTION
-@click.option("--strategies", default="data,hybrid", show_default=True, help="Which of ours on all ranks.")
+@click.option(
+    "--strategies", default="data,hybrid", show_default=True, help="Strategies to time on all ranks."
+)
 @click.option(
     "--against",
     type=click.Choice(["ddp"]),
-    help="torch's DistributedDataParallel: the loop of torchvision's reference script (ddp), and that with "
-    "torch's own switches (ddp-tuned).",
+    help="Compare with torch's DistributedDataParallel: torchvision's loop (ddp), and the same with "
+    "torch's performance options (ddp-tuned).",
 )
-@click.option("--steps", default=20, show_default=True, help="Timed steps of each contender.")
-@click.option("--warmup", default=3, show_default=True, help="Steps of each contender before any is timed.")
+@click.option("--steps", default=20, show_default=True, help="Timed steps per contender.")
+@click.option("--warmup", default=3, show_default=True, help="Untimed steps per contender before those.")
 @click.option(
     "--count-interface",
     "interface",
     metavar="IFACE",
-    help="Count the bytes that hosts send on this network interface, beside those that we think we send.",
+    help="Also report the bytes that the hosts send on this network interface, as the kernel counts them.",
 )
 @JSON_OPTION
 def scaling(
@@ -86,9 +90,9 @@ def scaling(
     interface: str | None,
     as_json: bool,
 ) -> None:
-    """Hold strategies against each other and against one rank alone, on random images, in one job.
+    """Compare strategies with each other and with a single rank, on random images, in one job.
 
-    Contenders take turns in short blocks; ratios and efficiency come from lower quartiles of the step time.
+    Contenders take turns in short blocks; ratios and efficiency use the lower quartile of the step time.
 
     \b
     Example:  horovodrun --gloo -np 2 owt bench scaling --against ddp --set batch=32
@@ -118,11 +122,9 @@ def scaling(
 @click.argument("data", type=click.Path(path_type=Path), required=False)
 @RECIPE_OPTION
 @SET_OPTION
+@click.option("--blocks", type=click.IntRange(1), default=8, show_default=True, help="Turns per contender.")
 @click.option(
-    "--blocks", type=click.IntRange(1), default=8, show_default=True, help="Turns of each contender."
-)
-@click.option(
-    "--batches", type=click.IntRange(1), default=16, show_default=True, help="Timed batches in a turn."
+    "--batches", type=click.IntRange(1), default=16, show_default=True, help="Timed batches per turn."
 )
 @JSON_OPTION
 def input_(
@@ -133,9 +135,9 @@ def input_(
     batches: int,
     as_json: bool,
 ) -> None:
-    """Time reading and decoding the training images in DATA, without a net; without DATA synthetic JPEGs.
+    """Time reading and decoding the training images in DATA, or synthetic JPEGs, without a net.
 
-    Ours takes turns with torch's DataLoader over torchvision's transforms and with DALI's own file reader.
+    Our pipeline takes turns with torch's DataLoader and torchvision transforms, and DALI's file reader.
 
     \b
     Example:  owt bench input /data/imagenet --set batch=64 --set decode_threads=8 --json

@@ -1,4 +1,4 @@
-"""owt data: make and look after data sets."""
+"""owt data: create and check data sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from horovod_owt.commands.data_verify import verify
 
 @click.group()
 def data() -> None:
-    """Make and look after data sets."""
+    """Create and check data sets."""
 
 
 data.add_command(prepare)
@@ -26,13 +26,13 @@ data.add_command(stats)
 @data.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--classes", default=10, show_default=True, help="Number of classes.")
-@click.option("--train-per-class", default=200, show_default=True, help="Training images of each class.")
-@click.option("--val-per-class", default=50, show_default=True, help="Validation images of each class.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
+@click.option("--train-per-class", default=200, show_default=True, help="Training images per class.")
+@click.option("--val-per-class", default=50, show_default=True, help="Validation images per class.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
 def synth(out: Path, classes: int, train_per_class: int, val_per_class: int, seed: int) -> None:
-    """Write a small ImageNet-shaped folder of real JPEGs to OUT.
+    """Write a small synthetic data set of JPEGs in ImageNet's layout to OUT.
 
-    Its classes are patterns in random colours, so a net must learn shapes. A second run finds it there.
+    Classes are patterns in random colours, so a net must learn shapes. An existing OUT is kept.
 
     \b
     Example:  owt data synth /tmp/synth --classes 20 --seed 1

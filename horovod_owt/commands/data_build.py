@@ -1,4 +1,4 @@
-"""owt data prepare, owt data pack: write a data set from what there is."""
+"""owt data prepare, owt data pack: convert data sets."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import click
 from horovod_owt.commands.log import log_to_stderr
 
 SHARD_MB_OPTION = click.option(
-    "--shard-mb", default=256, show_default=True, help="Megabytes of a tar shard, about."
+    "--shard-mb", default=256, show_default=True, help="Approximate megabytes per tar shard."
 )
 SHORT_SIDE_OPTION = click.option(
     "--short-side",
     type=int,
     metavar="PIXELS",
-    help="Make images smaller whose shorter side is longer than this (JPEG quality 90); copy the others.",
+    help="Downscale images whose shorter side is longer than this (JPEG quality 90); copy the others.",
 )
 WORKERS_OPTION = click.option(
-    "--workers", type=click.IntRange(min=1), help="Processes.  [default: one for each usable core]"
+    "--workers", type=click.IntRange(min=1), help="Processes.  [default: one per usable core]"
 )
 
 
@@ -40,7 +40,7 @@ WORKERS_OPTION = click.option(
 @click.option(
     "--checksums",
     type=click.Path(path_type=Path),
-    help="For another release than the official one: its md5 sums, as md5sum writes them.",
+    help="Checksums of another release than the official one, in the format of md5sum.",
 )
 def prepare(
     out: Path,
@@ -53,14 +53,14 @@ def prepare(
     workers: int | None,
     checksums: Path | None,
 ) -> None:
-    """Make a data set in OUT from the three files of ILSVRC2012, checked by size and md5.
+    """Create a data set in OUT from the three files of ILSVRC2012, verified by size and md5.
 
-    Nothing is unpacked to a temporary place. Ctrl-C or a kill is continued by the same command.
+    Needs no temporary space. If interrupted, the same command continues.
 
     \b
     Examples:  owt data prepare /data/imagenet --train-tar ILSVRC2012_img_train.tar \\
                    --val-tar ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
-               the same with --format shards --short-side 256
+               the same, with --format shards --short-side 256
     """
     log_to_stderr()
     from horovod_owt.data.build import Form
@@ -79,9 +79,9 @@ def prepare(
 @SHORT_SIDE_OPTION
 @WORKERS_OPTION
 def pack(src: Path, out: Path, shard_mb: int, short_side: int | None, workers: int | None) -> None:
-    """Pack the data set SRC into tar shards in OUT: few large files, in WebDataset's format.
+    """Pack the data set SRC into tar shards in OUT: few large files, in WebDataset format.
 
-    Trains as SRC does, batch for batch. Ctrl-C or a kill is continued by the same command.
+    Training on OUT gives the same batches as on SRC. If interrupted, the same command continues.
 
     \b
     Example:    owt data pack /data/imagenet /data/imagenet-packed
@@ -113,7 +113,7 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """One bar on stderr for each thing that is done, the last one closed when the next one begins."""
+    """A progress bar on stderr for each activity; the next one closes the last."""
     from tqdm import tqdm
 
     bar = None
@@ -125,7 +125,7 @@ def _bars() -> Iterator[Callable[[str, int, int, str], None]]:
                 bar.close()
             quiet = not sys.stderr.isatty()
             bar = tqdm(total=total, unit=unit, unit_scale=unit == "B", desc=what, disable=quiet)
-            bar.desc = f"{what}: "  # as tqdm itself writes it
+            bar.desc = f"{what}: "  # tqdm's own format
         bar.update(done - bar.n)
 
     try:

@@ -1,4 +1,4 @@
-"""owt data stats: what a data set is like."""
+"""owt data stats: statistics of a data set."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from horovod_owt.commands.options import JSON_OPTION
     type=click.IntRange(1),
     default=5000,
     show_default=True,
-    help="Training images to measure, drawn by the seed.",
+    help="Number of training images to measure.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which ones are drawn.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Selects the sample.")
 @JSON_OPTION
 def stats(root: Path, sample: int, seed: int, as_json: bool) -> None:
-    """Number of images, classes, sizes, bytes, and channel mean and std of the data set in ROOT.
+    """Print the number of images and classes, sizes, bytes, and channel mean and std of the data set ROOT.
 
     \b
     Example:  owt data stats /tmp/synth --sample 500
@@ -50,7 +50,7 @@ def _text(report: dict[str, Any]) -> str:
         f"classes  {classes['count']}: {smallest['images']} training images in the smallest "
         f"({smallest['name']}), {largest['images']} in the largest ({largest['name']})",
         f"sample   {report['sampled']} training images, seed {report['seed']}; "
-        f"{report['bad_in_sample']} more were bad",
+        f"{report['bad_in_sample']} bad ones skipped",
     ]
     if report["sampled"]:
         for name in ("width", "height"):

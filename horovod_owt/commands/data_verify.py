@@ -1,4 +1,4 @@
-"""owt data verify: which images are bad."""
+"""owt data verify: find bad images."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from horovod_owt.commands.options import JSON_OPTION
 if TYPE_CHECKING:
     from horovod_owt.data.verify import Finding
 
-PATIENCE_S = 7 * 86400.0  # for other ranks' shares: a dead one is heard of at once
+SHARE_TIMEOUT_S = 7 * 86400.0  # for other ranks to finish; a dead rank is noticed at once
 
 
 @click.command()
 @click.argument("root", type=click.Path(path_type=Path))
-@click.option("--split", type=click.Choice(["train", "val"]), help="Default: both.")
+@click.option("--split", type=click.Choice(["train", "val"]), help="Verify one split.  [default: both]")
 @click.option(
-    "--workers", type=click.IntRange(1), help="Threads that decode.  [default: the cores of this rank]"
+    "--workers", type=click.IntRange(1), help="Decoding threads.  [default: the cores of this rank]"
 )
 @click.option(
     "--pipeline",
     type=click.Choice(["auto", "dali", "torchvision"]),
     default="auto",
     show_default=True,
-    help="Whose decoder; name the one that you train with.",
+    help="Decoder to use; choose the one that you train with.",
 )
 @JSON_OPTION
 def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as_json: bool) -> None:
-    """Decode every image below ROOT and list the bad ones, each with its fault. Exit code 3 if there are any.
+    """Decode every image of the data set ROOT and list the bad ones. Exit code 3 if there are any.
 
     \b
     Examples:  owt data verify /tmp/synth
                owt data verify /tmp/synth --split val --json
                horovodrun --gloo -np 4 owt data verify /data/imagenet
 
-    Under a launcher the ranks share the images, and rank 0 speaks. What is odd but decodes (a PNG named
-    .JPEG, a CMYK JPEG) is remarked on, and is no fault. Ctrl-C ends it with what was found so far; mpirun
-    gives its ranks no time for that, so there bad images are named on stderr too, as they are met.
+    Under a launcher the ranks share the images, and rank 0 prints the report. Unusual images that decode (a
+    PNG named .JPEG, a CMYK JPEG) are listed as remarks, not as bad. Ctrl-C ends it with a report of what was
+    found so far; mpirun leaves its ranks no time for that, so under a launcher bad images are also printed
+    to stderr at once.
     """
     from horovod_owt.commands.log import log_to_stderr
     from horovod_owt.data.pipeline import resolve_kind
@@ -58,7 +59,7 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     from horovod_owt.topology import rank_topology
 
     log_to_stderr()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: say what was found
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: report what was found
     topology, started = rank_topology(), time.perf_counter()
     kind = resolve_kind(pipeline)
     data = open_data_set(root)
@@ -71,15 +72,15 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
             found = verify_share(
                 stores, decoder, rank=topology.rank, world_size=topology.world_size, progress=progress
             )
-        parts = meeting.gather(found.to_dict(), PATIENCE_S, "verify")
+        parts = meeting.gather(found.to_dict(), SHARE_TIMEOUT_S, "verify")
         whole = merged([part for _, part in sorted(parts.items())]) if parts else found
         bad, done, stopped, lost = meeting.broadcast(
-            [len(whole.bad), whole.images, whole.stopped, sorted(meeting.absent)], PATIENCE_S
+            [len(whole.bad), whole.images, whole.stopped, sorted(meeting.absent)], SHARE_TIMEOUT_S
         )
     if topology.rank == 0:
         seconds = time.perf_counter() - started
         click.echo(_json(whole) if as_json else _text(whole, images, kind, seconds))
-    silent = f"no report of rank{'s'[: len(lost) > 1]} {', '.join(map(str, lost))}" if lost else ""
+    silent = f"no report from rank{'s'[: len(lost) > 1]} {', '.join(map(str, lost))}" if lost else ""
     rest = f"stopped before the other {images - done}" if stopped else silent
     if bad:
         saw = f"bad images: {bad} of {done}" + (f" ({rest})" if rest else "")
@@ -89,18 +90,18 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
         raise RunError(f"stopped after {done} of {images} images, none of them bad").on_every_rank()
     if silent:
         saw = f"{silent}; of {done} of {images} images none is bad"
-        raise RunError(saw, wanted="all of them", fix="see what became of those ranks").on_every_rank()
+        raise RunError(saw, wanted="all of them", fix="see the output of those ranks").on_every_rank()
 
 
 def _own_cores(ranks_on_host: int) -> int:
-    """Cores that this rank may use; those of a host are for all of its ranks."""
+    """This rank's share of the host's cores."""
     from horovod_owt.data.workers import usable_cores
 
     return max(1, min(usable_cores(), (os.cpu_count() or 1) // ranks_on_host))
 
 
 def _own_gpu(topology) -> int | None:
-    """The GPU that a rank of training would take here, by torch's and DALI's number."""
+    """The index of the GPU that a training rank would use here, for torch and DALI."""
     from horovod_owt.parallel.device import claim_device
 
     _, _, number = claim_device(topology).name.partition(":")
@@ -109,9 +110,9 @@ def _own_gpu(topology) -> int | None:
 
 @contextmanager
 def _bar(images: int, topology):
-    """A bar on a terminal: of rank 0's share, which stands for all.
+    """A progress bar on a terminal, extrapolated from rank 0's share.
 
-    mpirun ends ranks at Ctrl-C before they could report: there each bad image is named at once as well.
+    mpirun ends ranks at Ctrl-C before they can report: under a launcher bad images are logged at once too.
     """
     from tqdm import tqdm
 
@@ -144,6 +145,6 @@ def _text(found, images: int, kind: str, seconds: float) -> str:
     of = f" of {images}" if found.stopped else ""
     lines.append(
         f"{found.images}{of} images decoded by {kind} in {seconds:.1f} s: "
-        f"{len(found.bad)} bad, {len(found.remarks)} odd"
+        f"{len(found.bad)} bad, {len(found.remarks)} remarks"
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""owt devices: which rank takes which device, and which cores."""
+"""owt devices: the device and cores of each rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from horovod_owt.commands.options import JSON_OPTION
 
-LIMIT_S = 30.0  # for all ranks to come, and then to answer
+LIMIT_S = 30.0  # for all ranks to connect, and then to answer
 COLUMNS = {
     "rank": "rank",
     "host": "host",
@@ -27,15 +27,15 @@ COLUMNS = {
 @click.command()
 @JSON_OPTION
 def devices(as_json: bool) -> None:
-    """Print the device and the cores that each rank would train on. Exit code 2 if two would share a device.
+    """Print the device and cores that each rank would train on. Exit code 2 if ranks would share a device.
 
     \b
     Examples:  owt devices
                horovodrun -np 4 owt devices
                mpirun -np 8 --host gpu07:4,gpu08:4 --bind-to none owt devices
 
-    Start it as you start `owt train`: each rank tells what it sees there, and rank 0 prints all. UUID is that
-    of the MIG instance, where a rank has one; NUMA is the memory node that the device is near to.
+    Start it with the launcher that you use for `owt train`; rank 0 prints the table. UUID is that of the MIG
+    instance, if the rank has one; NUMA is the node that the device is attached to.
     """
     from horovod_owt.errors import DeviceError, RunError
     from horovod_owt.parallel.device import check_apart
@@ -45,7 +45,7 @@ def devices(as_json: bool) -> None:
     topology = rank_topology()
     own = _own_row(topology)
     with meet(topology, limit_s=LIMIT_S) as meeting:
-        answers = meeting.gather(own, LIMIT_S, "name its device")
+        answers = meeting.gather(own, LIMIT_S, "devices")
         if not meeting.is_root:
             return
     silent = {rank: {"rank": rank, "host": host or None} for rank, (host, _) in meeting.absent.items()}
@@ -63,12 +63,12 @@ def devices(as_json: bool) -> None:
         raise RunError(
             f"no answer from rank{'s'[: len(silent) > 1]} {', '.join(map(str, sorted(silent)))}",
             wanted=f"one within {LIMIT_S:.0f} s",
-            fix="see what the launcher said of their hosts",
+            fix="see the launcher's output about their hosts",
         )
 
 
 def _own_row(topology) -> dict[str, Any]:
-    """What this rank would take; its `error` in place of that, for rank 0 to tell, where there is nothing."""
+    """This rank's row, or a row with `error` for rank 0 to report."""
     from horovod_owt.errors import DeviceError
     from horovod_owt.parallel.cores import SYSFS, numa_node, own_cores
     from horovod_owt.parallel.device import claim_device

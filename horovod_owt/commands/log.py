@@ -1,4 +1,4 @@
-"""What a command says on stderr while it works."""
+"""Logging of a command, to stderr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from horovod_owt.topology import read_topology
 
 
 class _RankPrefix(logging.Formatter):
-    """`10:42:07 text` for rank 0's news, `10:42:09 WARNING [rank 13 gpu07] text` for anybody's trouble."""
+    """`10:42:07 text` for INFO, `10:42:09 WARNING [rank 13 gpu07] text` for warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = self.formatTime(record, "%H:%M:%S")
@@ -20,7 +20,7 @@ class _RankPrefix(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Send the package's log there, with the rank before warnings."""
+    """Send the package's log to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(_RankPrefix())
     logger = logging.getLogger("horovod_owt")

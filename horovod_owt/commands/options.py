@@ -5,18 +5,20 @@ from __future__ import annotations
 import click
 
 SET_OPTION = click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a config key."
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated."
 )
 PARALLEL_OPTION = click.option(
     "--parallel",
     type=click.Choice(["data", "hybrid", "auto"]),
-    help="data: every rank holds the whole net. hybrid: One Weird Trick, the ranks of a node share the fully "
-    "connected layers. auto: whichever is predicted to be faster here.  [default: data]",
+    help="data: every rank holds the whole net. hybrid: One Weird Trick, the ranks of a node split the fully "
+    "connected layers. auto: the one predicted to be faster here.  [default: data]",
 )
-RECIPE_OPTION = click.option("--recipe", metavar="NAME|FILE", help="Default: torchvision-90.")
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+RECIPE_OPTION = click.option(
+    "--recipe", metavar="NAME|FILE", help="Recipe to start from.  [default: torchvision-90]"
+)
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 
 
 def with_parallel(parallel: str | None, settings: tuple[str, ...]) -> tuple[str, ...]:
-    """`--parallel hybrid` is a short way to say `--set parallel=hybrid`."""
+    """`--parallel hybrid` is short for `--set parallel=hybrid`."""
     return (*settings, f"parallel={parallel}") if parallel else settings

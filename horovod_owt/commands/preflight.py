@@ -1,4 +1,4 @@
-"""owt preflight: is this job fit to run here?"""
+"""owt preflight: check a job before it runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     default=Path("runs"),
     show_default=True,
-    help="Where the run is to be kept: is it writable, one for all hosts, and large enough?",
+    help="Check that this folder, where the run will be stored, is writable, shared and large enough.",
 )
 @JSON_OPTION
 def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
-    """Check ranks, devices, hosts, their network and DATA, all findings at once. Exit code 3 if one is bad.
+    """Check ranks, devices, hosts, the network and DATA, and print all findings. Exit code 3 if one is BAD.
 
     \b
     Examples:  owt preflight /tmp/synth
@@ -33,7 +33,8 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
                mpirun -np 4 owt preflight --json
                owt job submit --kind preflight --nodes 8 --gpus-per-node 4 /data/imagenet
 
-    Start it as you would start the training. Each probe has a time limit; who does not answer is named.
+    Start it with the launcher that you use for training. Each check has a time limit, and a rank that does
+    not answer is reported.
     """
     from horovod_owt.commands.log import log_to_stderr
     from horovod_owt.errors import ProblemFound
@@ -48,12 +49,12 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
         click.echo(json.dumps(document) if as_json else _table(findings))
 
     if bad := preflight(topology, data, run_dir, tell):
-        saw = f"{bad} bad finding{'s'[: bad > 1]}"
-        raise ProblemFound(saw, wanted="none", fix="as each of them says").by_rank_0(topology.rank)
+        found = f"{bad} bad finding{'s'[: bad > 1]}"
+        raise ProblemFound(f"preflight failed: {found}; see BAD lines above").by_rank_0(topology.rank)
 
 
 def _table(findings: list[Finding]) -> str:
-    """The bad ones last, where a terminal ends."""
+    """The findings as text, bad ones last, at the end of a terminal's output."""
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in sorted(findings, key=lambda finding: not finding.ok):

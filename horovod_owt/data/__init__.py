@@ -1,1 +1,1 @@
-"""The way of one image: store, order, feed, pipeline. Importing this imports neither torch nor DALI."""
+"""The input pipeline: store, order, feed, pipeline. Importing this loads neither torch nor DALI."""

@@ -1,4 +1,4 @@
-"""Arrays and names in one file: how indices of data sets are kept. np.load reads it; nothing is pickled."""
+"""Arrays and names in one .npz file, the format of data set indices. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNREADABLE = (
 
 
 class Names:
-    """Many byte strings in one blob: a name costs its bytes and eight more."""
+    """Many byte strings in one blob; a name costs its bytes plus eight."""
 
     def __init__(self, blob: bytes, ends: np.ndarray) -> None:
         self.blob, self.ends = blob, ends  # ends: (n + 1,) int64, from 0
@@ -55,11 +55,11 @@ class Names:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], name: str) -> Names:
-        """ValueError or KeyError if they do not fit together."""
+        """Raises ValueError or KeyError if they are inconsistent."""
         blob, ends = arrays[f"{name}_bytes"], arrays[f"{name}_ends"]
         fit = ends.ndim == blob.ndim == 1 and ends.dtype == np.int64 and blob.dtype == np.uint8 and len(ends)
         if not fit or ends[0] != 0 or ends[-1] != len(blob) or (np.diff(ends) < 0).any():
-            raise ValueError(f"{name}: bytes and ends do not fit together")
+            raise ValueError(f"{name}: bytes and ends are inconsistent")
         return cls(blob.tobytes(), ends)
 
 
@@ -70,7 +70,7 @@ def ends_of(lengths: np.ndarray) -> np.ndarray:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, durable: bool = False) -> None:
-    """An uncompressed .npz, whole or not at all; same arrays, same bytes (np.savez sets no fixed date)."""
+    """Write an uncompressed .npz atomically; the same arrays give the same bytes, unlike np.savez."""
     with atomic_file(path, durable=durable) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
@@ -79,6 +79,6 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, durable: bool = F
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, checksums compared; raises one of UNREADABLE."""
+    """All arrays of an .npz, with checksums verified; raises one of UNREADABLE."""
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}

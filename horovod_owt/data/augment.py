@@ -1,7 +1,7 @@
-"""Which window of an image is seen, and whether it is mirrored.
+"""The window of an image that is cropped, and whether it is mirrored.
 
 Training draws are a function of (seed, epoch, index), so a sample looks the same whichever rank decodes it.
-Training and validation then share one path: cut the window out, resize it to a square, mirror, normalise.
+Training and validation then share one path: crop the window, resize it to a square, mirror, normalise.
 A window is a row (top, left, height, width), in pixels of the stored image.
 """
 
@@ -17,7 +17,7 @@ TRIES = 10
 
 VALIDATION_CROP = 224 / 256  # of the shorter side
 
-_AUGMENT = 1  # keeps these draws apart from those of the sample order
+_AUGMENT = 1  # separates these draws from those of the sample order
 
 
 def training_windows(
@@ -52,7 +52,7 @@ def _largest_centred(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float
 
 
 def validation_windows(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The centre windows that "shorter side to 256, then the centre 224 x 224" would show; no flips."""
+    """The windows of "resize the shorter side to 256, crop the centre 224 x 224"; no flips."""
     sizes = np.asarray(sizes, np.int64)
     side = np.rint(sizes.min(axis=1) * VALIDATION_CROP).clip(1)
     top, left = ((sizes - side[:, None]) // 2).T

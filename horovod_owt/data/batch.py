@@ -1,4 +1,4 @@
-"""What pipelines yield: normalised images on the device, with their labels."""
+"""The output of pipelines: normalised images on the device, with their labels."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Batch:
-    """What a pipeline yields: b images, ready for the net, in memory that the caller may keep."""
+    """b images, ready for the net, in memory that the caller may keep."""
 
     images: torch.Tensor  # (b, 3, S, S) float32, normalised, channels_last in memory, on the device
     labels: torch.Tensor  # (b,) int64, on the device; feed.IGNORED where not valid
-    valid: torch.Tensor  # (b,) bool, on the device; False is padding, or in place of a bad image
+    valid: torch.Tensor  # (b,) bool, on the device; False for padding and in place of a bad image
     indices: np.ndarray  # (b,) int64, on the host, for messages
-    faults: Mapping[int, str] = field(default_factory=dict)  # row -> fault, of the bad images
+    faults: Mapping[int, str] = field(default_factory=dict)  # row -> fault, for bad images
 
     @classmethod
     def of(cls, encoded: EncodedBatch, images: torch.Tensor) -> Batch:
-        """What `encoded` became: `images` (b, S, S, 3), on the device."""
+        """The batch of `encoded`, decoded to `images` (b, S, S, 3) on the device."""
         return cls(
             images=images.permute(0, 3, 1, 2),  # a view: the memory stays channels_last
             labels=torch.from_numpy(encoded.labels).to(images.device, non_blocking=True),
@@ -42,7 +42,7 @@ class Batch:
 
 
 class Pipeline(Protocol):
-    """An iterator of batches that works ahead in the background. Closing it closes its feed."""
+    """An iterator of batches that prefetches in the background. Closing it closes its feed."""
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...

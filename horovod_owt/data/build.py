@@ -1,7 +1,7 @@
-"""From stores to a data set on disk: a folder or shards, as it is or made smaller, on all cores.
+"""Write a data set to disk from stores: a folder or shards, original size or downscaled, on all cores.
 
-Whatever was written before a kill is kept: a shard or an image that has its name is whole (see Staging).
-The bytes depend on the source and the form alone, not on the number of workers or on who was killed when.
+What was written before a kill is kept: a shard or image that has its final name is complete (see Staging).
+The bytes depend only on the source and the form, not on the number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from horovod_owt.files import atomic_file
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int, str], None]  # (what is done, how much, of how much, unit)
+Progress = Callable[[str, int, int, str], None]  # (activity, done, total, unit)
 
 CHUNK = 250  # images of a folder that a worker writes before it reports back
-PROBES = 100  # images that are made smaller to learn what all will take
-DISK_BLOCK = 4096  # bytes that a small file takes on most file systems
+PROBES = 100  # images that are downscaled to estimate the size of all
+DISK_BLOCK = 4096  # bytes, the smallest allocation on most file systems
 MEMBERS_BYTES = 3 * tarball.BLOCK + tarball.BLOCK // 2  # of a sample: two headers, the label, half a block
 
 
 @dataclass(frozen=True)
 class Form:
-    """All that the bytes of a data set depend on beside its images."""
+    """What the bytes of a data set depend on, besides its images."""
 
     format: str = "shards"  # or folder
     shard_mb: int = 256  # megabytes (10**6) of a shard, about
-    short_side: int | None = None  # pixels, at most; None: as it is
+    short_side: int | None = None  # pixels, at most; None: unchanged
 
     def check(self) -> None:
         if self.shard_mb < 1:
@@ -67,7 +67,7 @@ class _Split:
 def make(
     place: Staging, stores: dict[str, Store], form: Form, *, workers: int, progress: Progress | None
 ) -> dict:
-    """Write both splits and finish the place; returns `images`, `classes` and `bytes` of the whole."""
+    """Write both splits and publish them; returns the totals `images`, `classes` and `bytes`."""
     facts = place.recall("facts.json")
     if facts is None:
         if form.format == "shards":
@@ -82,14 +82,14 @@ def make(
         if form.format == "shards":
             for split in SPLITS:
                 _write_index(place, split, splits[split])
-        os.sync()  # before the folder is called whole
+        os.sync()  # before the folder is marked complete
         place.remember("facts.json", facts)
     place.finish(facts)
     return facts
 
 
 def _plan(place: Staging, stores: dict[str, Store], form: Form) -> dict[str, _Split]:
-    """How many shards each split gets; DataError if the disk cannot hold what is still to be written."""
+    """The number of shards of each split; DataError if the disk has no room for what is left to write."""
     kept = place.recall("plan.json") or {}
     splits, needed, files = {}, 0, 0
     for split, store in stores.items():
@@ -108,7 +108,7 @@ def _plan(place: Staging, stores: dict[str, Store], form: Form) -> dict[str, _Sp
 
 
 def _share_left(store: Store, sizes: np.ndarray, form: Form) -> float:
-    """What making images smaller leaves of their bytes, by a sample that is always the same."""
+    """The share of bytes that downscaling leaves, from a fixed sample."""
     if form.short_side is None:
         return 1.0
     _, indices = SampleOrder(len(store), 0).at(0, min(PROBES, len(store)))
@@ -117,7 +117,7 @@ def _share_left(store: Store, sizes: np.ndarray, form: Form) -> float:
 
 
 def _there(folder: Path) -> tuple[int, int]:
-    """Bytes and files below a folder that a killed command left."""
+    """Bytes and files that a killed command left below a folder."""
     sizes = [os.stat(os.path.join(at, name)).st_size for at, _, names in os.walk(folder) for name in names]
     return sum(sizes), len(sizes)
 
@@ -125,7 +125,7 @@ def _there(folder: Path) -> tuple[int, int]:
 def _write_all(
     place: Staging, splits: dict[str, _Split], form: Form, workers: int, progress: Progress | None
 ) -> int:
-    """Everything but the indices; returns the bytes of all files."""
+    """Write everything but the indices; returns the bytes of all files."""
     work, tasks = (_write_shard, _shard_tasks) if form.format == "shards" else (_write_images, _image_tasks)
     total, size = sum(len(split.store) for split in splits.values()), 0
     (place.folder / "parts").mkdir(exist_ok=True)
@@ -151,10 +151,10 @@ def _write_all(
             for written, faults in results:
                 size += written
                 for fault in faults:
-                    log.warning("copied as it is: %s", fault)
-    except BrokenProcessPool as trouble:
-        fix = "if memory is short, fewer --workers; the same command goes on"
-        raise RunError("a worker process died", fix=fix) from trouble
+                    log.warning("copied unchanged: %s", fault)
+    except BrokenProcessPool as error:
+        fix = "if memory is short, use fewer --workers; the same command continues"
+        raise RunError("a worker process died", fix=fix) from error
     ticked(total)
     return size
 
@@ -168,20 +168,20 @@ def _begin(splits: dict[str, _Split], form: Form, folder: Path) -> None:
 
 
 def _image(store: Store, index: int, form: Form) -> tuple[bytes, str | None]:
-    """An image as it is to be written; if it was to be made smaller and could not be, why."""
+    """An image as it is to be written, and the reason if it could not be downscaled."""
     try:
         data = store.read(index)
-    except OSError as trouble:
-        saw = f"cannot read {store.path(index)}: {trouble.strerror or trouble}"
-        raise DataError(saw, fix="check the file and the disk it is on") from trouble
+    except OSError as error:
+        saw = f"cannot read {store.path(index)}: {error.strerror or error}"
+        raise DataError(saw, fix="check the file and the disk it is on") from error
     if fault := store.check(index, data):
-        raise DataError(f"{store.path(index)} is damaged: {fault}", fix="get the file anew")
+        raise DataError(f"{store.path(index)} is damaged: {fault}", fix="download or copy the file again")
     if form.short_side is None:
         return data, None
     try:
         return shrunk(data, form.short_side, png=store.name(index).lower().endswith(b".png")), None
-    except ValueError as trouble:
-        return data, f"{store.path(index)}: {trouble}"
+    except ValueError as error:
+        return data, f"{store.path(index)}: {error}"
 
 
 def _image_tasks(split: _Split) -> list[tuple[int, int]]:
@@ -190,7 +190,7 @@ def _image_tasks(split: _Split) -> list[tuple[int, int]]:
 
 
 def _write_images(task: tuple[str, int, int]) -> tuple[int, list[str]]:
-    """Some images of a folder. One that is there is kept: its name came last."""
+    """Write some images of a folder. An existing one is kept: files are renamed when complete."""
     name, start, stop = task
     store, sizes = _splits[name].store, _splits[name].sizes
     written, faults = 0, []
@@ -214,7 +214,7 @@ def _shard_tasks(split: _Split) -> list[tuple[int]]:
 
 
 def _write_shard(task: tuple[str, int]) -> tuple[int, list[str]]:
-    """One shard, and beside it in parts/ its rows of the index."""
+    """Write one shard, and in parts/ its rows of the index."""
     name, number = task
     store, shards = _splits[name].store, _splits[name].shards
     path, rows = _folder / name / shard_name(number), _rows_file(_folder, name, number)
@@ -222,7 +222,7 @@ def _write_shard(task: tuple[str, int]) -> tuple[int, list[str]]:
     if (size := _whole_shard(path, rows)) is not None:
         tick(stop - start)
         return size, []
-    # Mixed, so that who reads shards from front to back sees the classes mixed too.
+    # Shuffled, so that reading shards sequentially also mixes the classes.
     _, indices = SampleOrder(len(store), 0).at(start, stop - start)
     offsets, lengths, sums, faults = [], [], [], []
     with atomic_file(path, durable=True, folder=_folder / "scratch") as file:
@@ -254,7 +254,7 @@ def _rows_file(folder: Path, split: str, number: int) -> Path:
 
 
 def _whole_shard(path: Path, rows: Path) -> int | None:
-    """Bytes of a shard that an earlier command finished."""
+    """Bytes of a shard that an earlier command finished; None if it did not."""
     try:
         size = path.stat().st_size
         return size if size == int(read_arrays(rows)["bytes"]) else None
@@ -283,16 +283,16 @@ def _write_index(place: Staging, name: str, split: _Split) -> None:
 
 
 def member_name(name: bytes) -> bytes:
-    """What a file is called in a shard: KEY.jpg or KEY.png, without a dot in KEY.
+    """A file's name in a shard: KEY.jpg or KEY.png, without a dot in KEY.
 
-    WebDataset takes all before the first dot for the key, all after it for the kind of the member.
+    WebDataset takes everything before the first dot as the key, the rest as the type of the member.
     """
     stem, _, suffix = name.rpartition(b".")
     return stem.replace(b".", b"_") + (b".png" if suffix.lower() == b"png" else b".jpg")
 
 
 def check_keys(store: Store) -> None:
-    """DataError if two files of a class would have one key: a.jpg and a.png, a.b.jpg and a_b.jpg."""
+    """DataError if two files of a class would get the same key: a.jpg and a.png, a.b.jpg and a_b.jpg."""
     seen: dict[bytes, int] = {}
     label = None
     for index in range(len(store)):

@@ -1,4 +1,4 @@
-"""How DALI decodes here, and which image it was when it did not."""
+"""DALI's decoder options, and the images that it fails on."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ T = TypeVar("T")
 
 
 def decoder_options(*, on_gpu: bool) -> dict:
-    """Of DALI's decoders, whole images or windows."""
+    """Options of DALI's decoders, for whole images and windows."""
     options = {
         "device": "mixed" if on_gpu else "cpu",
         "output_type": types.RGB,
-        "jpeg_fancy_upsampling": True,  # chroma as libjpeg and Pillow do it, on the GPU too
+        "jpeg_fancy_upsampling": True,  # chroma as in libjpeg and Pillow, on the GPU too
     }
-    # Windows are in stored pixels: leave EXIF rotation alone (older decoders never look at it).
+    # Windows are in stored pixels: do not apply EXIF rotation (older decoders never do).
     if "adjust_orientation" in backend.GetSchema("decoders__ImageSlice").GetArgumentNames():
         options["adjust_orientation"] = False
     return options
 
 
 def find_refused(build: Callable[[Callable[[], T]], Pipeline], inputs: Iterable[T]) -> list[int]:
-    """The numbers of the inputs that a pipeline does not decode; `build` makes one over a source of them."""
+    """Positions of the inputs that a pipeline fails to decode; `build` makes a pipeline over a source."""
     refused, pipe, current = [], None, deque(maxlen=1)
     for number, one in enumerate(inputs):
-        pipe = pipe or build(lambda: current.pop())  # DALI wants a function written in Python
+        pipe = pipe or build(lambda: current.pop())  # DALI requires a Python function
         current.append(one)
         try:
             pipe.run()
         except RuntimeError:
             refused.append(number)
-            pipe = None  # of no use any more
+            pipe = None  # unusable after a failure
     return refused
 
 
 def undecodable(data: bytes) -> str:
-    """The fault of an image that DALI refuses: in Pillow's words, if it has any."""
+    """The fault of an image that DALI fails to decode; Pillow's message, if it fails too."""
     fault = pillow_fault(data)
-    return f"undecodable: {fault}" if fault else "undecodable by DALI, though not by Pillow"
+    return f"undecodable: {fault}" if fault else "undecodable by DALI, but not by Pillow"
 
 
 class DaliDecoder:
-    """Whole images, to see whether they can be decoded."""
+    """Decodes whole images, to find those that cannot be decoded."""
 
     def __init__(self, threads: int, device_id: int | None, batch: int) -> None:
         self._threads, self._device_id, self._batch = threads, device_id, batch
@@ -56,14 +56,14 @@ class DaliDecoder:
         self._pipe: Pipeline | None = None
 
     def faults(self, images: Sequence[bytes]) -> dict[int, str]:
-        """position in `images` -> fault, of those that DALI does not decode; at most `batch` images."""
+        """position in `images` -> fault, for those that DALI fails to decode; at most `batch` images."""
         self._pipe = self._pipe or self._build(lambda: self._images, self._batch)
         self._images = [np.frombuffer(data, np.uint8) for data in images]
         try:
             self._pipe.run()
             return {}
         except RuntimeError:
-            self._pipe = None  # of no use any more, and does not say which image it was
+            self._pipe = None  # unusable after a failure, and does not say which image it was
         alone = ([image] for image in self._images)
         refused = find_refused(lambda source: self._build(source, 1), alone)
         return {number: undecodable(images[number]) for number in refused}

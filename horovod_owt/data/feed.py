@@ -1,4 +1,4 @@
-"""Encoded batches for a pipeline: samples, their bytes, the window of each; read ahead by a thread."""
+"""Encoded batches for a pipeline: the samples' bytes and crop windows, prefetched by a thread."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.store import Store
 from horovod_owt.errors import RunError
 
-READERS = 4  # threads that wait for the file system
+READERS = 4  # I/O threads
 READ_AHEAD = 2  # batches
 
-IGNORED = -100  # the label of a row that must not count: torch's cross_entropy leaves it out
+IGNORED = -100  # label of a row that must not count: the ignore_index of torch's cross_entropy
 
 Windows = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # (n, 2) sizes -> windows and flips
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """One batch before decoding; always as many rows as the feed's `batch`."""
+    """One batch before decoding; it always has the feed's `batch` rows."""
 
     jpegs: list[np.ndarray]  # the files' bytes, uint8
     windows: np.ndarray  # (b, 4) int32: top, left, height, width
     flips: np.ndarray  # (b,) bool
     labels: np.ndarray  # (b,) int64; IGNORED where not valid
     indices: np.ndarray  # (b,) int64, into the store
-    valid: np.ndarray  # (b,) bool; False is padding, or stands in for a bad image: it must not count
-    faults: Mapping[int, str] = field(default_factory=dict)  # row -> fault, of the bad images
+    valid: np.ndarray  # (b,) bool; False for padding and placeholders of bad images, which must not count
+    faults: Mapping[int, str] = field(default_factory=dict)  # row -> fault, for bad images
 
     def without(self, faults: Mapping[int, str]) -> EncodedBatch:
-        """The same batch, in which the rows of bad images (row -> fault) show a good one and do not count."""
+        """The same batch with the rows of bad images (row -> fault) replaced by a good image, not counted."""
         valid = self.valid.copy()
         valid[list(faults)] = False
         found = {row: fault for row, fault in faults.items() if self.valid[row]}
@@ -50,41 +50,41 @@ class EncodedBatch:
             faults={**self.faults, **found},
         )
         if not valid.any():
-            jpeg, window = _stand_in()
+            jpeg, window = _placeholder()
             return replace(batch, jpegs=[jpeg] * len(valid), windows=np.tile(window, (len(valid), 1)))
         rows = np.where(valid, np.arange(len(valid)), np.argmax(valid))
-        return batch._showing(rows)
+        return batch._with_images(rows)
 
     def padded(self, batch: int) -> EncodedBatch:
-        """The same with `batch` rows: the last one is repeated, and does not count."""
+        """The same with `batch` rows: the last one is repeated, not counted."""
         rows = np.minimum(np.arange(batch), len(self.valid) - 1)
         valid = self.valid[rows] & (np.arange(batch) < len(self.valid))
         return replace(
-            self._showing(rows),
+            self._with_images(rows),
             labels=np.where(valid, self.labels[rows], IGNORED),
             indices=self.indices[rows],
             valid=valid,
         )
 
-    def _showing(self, rows: np.ndarray) -> EncodedBatch:
-        """With the pictures of these rows."""
+    def _with_images(self, rows: np.ndarray) -> EncodedBatch:
+        """The same batch with the images of these rows."""
         jpegs = [self.jpegs[row] for row in rows]
         return replace(self, jpegs=jpegs, windows=self.windows[rows], flips=self.flips[rows])
 
 
 @cache
-def _stand_in() -> tuple[np.ndarray, np.ndarray]:
-    """A grey image and the window that is all of it, for a batch without a good image."""
+def _placeholder() -> tuple[np.ndarray, np.ndarray]:
+    """A grey image and its full window, for a batch without a good image."""
     jpeg = io.BytesIO()
     Image.new("RGB", (16, 16), (124, 116, 104)).save(jpeg, "JPEG")
     return np.frombuffer(jpeg.getvalue(), np.uint8), np.array([0, 0, 16, 16], np.int32)
 
 
 class Feed:
-    """An iterator of encoded batches over a store, read ahead by a thread until closed.
+    """An iterator of encoded batches over a store, prefetched by a thread until closed.
 
-    With `bad_images` a bad image does not count, another stands in for it, and the batch says so; without, it
-    is a RunError. Pipelines hand in what they cannot decode by `without`.
+    With `bad_images` a bad image is replaced by another one, not counted, and listed in the batch's faults;
+    without, it is a RunError. Pipelines report images that they cannot decode to `without`.
     """
 
     def __init__(self, store: Store, batch: int, bad_images: BadImages | None = None) -> None:
@@ -107,13 +107,13 @@ class Feed:
         self.close()
 
     def without(self, batch: EncodedBatch, faults: Mapping[int, str]) -> EncodedBatch:
-        """`batch` with these rows (row -> fault) replaced and remembered as bad; RunError if none may be."""
+        """`batch` with these rows (row -> fault) replaced and recorded; RunError without `bad_images`."""
         for row, fault in faults.items():
             if not batch.valid[row]:
-                continue  # it stands in for another, and shows what is bad in a row of its own
+                continue  # a placeholder: the bad image has a row of its own
             index = int(batch.indices[row])
             if self._bad_images is None:
-                fix = "replace the file or remove it"
+                fix = "replace or remove the file"
                 raise RunError(f"bad image {self.store.path(index)}: {fault}", fix=fix)
             self._bad_images.add(index, fault)
         return batch.without(faults)
@@ -138,21 +138,21 @@ class Feed:
         return [self._read_one(index) for index in indices.tolist()]
 
     def _read_one(self, index: int) -> tuple[np.ndarray, tuple[int, int], str]:
-        """The file's bytes, (height, width), and what is wrong with it."""
+        """The file's bytes, (height, width), and its fault, empty if none."""
         fault = self._bad_images.fault(index) if self._bad_images else None
         if not fault:
             try:
                 data = self.store.read(index)
                 return np.frombuffer(data, np.uint8), check_image(data)[:2], ""
-            except OSError as trouble:
-                fault = read_fault(trouble)
-            except ValueError as trouble:
-                fault = str(trouble)
+            except OSError as error:
+                fault = read_fault(error)
+            except ValueError as error:
+                fault = str(error)
         return np.empty(0, np.uint8), (1, 1), fault
 
 
 class TrainFeed(Feed):
-    """The endless training stream from `position` on (samples consumed by all ranks), as one rank sees it."""
+    """One rank's part of the endless training stream, from `position` (samples consumed by all ranks) on."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class TrainFeed(Feed):
 
 
 class ValidationFeed(Feed):
-    """This rank's slice of the validation set, once; the last batch is padded with rows not `valid`."""
+    """This rank's slice of the validation set, once; the last batch is padded with invalid rows."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Samples in a folder of class folders: SPLIT/CLASS/*.JPEG, one file each."""
+"""Samples in a folder of class folders: SPLIT/CLASS/*.JPEG, one file per sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from horovod_owt.data.listing import list_split
 from horovod_owt.data.retry import with_retries
 
-STATTERS = 8  # threads that ask a file server for sizes
+STATTERS = 8  # threads that stat files on a file server
 
 
 class FolderStore:
@@ -41,11 +41,11 @@ class FolderStore:
         return with_retries(self._read_once, index, self.path)
 
     def check(self, index: int, data: bytes) -> str | None:
-        """Nothing is known of a file beyond its bytes."""
+        """Always None: a folder has no checksums."""
         return None
 
     def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes and mtime_ns of each file, both int64: one stat a file, OSError if one is gone."""
+        """Bytes and mtime_ns of each file, both int64: one stat per file; OSError if one is missing."""
 
         def stat(part: range) -> list[tuple[int, int]]:
             found = map(os.stat, map(self._path, part))

@@ -1,6 +1,6 @@
-"""Random numbers that are a function of what they are for, not of when they are drawn.
+"""Counter-based random numbers: a function of their keys, not of the order of the draws.
 
-Our own arithmetic on 64-bit words (splitmix64, Steele et al. 2014), so that no library version changes a run.
+Computed here (splitmix64, Steele et al. 2014), so that a new library version does not change a run.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def mix(words: np.ndarray) -> np.ndarray:
-    """Scatter 64-bit words: a bijection in which every input bit stirs every output bit. Arrays only."""
+    """Mix 64-bit words: a bijection in which every input bit affects every output bit. Arrays only."""
     words = (words ^ (words >> np.uint64(30))) * _FACTORS[0]
     words = (words ^ (words >> np.uint64(27))) * _FACTORS[1]
     return words ^ (words >> np.uint64(31))
 
 
 def hashed(*words) -> np.ndarray:
-    """One 64-bit hash of each row of integers (scalars broadcast, negative ones wrap)."""
+    """One 64-bit hash per row of integers (scalars broadcast, negative ones wrap)."""
     state = np.zeros(1, np.uint64)
     for word in words:
         state = mix((state ^ np.asarray(word).astype(np.uint64)) + _GOLDEN)

@@ -1,8 +1,8 @@
-"""The three files of ILSVRC2012 as they are handed out: checked, and read where they lie.
+"""The three files of ILSVRC2012 as published: verified, and read in place.
 
-The training set is a tar of 1000 tars, one for each synset; the validation set is one flat tar; the devkit
-says which synset each validation image shows. Nothing is unpacked: one pass from front to back takes the md5
-and notes where each image is.
+The training set is a tar of 1000 tars, one per synset; the validation set is one flat tar; the devkit labels
+the validation images. Nothing is unpacked: one sequential pass computes the md5 and records the offset of
+each image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from horovod_owt.data.store import first_few
 from horovod_owt.data.tarball import TarError, members
 from horovod_owt.errors import DataError
 
-BLOCK = 4 << 20  # bytes read at a time
+BLOCK = 4 << 20  # bytes per read
 VAL_NAME = re.compile(rb"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
 GROUND_TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 
@@ -36,7 +36,7 @@ GROUND_TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.m
 @dataclass(frozen=True)
 class Published:
     md5: str
-    size: int | None = None  # bytes; None: not known
+    size: int | None = None  # bytes; None: unknown
 
 
 # Sizes as downloaded; md5 as in torchvision/datasets/imagenet.py.
@@ -48,37 +48,37 @@ OFFICIAL = {
 
 
 def read_checksums(path: Path) -> dict[str, Published]:
-    """A file as md5sum writes it: `md5  name` a line; raises DataError."""
+    """Read md5sum's format, `md5  name` per line; raises DataError."""
     found = {}
     try:
         lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as trouble:
-        raise DataError(f"{path} cannot be read: {trouble}") from trouble
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     for line in filter(str.strip, lines):
         match = re.fullmatch(r"([0-9a-fA-F]{32}) [ *](.+)", line.rstrip())
         if not match:
-            raise DataError(f"{path}: {line[:60]!r}", wanted="lines as md5sum writes them: `md5  name`")
+            raise DataError(f"{path}: {line[:60]!r}", wanted="md5sum's format: `md5  name`")
         found[os.path.basename(match[2])] = Published(match[1].lower())
     return found
 
 
 def open_checked(path: Path, published: Published) -> BinaryIO:
-    """The file, if it is there and of the right size; raises DataError."""
+    """Open the file if it exists and has the right size; raises DataError."""
     try:
         file = open(path, "rb", buffering=0)
-    except OSError as trouble:
-        fix = "get it from image-net.org, after signing up there" if trouble.errno == errno.ENOENT else ""
-        raise DataError(f"{path} cannot be read: {trouble.strerror}", fix=fix) from trouble
+    except OSError as error:
+        fix = "download it from image-net.org (needs an account)" if error.errno == errno.ENOENT else ""
+        raise DataError(f"{path} cannot be read: {error.strerror}", fix=fix) from error
     size = os.fstat(file.fileno()).st_size
     if published.size not in (None, size):
         file.close()
-        fix = "download it anew; for another release give --checksums"
+        fix = "download it again; for another release pass --checksums"
         raise DataError(f"{path} has {size} bytes", wanted=f"{published.size}", fix=fix)
     return file
 
 
 class HashedStream:
-    """A file read once from front to back by a thread, its md5 taken on the way."""
+    """A file read once, sequentially, by a thread; its md5 is computed while reading."""
 
     def __init__(self, file: BinaryIO, progress: Callable[[int], None] | None) -> None:
         self.at, self.size = 0, os.fstat(file.fileno()).st_size
@@ -100,7 +100,7 @@ class HashedStream:
             self._used, self.at, length = self._used + step, self.at + step, length - step
 
     def md5(self) -> str:
-        """Of the whole file, what is left of it included."""
+        """md5 of the whole file; reads the rest of it."""
         self.skip(self.size)
         return self._md5.hexdigest()
 
@@ -108,7 +108,7 @@ class HashedStream:
         self._blocks.close()
 
     def _more(self) -> bool:
-        """Whether there is anything to read in hand."""
+        """Whether there are bytes left to read."""
         if self._used == len(self._block):
             self._block, self._used = next(self._blocks, b""), 0
             self._md5.update(self._block)
@@ -119,9 +119,9 @@ class HashedStream:
 
 @dataclass
 class Contents:
-    """The images of an archive: where each one lies and what it is called."""
+    """The images of an archive: the offset, length and name of each."""
 
-    classes: list[bytes]  # of the training set, in the order of the archive; the validation set has none
+    classes: list[bytes]  # of the training set, in archive order; the validation set has none
     label: np.ndarray  # (n,) int64, into `classes`; 0 without classes
     offset: np.ndarray  # (n,) int64
     length: np.ndarray  # (n,) int64
@@ -146,7 +146,7 @@ def walk(stream: HashedStream, nested: bool, where: str) -> Contents:
             names.append(os.path.basename(name))
             continue
         if not name.endswith(b".tar"):
-            raise TarError(f"{where} holds {name.decode(errors='replace')}, not tars of synsets only")
+            raise TarError(f"{where} contains {name.decode(errors='replace')}, which is no tar of a synset")
         inner, end = f"{name.decode(errors='replace')} in {where}", stream.at + length
         for image, size in members(stream, end, inner):
             rows.append((len(classes), stream.at, size))
@@ -159,58 +159,60 @@ def walk(stream: HashedStream, nested: bool, where: str) -> Contents:
 def take_md5(
     file: BinaryIO, path: Path, published: Published, progress, *, nested: bool | None
 ) -> Contents | None:
-    """Check the file's md5 and return its contents, None for one that is not walked (`nested` is None)."""
-    stream, contents, trouble = HashedStream(file, progress), None, None
+    """Verify the file's md5 and return its contents; None if `nested` is None (not an archive of images)."""
+    stream, contents, tar_error = HashedStream(file, progress), None, None
     try:
         try:
             contents = walk(stream, nested, path.name) if nested is not None else None
-        except TarError as error:  # the md5 says more, so it comes first
-            trouble = error
+        except TarError as error:  # a wrong md5 explains more, so it is reported first
+            tar_error = error
         if (found := stream.md5()) != published.md5:
-            fix = "download it anew; for another release give --checksums"
+            fix = "download it again; for another release pass --checksums"
             raise DataError(f"{path} has md5 {found}", wanted=published.md5, fix=fix)
     except OSError as error:
         saw = f"cannot read {path}: {error.strerror or error}"
         raise DataError(saw, fix="check the disk it is on") from error
     finally:
         stream.close()
-    if trouble:
-        raise DataError(str(trouble), wanted="the archives of ILSVRC2012 as they were published")
+    if tar_error:
+        raise DataError(str(tar_error), wanted="the archives of ILSVRC2012 as published")
     return contents
 
 
 @dataclass(frozen=True)
 class Devkit:
-    synsets: dict[int, str]  # ILSVRC2012_ID -> WordNet id, of the classes alone
+    synsets: dict[int, str]  # ILSVRC2012_ID -> WordNet id, classes only
     ground_truth: list[int]  # ILSVRC2012_ID of each validation image, from number 1 on
 
 
 def read_devkit(path: Path) -> Devkit:
-    """The two files of the devkit that say what the validation images show; raises DataError."""
+    """Read the classes and the validation labels from the devkit; raises DataError."""
     wanted = f"ILSVRC2012_devkit_t12.tar.gz, with {META} and {GROUND_TRUTH}"
     try:
         with tarfile.open(path, "r:*") as archive:
             files = {name: _member(archive, name) for name in (META, GROUND_TRUTH)}
-    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as trouble:
-        raise DataError(f"{path} is no devkit: {_first_line(trouble)}", wanted=wanted) from trouble
-    from scipy.io import loadmat  # loads slowly
+    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
+        raise DataError(f"{path} is not a devkit: {_first_line(error)}", wanted=wanted) from error
+    from scipy.io import loadmat  # slow to import
 
     try:
         rows = np.atleast_1d(loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"])
-        # synsets with children are groups of classes, such as "dog"
+        # synsets with children are not classes but groups of them, such as "dog"
         synsets = {
             int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows if not int(row["num_children"])
         }
         ground_truth = [int(line) for line in files[GROUND_TRUTH].split()]
-    except Exception as trouble:  # scipy's reader raises nearly anything on foreign bytes
-        raise DataError(f"{path} cannot be understood: {_first_line(trouble)}", wanted=wanted) from trouble
+    except Exception as error:  # scipy's reader may raise anything on malformed bytes
+        raise DataError(f"{path} cannot be parsed: {_first_line(error)}", wanted=wanted) from error
     if strange := sorted(set(ground_truth) - synsets.keys()):
-        raise DataError(f"{path}: validation images of id {strange[0]}, which is no class", wanted=wanted)
+        raise DataError(
+            f"{path}: validation images of class id {strange[0]}, which is unknown", wanted=wanted
+        )
     return Devkit(synsets, ground_truth)
 
 
-def _first_line(trouble: Exception) -> str:
-    return str(trouble).partition("\n")[0] or type(trouble).__name__
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _member(archive: tarfile.TarFile, ending: str) -> bytes:
@@ -223,7 +225,7 @@ def _member(archive: tarfile.TarFile, ending: str) -> bytes:
 def make_stores(
     train_tar: Path, train: Contents, val_tar: Path, val: Contents, devkit: Devkit
 ) -> dict[str, ShardStore]:
-    """Both splits as stores over the original tars; DataError if archives and devkit do not fit together."""
+    """Both splits as stores over the original tars; DataError if they do not match the devkit."""
     found, known = {os.fsdecode(name) for name in train.classes}, set(devkit.synsets.values())
     if found != known:
         raise DataError(
@@ -245,17 +247,17 @@ def make_stores(
 
 
 def _synset(name: bytes, devkit: Devkit, where: Path) -> int:
-    """ILSVRC2012_val_00000001.JPEG is on the first line of the ground truth."""
+    """The class id of a validation image; number 1 is on the first line of the ground truth."""
     match = VAL_NAME.fullmatch(name)
     number = int(match[1]) if match else 0
     if not 1 <= number <= len(devkit.ground_truth):
-        saw = f"{where} holds {os.fsdecode(name)}"
-        raise DataError(saw, wanted="ILSVRC2012_val_00000001.JPEG and so on, as many as the devkit labels")
+        saw = f"{where} contains {os.fsdecode(name)}"
+        raise DataError(saw, wanted="ILSVRC2012_val_00000001.JPEG and so on, one per label of the devkit")
     return devkit.ground_truth[number - 1]
 
 
 def _store(tar: Path, contents: Contents, classes: list[bytes], labels: np.ndarray) -> ShardStore:
-    """In the order of a folder: class, then name. The archive is its one shard."""
+    """A store in folder order (class, then name), with the archive as its only shard."""
     names = list(contents.names)
     order = sorted(range(len(names)), key=lambda row: (labels[row], names[row]))
     labels = labels[order]
@@ -265,7 +267,7 @@ def _store(tar: Path, contents: Contents, classes: list[bytes], labels: np.ndarr
         if labels[i] == labels[i - 1] and names[order[i]] == names[order[i - 1]]
     ]
     if twice:
-        raise DataError(f"{tar} holds {os.fsdecode(names[order[twice[0]]])} twice")
+        raise DataError(f"{tar} contains {os.fsdecode(names[order[twice[0]]])} twice")
     index = Index(
         classes,
         np.array([os.stat(tar).st_size]),

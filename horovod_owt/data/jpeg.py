@@ -1,4 +1,4 @@
-"""What the header of an image file tells, without decoding it."""
+"""Read the header of an image file, without decoding it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import NamedTuple
 
 from PIL import Image
 
-# Huffman tables, a reserved code, arithmetic coding: in the range of SOF markers, but no frames
+# Huffman tables, a reserved code, arithmetic coding: in the range of the SOF markers, but not frames
 _NO_FRAME = {0xC4, 0xC8, 0xCC}
 
 
 class Header(NamedTuple):
-    """What an image file says of itself."""
+    """The header fields of an image file."""
 
     height: int  # as stored, without EXIF rotation
     width: int
     kind: str  # Pillow's name: JPEG, PNG, ...
-    components: int  # of a pixel as stored; in a JPEG, 4 are CMYK
-    pixels_from: int  # offset in the file from which on the image's data come; 0 where it is not known
+    components: int  # per stored pixel; 4 in a JPEG mean CMYK
+    pixels_from: int  # offset of the image's data in the file; 0 if unknown
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) as stored (no EXIF rotation); ValueError says what is wrong with the file."""
+    """(height, width) as stored (no EXIF rotation); ValueError with the fault of a bad file."""
     header = read_header(data)
     return header.height, header.width
 
 
 def read_header(data: bytes) -> Header:
-    """Size and kind; ValueError says what is wrong with the file."""
+    """Size and format; ValueError with the fault of a bad file."""
     header = _jpeg_header(data) if data[:2] == b"\xff\xd8" else _other_header(data)
     if not (header.height and header.width):
         raise ValueError(f"impossible size {header.width} x {header.height}")
@@ -36,7 +36,7 @@ def read_header(data: bytes) -> Header:
 
 
 def _jpeg_header(data: bytes) -> Header:
-    """Walk from marker to marker up to the start of the frame (SOF), ITU T.81 annex B."""
+    """Walk the markers up to the start of frame (SOF), ITU T.81 annex B."""
     at = 2
     while at + 10 <= len(data):
         if data[at] != 0xFF:
@@ -53,7 +53,7 @@ def _jpeg_header(data: bytes) -> Header:
             raise ValueError("JPEG without a frame header")
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    raise ValueError("JPEG cut short within its header")
+    raise ValueError("truncated JPEG header")
 
 
 def _other_header(data: bytes) -> Header:
@@ -64,12 +64,12 @@ def _other_header(data: bytes) -> Header:
             return Header(image.height, image.width, image.format or "", len(image.getbands()), 0)
     except Image.DecompressionBombError:
         raise ValueError("impossible size") from None
-    except Exception as trouble:  # Pillow's parsers raise nearly anything on hostile bytes
-        raise ValueError(f"not an image: {_looks_like(data)}") from trouble
+    except Exception as error:  # Pillow's parsers may raise anything on malformed bytes
+        raise ValueError(f"not an image: {_looks_like(data)}") from error
 
 
 def _looks_like(data: bytes) -> str:
-    """A hint at what came in place of an image."""
+    """A hint at what the file contains instead of an image."""
     if not data.strip(b"\0"):
         return f"{len(data)} zero bytes"
     start = data.lstrip()[:16]

@@ -1,8 +1,8 @@
-"""The names of all images under one split, remembered from one run to the next.
+"""The names of all images of a split, cached between runs.
 
-Listing a million files takes seconds on a local disk and minutes on a file server. So the names are kept in a
-file; the next run asks each class folder for its times of change (one stat) and lists those anew that differ.
-The times are the folder's mtime and ctime: `rsync -a` and `tar x` set the first one back, nobody the second.
+Listing a million files takes seconds on a local disk and minutes on a file server. So the names are cached in
+a file; the next run stats each class folder and lists again only those whose mtime or ctime has changed.
+Both times are compared, because `rsync -a` and `tar x` restore the mtime; nothing restores the ctime.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (b".jpeg", b".jpg", b".png")
 LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
-CACHE_FROM = 20_000  # images; fewer are listed in the blink of an eye
-VERSION = 1  # of the cache file
-# A folder that changed so short a time before we listed it may change again without a new mtime, for a file
-# system counts time in ticks, of 2 s at the coarsest: what we know of it is not trusted the next time.
+CACHE_FROM = 20_000  # images; fewer are listed in no time
+VERSION = 1  # of the cache format
+# A folder that changed this shortly before it was listed may change again without a new mtime, because file
+# systems have a time resolution of up to 2 s: its cached names are not used the next time.
 SETTLED_NS = 2_000_000_000
 _UNSETTLED = (-1, -1)
 
@@ -49,14 +49,14 @@ class Listing:
 
 
 def list_split(folder: Path) -> Listing:
-    """The listing of a split folder, from the cache as far as that still holds; raises DataError."""
+    """The listing of a split folder, from the cache where it is still valid; raises DataError."""
     split = os.fsencode(folder)
     known = _read_cached(folder)
     remembered = {name: (stamp, images) for name, stamp, images in known.of_each_class()} if known else {}
     classes, stamps, parts = sorted(entry.name for entry in scan(split) if entry.is_dir()), [], []
     for name in classes:
         path = os.path.join(split, name)
-        stamp = _stamp(path)  # before the listing: a change meanwhile shows the next time
+        stamp = _stamp(path)  # before the listing: a change meanwhile is noticed the next time
         old_stamp, images = remembered.get(name, (_UNSETTLED, None))
         if images is None or stamp != old_stamp:
             settled = max(stamp) < time.time_ns() - SETTLED_NS
@@ -74,8 +74,8 @@ def list_split(folder: Path) -> Listing:
 def _stamp(folder: bytes) -> tuple[int, int]:
     try:
         found = os.stat(folder)
-    except OSError as trouble:
-        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {trouble.strerror}") from trouble
+    except OSError as error:
+        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {error.strerror}") from error
     return found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -85,21 +85,21 @@ def _image_names(folder: bytes) -> list[bytes]:
 
 
 def scan(folder: bytes) -> list[os.DirEntry[bytes]]:
-    """What is in a folder, without hidden entries (._n01440764_18.JPEG, .snapshot, ...)."""
+    """The entries of a folder, without hidden ones (._n01440764_18.JPEG, .snapshot, ...)."""
     try:
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not entry.name.startswith(b".")]
-        if not os.access(folder, os.X_OK):  # listed, but nothing in it can be opened
+        if not os.access(folder, os.X_OK):  # readable, but its files cannot be opened
             raise PermissionError
     except PermissionError:
         raise DataError(
-            f"{os.fsdecode(folder)} may not be read by user {os.geteuid()}",
+            f"{os.fsdecode(folder)} is not readable by user {os.geteuid()}",
             fix=f"chmod -R a+rX {os.fsdecode(folder)}, or run as its owner",
         ) from None
     except NotADirectoryError:
         raise DataError(f"{os.fsdecode(folder)} is not a folder", wanted=f"a folder with {LAYOUT}") from None
-    except OSError as trouble:  # a dangling link, a stale NFS handle
-        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {trouble.strerror}") from trouble
+    except OSError as error:  # a dangling link, a stale NFS handle
+        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {error.strerror}") from error
     return found
 
 
@@ -107,14 +107,14 @@ def scan(folder: bytes) -> list[os.DirEntry[bytes]]:
 
 
 def cache_files(folder: Path) -> list[Path]:
-    """Where the names may be kept: beside the split folder, else below the user's cache folder."""
+    """Places for the cache: next to the split folder, else below the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     return [folder.parent / f".owt-index-{folder.name}.npz", home / "horovod_owt" / "listings" / f"{key}.npz"]
 
 
 def _read_cached(folder: Path) -> Listing | None:
-    """The first cache file that is sound; one that is damaged or of another version counts for nothing."""
+    """The first valid cache file; a damaged one or one of another version is ignored."""
     for path in cache_files(folder):
         try:
             arrays = read_arrays(path)
@@ -123,14 +123,14 @@ def _read_cached(folder: Path) -> Listing | None:
             classes, names = list(Names.from_arrays(arrays, "class")), Names.from_arrays(arrays, "image")
             stamps, counts = arrays["stamps"], arrays["counts"]
             if stamps.shape != (len(classes), 2) or counts.shape != (len(classes),):
-                raise ValueError("columns of different length")
+                raise ValueError("columns of different lengths")
             if (counts < 0).any() or counts.sum() != len(names):
                 raise ValueError("counts that do not add up")
             return Listing(classes, [tuple(stamp) for stamp in stamps.tolist()], counts, names)
         except FileNotFoundError:
             continue
-        except (*UNREADABLE, TypeError) as trouble:
-            log.debug("%s is not used: %s", path, trouble)
+        except (*UNREADABLE, TypeError) as error:
+            log.debug("ignoring %s: %s", path, error)
     return None
 
 
@@ -143,5 +143,5 @@ def _write_cached(folder: Path, listing: Listing) -> None:
             if path.parent != folder.parent:
                 path.parent.mkdir(parents=True, exist_ok=True)
             return write_arrays(path, arrays)
-        except OSError as trouble:  # read-only, full: the next place, or every run lists anew
-            log.debug("%s cannot be kept: %s", path, trouble)
+        except OSError as error:  # read-only or full: try the next place, else every run lists again
+            log.debug("cannot write %s: %s", path, error)

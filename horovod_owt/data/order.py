@@ -1,8 +1,8 @@
-"""Which samples a step reads: a pure function of seed and position, whoever asks and whatever came before.
+"""The samples that a step reads: a pure function of seed and position.
 
 Training is one endless stream, epoch after epoch; a position is the number of samples consumed so far.
 Every step takes the next `global_batch` positions, every rank its slice of them. So the samples of a step do
-not depend on the number of ranks, and a run may stop at any position and go on there with other ranks.
+not depend on the number of ranks, and a run may stop at any position and resume there on other ranks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ROUNDS = 8
 class SampleOrder:
     """The endless stream of sample indices: one permutation of range(num_samples) for each epoch.
 
-    No array is kept: epoch e is a Feistel network keyed by (seed, e) over the smallest power of two that
-    holds num_samples. What falls outside is sent through again until it is inside ("cycle walking", Black and
-    Rogaway 2002), which leaves a permutation of the inside.
+    Nothing is stored: epoch e is a Feistel network keyed by (seed, e) over the smallest power of two that is
+    at least num_samples. Values outside the range are permuted again until they are inside ("cycle walking",
+    Black and Rogaway 2002), which leaves a permutation of the range.
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:
@@ -45,7 +45,7 @@ class SampleOrder:
         return epochs, indices.astype(np.int64)
 
     def _shuffle(self, words: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """A permutation of the power of two, another one for each key."""
+        """A permutation of the power of two, a different one for each key."""
         left, right = words >> self._right_bits, words & self._right_mask
         for number in range(ROUNDS):
             salt = np.uint64(number << 56)  # above any bit of either half
@@ -59,7 +59,7 @@ class SampleOrder:
 def batch_positions(
     position: int, *, rank: int, world_size: int, batch: int, accum_steps: int = 1
 ) -> Iterator[int]:
-    """Where each micro-batch of one rank begins in the stream, global step after global step, without end."""
+    """The start of each micro-batch of one rank in the stream, step after step, without end."""
     per_rank = batch * accum_steps
     while True:
         yield from range(position + rank * per_rank, position + (rank + 1) * per_rank, batch)
@@ -67,5 +67,5 @@ def batch_positions(
 
 
 def validation_slice(num_samples: int, rank: int, world_size: int) -> range:
-    """This rank's share of the validation set: contiguous, each sample on one rank only, sizes within one."""
+    """This rank's share of the validation set: contiguous and disjoint; sizes differ by at most one."""
     return range(num_samples * rank // world_size, num_samples * (rank + 1) // world_size)

@@ -1,4 +1,4 @@
-"""Any data set to tar shards: owt data pack."""
+"""Pack a data set into tar shards: owt data pack."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from horovod_owt.errors import DataError
 def pack(
     source: Path, out: Path, form: Form, *, workers: int | None = None, progress: Progress | None = None
 ) -> tuple[dict, bool]:
-    """Pack `source` into `out`. Returns the facts of the whole, and False if it was there already.
+    """Pack `source` into `out`. Returns the totals, and False if it was complete already.
 
-    Killed, it is continued by the same call. Raises DataError.
+    After a kill the same call continues. Raises DataError.
     """
     form.check()
     _check_apart(source, out)
@@ -36,9 +36,9 @@ def pack(
 def _check_apart(source: Path, out: Path) -> None:
     real_source, real_out = Path(source).resolve(), Path(out).resolve()
     if real_source == real_out or real_source in real_out.parents or real_out in real_source.parents:
-        saw = f"{out} and {source} are one within the other"
+        saw = f"{out} and {source} are nested"
         saw = f"{out} is {source} itself" if real_source == real_out else saw
-        raise DataError(saw, wanted="two folders apart", fix="choose another name to write to")
+        raise DataError(saw, wanted="two separate folders", fix="choose another OUT")
 
 
 def _fingerprint(data: DataSet) -> str:
@@ -52,8 +52,8 @@ def _fingerprint(data: DataSet) -> str:
         try:
             for column in store.sizes_and_times():
                 digest.update(np.ascontiguousarray(column, np.int64))
-        except OSError as trouble:
-            path = os.fsdecode(trouble.filename) if trouble.filename else store.path(0)
-            saw = f"cannot read {path}: {trouble.strerror}"
-            raise DataError(saw, fix="check the file and the disk it is on") from trouble
+        except OSError as error:
+            path = os.fsdecode(error.filename) if error.filename else store.path(0)
+            saw = f"cannot read {path}: {error.strerror}"
+            raise DataError(saw, fix="check the file and the disk it is on") from error
     return digest.hexdigest()

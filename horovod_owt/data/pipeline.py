@@ -1,4 +1,4 @@
-"""From encoded batches to normalised images on the device: DALI, or torchvision as the plain reference."""
+"""From encoded batches to normalised images on the device: DALI, or torchvision as the reference."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def make_pipeline(
 
 
 def resolve_kind(kind: str) -> str:
-    """`dali` or `torchvision`, whichever auto means here; ConfigError if unknown or not installed."""
+    """`dali` or `torchvision`, with auto resolved; ConfigError if unknown or not installed."""
     if kind not in ("dali", "torchvision", "auto"):
         raise ConfigError(f"pipeline={kind}", wanted="dali, torchvision or auto")
     if kind == "torchvision" or _dali_is_installed():
         return "torchvision" if kind == "torchvision" else "dali"
     if kind == "dali":
-        fix = "run launch/setup, or set pipeline=torchvision"
+        fix = "run launch/setup, or --set pipeline=torchvision"
         raise ConfigError("pipeline=dali, but DALI is not installed", fix=fix)
-    log.warning("DALI is not installed: the slower torchvision pipeline decodes the images")
+    log.warning("DALI is not installed: using the slower torchvision pipeline")
     return "torchvision"
 
 

@@ -1,4 +1,4 @@
-"""Decode, crop, resize, mirror and normalise with DALI: on the GPU if there is one, else on CPU threads."""
+"""Decode, crop, resize, mirror and normalise with DALI, on the GPU or on CPU threads."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ Inputs = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]  # bytes, a
 
 
 class DaliPipeline:
-    """DALI pulls encoded batches from the feed and works on the next ones while the caller uses this one.
+    """DALI pulls encoded batches from the feed and decodes the next ones while the caller uses this one.
 
-    A DALI pipeline is of no use after a failed decode, and does not say which image it was. So the images
-    under way are tried one by one, the culprits replaced, and a new pipeline begins with the same batches.
+    A DALI pipeline is unusable after a failed decode, and does not report which image failed. So the images
+    in flight are decoded one by one, those that fail are replaced, and a new pipeline starts with the same
+    batches.
     """
 
     def __init__(self, feed: Feed, *, image_size: int, device_id: int | None, num_threads: int) -> None:
         self._feed, self._image_size = feed, image_size
         self._device_id, self._num_threads = device_id, num_threads
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
-        self._in_flight: deque[EncodedBatch] = deque()  # given to DALI, not yet taken from it
-        self._again: deque[EncodedBatch] = deque()  # to be given to DALI once more, before the feed's next
+        self._in_flight: deque[EncodedBatch] = deque()  # passed to DALI, result not taken yet
+        self._retry: deque[EncodedBatch] = deque()  # to be passed to DALI again, before the feed's next
         self._fault: RunError | None = None  # from the feed; raised after the batches before it
         self._closed = False
         self._begin()
@@ -48,20 +49,20 @@ class DaliPipeline:
                     self._pipe.schedule_run()  # the first time, this schedules PREFETCH batches
                     self._started = True
                 (decoded,) = self._pipe.share_outputs()
-            except StopIteration:  # from share_outputs: nothing is scheduled any more
+            except StopIteration:  # from share_outputs: nothing is scheduled
                 if self._fault:
                     raise self._fault from None
                 raise
-            except RuntimeError as trouble:
-                self._recover(trouble)
+            except RuntimeError as error:
+                self._recover(error)
                 continue
             images = self._copied(decoded.as_tensor())
             encoded = self._in_flight.popleft()
             try:
                 self._pipe.release_outputs()
                 self._pipe.schedule_run()
-            except RuntimeError as trouble:  # of a later batch: this one is safe
-                self._recover(trouble)
+            except RuntimeError as error:  # in a later batch: this one is complete
+                self._recover(error)
             return Batch.of(encoded, images)
         raise StopIteration
 
@@ -90,40 +91,40 @@ class DaliPipeline:
     def _next_inputs(self) -> Inputs:
         """Called by DALI for each batch it schedules."""
         try:
-            encoded = self._again.popleft() if self._again else next(self._feed)
-        except RunError as fault:  # let DALI finish what it has; __next__ raises the fault then
+            encoded = self._retry.popleft() if self._retry else next(self._feed)
+        except RunError as fault:  # DALI finishes what is scheduled, then __next__ raises the fault
             self._fault = fault
             raise StopIteration from None
         self._in_flight.append(encoded)
         return _inputs(encoded, slice(None))
 
     def _copied(self, tensor) -> torch.Tensor:
-        """DALI reuses its buffers, so the batch moves to a tensor of torch's, on torch's stream."""
+        """Copy the batch to a torch tensor, on torch's stream: DALI reuses its buffers."""
         images = torch.empty(tensor.shape(), dtype=torch.float32, device=self._device)
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         return feed_ndarray(tensor, images, cuda_stream=stream)
 
-    def _recover(self, trouble: RuntimeError) -> None:
-        """Begin again with the batches under way, without the images that DALI refuses.
+    def _recover(self, error: RuntimeError) -> None:
+        """Start a new pipeline with the batches in flight, without the images that DALI fails to decode.
 
-        RunError if it refuses none of them, or where no bad image may be survived.
+        RunError if it decodes each of them alone, or if bad images are not to be skipped.
         """
         self._pipe = None
-        under_way = [*self._in_flight, *self._again]
+        in_flight = [*self._in_flight, *self._retry]
         self._in_flight.clear()
-        refused = [self._refused(encoded) for encoded in under_way]
+        refused = [self._refused(encoded) for encoded in in_flight]
         if not any(refused):
-            paths = [self._feed.store.path(index) for encoded in under_way for index in encoded.indices]
+            paths = [self._feed.store.path(index) for encoded in in_flight for index in encoded.indices]
             raise RunError(
-                f"DALI stopped on {len(paths)} images of which it decodes each alone, {min(paths)} first: "
-                + " ".join(str(trouble).split())[:300],
-                fix="set pipeline=torchvision",
-            ) from trouble
-        self._again = deque(map(self._feed.without, under_way, refused))
+                f"DALI failed on {len(paths)} images, each of which it decodes alone, {min(paths)} first: "
+                + " ".join(str(error).split())[:300],
+                fix="--set pipeline=torchvision",
+            ) from error
+        self._retry = deque(map(self._feed.without, in_flight, refused))
         self._begin()
 
     def _refused(self, encoded: EncodedBatch) -> dict[int, str]:
-        """row -> fault of the rows that DALI does not decode."""
+        """row -> fault, for the rows that DALI fails to decode."""
         if not find_refused(partial(self._build, batch=self._feed.batch), [_inputs(encoded, slice(None))]):
             return {}
         alone = (_inputs(encoded, slice(row, row + 1)) for row in range(len(encoded.jpegs)))
@@ -142,7 +143,7 @@ def _inputs(encoded: EncodedBatch, rows: slice) -> Inputs:
 
 
 def _graph(source, image_size: int, *, on_gpu: bool):
-    """The one path of training and validation, CPU and GPU: (b, S, S, 3) float32."""
+    """The graph of training and validation, CPU and GPU: (b, S, S, 3) float32."""
     jpegs, anchors, shapes, mirror = fn.external_source(
         source,
         num_outputs=4,

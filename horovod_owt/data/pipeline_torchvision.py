@@ -1,4 +1,4 @@
-"""The plain reference: Pillow decodes, torchvision's functions crop and resize, a few threads at a time."""
+"""The reference pipeline: Pillow decodes, torchvision crops and resizes, in a thread pool."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.functional import resized_crop
 
 from horovod_owt.data.batch import MEAN, STD, Batch
-from horovod_owt.data.faults import pillow_says
+from horovod_owt.data.faults import pillow_message
 from horovod_owt.data.feed import EncodedBatch, Feed
 from horovod_owt.data.prefetch import Prefetched
 
@@ -20,7 +20,7 @@ PREFETCH = 2  # batches decoded ahead
 
 
 class TorchvisionPipeline:
-    """Works on the next batches in threads while the caller uses this one."""
+    """Prepares the next batches in threads while the caller uses this one."""
 
     def __init__(self, feed: Feed, *, image_size: int, device_id: int | None, num_threads: int) -> None:
         self._feed, self._image_size = feed, image_size
@@ -56,19 +56,19 @@ class TorchvisionPipeline:
             rows = range(len(encoded.jpegs))
             while faults := self._decode_rows(encoded, rows, pixels):
                 encoded = self._feed.without(encoded, faults)
-                rows = np.flatnonzero(~encoded.valid).tolist()  # these show another image now
+                rows = np.flatnonzero(~encoded.valid).tolist()  # these now repeat a good image
             yield encoded, pixels
 
     def _decode_rows(self, encoded: EncodedBatch, rows: Sequence[int], out: np.ndarray) -> dict[int, str]:
-        """Decode these rows into `out`; row -> fault of those that cannot be."""
+        """Decode these rows into `out`; row -> fault for those that cannot be decoded."""
         faults: dict[int, str] = {}
 
         def decode(row: int) -> None:
             try:
                 with Image.open(io.BytesIO(encoded.jpegs[row])) as stored:
                     image = stored.convert("RGB")
-            except Exception as trouble:  # Pillow's decoders raise nearly anything on hostile bytes
-                faults[row] = f"undecodable: {pillow_says(trouble)}"
+            except Exception as error:  # Pillow's decoders may raise anything on malformed bytes
+                faults[row] = f"undecodable: {pillow_message(error)}"
                 return
             window = encoded.windows[row].tolist()
             pixels = np.asarray(resized_crop(image, *window, size=[self._image_size] * 2))

@@ -1,4 +1,4 @@
-"""An iterator run ahead of its consumer by a thread."""
+"""An iterator that a thread runs ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Item = TypeVar("Item")
 
 
 class Prefetched(Generic[Item]):
-    """Keeps up to `depth` items of `source` ready. What the source raises reaches the consumer, in its turn.
+    """Keeps up to `depth` items of `source` ready. The consumer gets the source's exceptions in order.
 
-    close() returns promptly wherever both sides are: a waiting consumer sees the end, a waiting thread stops.
+    close() returns promptly in any state: a waiting consumer gets the end, a waiting thread stops.
     """
 
     def __init__(self, source: Iterator[Item], depth: int, name: str) -> None:
@@ -33,7 +33,7 @@ class Prefetched(Generic[Item]):
             if not self._ready:
                 raise StopIteration
             last, item = self._ready[0]
-            if last:  # stays in the queue, so that asking again says the same
+            if last:  # stays in the queue, so that every later call raises it too
                 raise item
             self._ready.popleft()
             self._changed.notify_all()
@@ -44,7 +44,7 @@ class Prefetched(Generic[Item]):
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
-        self._thread.join(timeout=10)  # a read stuck on a dead file server is left behind
+        self._thread.join(timeout=10)  # a read that hangs on a dead file server is abandoned
 
     def _run(self) -> None:
         try:
@@ -52,11 +52,11 @@ class Prefetched(Generic[Item]):
                 if not self._put(False, item):
                     return
             self._put(True, StopIteration())
-        except BaseException as trouble:
-            self._put(True, trouble)
+        except BaseException as error:
+            self._put(True, error)
 
     def _put(self, last: bool, item: Item | BaseException) -> bool:
-        """False if nobody wants any more."""
+        """False if closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
             if not self._closed:

@@ -1,4 +1,4 @@
-"""From the files of ILSVRC2012, as they are handed out, to a data set: owt data prepare."""
+"""Make a data set from the published files of ILSVRC2012: owt data prepare."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NESTED = {"train": True, "val": False, "devkit": None}
 
 @dataclass(frozen=True)
 class Originals:
-    """The three files, and what is known of them."""
+    """The three files and their published sizes and checksums."""
 
     train: Path
     val: Path
@@ -39,14 +39,14 @@ class Originals:
 
     @classmethod
     def named(cls, train: Path, val: Path, devkit: Path, checksums: Path | None) -> Originals:
-        """DataError if `checksums` does not name one of them."""
+        """Raises DataError if `checksums` lacks one of them."""
         paths = {"train": Path(train), "val": Path(val), "devkit": Path(devkit)}
         if checksums is None:
             published = {kind: OFFICIAL[name] for kind, name in KINDS.items()}
         else:
             listed = read_checksums(Path(checksums))
             if missing := [path.name for path in paths.values() if path.name not in listed]:
-                raise DataError(f"{checksums} says nothing of {missing[0]}", wanted="a line for each file")
+                raise DataError(f"{checksums} has no line for {missing[0]}", wanted="a line for each file")
             published = {kind: listed[path.name] for kind, path in paths.items()}
         return cls(**{kind: path.resolve() for kind, path in paths.items()}, published=published)
 
@@ -59,14 +59,17 @@ def prepare(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict, bool]:
-    """Write the data set to `out`. Returns the facts of the whole, and False if it was there already.
+    """Write the data set to `out`. Returns the totals, and False if it was complete already.
 
-    Killed, it is continued by the same call; what was checked is not checked again while size and date of the
-    file are the same. Raises DataError.
+    After a kill the same call continues; a file whose checksum was verified is not verified again while its
+    size and mtime are unchanged. Raises DataError.
     """
     form.check()
     with ExitStack() as stack:
-        for kind, published in originals.published.items():  # all three, before an hour is spent on the first
+        for (
+            kind,
+            published,
+        ) in originals.published.items():  # before an hour is spent on one
             stack.enter_context(open_checked(getattr(originals, kind), published))
     md5 = {kind: published.md5 for kind, published in originals.published.items()}
     spec = {"made_by": "owt data prepare", "md5": md5, **form.spec()}
@@ -83,7 +86,7 @@ def prepare(
 def _checked(
     place: Staging, originals: Originals, kind: str, progress: Progress | None
 ) -> tuple[Path, Contents | None]:
-    """The file and its contents, from this run's pass over it or from an earlier one's."""
+    """The file and its contents, from a pass over it now or in an earlier run."""
     path, published, nested = getattr(originals, kind), originals.published[kind], _NESTED[kind]
     arrays, note = place.folder / f"{kind}.npz", f"{kind}.json"
     with open_checked(path, published) as file:
@@ -93,7 +96,7 @@ def _checked(
             try:
                 return path, None if nested is None else Contents.from_arrays(read_arrays(arrays))
             except UNREADABLE:
-                pass  # a damaged note is as good as none
+                pass  # a damaged record counts as none
         done = 0
 
         def tell(count: int) -> None:

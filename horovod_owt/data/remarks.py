@@ -1,4 +1,4 @@
-"""Files that are not what their name says, but decode: to be remarked on, not feared."""
+"""Remarks on files that decode but are not what their name suggests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from horovod_owt.data.jpeg import Header
 KINDS = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG"}
 CMYK = 4  # components
 
-# All of them in the training set. The lists of tensorflow/models (build_imagenet_data.py).
+# All in the training set. Source: tensorflow/models, build_imagenet_data.py.
 ILSVRC2012_PNG = {"n02105855_2933"}
 ILSVRC2012_CMYK = {
     "n01739381_1309", "n02077923_14822", "n02447366_23489", "n02492035_15739", "n02747177_10752",
@@ -21,7 +21,7 @@ ILSVRC2012_CMYK = {
 
 
 def remark(path: str, header: Header) -> str:
-    """What is odd about an image that decodes; empty if nothing is."""
+    """What is unusual about an image that decodes; empty if nothing is."""
     name = PurePath(path)
     if header.kind != KINDS.get(name.suffix.lower(), header.kind):
         known = header.kind == "PNG" and name.stem in ILSVRC2012_PNG

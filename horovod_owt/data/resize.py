@@ -1,4 +1,4 @@
-"""Images made smaller once, so that every epoch decodes less."""
+"""Downscale images once, so that every epoch decodes fewer pixels."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ QUALITY = 90  # of JPEG
 
 
 def shrunk(data: bytes, short_side: int, *, png: bool = False) -> bytes:
-    """The image with its shorter side at `short_side` pixels; the very same bytes if it is no longer.
+    """The image downscaled to a shorter side of `short_side` pixels; unchanged bytes if it is not longer.
 
-    The result is a PNG if `png`, else a JPEG: grey if it was grey, else RGB (from CMYK by Pillow's rule, as
-    our pipelines see it). EXIF and colour profile are dropped: nothing here reads them.
-    Raises ValueError for what Pillow cannot decode.
+    The result is a PNG if `png`, else a JPEG: greyscale if the image was, else RGB (CMYK converted by
+    Pillow, as in our pipelines). EXIF and colour profile are dropped: nothing here reads them.
+    Raises ValueError if Pillow cannot decode the image.
     """
     try:
         with warnings.catch_warnings():
@@ -23,14 +23,14 @@ def shrunk(data: bytes, short_side: int, *, png: bool = False) -> bytes:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
                 if min(width, height) <= short_side:
-                    image.load()  # the caller wants to hear of a broken image, small or not
+                    image.load()  # a broken image is an error, small or not
                     return data
                 scale = short_side / min(width, height)
                 size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
                 pixels = image.convert("L" if image.mode in ("L", "1") else "RGB")
                 small = pixels.resize(size, Image.Resampling.BICUBIC)
-    except Exception as trouble:  # Pillow's parsers raise nearly anything on hostile bytes
-        raise ValueError(str(trouble) or type(trouble).__name__) from trouble
+    except Exception as error:  # Pillow's parsers may raise anything on malformed bytes
+        raise ValueError(str(error) or type(error).__name__) from error
     out = io.BytesIO()
     small.save(out, "PNG") if png else small.save(out, "JPEG", quality=QUALITY)
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""Reads that fail for a moment are tried again: a file server that restarts must not end a run."""
+"""Retry transient read errors: a file server that restarts must not end a run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 PAUSES_S = (0.5, 2.0)  # before the second and the third try
-# What a network file system says while it is away. ENOENT and EACCES are answers, not trouble.
-PASSING = frozenset(
+# Errors of a network file system while its server is unreachable. ENOENT and EACCES are not transient.
+TRANSIENT = frozenset(
     getattr(errno, name)
     for name in (
         "EIO ESTALE ETIMEDOUT EAGAIN EINTR ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EHOSTDOWN "
@@ -23,18 +23,18 @@ _warned: set[str] = set()
 
 
 def with_retries(read: Callable[[int], bytes], index: int, path: Callable[[int], str]) -> bytes:
-    """`read(index)`, up to three times over 2.5 s while it fails in passing; then its OSError.
+    """`read(index)`, up to three times over 2.5 s on transient errors; then its OSError.
 
-    A file that needed it is warned of once in the life of the process.
+    The process warns once per file.
     """
     for pause_s in PAUSES_S:
         try:
             return read(index)
-        except OSError as trouble:
-            if trouble.errno not in PASSING:
+        except OSError as error:
+            if error.errno not in TRANSIENT:
                 raise
             if (name := path(index)) not in _warned:
                 _warned.add(name)
-                log.warning("reading %s failed (%s): trying again", name, trouble.strerror)
+                log.warning("reading %s failed (%s): trying again", name, error.strerror)
             time.sleep(pause_s)
     return read(index)

@@ -1,7 +1,7 @@
-"""Samples in tar shards, found through an index beside them: SPLIT/shard-000000.tar, ..., SPLIT/index.npz.
+"""Samples in tar shards with an index: SPLIT/shard-000000.tar, ..., SPLIT/index.npz.
 
-The order of the index is that of a folder (class, then file name), wherever the bytes lie in the shards. So a
-packed data set and the folder that it was made from give the same batches.
+The index is in folder order (class, then file name), whatever the order in the shards. So a packed data set
+and the folder that it was made from give the same batches.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
-from horovod_owt.data.retry import PASSING, with_retries
+from horovod_owt.data.retry import TRANSIENT, with_retries
 from horovod_owt.errors import DataError
 
 INDEX = "index.npz"
 VERSION = 1
-OPEN_FILES = 256  # shards held open at a time: a process may have 1024 files, and not all for us
+OPEN_FILES = 256  # shards open at a time: the usual limit of a process is 1024 files
 
 
 def shard_name(number: int) -> str:
@@ -33,16 +33,16 @@ def shard_name(number: int) -> str:
 
 @dataclass
 class Index:
-    """Where each sample lies. One row a sample, in the order of a folder."""
+    """The location of each sample. One row per sample, in folder order."""
 
     classes: list[bytes]
-    shard_bytes: np.ndarray  # (shards,) int64: whole files, to tell another one of the same name
+    shard_bytes: np.ndarray  # (shards,) int64: file sizes, to detect a replaced shard
     shard: np.ndarray  # (n,) uint32
     offset: np.ndarray  # (n,) int64: of the image, not of its header
     length: np.ndarray  # (n,) int64
     label: np.ndarray  # (n,) int64
-    crc32: np.ndarray | None  # (n,) uint32 of the image; None: not known
-    names: Names  # of the members, without their class
+    crc32: np.ndarray | None  # (n,) uint32 of the image; None: unknown
+    names: Names  # of the members, without the class folder
 
     def write(self, path: Path) -> None:
         columns = {"shard": self.shard, "offset": self.offset, "length": self.length, "label": self.label}
@@ -56,7 +56,7 @@ class Index:
         """Raises one of arrays.UNREADABLE, or TypeError."""
         arrays = read_arrays(path)
         if int(arrays["version"]) != VERSION:
-            raise ValueError(f"version {arrays['version']}, and this program reads {VERSION}")
+            raise ValueError(f"version {arrays['version']}, supported is {VERSION}")
         classes, names = list(Names.from_arrays(arrays, "class")), Names.from_arrays(arrays, "name")
         columns = [arrays[name] for name in ("shard", "offset", "length", "label")]
         crc32 = arrays.get("crc32")
@@ -67,20 +67,20 @@ class Index:
     def _check(self) -> None:
         known = [self.shard, self.offset, self.length, self.label] + [self.crc32] * (self.crc32 is not None)
         if any(column.shape != (len(self.names),) or column.dtype.kind not in "iu" for column in known):
-            raise ValueError("columns of different length")
+            raise ValueError("columns of different lengths")
         if not len(self.names):
             raise ValueError("no samples")
         if self.shard.max() >= len(self.shard_bytes) or self.label.max() >= len(self.classes):
-            raise ValueError("a sample of no shard or no class")
+            raise ValueError("a sample without a shard or a class")
         ends = self.offset + self.length
         if min(self.offset.min(), self.length.min(), self.label.min()) < 0:
-            raise ValueError("a sample before the beginning")
+            raise ValueError("a sample with a negative offset, length or label")
         if (ends > self.shard_bytes[self.shard]).any():
             raise ValueError("a sample beyond the end of its shard")
 
 
 class ShardStore:
-    """Samples that are ranges of bytes in a few large files. Safe for threads; a read is one pread."""
+    """Samples as byte ranges of a few large files. Thread-safe; a read is one pread."""
 
     def __init__(self, files: list[Path], index: Index) -> None:
         self._paths, self._index = files, index
@@ -92,19 +92,19 @@ class ShardStore:
     def open(cls, folder: Path) -> ShardStore:
         """The shards of one split; DataError if the index is damaged or a shard is missing."""
         path = folder / INDEX
-        again = "make the data set again with `owt data pack` or `owt data prepare`"
+        again = "rebuild the data set with `owt data pack` or `owt data prepare`"
         try:
             index = Index.read(path)
-        except (*UNREADABLE, TypeError) as trouble:
-            raise DataError(f"{path} cannot be used: {trouble}", fix=again) from trouble
+        except (*UNREADABLE, TypeError) as error:
+            raise DataError(f"{path} cannot be used: {error}", fix=again) from error
         files = [folder / shard_name(number) for number in range(len(index.shard_bytes))]
         for file, wanted in zip(files, index.shard_bytes.tolist(), strict=True):
             try:
                 saw = os.stat(file).st_size
-            except OSError as trouble:
-                raise DataError(f"{file} cannot be read: {trouble.strerror}", fix=again) from trouble
+            except OSError as error:
+                raise DataError(f"{file} cannot be read: {error.strerror}", fix=again) from error
             if saw != wanted:
-                raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, says {path.name}", fix=again)
+                raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, as in {path.name}", fix=again)
         return cls(files, index)
 
     def __len__(self) -> int:
@@ -122,13 +122,13 @@ class ShardStore:
         return with_retries(self._read_once, index, self.path)
 
     def check(self, index: int, data: bytes) -> str | None:
-        """What is wrong with bytes that were read: None, or that they are not those that were packed."""
+        """Compare bytes read with the crc32 in the index: None if they match or it is unknown."""
         if self._index.crc32 is None or zlib.crc32(data) == self._index.crc32[index]:
             return None
-        return f"crc32 {zlib.crc32(data):08x}, {INDEX} says {self._index.crc32[index]:08x}"
+        return f"crc32 {zlib.crc32(data):08x}, in {INDEX} {self._index.crc32[index]:08x}"
 
     def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of each sample, and what changes when it does: its checksum, or 0 where there is none."""
+        """Bytes of each sample, and its checksum in place of an mtime (0 if unknown)."""
         crc32 = self._index.crc32
         return self._index.length, np.zeros(len(self), np.int64) if crc32 is None else crc32.astype(np.int64)
 
@@ -141,10 +141,12 @@ class ShardStore:
         shard, offset, length = int(row.shard[index]), int(row.offset[index]), int(row.length[index])
         with self._files.opened(shard) as descriptor:
             data = os.pread(descriptor, length, offset)
-            while len(data) < length:  # a network file system may give less at once; a cut file gives nothing
+            while (
+                len(data) < length
+            ):  # a network file system may return less; a truncated file returns nothing
                 more = os.pread(descriptor, length - len(data), offset + len(data))
                 if not more:
-                    raise OSError(f"the shard ends within the sample, {length - len(data)} bytes too early")
+                    raise OSError(f"the shard ends within the sample, {length - len(data)} bytes missing")
                 data += more
         return data
 
@@ -153,7 +155,7 @@ class ShardStore:
 
 
 class _Files:
-    """Open files by number: opened at first use and kept; beyond a limit the least recently used closes."""
+    """Open files by number: opened on first use; over the limit the least recently used is closed."""
 
     def __init__(self, paths: list[Path], sizes: np.ndarray) -> None:
         self._paths, self._sizes = paths, sizes
@@ -162,7 +164,7 @@ class _Files:
 
     @contextmanager
     def opened(self, number: int) -> Iterator[int]:
-        """A descriptor that stays open within the block; after trouble in passing the file is opened anew."""
+        """A descriptor that stays open within the block; after a transient error the file is reopened."""
         with self._lock:
             file = self._open.get(number)
             if file is None:
@@ -173,8 +175,8 @@ class _Files:
         failed = False
         try:
             yield file.descriptor
-        except OSError as trouble:
-            failed = trouble.errno in PASSING or trouble.errno == errno.EBADF
+        except OSError as error:
+            failed = error.errno in TRANSIENT or error.errno == errno.EBADF
             raise
         finally:
             with self._lock:
@@ -187,7 +189,7 @@ class _Files:
     def _make_room(self) -> None:
         while len(self._open) >= OPEN_FILES:
             _, file = self._open.popitem(last=False)
-            if file.users == 0:  # else its last user closes it
+            if file.users == 0:  # otherwise its last user closes it
                 file.close()
 
     def __del__(self) -> None:
@@ -201,7 +203,7 @@ class _File:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if (saw := os.fstat(self.descriptor).st_size) != size:
             self.close()
-            raise OSError(f"the file has {saw} bytes, {INDEX} says {size}")
+            raise OSError(f"the file has {saw} bytes, {size} in {INDEX}")
 
     def close(self) -> None:
         os.close(self.descriptor)

@@ -1,7 +1,7 @@
-"""A folder that a long command fills, may be killed in, and goes on with when it is given again.
+"""An output folder that a long command fills; killed and started again, the command continues.
 
-Everything is made in OUT/.unfinished and moved to its place at the very end, so that half a data set is never
-taken for a whole one. A note says what is being made; another command finds it and keeps its hands off.
+Everything is written to OUT/.unfinished and moved to its place at the very end, so that a partial data set is
+never taken for a complete one. A note records what is being made; a command with other options is refused.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
 from horovod_owt.errors import DataError
 from horovod_owt.files import sync, write_text
 
-NOTE = "owt-data.json"  # in a finished data set: what it was made of
+NOTE = "owt-data.json"  # in a finished data set: what it was made from
 
 
 class Staging:
-    """OUT, with the right to write to it: made by `opened`."""
+    """OUT, locked for writing; made by `opened`."""
 
     def __init__(self, out: Path, spec: dict) -> None:
         self.out, self.spec = out, spec
         self.folder = out / UNFINISHED
-        self.scratch = self.folder / "scratch"  # for files on their way; emptied at each start
+        self.scratch = self.folder / "scratch"  # for files being written; emptied at each start
 
     @property
     def finished(self) -> dict | None:
-        """The note, if all is done."""
+        """The note, if the data set is complete."""
         return read_json(self.out / NOTE)
 
     def split_is_done(self, split: str) -> bool:
-        """It has been moved to its place, though not all may have been."""
+        """Whether this split has been moved to its place."""
         return (self.out / split).is_dir()
 
     def recall(self, name: str) -> dict | None:
@@ -45,7 +45,7 @@ class Staging:
         write_json(self.folder / name, what)
 
     def finish(self, facts: dict) -> None:
-        """Move the splits to their places and leave the note; `facts` go into it."""
+        """Move the splits to their places and write the note, with `facts`."""
         for split in SPLITS:
             if not self.split_is_done(split):
                 os.replace(self.folder / split, self.out / split)
@@ -56,9 +56,9 @@ class Staging:
 
 @contextmanager
 def opened(out: Path, spec: dict) -> Iterator[Staging]:
-    """The staging folder for what `spec` says (plain JSON), new or where a killed command left it.
+    """The staging folder for `spec` (plain JSON), new or as a killed command left it.
 
-    Raises DataError if OUT holds anything else, and for any trouble with writing within the block.
+    Raises DataError if OUT contains anything else, and for any OSError within the block.
     """
     out = Path(out).resolve()
     place = Staging(out, spec)
@@ -68,22 +68,22 @@ def opened(out: Path, spec: dict) -> Iterator[Staging]:
         with _alone(place.folder, out):
             _claim(place)
             yield place
-    except OSError as trouble:
-        saw = f"cannot write to {out}: {trouble.strerror or trouble}"
-        fix = "name a folder on a disk with room that you may write to; the same command goes on"
-        raise DataError(saw, fix=fix) from trouble
+    except OSError as error:
+        saw = f"cannot write to {out}: {error.strerror or error}"
+        fix = "choose a writable folder with room, or free some: the same command continues"
+        raise DataError(saw, fix=fix) from error
 
 
 def _check(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file", wanted="a new or empty folder", fix="choose another name")
     found = {entry.name for entry in out.iterdir()} if out.exists() else set()
-    if NOTE in found:  # a finished set, which may have got company
+    if NOTE in found:  # a finished set; other files next to it do not matter
         return
     visible = {name for name in found if not name.startswith(".")} - {"lost+found"}  # of a whole disk
     if foreign := visible - set(SPLITS) if UNFINISHED in found else visible:
         raise DataError(
-            f"{out} is not empty: it holds {first_few(foreign)}",
+            f"{out} is not empty: it contains {first_few(foreign)}",
             wanted="a new or empty folder",
             fix="choose another name, or remove it",
         )
@@ -92,17 +92,17 @@ def _check(out: Path) -> None:
 def _claim(place: Staging) -> None:
     done = place.finished
     if done:
-        shutil.rmtree(place.folder)  # made by `opened`, or left by a kill between the note and the end
+        shutil.rmtree(place.folder)  # made by `opened`, or left by a kill after the note was written
     begun = done or place.recall("spec.json")
     if begun is None:
         if (place.out / NOTE).exists() or any((place.out / split).exists() for split in SPLITS):
             raise DataError(f"unreadable {place.out / NOTE}", fix="choose another name, or remove the folder")
         place.remember("spec.json", place.spec)
     elif differ := [key for key in place.spec if begun.get(key) != place.spec[key]]:
-        told = ", ".join(f"{key} {_short(begun.get(key))}, not {_short(place.spec[key])}" for key in differ)
-        state = "holds" if done else "is half made for"
+        shown = ", ".join(f"{key} {_short(begun.get(key))}, not {_short(place.spec[key])}" for key in differ)
+        state = "contains" if done else "is unfinished and belongs to"
         raise DataError(
-            f"{place.out} {state} another data set ({told})",
+            f"{place.out} {state} another data set ({shown})",
             wanted="the same command, unchanged, or a new folder",
             fix="choose another name, or remove it",
         )
@@ -119,19 +119,19 @@ def _short(value: object) -> str:
 
 @contextmanager
 def _alone(folder: Path, out: Path) -> Iterator[None]:
-    """Two commands must not fill one folder; where the file system has no locks we trust the user."""
+    """Lock the folder against a second command; without effect on a file system without locks."""
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{out} is being written by another command", fix="wait for its end") from None
+            raise DataError(f"{out} is being written by another command", fix="wait until it ends") from None
         except OSError:
             pass
         yield
 
 
 def read_json(path: Path) -> dict | None:
-    """None if it is not there or says nothing."""
+    """None if the file is missing or holds no JSON object."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -148,13 +148,13 @@ def size_text(count: int) -> str:
 
 
 def check_room(out: Path, needed_bytes: int, needed_files: int) -> None:
-    """DataError if the disk cannot hold that much more."""
+    """Raise DataError if the disk has no room for that."""
     disk = os.statvfs(out)
     free = disk.f_bavail * disk.f_frsize
-    fix = "free some, or choose a folder on another disk"
+    fix = "free some space, or choose a folder on another disk"
     if needed_bytes > free:
         saw = f"{out} is on a disk with {size_text(free)} free"
         raise DataError(saw, wanted=size_text(needed_bytes), fix=fix)
-    if disk.f_files and needed_files > disk.f_favail:  # 0: the file system does not count them
+    if disk.f_files and needed_files > disk.f_favail:  # 0: the file system has no limit
         saw = f"{out} is on a disk with room for {disk.f_favail} more files"
         raise DataError(saw, wanted=f"{needed_files} files", fix=f"{fix}, or use --format shards")

@@ -1,4 +1,4 @@
-"""What a data set is like: images, classes, sizes, bytes, and the mean and std of its colours."""
+"""Statistics of a data set: images, classes, sizes, bytes, and channel mean and std."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def data_stats(
 ) -> dict[str, Any]:
     """Counts and bytes of all images; sizes and colours of `sample` training images drawn by `seed`.
 
-    Each image of the sample weighs the same in the colours, whatever its size. Bad images are left out, and
-    counted. DataError if a file is gone.
+    Each sampled image has the same weight in mean and std, whatever its size. Bad images are skipped and
+    counted. DataError if a file is missing.
     """
     store = data.train
     _, indices = SampleOrder(len(store), seed).at(0, min(sample, len(store)))
@@ -62,9 +62,9 @@ def data_stats(
 def _bytes(store: Store) -> int:
     try:
         sizes, _ = store.sizes_and_times()
-    except OSError as trouble:
-        saw = f"{trouble.filename} is listed but cannot be looked at: {trouble.strerror}"
-        raise DataError(saw, fix="`owt data verify` lists all that are bad") from trouble
+    except OSError as error:
+        saw = f"{error.filename} is listed but cannot be opened: {error.strerror}"
+        raise DataError(saw, fix="`owt data verify` lists all bad images") from error
     return int(sizes.sum())
 
 
@@ -94,13 +94,13 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _measure(store: Store, index: int) -> _Seen | None:
-    """None for an image that is bad."""
+    """None for a bad image."""
     try:
         data = store.read(index)
         header = check_image(data)
         with Image.open(io.BytesIO(data)) as image:
             counts = np.reshape(image.convert("RGB").histogram(), (3, 256))
-    except Exception:  # Pillow's decoders raise nearly anything on hostile bytes
+    except Exception:  # Pillow's decoders may raise anything on malformed bytes
         return None
     shares = counts / counts.sum(axis=1, keepdims=True)
     return _Seen(header.width, header.height, shares @ LEVELS, shares @ LEVELS**2)

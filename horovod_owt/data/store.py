@@ -1,4 +1,4 @@
-"""A data set on disk: what a feed asks of it, and how it is opened."""
+"""A data set on disk: the interface that feeds use, and how it is opened."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from horovod_owt.data.shards import INDEX, ShardStore, shard_name
 from horovod_owt.errors import DataError
 
 SPLITS = ("train", "val")
-UNFINISHED = ".unfinished"  # the folder in which prepare and pack work until all is there
+UNFINISHED = ".unfinished"  # the folder in which prepare and pack work until all is complete
 
 
 class Store(Protocol):
-    """What a feed asks of a data set: anything with these reads as one."""
+    """The interface of one split of a data set."""
 
     classes: tuple[str, ...]  # label -> class name
     labels: np.ndarray  # index -> label, int64
 
     def __len__(self) -> int: ...
-    def read(self, index: int) -> bytes: ...  # OSError; trouble in passing is waited for
-    def check(self, index: int, data: bytes) -> str | None: ...  # what is wrong with bytes read, if known
+    def read(self, index: int) -> bytes: ...  # OSError, after retries of transient errors
+    def check(self, index: int, data: bytes) -> str | None: ...  # the fault of bytes that were read
     def path(self, index: int) -> str: ...  # for messages
-    def name(self, index: int) -> bytes: ...  # the file's, without its class
+    def name(self, index: int) -> bytes: ...  # file name, without its class folder
     def empty_classes(self) -> list[str]: ...
 
     def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:
-        """Two int64 of each sample: its bytes, and a number that changes when it does."""
+        """Two int64 arrays: the bytes of each sample, and a number that changes with its content."""
         ...
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set with the same classes on both sides."""
+    """Both splits of a data set, with the same classes."""
 
     train: Store
     val: Store
@@ -50,7 +50,7 @@ class DataSet:
         return self.train.classes
 
     def fingerprint(self) -> str:
-        """What two copies of a data set have in common, in whatever form: counts, names and labels."""
+        """Counts, and a hash of names and labels: equal for all copies of a data set, folder or packed."""
         digest = hashlib.sha256()
         for store in (self.train, self.val):
             digest.update("\0".join(store.classes).encode(errors="surrogateescape"))
@@ -74,7 +74,7 @@ def open_data_set(root: Path) -> DataSet:
             f"{root}: train has {len(train.classes)} classes ({first_few(only_train) or 'none'} only there), "
             f"val has {len(val.classes)} ({first_few(only_val) or 'none'} only there)",
             wanted="the same class folders in both",
-            fix="move or remove the odd ones",
+            fix="move or remove the extra folders",
         )
     return DataSet(train, val)
 
@@ -82,19 +82,19 @@ def open_data_set(root: Path) -> DataSet:
 def _check_root(root: Path) -> None:
     if not os.path.lexists(root):
         saw = f"{root} does not exist"
-        raise DataError(saw, wanted=f"a folder with {LAYOUT}", fix="give the path of the data set")
+        raise DataError(saw, wanted=f"a folder with {LAYOUT}", fix="pass the path of the data set")
     entries = scan(os.fsencode(root))
     folders = {os.fsdecode(entry.name) for entry in entries if entry.is_dir()}
     if missing := [split for split in SPLITS if split not in folders]:
         if (root / UNFINISHED).is_dir():
-            fix = "run the command that makes it again: it goes on where it stopped"
-            raise DataError(f"{root} is not finished", wanted="a whole data set", fix=fix)
+            fix = "run the command that makes it again: it continues"
+            raise DataError(f"{root} is not finished", wanted="a complete data set", fix=fix)
         names = [os.fsdecode(entry.name) for entry in entries]
-        holds = f"holds {first_few(names)}" if names else "is empty"
+        content = f"contains {first_few(names)}" if names else "is empty"
         raise DataError(
-            f"{root} {holds}: no folder {' nor '.join(missing)}",
+            f"{root} {content}: no folder {' nor '.join(missing)}",
             wanted=f"{LAYOUT} below it",
-            fix="give the folder above train and val, or make one with `owt data synth`",
+            fix="pass the folder that contains train and val, or make one with `owt data synth`",
         )
 
 

@@ -1,9 +1,9 @@
-"""A small data set of real JPEGs, laid out like ImageNet, for quickstarts, tests and benchmarks.
+"""A small data set of real JPEGs in ImageNet's layout, for quickstarts, tests and benchmarks.
 
-A class is a pattern: stripes, dots, bricks and so on. Everything else about an image is drawn without looking
-at its class: both colours, how much of the area each of them covers, scale, phase, a small rotation, light,
-noise, size and JPEG quality. So colours say nothing about the class, and neither a flip nor a random
-crop changes it.
+A class is a pattern: stripes, dots, bricks and so on. Everything else about an image is drawn independently
+of its class: the colours and the area that each covers, scale, phase, a small rotation, light, noise, size
+and JPEG quality. So colours carry no information about the class, and neither a flip nor a random crop
+changes it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ PATTERNS: dict[str, Callable] = {
 
 
 def class_patterns(label: int, classes: int) -> list[str]:
-    """The patterns laid over each other in one class, coarsest first: the decimal digits of its number."""
+    """The patterns layered in one class, coarsest first: the decimal digits of its number."""
     digits = len(str(classes - 1))
     names = list(PATTERNS)
     return [names[int(digit)] for digit in f"{label:0{digits}d}"]
@@ -107,7 +107,7 @@ def class_name(label: int, classes: int) -> str:
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """All that the bytes of a synthetic data set depend on, besides the versions of NumPy and Pillow."""
+    """What the bytes of a synthetic data set depend on, besides the versions of NumPy and Pillow."""
 
     classes: int = 10
     train_per_class: int = 200
@@ -134,7 +134,7 @@ class SyntheticSet:
         return self.classes * (self.train_per_class + self.val_per_class)
 
     def chunks(self) -> Iterator[tuple[str, int, range]]:
-        """Pieces of work: (split, label, image numbers)."""
+        """Tasks: (split, label, image numbers)."""
         for split, count in zip(SPLITS, (self.train_per_class, self.val_per_class), strict=True):
             for label in range(self.classes):
                 for start in range(0, count, CHUNK):
@@ -166,7 +166,7 @@ def _paint(patterns: list[str], height: int, width: int, rng: np.random.Generato
     x, y = x.astype(np.float32), y.astype(np.float32)
     angle = np.radians(rng.uniform(-10, 10))
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    x, y = cos * x + sin * y, cos * y - sin * x  # turned a little
+    x, y = cos * x + sin * y, cos * y - sin * x  # rotated a little
 
     period = min(height, width) / rng.uniform(4.5, 7.0)
     background, *colours = _colours(1 + len(patterns), rng)
@@ -176,10 +176,10 @@ def _paint(patterns: list[str], height: int, width: int, rng: np.random.Generato
         phase_x, phase_y = rng.uniform(0, 100, 2).astype(np.float32)
         scale = np.float32(1 / period)
         cells = PATTERNS[pattern](x * scale + phase_x, y * scale + phase_y)
-        coverage = rng.uniform(0.36, 0.46)  # of the area, whatever the pattern: the histogram must not tell
+        coverage = rng.uniform(0.36, 0.46)  # of the area, for all patterns: histograms must not differ
         painted = cells > float(np.quantile(cells[::3, ::3], 1 - coverage))
         image[painted] = image[painted] * 0.3 + colour * 0.7 if len(patterns) > 1 else colour
-        period /= 3  # the next layer is finer, so that the order of the digits can be seen
+        period /= 3  # the next layer is finer, so that the order of the digits is visible
 
     slope_x, slope_y = rng.uniform(-0.25, 0.25, 2) / (width, height)
     light = 1 + np.float32(slope_x) * (x - width / 2) + np.float32(slope_y) * (y - height / 2)
@@ -190,7 +190,7 @@ def _paint(patterns: list[str], height: int, width: int, rng: np.random.Generato
 
 
 def _colours(count: int, rng: np.random.Generator, contrast: float = 70) -> list[np.ndarray]:
-    """Random colours of which neighbours in the list differ in brightness by at least `contrast` of 255."""
+    """Random colours; consecutive ones differ in brightness by at least `contrast` of 255."""
     colours: list[np.ndarray] = []
     while len(colours) < count:
         colour = rng.uniform(20, 235, 3).astype(np.float32)
@@ -214,9 +214,9 @@ def write_synthetic(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> bool:
-    """Write a synthetic image folder to `out`; False if the same one is there already.
+    """Write a synthetic image folder to `out`; False if the same one exists already.
 
-    `out` appears at once and whole, or not at all. `progress(done, total)` counts images.
+    `out` is written atomically. `progress(done, total)` counts images.
     """
     spec = SyntheticSet(classes, train_per_class, val_per_class, seed, tuple(size))
     spec.check()
@@ -235,9 +235,9 @@ def write_synthetic(
                 if progress:
                     progress(done, spec.num_images)
             (scratch / "synthetic.json").write_text(json.dumps(asdict(spec), indent=2) + "\n")
-    except OSError as trouble:
-        saw = f"cannot write {out}: {trouble.strerror or trouble}"
-        raise DataError(saw, fix="name a folder on a disk with room that you may write to") from trouble
+    except OSError as error:
+        saw = f"cannot write {out}: {error.strerror or error}"
+        raise DataError(saw, fix="choose a writable folder on a disk with room") from error
     return True
 
 
@@ -255,9 +255,9 @@ def _is_there_already(out: Path, spec: SyntheticSet) -> bool:
         if have == want:
             return True
         differ = ", ".join(f"{key} {have.get(key)}" for key in want if have.get(key) != want[key])
-        saw = f"{out} holds another synthetic data set ({differ})"
+        saw = f"{out} contains another synthetic data set ({differ})"
     else:
-        saw = f"{out} is not empty: it holds {first_few(found)}"
+        saw = f"{out} is not empty: it contains {first_few(found)}"
     raise DataError(saw, wanted="a new or empty folder", fix="choose another name, or remove it")
 
 
@@ -269,7 +269,7 @@ def _read_note(path: Path) -> dict:
 
 
 def _write_chunks(root: Path, spec: SyntheticSet, workers: int) -> Iterator[int]:
-    """Write every image under `root`; yields how many after each piece of work."""
+    """Write every image under `root`; yields the number written after each task."""
     tasks = [(root, spec, *chunk) for chunk in spec.chunks()]
     yield from in_processes(_write_chunk, tasks, workers)
 

@@ -1,6 +1,6 @@
-"""Tar archives at the level of 512-byte blocks: headers that are the same everywhere, and where files lie.
+"""Tar archives at the level of 512-byte blocks: reproducible headers, and the offsets of members.
 
-Python's tarfile does more than we need, a million times too slowly, and its headers differ between versions.
+Python's tarfile is far too slow for a million members, and its headers differ between versions.
 Source: POSIX.1-2008 pax, "ustar interchange format"; the GNU tar manual, "basic tar format".
 """
 
@@ -11,12 +11,12 @@ from typing import Protocol
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
-LONGEST_NAME = 100  # bytes that fit into a header; longer names go before it in a file of their own
+LONGEST_NAME = 100  # bytes that fit into a header; a longer name precedes it as a member of its own
 _MOST = 8**11 - 1  # the largest size in eleven octal digits
 
 
 class TarError(ValueError):
-    """Bytes that are no tar archive of plain files."""
+    """The bytes are not a tar archive of plain files."""
 
 
 def padding(length: int) -> bytes:
@@ -24,7 +24,7 @@ def padding(length: int) -> bytes:
 
 
 def header(name: bytes, length: int) -> bytes:
-    """What stands before a file of `length` bytes: GNU tar's format, owner 0, mode 644, date 0."""
+    """The header of a file of `length` bytes: GNU format, owner 0, mode 644, date 0."""
     assert 0 <= length <= _MOST and name and b"\0" not in name
     if len(name) <= LONGEST_NAME:
         return _block(name, length, b"0")
@@ -40,7 +40,7 @@ def _block(name: bytes, length: int, kind: bytes) -> bytes:
         b"%011o\0" % length,
         b"00000000000\0",  # modified
         b" " * 8,  # checksum: counted as spaces
-        kind + bytes(100),  # what a link points to
+        kind + bytes(100),  # target of a link
         b"ustar  \0" + bytes(32 + 32 + 8 + 8),  # names of user and group, device numbers
     ]
     block = b"".join(fields).ljust(BLOCK, b"\0")
@@ -48,38 +48,38 @@ def _block(name: bytes, length: int, kind: bytes) -> bytes:
 
 
 class Stream(Protocol):
-    """A file read from front to back."""
+    """A file read sequentially."""
 
-    at: int  # bytes behind us
+    at: int  # bytes read so far
 
     def read(self, length: int) -> bytes: ...  # fewer at the end of the file
     def skip(self, length: int) -> None: ...
 
 
 def members(stream: Stream, end: int, where: str) -> Iterator[tuple[bytes, int]]:
-    """Name and length of each file in the archive that ends at byte `end`; the stream stands at its contents.
+    """Name and length of each file in the archive that ends at byte `end`, with the stream at its contents.
 
-    The caller may read into the contents; what it leaves is skipped. Links, devices and extended headers are
-    refused: ILSVRC2012 has none. Raises TarError.
+    The caller may read some of the contents; the rest is skipped. Links, devices and extended headers are
+    rejected: ILSVRC2012 has none. Raises TarError.
     """
     while stream.at < end:
         block = stream.read(BLOCK)
         if len(block) < BLOCK:
-            raise TarError(f"{where} is cut short")
+            raise TarError(f"{where} is truncated")
         if not any(block):
             stream.skip(end - stream.at)
             return
         name, length, kind = _parse(block, where)
         after = stream.at + length + -length % BLOCK
         if after > end:
-            raise TarError(f"{where} is cut short within {name.decode(errors='replace')}")
+            raise TarError(f"{where} is truncated within {name.decode(errors='replace')}")
         if kind in b"0\0":
             yield name, length
         elif kind != b"5":  # a folder
             saw = f"{where}: {name.decode(errors='replace')} is neither a file nor a folder"
             raise TarError(f"{saw} (type {kind.decode(errors='replace')})")
         stream.skip(after - stream.at)
-    raise TarError(f"{where} has no end mark")
+    raise TarError(f"{where} has no end marker")
 
 
 def _parse(block: bytes, where: str) -> tuple[bytes, int, bytes]:
@@ -89,7 +89,7 @@ def _parse(block: bytes, where: str) -> tuple[bytes, int, bytes]:
     except ValueError:
         checksum = length = -1
     if length < 0 or checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
-        raise TarError(f"{where} is no tar archive, or a damaged one")
+        raise TarError(f"{where} is not a tar archive, or is damaged")
     name = block[:100].partition(b"\0")[0]
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].partition(b"\0")[0] + b"/" + name

@@ -1,4 +1,4 @@
-"""Decode every image of a data set, whole, and say which are bad and which are odd."""
+"""Decode every image of a data set completely, and list the bad and the unusual ones."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.remarks import remark
 from horovod_owt.data.store import Store
 
-READERS = 4  # threads that wait for the file system
-GROUP = 64  # images that are decoded together, at most
-GROUP_PIXELS = 2**26  # and pixels, unless one image has more: they are 200 MB when decoded
+READERS = 4  # I/O threads
+GROUP = 64  # images decoded together, at most
+GROUP_PIXELS = 2**26  # decoded together, at most, unless one image has more: 200 MB when decoded
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is to be said of one image."""
+    """A fault or remark of one image."""
 
     split: str
     index: int  # into the split's store
@@ -29,12 +29,12 @@ class Finding:
     text: str
 
 
-Progress = Callable[[int, list[Finding]], None]  # images done since the last call, and the bad ones of them
+Progress = Callable[[int, list[Finding]], None]  # images done since the last call, the bad ones of them
 
 
 @dataclass
 class Findings:
-    """What a rank has seen so far."""
+    """What a rank has found so far."""
 
     images: int = 0
     bad: list[Finding] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class _Read:
-    """An image that looks whole."""
+    """An image that passed the cheap checks."""
 
     index: int
     data: bytes
@@ -58,11 +58,11 @@ class Decoder(Protocol):
     """Decodes whole images, many at a time."""
 
     def faults(self, images: Sequence[bytes]) -> dict[int, str]:
-        """position in `images` -> fault, of those that it does not decode"""
+        """position in `images` -> fault, for those that it fails to decode"""
 
 
 class PillowDecoder:
-    """As pipeline=torchvision decodes."""
+    """Decodes as pipeline=torchvision does."""
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="verify-image")
@@ -73,7 +73,7 @@ class PillowDecoder:
 
 
 def make_decoder(pipeline: str, *, threads: int, device_id: int | None) -> Decoder:
-    """The decoder of a pipeline, dali or torchvision; a GPU is of use to the first."""
+    """The decoder of a pipeline, dali or torchvision; only dali uses a GPU."""
     if pipeline == "torchvision":
         return PillowDecoder(threads)
     from horovod_owt.data.dali_decoder import DaliDecoder
@@ -84,7 +84,7 @@ def make_decoder(pipeline: str, *, threads: int, device_id: int | None) -> Decod
 def verify(
     stores: dict[str, Store], decoder: Decoder, *, rank: int, world_size: int, progress: Progress
 ) -> Findings:
-    """Check this rank's share of each split's images. Ctrl-C ends it with what was found until then."""
+    """Check this rank's share of each split's images. Ctrl-C ends it with what was found so far."""
     found = Findings()
     try:
         for split, store in stores.items():
@@ -96,7 +96,7 @@ def verify(
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> Findings:
-    """The findings of all ranks, in the order of the files."""
+    """The findings of all ranks, in file order."""
     whole = Findings()
     for part in parts:
         whole.images += part["images"]
@@ -134,18 +134,18 @@ def _verify_split(
 
 
 def _groups(store: Store, share: range) -> Iterator[tuple[list[_Read], dict[int, str]]]:
-    """Images to be decoded together, and the faults of those that need not be (index -> fault)."""
+    """Groups of images to decode together, and the faults of those already known bad (index -> fault)."""
 
     def read(index: int) -> _Read | str:
         try:
             data = store.read(index)
             if fault := store.check(index, data):
-                return f"not the bytes that were packed: {fault}"
+                return f"differs from the image that was packed: {fault}"
             return _Read(index, data, check_image(data))
-        except OSError as trouble:
-            return read_fault(trouble)
-        except ValueError as trouble:
-            return str(trouble)
+        except OSError as error:
+            return read_fault(error)
+        except ValueError as error:
+            return str(error)
 
     images: list[_Read] = []
     faults: dict[int, str] = {}

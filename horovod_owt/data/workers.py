@@ -1,4 +1,4 @@
-"""Work on all cores, in processes that end with whoever started them."""
+"""Work on all cores, in processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-POLL_S = 0.2  # between two looks at the count
+POLL_S = 0.2  # between two reads of the count
 
 
 class Stopped(Exception):
-    """The one who asked for the work no longer wants it."""
+    """The caller has cancelled the work."""
 
 
 class _Local:
-    """Stands in for the shared count and the sign to stop where there is one process."""
+    """In place of the shared count and stop event, if there is one process."""
 
     value = 0
 
@@ -34,7 +34,7 @@ _stop = _count = _Local()
 
 
 def tick(count: int = 1) -> None:
-    """Called by the work now and then: `count` more pieces are done. Raises Stopped."""
+    """Called by the work regularly: `count` more items are done. Raises Stopped."""
     if isinstance(_count, _Local):
         _count.value += count
         return
@@ -55,15 +55,15 @@ def in_processes(
 ) -> Iterator[Result]:
     """Results of `work(task)` as they become ready; `begin(*begin_args)` is called first in each process.
 
-    `ticked(count)` hears how often the work has called `tick`. Leaving the loop early stops the processes at
-    their next tick. With one worker, or one task, all happens in this process.
+    `ticked(count)` gets the total of the `tick` calls. Leaving the loop early stops the processes at their
+    next tick. With one worker, or one task, everything runs in this process.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from _here(work, tasks, begin, begin_args, ticked)
         return
     # spawn: the caller may have threads.
-    # An executor, not a Pool: in a script without a __main__ guard it fails at once, a Pool spawns for ever.
+    # An executor, not a Pool: without a __main__ guard it fails at once, where a Pool spawns for ever.
     spawn = multiprocessing.get_context("spawn")
     stop, count = spawn.Event(), spawn.Value("q", 0)
     executor = ProcessPoolExecutor(
@@ -94,9 +94,9 @@ def _here(work, tasks, begin, begin_args, ticked) -> Iterator:
 
 
 def _begin(stop, count, begin, begin_args) -> None:
-    """In a new process: Ctrl-C is left to the parent, and the parent's death is ours.
+    """Initialise a worker: ignore Ctrl-C, which the parent handles, and exit when the parent dies.
 
-    An orphaned worker of a ProcessPoolExecutor would wait for ever, for it holds both ends of its queue.
+    An orphaned worker of a ProcessPoolExecutor would wait for ever, because it holds both ends of its queue.
     """
     global _stop, _count
     signal.signal(signal.SIGINT, signal.SIG_IGN)

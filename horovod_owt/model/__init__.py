@@ -1,4 +1,4 @@
-"""AlexNet-OWT: the network, its initial weights, its files."""
+"""AlexNet-OWT and its dropout."""
 
 from horovod_owt.model.alexnet_owt import AlexNetOWT, build_model
 

@@ -1,6 +1,6 @@
-"""AlexNet as "One weird trick" has it (Krizhevsky 2014, arXiv:1404.5997), plain and batch-normalised.
+"""AlexNet as in "One weird trick" (Krizhevsky 2014, arXiv:1404.5997), plain and batch-normalised.
 
-The plain net is torchvision's `alexnet` name for name and shape for shape. The batch-normalised one is
+The plain net has the names and shapes of torchvision's `alexnet`. The batch-normalised one is
 `alexnetowtbn` of imagenet-multiGPU.torch: a normalisation after each convolution and each hidden FC layer.
 Shapes in the comments: channels x height x width for a 224 px image.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 FEATURE_CHANNELS = 256
-FEATURE_SIDE = 6  # px; smaller images are spread to this size by the adaptive pool
+FEATURE_SIDE = 6  # px; the adaptive pool enlarges smaller feature maps to this
 FC6_IN = FEATURE_CHANNELS * FEATURE_SIDE * FEATURE_SIDE  # 9216
 HIDDEN = 4096
 BN_EPS = 1e-3  # as in imagenet-multiGPU.torch
@@ -27,7 +27,7 @@ class AlexNetOWT(nn.Module):
             layers: list[nn.Module] = [nn.Conv2d(channels_in, channels, kernel, stride, padding)]
             if batch_norm:
                 layers.append(nn.BatchNorm2d(channels, eps=BN_EPS))
-            # Pooled before rectified: the same numbers, as both keep order, from a quarter of the work.
+            # Pool before ReLU: the same values, because both are monotonic, at a quarter of the cost.
             return [*layers, *([nn.MaxPool2d(kernel_size=3, stride=2)] * pool), nn.ReLU(inplace=True)]
 
         def hidden(units_in: int, units: int):
@@ -54,9 +54,9 @@ class AlexNetOWT(nn.Module):
         return self.classifier(self.convolve(images))
 
     def convolve(self, images: Tensor) -> Tensor:
-        """The features that the fully connected layers see: (b, 9216)."""
+        """The input of the fully connected layers: (b, 9216)."""
         x = self.features(images)
-        if x.shape[-2:] != (FEATURE_SIDE, FEATURE_SIDE):  # at 224 px there is nothing to spread
+        if x.shape[-2:] != (FEATURE_SIDE, FEATURE_SIDE):  # not needed at 224 px
             x = self.avgpool(x)
         return torch.flatten(x, 1)
 
@@ -64,8 +64,8 @@ class AlexNetOWT(nn.Module):
 def build_model(name: str, classes: int, *, dropout: float = 0.5, seed: int = 0) -> AlexNetOWT:
     """The net `alexnet-owt` or `alexnet-owt-bn`, its initial weights a function of `seed` alone.
 
-    The distribution is torch's default, uniform with variance 1 / (3 fan_in), which is behind the published
-    errors of torchvision and imagenet-multiGPU.torch.
+    The distribution is torch's default, uniform with variance 1 / (3 fan_in), with which torchvision and
+    imagenet-multiGPU.torch reached their published errors.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Dropout that belongs to the sample: whether a unit is zeroed depends on the seed, the sample and the unit.
+"""Dropout keyed by sample: whether a unit is zeroed depends on the seed, the sample and the unit.
 
-A sample is named by its place in the endless stream of samples, so the draws do not depend on the number of
-ranks, on the rank that holds the sample or the unit, on the device, or on where a run was resumed.
+A sample is identified by its position in the endless stream of samples, so the draws do not depend on the
+number of ranks, on the rank that holds the sample or the unit, on the device, or on where a run resumed.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from horovod_owt.data.hashing import hashed
 
-_PURPOSE = 2  # keeps these draws apart from the order's and the augmentation's
+_PURPOSE = 2  # separates these draws from those of order and augmentation
 _LOW = np.uint64(0xFFFFFFFF)
 
 
 def sample_keys(seed: int, positions: np.ndarray) -> np.ndarray:
-    """(rows, 2) int32: 64 bits of randomness for each place in the stream of samples."""
+    """(rows, 2) int32: 64 random bits for each position in the stream of samples."""
     words = hashed(_PURPOSE, seed, positions)
     halves = np.stack([words >> np.uint64(32), words & _LOW], axis=1)
     return halves.astype(np.uint32).view(np.int32)
 
 
 def keep_scale(keys: Tensor, layer: int, units: range, dropout: float) -> Tensor:
-    """What to multiply activations with: 0 with probability `dropout`, else 1 / (1 - dropout).
+    """Factors for activations: 0 with probability `dropout`, else 1 / (1 - dropout).
 
     Shapes    keys (rows, 2) int32 on the device, of `sample_keys` -> (rows, len(units)) float32
-    Source    the mixing steps are those of Ellis' lowbias32 (nullprogram.com/blog/2018/07/31); torch has
-              no unsigned words on every device, so shifts of signed ones are masked
+    Source    Ellis' lowbias32 (nullprogram.com/blog/2018/07/31); torch lacks unsigned words on some
+              devices, so shifts of signed words are masked
     """
     unit = torch.arange(units.start, units.stop, dtype=torch.int32, device=keys.device)
     unit = _mix((unit * 16 + layer) * -1640531527)  # 2**32 / golden ratio, spreads neighbours
@@ -41,7 +41,7 @@ def keep_scale(keys: Tensor, layer: int, units: range, dropout: float) -> Tensor
 
 
 def _mix(words: Tensor) -> Tensor:
-    """Scatter 32-bit words in place: a bijection in which every input bit stirs every output bit."""
+    """Mix 32-bit words in place: a bijection in which every input bit affects every output bit."""
     words ^= (words >> 16) & 0xFFFF
     words *= 0x7FEB352D
     words ^= (words >> 15) & 0x1FFFF

@@ -1,1 +1,1 @@
-"""Ranks, devices and collectives: the one package that talks to Horovod."""
+"""Ranks, devices and collectives on Horovod, and the training step that uses them."""

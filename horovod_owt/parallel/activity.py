@@ -1,4 +1,4 @@
-"""What this rank's main thread does at the moment, for those who ask from beside it."""
+"""What this rank's main thread is doing, for its other threads to read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from time import monotonic
 
 @dataclass
 class Activity:
-    """A phase of the work, or a collective that is waited for; written by the main thread alone."""
+    """The current phase, or the collective being waited for; only the main thread writes it."""
 
     what: str = "computing"
-    waiting: bool = False  # for other ranks, in the collective `what`
+    waiting: bool = False  # for other ranks, in collective `what`
     since: float = field(default_factory=monotonic)
     step: int = 0  # optimizer updates done
 

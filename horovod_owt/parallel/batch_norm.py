@@ -1,6 +1,7 @@
-"""Batch normalisation over the batch of one rank or of all ranks, for whole layers and for split ones.
+"""Batch normalisation over one rank's batch or all ranks' batches, for whole and for split layers.
 
-`hvd.SyncBatchNorm` runs on GPUs only; ours is one small allreduce forward and one back, on any device.
+`hvd.SyncBatchNorm` runs on GPUs only; this one costs a small allreduce forward and one backward, on any
+device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from horovod_owt.parallel.traffic import Traffic, start_sum
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose batch, in training, is that of all ranks of a group."""
+    """`nn.BatchNorm2d` whose training statistics are taken over all ranks of a group."""
 
     def __init__(self, module: nn.BatchNorm2d, group: Group, traffic: Traffic, name: str) -> None:
         super().__init__(module.num_features, eps=module.eps, momentum=module.momentum)
@@ -34,7 +35,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms(convolutions: nn.Sequential, group: Group, traffic: Traffic) -> None:
-    """Let the batch normalisations of `convolutions` see the batch of all ranks of the group."""
+    """Replace the batch normalisations of `convolutions` with ones synchronised over the group."""
     for number, module in enumerate(convolutions):
         if isinstance(module, nn.BatchNorm2d):
             convolutions[number] = SyncBatchNorm2d(module, group, traffic, f"sync_bn.features.{number}")
@@ -43,9 +44,9 @@ def synchronize_batch_norms(convolutions: nn.Sequential, group: Group, traffic: 
 class UnitNorm:
     """`nn.BatchNorm1d` in training, over the units that a weight shard holds: (R, n_own) -> (R, n_own).
 
-    The rows are several ranks' batches, and the statistics those of one rank's batch as in data parallelism,
-    or with `over` those of all rows of all ranks in that group (the ones that hold the same units).
-    Running statistics move once a micro-batch, by the mean over its ranks' batches.
+    The rows are several ranks' batches. Statistics are per rank's batch, as in data parallelism, or with
+    `over` per unit over all rows of all ranks in that group (the ranks that hold the same units). Running
+    statistics are updated once per micro-batch, with the mean over its ranks' batches.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class UnitNorm:
         self._seen: list[tuple[Tensor, Tensor]] = []  # mean and unbiased variance of each batch
 
     def __call__(self, z: Tensor, batches: int) -> Tensor:
-        """`z` normalised; its rows are `batches` batches of equal size, one after another."""
+        """`z` normalised; its rows are `batches` consecutive batches of equal size."""
         if self.over:
             normed, *seen = _NormalizeOverRanks.apply(z, self.weight, self.bias, self._eps, *self.over)
             self._seen.append(tuple(seen))
@@ -76,7 +77,7 @@ class UnitNorm:
         return torch.cat(normed)
 
     def end_micro_batch(self) -> None:
-        """Let the running statistics know what was seen."""
+        """Update the running statistics with this micro-batch's."""
         for name, seen in zip(("running_mean", "running_var"), zip(*self._seen, strict=True), strict=True):
             self._buffers[name].lerp_(torch.stack(seen).mean(dim=0), self._momentum)
         self._buffers["num_batches_tracked"] += 1
@@ -86,7 +87,8 @@ class UnitNorm:
 class _NormalizeOverRanks(torch.autograd.Function):
     """x normalised over all dimensions but 1 and over the ranks, with the mean and unbiased variance.
 
-    Every rank has as many rows. Moments travel in float64, so that their difference keeps fp32's digits.
+    Every rank has the same number of rows. Moments are sent in float64, so that their difference keeps fp32
+    precision.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""`parallel=auto`: measure the parts of a step, and take the strategy predicted to be faster."""
+"""`parallel=auto`: measure the parts of a step and choose the strategy predicted to be faster."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from horovod_owt.perf.predict import Communication, Compute, Prediction, predict
 
 log = logging.getLogger(__name__)
 
-REPEATS = 3  # of a measurement, after one that warms up
+REPEATS = 3  # of each measurement, after one warm-up
 LONG_S = 0.5  # what takes longer is measured once
-PIECES = 4  # of the flat gradients, sent at a time; the time of all follows from it
-CPU_IMAGES = 8  # on a CPU the time of convolutions grows with the images: so many are enough
+PIECES = 4  # of the flat gradients, sent together; the total time is scaled up from them
+CPU_IMAGES = 8  # a sample: on a CPU the time of convolutions is proportional to the number of images
 
 Seconds = dict[str, float]
 
 
 def choose_parallel(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Seconds]:
-    """`cfg` with `parallel` resolved, alike on every rank, and the predicted milliseconds of a step, if any.
+    """`cfg` with `parallel` resolved, the same on every rank, and the predicted step times in ms, if any.
 
-    Every rank must call it. What the user chose is left alone.
+    Every rank must call it. A strategy that the user chose is kept.
     """
     if cfg.parallel != "auto":
         return cfg, {}
@@ -55,13 +55,13 @@ def choose_parallel(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Second
 
 
 def _why_not_hybrid(cfg: TrainConfig, world: World) -> str:
-    """What makes a measurement pointless; empty if nothing does."""
+    """Why hybrid is ruled out without a measurement; empty if it is not."""
     if world.size == 1:
         return "one rank"
-    if cfg.fc_group_size == "1":
-        return "fc_group_size is 1: no rank to share layers with"
+    if cfg.fc_group_size == 1:
+        return "fc_group_size is 1: no ranks to split the layers over"
     if cfg.precision == "fp16":
-        return "hybrid takes no fp16"
+        return "hybrid does not support fp16"
     return ""
 
 
@@ -71,12 +71,12 @@ def _line(prediction: Prediction, ranks: int) -> str:
     (other,) = seconds.keys() - {choice}
     return (
         f"parallel auto: {choice} (predicted {seconds[choice]:.3g} s a step on {ranks} ranks; "
-        f"{other} {seconds[other]:.3g} s); --parallel {other} overrules"
+        f"{other} {seconds[other]:.3g} s); override with --parallel {other}"
     )
 
 
 def _predict(cfg: TrainConfig, world: World) -> Prediction:
-    group_size = int(cfg.fc_group_size)
+    group_size = cfg.fc_group_size
     on_cpu = world.device.type == "cpu"
     convolutions = _convolutions(cfg, world)
     classifiers = [_classifier(cfg, world, group_size=size) for size in (1, group_size)]
@@ -135,7 +135,7 @@ def _convolutions(cfg: TrainConfig, world: World) -> Seconds:
 
 
 def _classifier(cfg: TrainConfig, world: World, *, group_size: int) -> Seconds:
-    """Matrix products and the update of one rank's part of the layers; all of them in a group of one."""
+    """Matrix products and weight update of one rank's part of the FC layers; group_size 1 is all of them."""
     rows, dtype, kept = cfg.batch * group_size, DTYPES[cfg.precision], _kept(cfg)
 
     def filled(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -163,7 +163,7 @@ def _classifier(cfg: TrainConfig, world: World, *, group_size: int) -> Seconds:
 
 
 def _sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world: World) -> float:
-    """Seconds to sum so many gradients over the group; some pieces are sent, the rest is reckoned."""
+    """Seconds to sum that many gradients over the group: a few pieces are timed, the total is scaled up."""
     if group.is_alone:
         return 0.0
     dtype = torch.float16 if cfg.compression == "fp16" else _kept(cfg)
@@ -183,7 +183,7 @@ def _sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world: Wo
 
 
 def _exchange(cfg: TrainConfig, world: World, group: Group) -> float:
-    """Seconds that a micro-batch's transfers inside the fc_group take, one after the other as in scheme a."""
+    """Seconds of one micro-batch's transfers inside the fc_group, one after another as in scheme a."""
     exchange, dtype = Exchange(group, Traffic()), DTYPES[cfg.precision]
     rows, own = cfg.batch * group.size, share(HIDDEN, group.size, group.index)
 
@@ -194,25 +194,25 @@ def _exchange(cfg: TrainConfig, world: World, group: Group) -> float:
     units_part, own_units = zeros(rows, HIDDEN), zeros(rows, own)
     logits_part = zeros(rows, cfg.classes, dtype=_kept(cfg))
 
-    def there_and_back() -> None:
+    def forward_and_back() -> None:
         exchange.gather_rows(features, "auto.features").wait()
         exchange.sum_units(units_part, "auto.units").wait()
         exchange.sum_everywhere(logits_part, "auto.logits").wait()
         exchange.gather_units(own_units, "auto.units back").wait()
         exchange.sum_rows(features_part, "auto.features back").wait()
 
-    return _time_together({"exchange": there_and_back}, world)["exchange"]
+    return _time_together({"exchange": forward_and_back}, world)["exchange"]
 
 
 def _kept(cfg: TrainConfig) -> torch.dtype:
-    """What weights, gradients and logits are in, whatever computes."""
+    """The dtype of weights, gradients and logits, whatever the passes compute in."""
     return DTYPES["fp64" if cfg.precision == "fp64" else "fp32"]
 
 
 def _time_together(actions: dict[str, Callable[[], object]], world: World) -> Seconds:
-    """Seconds of each action, done in this order by all ranks at once: the median, of the slowest rank.
+    """Seconds of each action, run in this order by all ranks together: the median of the slowest rank.
 
-    Every rank gets the same figures, and so comes to the same decision.
+    Every rank gets the same figures, and so makes the same decision.
     """
 
     def synchronize() -> None:

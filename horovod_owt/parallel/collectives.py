@@ -1,4 +1,4 @@
-"""The collectives that training needs, each to be called by every rank."""
+"""The collectives that training needs; every rank must call each of them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def sum_over_ranks(values: Tensor, name: str) -> Tensor:
 
 
 def broadcast_object(value: T | None, name: str) -> T:
-    """Rank 0's `value` on every rank; what the others pass is not looked at."""
+    """Rank 0's `value` on every rank; the other ranks' argument is ignored."""
     with now.waiting_in(name):
         return hvd.broadcast_object(value, root_rank=0, name=name)
 
 
 def on_root(action: Callable[[], T] | None, name: str) -> T:
-    """Let rank 0 do it and hand its result to every rank; an OwtError is raised on every rank.
+    """Run `action` on rank 0 and broadcast its result; an OwtError is raised on every rank.
 
-    What the others pass is not looked at. No rank goes on before rank 0 is done.
+    The other ranks' argument is ignored. They wait until rank 0 is done.
     """
     outcome = None
     if hvd.rank() == 0:
@@ -53,14 +53,14 @@ def gather_objects(value: T, name: str) -> list[T]:
 
 
 def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
-    """Rank 0's numbers on every rank; the others' tensors give shape and type."""
+    """Rank 0's values on every rank; the other ranks' tensors give shape and dtype."""
     with now.waiting_in(name):
-        return hvd.broadcast(tensor.contiguous(), root_rank=0, name=name)  # Horovod wants it contiguous
+        return hvd.broadcast(tensor.contiguous(), root_rank=0, name=name)  # Horovod requires it
 
 
 @contextmanager
 def explain_lost_ranks(who: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turn what a collective raises when a peer is gone into a RunError; `who` may know which it was."""
+    """Turn the error of a collective whose peer is gone into a RunError; `who` may name the peer."""
     try:
         yield
     except HorovodInternalError as error:
@@ -68,6 +68,6 @@ def explain_lost_ranks(who: Callable[[], str] = lambda: "") -> Iterator[None]:
         raise RunError(
             f"lost contact with {lost}: it died"
             if lost
-            else "lost contact with another rank: it died, stood still, or left",
-            fix="see what it and the launcher said last; --resume auto goes on from the last checkpoint",
+            else "lost contact with another rank: it died, hung or exited",
+            fix="see its last output and the launcher's; --resume auto resumes from the last checkpoint",
         ) from error

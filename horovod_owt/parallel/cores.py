@@ -1,4 +1,4 @@
-"""Which cores a rank keeps to: those near its GPU, by what sysfs says of PCI lanes; else its share of all."""
+"""CPU affinity of a rank: the cores local to its GPU, from sysfs; else its share of all cores."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ SYSFS = Path("/sys")
 
 
 def use_own_cores(topology: Topology, device: Device) -> int:
-    """Keep this process to its cores; returns how many threads are to compute there.
+    """Pin this process to its cores; returns the number of compute threads.
 
-    Memory needs no more: Linux puts a page on the node of the core that first writes to it, and all that
-    counts is allocated after this. OMP_NUM_THREADS, if set, still decides the number of threads;
-    raises ConfigError where it is no number.
+    Memory follows: Linux places a page on the NUMA node of the core that first writes to it, and all large
+    allocations come after this. OMP_NUM_THREADS, if set, still decides the number of threads; raises
+    ConfigError if it is not a number.
     """
     on_host = os.cpu_count() or 1
     cores = own_cores(topology, device, os.sched_getaffinity(0), on_host, SYSFS)
     os.sched_setaffinity(0, cores)
-    share = max(1, min(len(cores), on_host // topology.local_size))  # bound to a socket is not alone on it
+    share = max(1, min(len(cores), on_host // topology.local_size))  # a rank bound to a socket shares it
     return _asked_threads(os.environ.get("OMP_NUM_THREADS", "")) or share
 
 
 def _asked_threads(setting: str) -> int | None:
     """The first number of OMP_NUM_THREADS, which may be a list, one for each level of nested parallelism.
 
-    None where it is not set; ConfigError for what OpenMP would not take either.
+    None if it is not set; ConfigError for what OpenMP would not accept either.
     """
     if not setting.strip():
         return None
@@ -39,7 +39,7 @@ def _asked_threads(setting: str) -> int | None:
         raise ConfigError(
             f"OMP_NUM_THREADS={setting}",
             wanted="a number from 1 on",
-            fix="unset it: a rank has a share of the cores",
+            fix="unset it: each rank takes its share of the cores",
         ).on_every_rank()
     return int(first)
 
@@ -47,12 +47,12 @@ def _asked_threads(setting: str) -> int | None:
 def own_cores(
     topology: Topology, device: Device, allowed: Iterable[int], on_host: int, sysfs: Path
 ) -> list[int]:
-    """Those of the `allowed` cores that this rank is to use, of `on_host` that the host has.
+    """The cores that this rank uses, out of the `allowed` ones; the host has `on_host`.
 
-    Of the cores near its GPU, a share for each rank whose GPU they are near to; with a CPU, or where sysfs
-    does not say what is near, its `local_size`-th of all. mpirun and srun may have bound the rank already:
-    then its cores are fewer than the host's, and all of them that are near its GPU stay. horovodrun binds
-    nothing, nor do the start scripts and jobs, and two ranks' threads would chase each other over all cores.
+    With a GPU, the cores local to it, shared by the ranks whose GPUs are local to the same cores; on a CPU,
+    or where sysfs has no locality, one `local_size`-th of all. If mpirun or srun has bound the rank already
+    (fewer cores than the host has), it keeps all of those that are local to its GPU. horovodrun, our launch
+    scripts and our jobs bind nothing, so that without this the threads of all ranks would share all cores.
     """
     cores, turn, ranks = set(allowed), topology.local_rank, topology.local_size
     bound = not topology.unbound and len(cores) < on_host
@@ -63,7 +63,7 @@ def own_cores(
 
 
 def share_of_cores(cores: Sequence[int], turn: int, ranks: int) -> list[int]:
-    """The `turn`-th of `ranks` pieces of `cores`; all where there are fewer cores than ranks."""
+    """The `turn`-th of `ranks` parts of `cores`; all cores where there are fewer of them than ranks."""
     if len(cores) < ranks:
         return sorted(cores)
     start, end = (len(cores) * r // ranks for r in (turn, turn + 1))
@@ -71,9 +71,9 @@ def share_of_cores(cores: Sequence[int], turn: int, ranks: int) -> list[int]:
 
 
 def _turn(topology: Topology, device: Device, sysfs: Path) -> tuple[int, int]:
-    """Which of how many ranks near the same cores this one is.
+    """This rank's number among the ranks local to the same cores, and how many those are.
 
-    Where the launcher shows each rank its own GPU alone, the host's other GPUs stand for the other ranks.
+    Where the launcher shows each rank only its own GPU, the host's other GPUs stand for the other ranks.
     """
     near = _near(device.gpu.pci, sysfs)
     if device.pci_by_local_rank:
@@ -84,12 +84,12 @@ def _turn(topology: Topology, device: Device, sysfs: Path) -> tuple[int, int]:
 
 
 def _near(pci: str, sysfs: Path) -> list[int]:
-    """CPUs of the socket, or the part of one, that the device's PCI lanes lead to."""
+    """CPUs of the socket, or the part of one, that the device is attached to."""
     return read_cpu_list(sysfs / "bus/pci/devices" / pci / "local_cpulist")
 
 
 def _nvidia_gpus(sysfs: Path) -> list[str]:
-    """PCI addresses: of display (0300) and 3D (0302) controllers, not of the sound chips beside them."""
+    """PCI addresses of display (0300) and 3D (0302) controllers; the audio functions are left out."""
     found = []
     for folder in (sysfs / "bus/pci/devices").glob("*"):
         vendor, kind = (_read(folder / name) for name in ("vendor", "class"))
@@ -99,13 +99,13 @@ def _nvidia_gpus(sysfs: Path) -> list[str]:
 
 
 def numa_node(pci: str, sysfs: Path) -> int | None:
-    """Of the device; None where the firmware does not say."""
+    """The device's NUMA node; None where the firmware does not report one."""
     node = _read(sysfs / "bus/pci/devices" / pci / "numa_node")
     return int(node) if node and int(node) >= 0 else None
 
 
 def _whole_cores(cpus: Iterable[int], sysfs: Path) -> list[int]:
-    """Hyperthreads of one core beside each other: in Linux's numbering they are half the host apart."""
+    """CPUs sorted so that a core's hyperthreads are adjacent; Linux numbers them half the host apart."""
 
     def core(cpu: int) -> tuple[int, int]:
         siblings = read_cpu_list(sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -115,7 +115,7 @@ def _whole_cores(cpus: Iterable[int], sysfs: Path) -> list[int]:
 
 
 def read_cpu_list(file: Path) -> list[int]:
-    """Linux's `0-9,20-29` as numbers; none where there is no such file."""
+    """A Linux CPU list (`0-9,20-29`) as numbers; empty if there is no such file."""
     cpus = []
     for part in filter(None, _read(file).split(",")):
         first, _, last = part.partition("-")

@@ -24,11 +24,11 @@ class Device:
     name: str  # torch's: cpu, cuda:0, ...
     gpu: Gpu | None = None
     mig: str = ""  # the instance's UUID
-    pci_by_local_rank: tuple[str, ...] = ()  # of all ranks on this host, where this one sees their GPUs
+    pci_by_local_rank: tuple[str, ...] = ()  # of all ranks on this host, if this rank can see their GPUs
 
     @property
     def uuid(self) -> str:
-        """Of the instance, or else of the GPU; empty for a CPU."""
+        """UUID of the MIG instance, else of the GPU; empty for a CPU."""
         return self.mig or (self.gpu.uuid if self.gpu else "")
 
     def __str__(self) -> str:
@@ -39,11 +39,11 @@ CPU = Device("cpu")
 
 
 def claim_device(topology: Topology, env: MutableMapping[str, str] = os.environ) -> Device:
-    """This rank's device. To be called before CUDA starts, which reads what is set here once.
+    """This rank's device. Call it before CUDA starts: CUDA reads once the variables set here.
 
-    CUDA would number the fastest GPU first: it is told to number them by PCI address, as the driver and
-    Slurm do. And it shows a process one MIG instance, the first it may see: each rank is left its own.
-    Raises DeviceError when there is none for this rank.
+    By default CUDA numbers the fastest GPU first; this sets the order by PCI address, as the driver and
+    Slurm number them. CUDA shows a process one MIG instance, the first visible one, so each rank is shown
+    only its own. Raises DeviceError when there is none for this rank.
     """
     env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     devices = visible_devices(env)
@@ -55,33 +55,33 @@ def claim_device(topology: Topology, env: MutableMapping[str, str] = os.environ)
 
 
 def visible_gpus() -> int:
-    """GPUs, or MIG instances of them, that this process sees, without taking hold of one."""
+    """Number of GPUs or MIG instances that this process sees; opens none of them."""
     return len(visible_devices(os.environ))
 
 
 def visible_devices(env: Mapping[str, str]) -> list[Device]:
-    """What this process sees, in CUDA's order; in place of a GPU in MIG mode, its instances.
+    """The devices this process sees, in CUDA's order; a GPU in MIG mode is listed as its instances.
 
-    Raises DeviceError when CUDA_VISIBLE_DEVICES names only what is not there: CUDA would show nothing, and
-    the rank would train on its CPU.
+    Raises DeviceError when CUDA_VISIBLE_DEVICES names no existing device: CUDA would show none, and the rank
+    would silently train on the CPU.
     """
     words = env[VISIBLE].replace(" ", "").split(",") if VISIBLE in env else None
     if words is not None and not _kind(words[0]):
-        return []  # as asked: empty, -1, Slurm's NoDevFiles. The driver need not even work
+        return []  # no GPU wanted (empty, -1, Slurm's NoDevFiles): the driver is not needed
     gpus = list_gpus()
     places = [place for gpu in gpus for place in _places(gpu)] if words is None else _named(words, gpus)
     if gpus and not places:
         here = ", ".join(f"{number} ({gpu.uuid})" for number, gpu in enumerate(gpus))
         raise DeviceError(
             f"{VISIBLE}={env[VISIBLE]} on host {socket.gethostname()}",
-            wanted=f"GPUs that are there, each once: {here}",
-            fix=f"unset it, or {VISIBLE}= (empty) to train on CPU cores",
+            wanted=f"existing GPUs, each once: {here}",
+            fix=f"unset it, or set {VISIBLE}= (empty) to train on CPU cores",
         )
     return [Device(f"cuda:{number}", gpu, mig) for number, (gpu, mig) in enumerate(places)]
 
 
 def _kind(word: str) -> str:
-    """`GPU-`, `MIG-` or `number`; nothing where CUDA would see no device in it."""
+    """`GPU-`, `MIG-` or `number`; empty if CUDA would take it for no device."""
     found = re.match(r"(GPU-|MIG-)|\d", word)
     return found[1] or "number" if found else ""
 
@@ -91,10 +91,10 @@ def _places(gpu: Gpu) -> list[tuple[Gpu, str]]:
 
 
 def _named(words: Sequence[str], gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
-    """GPUs, or MIG instances with their GPUs, that CUDA takes the words for.
+    """The GPUs, or MIG instances with their GPUs, that CUDA resolves `words` to.
 
-    All are of the first word's kind; UUIDs may be cut short where that is no riddle; the first word that
-    names nothing ends the list; a word or a GPU that comes twice empties it.
+    CUDA's rules: all words are of the first one's kind; a unique prefix of a UUID is accepted; the first
+    word that names no device ends the list; a repeated word or GPU empties it.
     """
     kind = _kind(words[0])
     names = list(takewhile(lambda word: _kind(word) == kind, words))
@@ -108,7 +108,7 @@ def _named(words: Sequence[str], gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
 
 
 def _find(name: str, gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
-    """What one name stands for: a GPU, with all of its instances, or one instance; nothing if unclear."""
+    """The GPU with all its instances, or the one instance, that `name` resolves to; empty if ambiguous."""
     if _kind(name) == "number":
         return _places(gpus[int(name)]) if int(name) < len(gpus) else []
     if _kind(name) == "GPU-":
@@ -117,17 +117,17 @@ def _find(name: str, gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
     instances = [(gpu, mig) for gpu in gpus for mig in gpu.mig]
     hits = [place for place in instances if place[1] == name]
     hits = hits or [place for place in instances if place[1].startswith(name)]
-    if not hits:  # MIG-GPU-UUID/GPU INSTANCE/COMPUTE INSTANCE, which drivers since 470 take as well
+    if not hits:  # MIG-GPU-UUID/GPU INSTANCE/COMPUTE INSTANCE, still accepted since driver 470
         parent = name.removeprefix("MIG-").partition("/")[0]
         hits = [(gpu, name) for gpu in gpus if gpu.uuid == parent]
     return hits if len(hits) == 1 else []
 
 
 def assign_device(topology: Topology, devices: Sequence[Device], env: Mapping[str, str]) -> Device:
-    """The device of this rank, when it sees these.
+    """This rank's device among the `devices` that it sees.
 
-    Raises DeviceError when the host has more ranks than it shows devices. A rank that sees a single one takes
-    that: where CUDA_VISIBLE_DEVICES says which, it may be its own (`srun --gpus-per-task=1`), and only
+    Raises DeviceError when the host has more ranks than visible devices. A rank that sees a single device
+    takes it: if CUDA_VISIBLE_DEVICES is set it may be the rank's own (`srun --gpus-per-task=1`), and only
     `check_apart` can tell.
     """
     if not devices:
@@ -135,26 +135,26 @@ def assign_device(topology: Topology, devices: Sequence[Device], env: Mapping[st
     ranks, seen = topology.local_size, len(devices)
     if ranks > seen and not shares_devices(env) and not (seen == 1 and VISIBLE in env):
         raise DeviceError(
-            f"{ranks} ranks on host {topology.host}, where each sees {seen} of its GPUs",
+            f"{ranks} ranks on host {topology.host}, and each sees {seen} of its GPUs",
             wanted="a GPU for each rank",
-            fix=f"-np {seen} on this host, or {VISIBLE}= (empty) to train on its CPU cores",
+            fix=f"-np {seen} on this host, or set {VISIBLE}= (empty) to train on CPU cores",
         )
     own = devices[topology.local_rank % seen]
     if ranks > seen and not shares_devices(env):
-        return own  # whose the others are is not to be seen from here
+        return own  # the other ranks' devices are not visible from here
     by_local_rank = tuple(devices[rank % seen].gpu.pci for rank in range(ranks))
     return replace(own, pci_by_local_rank=by_local_rank)
 
 
 def shares_devices(env: Mapping[str, str]) -> bool:
-    """Whether the user wants ranks to share devices."""
+    """Whether the user allows ranks to share devices."""
     return env.get(SHARED, "0") not in ("", "0")
 
 
 def check_apart(everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, str] = os.environ) -> None:
-    """DeviceError where ranks share a device and are not meant to.
+    """Raise DeviceError where ranks share a device and sharing is not allowed.
 
-    `everyone` is, by rank, its host, its device's UUID (empty for a CPU) and the device in words.
+    `everyone` is by rank: host, device UUID (empty for a CPU), description of the device.
     """
     if shares_devices(env):
         return
@@ -165,12 +165,12 @@ def check_apart(everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, 
     shared = []
     for ranks in ranks_by_uuid.values():
         if len(ranks) > 1:
-            hosts = dict.fromkeys(everyone[rank][0] for rank in ranks)  # containers on one may differ
+            hosts = dict.fromkeys(everyone[rank][0] for rank in ranks)  # a host's containers differ in name
             named = f"ranks {', '.join(map(str, ranks))} on host{'s'[: len(hosts) > 1]} {', '.join(hosts)}"
             shared.append(f"{named} share {everyone[ranks[0]][2]}")
     if shared:
         raise DeviceError(
             "; ".join(shared),
             wanted="a device for each rank",
-            fix=f"as many ranks as devices; under srun, --gpus-per-task=1; {SHARED}=1 if it is meant",
+            fix=f"as many ranks as devices; under srun, --gpus-per-task=1; {SHARED}=1 to allow sharing",
         )

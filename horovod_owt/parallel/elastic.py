@@ -1,9 +1,11 @@
-"""Horovod's elastic runs: ranks come and go, what was committed stays in the memory of those that remain."""
+"""Horovod's elastic jobs: ranks join and leave; each surviving rank keeps the last commit in memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
@@ -16,42 +18,50 @@ RESETS = (HorovodInternalError, HostsUpdatedInterrupt)  # after these the ranks 
 
 
 def is_elastic() -> bool:
-    """Whether the launcher lets ranks come and go."""
+    """Whether the launcher started an elastic job."""
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
+@dataclass(frozen=True)
+class Commit:
+    """The plain values of a commit; its tensors are in `Committed.tensors`."""
+
+    step: int
+    consumed: int  # samples of the endless stream, over all ranks
+    scaler: dict[str, float]  # loss scale of fp16
+    run_dir: Path
+    first_global_batch: int  # of the job's first world
+
+
 class Committed(State):
-    """The state that all ranks agreed on last: plain values, and tensors by name in kept memory."""
+    """The last commit of all ranks: plain values, and tensors by name in memory that is reused."""
 
     def __init__(self) -> None:
         super().__init__(hvd.broadcast_object, hvd.rank)
-        self.values: dict[str, Any] = {}
+        self.last: Commit | None = None
         self.tensors: dict[str, Tensor] = {}
-        self.parted: dict[str, Any] = {}  # why and where the last world ended, for the next to record
+        self.regrouped: dict[
+            str, Any
+        ] = {}  # fault record of the last regrouping, for the next world to write
 
-    @property
-    def step(self) -> int:
-        """Of the commit; -1 before the first."""
-        return self.values.get("step", -1)
-
-    def commit_copy(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Keep a copy, then see whether hosts came or went: if so, all ranks raise HostsUpdatedInterrupt."""
+    def commit_copy(self, tensors: dict[str, Tensor], commit: Commit) -> None:
+        """Keep a copy; if hosts joined or left since the last one, all ranks raise HostsUpdatedInterrupt."""
         for name, tensor in tensors.items():
             if name not in self.tensors:
                 self.tensors[name] = torch.empty_like(tensor, device="cpu")
             self.tensors[name].copy_(tensor)
-        self.values = values
+        self.last = commit
         self.check_host_updates()
 
     def sync(self) -> None:
-        """Give all ranks what the one with the latest commit has; newcomers have none."""
-        steps = hvd.allgather_object(self.step, name="elastic.steps")
+        """Broadcast the latest commit from a rank that has it; new ranks have none."""
+        steps = hvd.allgather_object(self.last.step if self.last else -1, name="elastic.steps")
         root = steps.index(max(steps))
         if steps[root] < 0:
             return
         shapes = {name: (tuple(t.shape), t.dtype, t.stride()) for name, t in self.tensors.items()}
-        self.values, shapes, self.parted = hvd.broadcast_object(
-            (self.values, shapes, self.parted), root_rank=root, name="elastic.values"
+        self.last, shapes, self.regrouped = hvd.broadcast_object(
+            (self.last, shapes, self.regrouped), root_rank=root, name="elastic.values"
         )
         for name, (shape, dtype, stride) in shapes.items():
             if name not in self.tensors:
@@ -62,16 +72,16 @@ class Committed(State):
         """Horovod's own commit is not used."""
 
     def restore(self) -> None:
-        """Nothing to undo: after a reset the run is made anew from what was committed."""
+        """Nothing to undo: after a reset the run is built again from the last commit."""
 
 
 def why_regrouped(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
-    """In a line: Horovod's own messages go on for several, and its interrupts have none."""
+    """The reason in one line: Horovod's own messages take several, and its interrupts have none."""
     if isinstance(reset, HostsUpdatedInterrupt):
-        return "hosts came or went"
+        return "hosts joined or left"
     return f"a rank was lost: {str(reset).partition('. ')[0] or 'Horovod gave no reason'}"
 
 
 def run(state: Committed, train: Callable[[Committed], None]) -> None:
-    """Call `train` in each world that the ranks form, until it returns. Horovod is to be initialised."""
+    """Call `train` in each world that the ranks form, until it returns. Horovod must be initialised."""
     hvd.elastic.run(train)(state)

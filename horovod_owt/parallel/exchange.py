@@ -1,7 +1,7 @@
-"""How features, hidden units and their gradients move inside an fc_group.
+"""Transfers of features, hidden units and their gradients inside an fc_group.
 
-Each way forward has its mirror image back: what gathers going forward sums coming back, and what sums
-forward gathers back. (`hvd.allgather`'s own backward would average, and lose a factor of the group's size.)
+Each forward transfer has its transpose backward: a gather becomes a sum, a sum becomes a gather.
+(`hvd.allgather`'s own backward averages, which would lose a factor of the group size.)
 
     forward                                   backward
     gather_rows    (b, n) -> (K*b, n)         sum_rows      (K*b, n) -> (b, n)
@@ -9,9 +9,9 @@ forward gathers back. (`hvd.allgather`'s own backward would average, and lose a 
     sum_everywhere (R, n) -> (R, n)           none: every rank of the group has the whole gradient
     lend_rows      owner's (b, n) -> (b, n)   return_rows   (b, n) -> (b, n), summed at the owner
 
-Sums go by an alltoall of the parts and an addition in fp32 at their owner, not by a reduce-scatter: as many
-bytes, but 2.7 against 14.4 ms for 2 x 32 x 9216 numbers under Gloo. It also lets bf16 travel: Horovod
-takes no bf16 tensors on a CPU, but what only carries words can carry them as fp16-sized ones.
+Sums are an alltoall of the parts and an fp32 addition at their owner, not a reduce-scatter: the same bytes,
+but 2.7 instead of 14.4 ms for 2 x 32 x 9216 numbers under Gloo. It also allows bf16: Horovod's CPU
+collectives reject bf16 tensors, but a transfer without arithmetic can send them as 16-bit words.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class Slice:
 
 
 def split_sizes(units: int, parts: int) -> list[int]:
-    """How `units` are dealt out to the ranks of a group."""
+    """How many of `units` each rank of a group holds."""
     return [share(units, parts, part) for part in range(parts)]
 
 
 class Exchange:
-    """The transfers of one fc_group of K ranks. Each is to be started by all of them, in the same order."""
+    """The transfers of one fc_group of K ranks. All K must start each of them, in the same order."""
 
     def __init__(self, group: Group, traffic: Traffic) -> None:
         self.group = group
         self._traffic = traffic
 
     def gather_rows(self, own: Tensor, what: str) -> Transfer | Arrived:
-        """Every rank's rows, in the group's order: (b, n) -> (K*b, n); b is the same on all ranks."""
+        """Every rank's rows, in group order: (b, n) -> (K*b, n); b is the same on all ranks."""
         if self.group.is_alone:
             return Arrived(own)
         return self._allgather(own, what)
@@ -82,7 +82,7 @@ class Exchange:
         return start_sum(parts, self.group, self._traffic, what=what, name=what)
 
     def lend_rows(self, own: Tensor, owner: int, what: str) -> Transfer | Arrived:
-        """The rows of the rank at index `owner`, on every rank; the others' only give shape and type."""
+        """The rows of the rank at index `owner`, on every rank; the others' give shape and dtype."""
         if self.group.is_alone:
             return Arrived(own)
         wire, back = _as_words(own)
@@ -99,19 +99,19 @@ class Exchange:
         return Transfer(handle, self._traffic, what, back)
 
     def return_rows(self, parts: Tensor, owner: int, what: str) -> Transfer | Arrived:
-        """The sum of all ranks' (b, n) at index `owner`, in fp32; the others get no rows."""
+        """The sum of all ranks' (b, n), in fp32, at index `owner`; the others get no rows."""
         if self.group.is_alone:
             return Arrived(parts)
         sizes = [parts.shape[0] if index == owner else 0 for index in range(self.group.size)]
         return self._sum_by_alltoall(parts, sizes, what, turn=owner)
 
     def gather_whole(self, shard: Tensor, part: Slice | None) -> Tensor:
-        """The whole tensor that the group's ranks hold parts of; the tensor itself if it is not split."""
+        """The whole tensor of which the group's ranks hold parts; the tensor itself if it is not split."""
         if part is None or self.group.is_alone:
             return shard
         if part.dim == 0:
             return self._allgather(shard, "whole tensors").wait()
-        # As they lie, then put together: to turn them around for the way takes longer than the way itself.
+        # Sent in memory order and reassembled after: transposing them first takes longer than the transfer.
         everyones = self._allgather(shard.reshape(-1), "whole tensors").wait()
         unit_numel = shard.numel() // len(part.units)
         sizes = split_sizes(everyones.numel() // unit_numel, self.group.size)
@@ -131,7 +131,7 @@ class Exchange:
         return Transfer(handle, self._traffic, what, count)
 
     def _sum_by_alltoall(self, parts: Tensor, sizes: list[int], what: str, turn: int = 0) -> Transfer:
-        """Rows `sizes[i]` of `parts` go to index i, which adds up what it gets from all."""
+        """`sizes[i]` rows of `parts` go to index i, which sums what it receives from all ranks."""
         size, mine = self.group.size, sizes[self.group.index]
         wire, back = _as_words(parts.contiguous())
         row_bytes = bytes_of(wire) // len(wire)
@@ -151,7 +151,7 @@ class Exchange:
 
 
 def _as_words(tensor: Tensor):
-    """`tensor` as Horovod carries it, and the way back: bf16 goes as fp16-sized words, bit for bit."""
+    """`tensor` as Horovod accepts it, and the inverse: bf16 is sent bit for bit under the name of fp16."""
     if tensor.dtype != torch.bfloat16:
         return tensor, lambda words: words
     return tensor.view(torch.float16), lambda words: words.view(torch.bfloat16)

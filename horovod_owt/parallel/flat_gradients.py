@@ -1,4 +1,4 @@
-"""Gradients in one flat buffer, summed over ranks in a few large pieces while backward still runs."""
+"""Gradients in one flat buffer, summed over ranks in a few large pieces while backward runs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.traffic import Traffic, Transfer, start_sum
 
-MAX_PIECE_ELEMENTS = 4 * 2**20  # 16 MB of fp32: large enough for the ring's bandwidth
-MIN_PIECES = 4  # of a small buffer, so that most of it travels before the first layer's gradient is there
+MAX_PIECE_ELEMENTS = 4 * 2**20  # 16 MB of fp32: large enough to reach the ring's bandwidth
+MIN_PIECES = 4  # of a small buffer, so that most of it is sent before the first layer's gradient is ready
 
 
 @dataclass
 class _Piece:
-    """A stretch of the flat buffer that travels in one allreduce."""
+    """A range of the flat buffer that is sent in one allreduce."""
 
     values: Tensor
     name: str
-    waiting_for: int = 0  # parameters whose gradient this step has not delivered yet
+    waiting_for: int = 0  # parameters whose gradients are not ready yet in this step
     parameters: int = 0
     transfer: Transfer | None = None
 
@@ -30,13 +30,13 @@ class _Piece:
 class FlatGradients:
     """Sums the gradients of some parameters over the ranks of a group, into `parameter.grad`.
 
-    The buffer holds them in the order in which backward delivers them, last layer first. Each
-    `parameter.grad` is a view of it in the parameter's memory format: what Horovod sees is contiguous,
+    The buffer holds them in the order in which backward produces them, last layer first. Each
+    `parameter.grad` is a view of it in the parameter's memory format, so Horovod gets contiguous memory,
     channels_last or not.
 
-    A step: `begin_step`; in each backward pass either autograd's hooks (`watch`) or the caller (`add`)
-    deliver each parameter's gradient once; `begin_last` before the last pass; then `finish`. Gradients are
-    sums: whoever wants a mean divides the loss beforehand, which saves a pass over the buffer.
+    A step: `begin_step`; in each backward pass autograd's hooks (`watch`) or the caller (`add`) deliver each
+    parameter's gradient once; `begin_last` before the last pass; then `finish`. Gradients are sums: for a
+    mean the caller divides the loss beforehand, which saves a pass over the buffer.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class FlatGradients:
         self._hooked: list[object] = []
 
     def watch(self) -> None:
-        """Take each gradient from autograd, as soon as it has it.
+        """Take each gradient from autograd as soon as it is accumulated.
 
-        torch 2.0 has no register_post_accumulate_grad_hook: hook the node that accumulates, keep it alive.
+        torch 2.0 has no register_post_accumulate_grad_hook: hook the accumulation node and keep it alive.
         """
         for parameter in self._parameters:
             accumulate = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
@@ -78,7 +78,7 @@ class FlatGradients:
         self._ready(parameter)
 
     def add_product(self, weight: nn.Parameter, d_out: Tensor, x: Tensor) -> None:
-        """Deliver d_out^T x, a linear layer's gradient; in fp32 it is computed right in the buffer."""
+        """Deliver d_out^T x, a linear layer's gradient; in fp32 it is computed in the buffer itself."""
         if d_out.dtype != self._flat.dtype:
             return self.add(weight, d_out.t() @ x)
         if weight.grad is None:
@@ -88,13 +88,13 @@ class FlatGradients:
         self._ready(weight)
 
     def begin_step(self) -> None:
-        """Forget the last step's gradients; the first ones are written over them, nothing is zeroed."""
+        """Discard the last step's gradients; the first new ones overwrite them, nothing is zeroed."""
         self._last = False
         for parameter in self._parameters:
             parameter.grad = None
 
     def begin_last(self) -> None:
-        """From here on, each piece whose gradients are complete starts to travel."""
+        """From here on, each piece is sent as soon as its gradients are complete."""
         self._last = True
         for piece in self._pieces:
             piece.waiting_for = piece.parameters
@@ -113,7 +113,7 @@ class FlatGradients:
         self._flat.mul_(factor)
 
     def _lay_out(self) -> None:
-        """Give each parameter its stretch of the buffer, and each piece its parameters."""
+        """Assign each parameter its range of the buffer, and each piece its parameters."""
         total = self._flat.numel()
         length = min(MAX_PIECE_ELEMENTS, -(-total // MIN_PIECES))
         for start in range(0, total, length):

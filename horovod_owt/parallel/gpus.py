@@ -1,6 +1,6 @@
-"""What the NVIDIA driver says of this host's GPUs: the one place that asks it, by NVML.
+"""This host's GPUs as the NVIDIA driver reports them, by NVML. The only module that queries the driver.
 
-NVML needs neither torch nor CUDA, takes no memory of a GPU and does not care for CUDA_VISIBLE_DEVICES.
+NVML needs neither torch nor CUDA, allocates no GPU memory and ignores CUDA_VISIBLE_DEVICES.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pynvml
 from horovod_owt.errors import DeviceError
 
 NO_GPU = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-NOT_SAID = (  # by this GPU, or by a driver of its age
+NOT_REPORTED = (  # by this GPU or this version of the driver
     pynvml.NVML_ERROR_NOT_SUPPORTED,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
     pynvml.NVML_ERROR_NO_PERMISSION,
@@ -24,10 +24,10 @@ NOT_SAID = (  # by this GPU, or by a driver of its age
     pynvml.NVML_ERROR_NO_DATA,
     pynvml.NVML_ERROR_DEPRECATED,
 )
-# Why clocks are lower than they could be. Idleness, clocks that somebody set and a display are no trouble.
+# Reasons for reduced clocks that are problems. Idle, user-set clocks and a display are not.
 THROTTLE_REASONS = {
     0x04: "power cap",
-    0x08: "hw slowdown",  # of either kind below, or a fast fall of the supply's voltage
+    0x08: "hw slowdown",  # either kind below, or a drop of the supply voltage
     0x20: "thermal slowdown",
     0x40: "hw thermal slowdown",
     0x80: "hw power brake",
@@ -38,41 +38,41 @@ THROTTLE_REASONS = {
 class Gpu:
     """One GPU of this host; a K80 board is two."""
 
-    index: int  # NVML's
+    index: int  # NVML's number
     uuid: str  # GPU-...
     name: str
-    pci: str  # as sysfs spells it: 0000:05:00.0
+    pci: str  # sysfs notation: 0000:05:00.0
     compute_capability: tuple[int, int]
-    memory_bytes: int | None  # None where it shares the host's
+    memory_bytes: int | None  # None where it shares host memory
     driver: str  # 470.256.02
-    cuda_driver: str  # the newest CUDA that the driver can: 11.4
+    cuda_driver: str  # newest CUDA version that the driver supports: 11.4
     mig: tuple[str, ...] = ()  # UUIDs of its instances, in MIG mode
 
 
 @dataclass(frozen=True)
 class GpuHealth:
-    """How a GPU does at the moment; None for whatever it, or its driver, does not say."""
+    """A GPU's current state; None for what the GPU or its driver does not report."""
 
     uncorrected_ecc_errors: int | None  # since the driver was loaded
-    retired_pages_pending: bool | None  # memory pages or rows that the next reset takes out of use
+    retired_pages_pending: bool | None  # pages or rows that the next reset retires
     throttle_reasons: tuple[str, ...] | None  # values of THROTTLE_REASONS; empty: full speed
     persistence_mode: bool | None
     sm_clock_mhz: int | None
     max_sm_clock_mhz: int | None
-    applications_clock_mhz: int | None  # of the SMs, as somebody set it
+    applications_clock_mhz: int | None  # of the SMs, as set by an administrator
     auto_boost: bool | None
     temperature_c: int | None
-    pcie_generation: int | None  # an idle GPU's link may be slower than it can be
+    pcie_generation: int | None  # the link of an idle GPU may run slower
     max_pcie_generation: int | None  # of GPU and slot together
     pcie_width: int | None  # lanes
     max_pcie_width: int | None
 
 
 def list_gpus() -> list[Gpu]:
-    """The GPUs that this process may use, by PCI address; none without a driver.
+    """The GPUs that this process may use, in PCI order; empty without a driver.
 
-    Raises DeviceError where there is a driver that does not work: a host that goes on by its CPU cores would
-    keep all others waiting.
+    Raises DeviceError if there is a driver but it does not work: training on this host's CPU cores instead
+    would slow down the whole job.
     """
     try:
         with _nvml():
@@ -81,7 +81,7 @@ def list_gpus() -> list[Gpu]:
     except pynvml.NVMLError as error:
         if error.value in NO_GPU:
             return []
-        raise _trouble("the GPUs", error) from None
+        raise _driver_error("the GPUs", error) from None
     return sorted(gpus, key=lambda gpu: gpu.pci)
 
 
@@ -91,7 +91,7 @@ def read_health(index: int) -> GpuHealth:
         with _nvml():
             return _health(pynvml.nvmlDeviceGetHandleByIndex(index))
     except pynvml.NVMLError as error:
-        raise _trouble(f"GPU {index}", error) from None
+        raise _driver_error(f"GPU {index}", error) from None
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def _nvml() -> Iterator[None]:
 
 
 def _handle(index: int):
-    """None for a GPU that a control group keeps from this process: CUDA does not number it."""
+    """None for a GPU that a cgroup hides from this process: CUDA does not number it."""
     try:
         return pynvml.nvmlDeviceGetHandleByIndex(index)
     except pynvml.NVMLError as error:
@@ -131,7 +131,7 @@ def _gpu(index: int, handle) -> Gpu:
 
 
 def _instances(handle) -> Iterator[str]:
-    """UUIDs of a GPU's MIG instances; those of old drivers are MIG-GPU-.../GPU INSTANCE/COMPUTE INSTANCE."""
+    """UUIDs of a GPU's MIG instances; old drivers format them MIG-GPU-.../GPU INSTANCE/COMPUTE INSTANCE."""
     mode_and_pending = _ask(pynvml.nvmlDeviceGetMigMode, handle)
     if not (mode_and_pending and mode_and_pending[0]):
         return
@@ -139,7 +139,7 @@ def _instances(handle) -> Iterator[str]:
         try:
             yield pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
         except pynvml.NVMLError as error:
-            if error.value not in (pynvml.NVML_ERROR_NOT_FOUND, *NOT_SAID):
+            if error.value not in (pynvml.NVML_ERROR_NOT_FOUND, *NOT_REPORTED):
                 raise
 
 
@@ -169,7 +169,7 @@ def _health(handle) -> GpuHealth:
 
 
 def _pages_pending(handle) -> bool | None:
-    """Pages are retired up to Volta; from Ampere on rows are remapped, and pages are not supported."""
+    """GPUs up to Volta retire pages; from Ampere on they remap rows and do not support page retirement."""
     rows = _ask(pynvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
     if rows is not None:
         return bool(rows[2])
@@ -186,11 +186,11 @@ def _throttle_reasons(handle) -> tuple[str, ...] | None:
 
 
 def _ask(question: Callable[..., Any], *words: Any) -> Any:
-    """The answer; None where this GPU or its driver has none."""
+    """The value; None if this GPU or its driver does not report it."""
     try:
         return question(*words)
     except pynvml.NVMLError as error:
-        if error.value in NOT_SAID:
+        if error.value in NOT_REPORTED:
             return None
         raise
 
@@ -199,10 +199,10 @@ def _flag(state: int | None) -> bool | None:
     return None if state is None else bool(state)
 
 
-def _trouble(what: str, error: pynvml.NVMLError) -> DeviceError:
+def _driver_error(what: str, error: pynvml.NVMLError) -> DeviceError:
     return DeviceError(
         f"the driver cannot use {what} of host {socket.gethostname()}: {error}",
-        wanted="a driver that answers",
-        fix="`nvidia-smi` there; after an update of the driver, a reboot. "
-        "CUDA_VISIBLE_DEVICES= (empty) trains on CPU cores",
+        wanted="a working driver",
+        fix="run `nvidia-smi` there; reboot after a driver update; "
+        "set CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
     )

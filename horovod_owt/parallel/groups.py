@@ -1,4 +1,4 @@
-"""Who shares an FC layer with whom: groups of ranks, each a Horovod process set."""
+"""Groups of ranks that communicate together, each a Horovod process set."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import horovod.torch as hvd
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that communicate together, and this rank's place among them."""
+    """Ranks that communicate together, and this rank's index among them."""
 
     ranks: tuple[int, ...]  # numbered over the whole job, ascending
     index: int  # of this rank within `ranks`
-    process_set: hvd.ProcessSet | None  # None: a rank alone has nobody to talk to
+    process_set: hvd.ProcessSet | None  # None for a group of one rank
 
     @property
     def size(self) -> int:
@@ -26,7 +26,7 @@ class Group:
 
 
 def fc_group_ranks(world_size: int, group_size: int) -> list[tuple[int, ...]]:
-    """The fc_groups of a job: `group_size` neighbours each. Launchers number the ranks of a host in a row."""
+    """The fc_groups of a job: `group_size` consecutive ranks each. A host's ranks are consecutive."""
     assert world_size % group_size == 0
     return [tuple(range(start, start + group_size)) for start in range(0, world_size, group_size)]
 
@@ -37,13 +37,13 @@ def shard_group_ranks(world_size: int, group_size: int) -> list[tuple[int, ...]]
 
 
 def process_sets(world_size: int, group_size: int) -> list[hvd.ProcessSet]:
-    """The sets to give to `hvd.init`: it refuses one of all ranks, and a rank alone needs none."""
+    """The sets to pass to `hvd.init`: it rejects a set of all ranks, and a single rank needs none."""
     wanted = fc_group_ranks(world_size, group_size) + shard_group_ranks(world_size, group_size)
     return [hvd.ProcessSet(list(ranks)) for ranks in wanted if 1 < len(ranks) < world_size]
 
 
 def group_of(rank: int, groups: list[tuple[int, ...]], sets: Sequence[hvd.ProcessSet]) -> Group:
-    """The one of `groups` that holds `rank`, with its process set among `sets`, or the global one."""
+    """The group that contains `rank`, with its process set: one of `sets`, or the global one."""
     (ranks,) = [ranks for ranks in groups if rank in ranks]
     if len(ranks) == 1:
         return Group(ranks, 0, None)

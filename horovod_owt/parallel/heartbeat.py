@@ -1,8 +1,9 @@
-"""Who is there, beside Horovod: a rank that died is named at once, one that keeps the others waiting in time.
+"""A heartbeat between ranks, independent of Horovod: it names a dead rank at once and a hung rank in time.
 
-Rank 0 listens, every other rank keeps a connection to it; a thread of each tells the other end twice a second
-what its main thread does. The kernel closes the connections of a killed process, and a stopped one falls
-silent. One JSON object a line; a token that only the job's ranks know opens a connection.
+Rank 0 listens and every other rank keeps a connection to it; twice a second a thread at each end sends what
+its main thread is doing. The kernel closes the connections of a killed process, and a stopped one sends
+nothing. Messages are one JSON object per line; a token that only the job's ranks know authenticates a
+connection.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from horovod_owt.parallel.runtime import World
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
-SILENT_S = 3.0  # without a beat: stopped, or its host is out of reach
+SILENT_S = 3.0  # without a beat: the rank is stopped or its host unreachable
+GOODBYE_S = 2 * CONNECT_S  # to finish the beat in progress and to send the goodbye
 
 
 @dataclass
 class Peer:
-    """What is known of a rank at the other end of a connection."""
+    """The last known state of the rank at the other end of a connection."""
 
     rank: int
     host: str
@@ -56,15 +58,15 @@ class Peer:
 
 
 class Heartbeat:
-    """While it is entered, lost and late ranks are named.
+    """Names dead and hung ranks while it is entered.
 
-    Every rank must make one at the same time. `report` is told, on rank 0 (on rank 1 if it is rank 0 that is
-    silent), who keeps whom waiting, first after `report_s` seconds and then as often; `give_up` the same once
-    that took `give_up_s`; `dump` is called on every rank that can be reached when a report is made.
-    `on_death` is told who died, at once, on the ranks that see it: rank 0, and all others if it was rank 0.
-    With `regroup_s`, for a job that outlives its ranks, the collectives of all fail once one has died: Gloo
-    itself tells those that exchange bytes with it, and the others wait for them. And a host whose kernel
-    acknowledges nothing for so long (that of a stopped rank does) counts as dead with its ranks.
+    Every rank must create one at the same time. On rank 0 (on rank 1 if rank 0 is silent), `report` gets the
+    ranks that a collective is waiting for, every `report_s` seconds of waiting, and `give_up` gets the same
+    after `give_up_s`. `dump` is called on every reachable rank when a report is made. `on_death` gets the
+    dead ranks, at once, on the ranks that notice: rank 0, or all others if rank 0 died.
+    With `regroup_s` (elastic jobs) all ranks' collectives fail as soon as one rank has died: Gloo fails only
+    those that exchange data with the dead rank, and the others would wait. A host whose kernel acknowledges
+    nothing for that long counts as dead with its ranks (the kernel of a stopped process still does).
     """
 
     def __init__(
@@ -95,14 +97,17 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Say goodbye, so that nobody takes this rank for dead."""
+        """Send a goodbye, so that the peers do not report this rank as dead.
+
+        On a busy host the thread may be late; the wait times out only if a peer hangs.
+        """
         self._ending.set()
-        self._thread.join(timeout=2 * BEAT_S)
+        self._thread.join(timeout=GOODBYE_S)
 
     def lost(self, wait_s: float = 2.0) -> str:
-        """The ranks known to have died, in words; waits for one to be known, empty if there is none."""
+        """The ranks known to have died, for a message; waits up to `wait_s` for the first, else empty."""
         self._someone_lost.wait(wait_s)
-        return ", ".join(f"{peer} (last heard of after step {peer.step})" for peer in self._lost)
+        return ", ".join(f"{peer} (last heard from after step {peer.step})" for peer in self._lost)
 
     def _run(self) -> None:
         try:
@@ -112,10 +117,10 @@ class Heartbeat:
                 self._connect()
             self._watch()
         except OSError as error:
-            log.warning("rank %d takes no part in the heartbeat: %s", self._world.rank, error)
+            log.warning("rank %d has no heartbeat: %s", self._world.rank, error)
         finally:
             for peer in self._peers.values():
-                self._tell(peer, {"bye": True})
+                self._send(peer, {"bye": True})
                 peer.connection.close()
             if self._rendezvous:
                 self._rendezvous.close()
@@ -133,15 +138,15 @@ class Heartbeat:
                 next_beat = monotonic() + BEAT_S
                 for peer in list(self._peers.values()):
                     beat = dict(step=now.step, what=now.what, waiting=now.waiting)
-                    self._tell(peer, {**beat, "for_s": round(monotonic() - now.since, 3)})
-            waited_s, who = self._who_keeps_whom()
+                    self._send(peer, {**beat, "for_s": round(monotonic() - now.since, 3)})
+            waited_s, who = self._longest_wait()
             if waited_s < self._report_s:
                 next_report = self._report_s
             elif waited_s >= self._give_up_s:
                 self._dump_everywhere(who)
-                # A stopped rank that is woken would take our end for a death, and write that over the reason.
-                for bereaved in self._peers.values():
-                    self._tell(bereaved, {"bye": True})
+                # A stopped rank that resumes would take our exit for a death and overwrite the outcome.
+                for peer in self._peers.values():
+                    self._send(peer, {"bye": True})
                 self._give_up(who)
                 return
             elif waited_s >= next_report:
@@ -149,10 +154,10 @@ class Heartbeat:
                 self._dump_everywhere(who)
                 self._report(who)
 
-    def _who_keeps_whom(self) -> tuple[float, str]:
-        """How long the longest waits in a collective, and for whom, in words; 0 if it is not ours to say.
+    def _longest_wait(self) -> tuple[float, str]:
+        """Seconds of the longest wait in a collective, and a message that names the ranks waited for.
 
-        Rank 0 says it for all. Others see rank 0 alone, and rank 1 speaks when that is silent.
+        0 if this rank does not report: rank 0 does, or rank 1 while rank 0 is silent.
         """
         peers, moment = list(self._peers.values()), monotonic()
         silent = [peer for peer in peers if moment - peer.heard > SILENT_S]
@@ -168,12 +173,12 @@ class Heartbeat:
         missing = [f"{peer} has been silent for {moment - peer.heard:.0f} s" for peer in silent]
         for peer in [here, *peers]:
             if peer not in silent and not (peer.waiting and peer.what == longest.what):
-                doing = f"waits in {peer.what!r}" if peer.waiting else f"is busy: {peer.what}"
+                doing = f"waits in {peer.what!r}" if peer.waiting else f"is in {peer.what!r}"
                 missing.append(f"{peer} {doing}, for {moment - peer.since:.0f} s")
         ranks = ", ".join(str(peer.rank) for peer in sorted(waiting, key=lambda peer: peer.rank)[:8])
         more = f" and {len(waiting) - 8} more" if waiting[8:] else ""
         waited_s = moment - longest.since
-        for_whom = "; ".join(missing[:8]) or "all ranks are there"
+        for_whom = "; ".join(missing[:8]) or "no rank is missing"
         who = f"ranks {ranks}{more} wait" if waiting[1:] else f"rank {ranks} waits"
         words = f"{who} in {longest.what!r} for {waited_s:.0f} s"
         return waited_s, f"{for_whom}; {words}, after step {longest.step}"
@@ -181,18 +186,18 @@ class Heartbeat:
     def _dump_everywhere(self, why: str) -> None:
         self._dump(why)
         for peer in list(self._peers.values()):
-            self._tell(peer, {"dump": why})
+            self._send(peer, {"dump": why})
 
     def _connect(self) -> None:
         try:
             connection = connect(self._address, self._world.rank, self._world.host)
         except OSError as error:
-            raise OSError(f"{error}: if it dies or hangs, nobody says who") from None
+            raise OSError(f"{error}; if it dies or hangs it cannot be named") from None
         self._keep(Peer(0, self._address.host, connection))
 
     def _keep(self, peer: Peer) -> None:
         peer.connection.settimeout(CONNECT_S)
-        if self._regroup_s is not None:  # there is always a beat to be acknowledged
+        if self._regroup_s is not None:  # beats guarantee unacknowledged data
             limit_ms = int(1e3 * self._regroup_s)
             peer.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
         self._peers[peer.rank] = peer
@@ -216,24 +221,25 @@ class Heartbeat:
                 self._abort_collectives()
         if not arrived:
             self._selector.unregister(peer.connection)
+            peer.connection.close()
             del self._peers[peer.rank]
             if not peer.said_goodbye:
                 self._lost.append(peer)
-                log.error("%s is gone: %s, last heard of after step %d", peer, died, peer.step)
+                log.error("lost %s: %s, last heard from after step %d", peer, died, peer.step)
                 self._on_death(self.lost(0.0))
                 if self._regroup_s is not None:
                     for other in self._peers.values():
-                        self._tell(other, {"abort": str(peer)})
+                        self._send(other, {"abort": str(peer)})
                     self._abort_collectives()
                 self._someone_lost.set()
 
     def _abort_collectives(self) -> None:
-        """Let this rank's collectives fail; not once it has left, perhaps for the job's next world."""
+        """Make this rank's collectives fail; not once it is leaving, perhaps for the job's next world."""
         if not self._ending.is_set():
             abort_connections(keep={peer.connection.fileno() for peer in self._peers.values()})
 
-    def _tell(self, peer: Peer, what: dict[str, Any]) -> None:
+    def _send(self, peer: Peer, what: dict[str, Any]) -> None:
         try:
             peer.connection.sendall(json_line(what))
         except OSError:
-            pass  # reading it tells why
+            pass  # the next read from it reports why

@@ -1,4 +1,4 @@
-"""Network interfaces: which one leads to the other hosts, and what addresses are here."""
+"""Network interfaces: the one that reaches the other hosts, and this host's addresses."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from horovod_owt.errors import ConfigError
 
 
 def interface_towards(host: str) -> str:
-    """The name of the interface that this host's packets to `host` leave by, as its routes say.
+    """The interface by which this host routes packets to `host`.
 
-    Raises ConfigError when the name has no address or no route leads there.
+    Raises ConfigError when the name does not resolve or there is no route.
     """
     source = source_address(host)
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family == socket.AF_INET and a.address == source for a in addresses):
             return name
-    raise ConfigError(f"no interface here has the address {source}, by which {host} is reached")
+    raise ConfigError(f"no interface has the address {source}, by which {host} is reached")
 
 
 def source_address(host: str) -> str:
     """The address of this host that `host` sees its packets come from; ConfigError as above.
 
-    Nothing is sent: a UDP socket only asks the kernel.
+    Nothing is sent: connecting a UDP socket only looks up the route.
     """
     try:
         address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
@@ -33,39 +33,39 @@ def source_address(host: str) -> str:
             return probe.getsockname()[0]
     except OSError as error:
         raise ConfigError(
-            f"no way from here to host {host}: {error.strerror or error}",
+            f"no route from here to host {host}: {error.strerror or error}",
             wanted="a name that resolves, and a route",
-            fix=f"`getent hosts {host}` and `ip route get ADDRESS`, or name the interface by --interface",
+            fix=f"check `getent hosts {host}` and `ip route get ADDRESS`, or pass --interface NAME",
         ) from None
 
 
 def interface_between(hosts: list[str]) -> str:
-    """The one that leads to all of `hosts` that are not this one; `lo` when there is no other.
+    """The interface that reaches all of `hosts` other than this one; `lo` when there are none.
 
-    Raises ConfigError when they are reached by different interfaces: Gloo takes one.
+    Raises ConfigError when they are reached by different interfaces: Gloo uses one.
     """
-    ways = {host: interface_towards(host) for host in hosts}
-    found = sorted(set(ways.values()) - {"lo"})
+    routes = {host: interface_towards(host) for host in hosts}
+    found = sorted(set(routes.values()) - {"lo"})
     if len(found) > 1:
-        table = ", ".join(f"{host} by {name}" for host, name in ways.items())
+        table = ", ".join(f"{host} by {name}" for host, name in routes.items())
         raise ConfigError(
             f"hosts are reached by different interfaces: {table}",
-            wanted="one network that joins all hosts",
+            wanted="one network that connects all hosts",
             fix="--interface NAME",
         )
     return found[0] if found else "lo"
 
 
 def chosen_interface(asked: str | None, hosts: list[str]) -> str:
-    """The one asked for, which must be here, else the one between `hosts`."""
+    """The interface asked for, which must exist here, else the one between `hosts`."""
     here = sorted(psutil.net_if_addrs())
-    if asked is not None and asked not in here:  # horovodrun would hand it to a shell, then find nobody
+    if asked is not None and asked not in here:  # horovodrun would pass it to a shell, then hang
         raise ConfigError(f"--interface {asked}", wanted=f"one of {', '.join(here)}")
     return asked or interface_between(hosts)
 
 
 def interface_environment(interface: str) -> dict[str, str]:
-    """By which interface ranks talk, in the words of Open MPI 4, 5 and NCCL."""
+    """Variables that select the interface for Open MPI 4 and 5, and NCCL."""
     names = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include", "PRTE_MCA_prte_if_include")
     return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), interface)
 

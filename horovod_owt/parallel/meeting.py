@@ -1,8 +1,8 @@
-"""Ranks that meet without Horovod: rank 0 waits for nobody too long, and knows who did not answer.
+"""Collectives with timeouts, without Horovod: rank 0 never waits for ever, and knows who did not answer.
 
-What checks a job before it runs must not hang on the job's trouble itself. No torch, no `hvd.init`: ranks
-learn where rank 0 is from the launcher's key-value store (Gloo) or by a broadcast of MPI, and then talk to it
-over TCP.
+For commands that check a job before it runs: the fault they look for must not hang them. No torch, no
+`hvd.init`: ranks get rank 0's address from the launcher's key-value store (Gloo) or by an MPI broadcast, and
+then talk to it over TCP.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from horovod_owt.errors import RunError
 from horovod_owt.parallel.rendezvous import Address, Rendezvous, connect, json_line
 from horovod_owt.topology import Launcher, Topology
 
-GRACE_S = 2.0  # for an answer on its way
+CONNECT = "connect"  # in `Meeting.absent`, the question that ranks did not answer that never connected
+GRACE_S = 2.0  # for an answer in transit
 POLL_S = 0.05
-ADDRESS_BYTES = 4096  # of MPI's broadcast: all ranks must know its size
+ADDRESS_BYTES = 4096  # of the MPI broadcast, whose size all ranks must know
 STORE_ADDRESS, STORE_PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-_meetings = 0  # of this process: the launcher's store keeps the address of each under a name of its own
+_meetings = 0  # of this process so far: each has a key of its own in the launcher's store
 
 
 class Link:
-    """JSON values over a connection, each before a deadline."""
+    """JSON values over a connection, each with a deadline."""
 
     def __init__(self, host: str, connection: socket.socket) -> None:
         self.host, self._connection, self._unread = host, connection, b""
@@ -44,7 +45,7 @@ class Link:
     def receive(self, deadline: float) -> Any:
         """Raises OSError when the other end is gone, TimeoutError (also an OSError) when it is silent."""
         while b"\n" not in self._unread:
-            # what has arrived already is read even when time is up
+            # data that has already arrived is read even after the deadline
             self._connection.settimeout(max(POLL_S, deadline - monotonic()))
             arrived = self._connection.recv(1 << 20)
             if not arrived:
@@ -58,10 +59,10 @@ class Link:
 
 
 class Meeting:
-    """The ranks of a job round rank 0. All must make the same calls in the same order.
+    """The ranks of a job, connected to rank 0. All must make the same calls in the same order.
 
-    Who is late once has no part in what follows: `absent`, on rank 0, has its rank, its host as far as it is
-    known, and what it was asked.
+    A rank that misses one deadline is dropped: on rank 0, `absent` maps it to its host, if known, and the
+    question it did not answer.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -76,7 +77,7 @@ class Meeting:
     def gather(self, value: Any, limit_s: float, what: str = "") -> dict[int, Any]:
         """Every present rank's `value` (JSON's types) by rank, on rank 0; nothing on the others.
 
-        `limit_s` is how long rank 0 waits from now on; `what` is being asked, for the record of the absent.
+        `limit_s` is how long rank 0 waits from now on; `what` names the question, for `absent`.
         """
         deadline = monotonic() + limit_s
         if not self.is_root:
@@ -100,7 +101,7 @@ class Meeting:
                 link.send(value, deadline)
             except OSError:
                 self._lose(rank, link, "listen")
-        return json.loads(json.dumps(value))  # as the others see it
+        return json.loads(json.dumps(value))  # as the other ranks get it
 
     def _lose(self, rank: int, link: Link, what: str) -> None:
         self.absent[rank] = (link.host, what)
@@ -112,13 +113,14 @@ class Meeting:
             return act(self._links[0])
         except (OSError, ValueError) as error:
             raise RunError(
-                f"rank {self.rank} on {self._host} has no word from rank 0 on {self._links[0].host}: {error}",
-                wanted="ranks that answer each other in time",
-                fix="see what rank 0 said; is its host alive?",
+                f"rank {self.rank} on {self._host} heard nothing from rank 0 on {self._links[0].host}: "
+                f"{error}",
+                wanted="an answer in time",
+                fix="see rank 0's output; check that its host is up",
             ) from None
 
     def _assemble(self, rendezvous: Rendezvous, limit_s: float) -> None:
-        """Let ranks in until all are there or time is up."""
+        """Accept connections until all ranks are connected or time is up."""
         deadline = monotonic() + limit_s
         while len(self._links) < self.size - 1 and monotonic() < deadline:
             rendezvous.listener.settimeout(max(POLL_S, deadline - monotonic()))
@@ -130,14 +132,14 @@ class Meeting:
                 rank, host, connection = peer
                 self._links[rank] = Link(host, connection)
         for rank in set(range(1, self.size)) - self._links.keys():
-            self.absent[rank] = ("", "come")
+            self.absent[rank] = ("", CONNECT)
 
 
 @contextmanager
 def meet(topology: Topology, *, limit_s: float = 60.0) -> Iterator[Meeting]:
-    """The meeting of all ranks that come within `limit_s`, for as long as the block lasts.
+    """The meeting of all ranks that connect within `limit_s`, for as long as the block lasts.
 
-    Raises RunError on a rank that does not find rank 0.
+    Raises RunError on a rank that cannot reach rank 0.
     """
     meeting = Meeting(topology)
     with ExitStack() as stack:
@@ -155,7 +157,7 @@ def meet(topology: Topology, *, limit_s: float = 60.0) -> Iterator[Meeting]:
                     connection = connect(address, topology.rank, topology.host)
                 except OSError as error:
                     raise RunError(
-                        f"rank {topology.rank} on {topology.host} does not reach {address.host}: {error}",
+                        f"rank {topology.rank} on {topology.host} cannot reach {address.host}: {error}",
                         wanted="TCP between all hosts, on any port",
                         fix=f"`ping {address.host}` from there; open the firewall between the hosts",
                     ) from None
@@ -164,7 +166,7 @@ def meet(topology: Topology, *, limit_s: float = 60.0) -> Iterator[Meeting]:
 
 
 def _exchange_address(topology: Topology, address: Address | None, deadline: float) -> Address:
-    """Rank 0's address, on every rank; raises RunError where it does not come in time."""
+    """Rank 0's address, on every rank; raises RunError where it does not arrive in time."""
     global _meetings
     _meetings += 1
     if topology.launcher is Launcher.TORCHRUN:
@@ -175,15 +177,15 @@ def _exchange_address(topology: Topology, address: Address | None, deadline: flo
     text = exchange(address and json.dumps(asdict(address)), deadline)
     if text is None:
         raise RunError(
-            f"rank {topology.rank} on {topology.host} heard nothing of rank 0",
+            f"rank {topology.rank} on {topology.host} has no address of rank 0",
             wanted="all ranks started together",
-            fix="see what the launcher said of rank 0 and its host",
+            fix="see the launcher's output about rank 0 and its host",
         )
     return Address(**json.loads(text))
 
 
 def _by_store(text: str | None, deadline: float) -> str | None:
-    """Through the key-value store that Horovod's launchers keep for Gloo."""
+    """Through the key-value store that the launcher runs for Gloo."""
     url = f"http://{os.environ[STORE_ADDRESS]}:{os.environ[STORE_PORT]}/owt-meeting/{_meetings}"
     if text is not None:
         request = urllib.request.Request(url, data=text.encode(), method="PUT")
@@ -201,7 +203,7 @@ def _by_store(text: str | None, deadline: float) -> str | None:
 
 
 def _by_mpi(text: str | None, deadline: float) -> str | None:
-    """By a broadcast that is not waited for longer than that."""
+    """By an MPI broadcast, up to the deadline."""
     from mpi4py import MPI
 
     buffer = bytearray((text or "").encode().ljust(ADDRESS_BYTES))

@@ -1,4 +1,4 @@
-"""SGD with momentum, as replicas update their weights and as `choose` measures an update."""
+"""SGD with momentum: replicas update their weights with it, and `choose` times it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from horovod_owt.config import TrainConfig
 
 
 class SGD(torch.optim.SGD):
-    """torch's, without the detours for torch.compile: they import that compiler, seconds of a start."""
+    """torch's SGD without its hooks for torch.compile, whose import takes seconds at start-up."""
 
     add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
 def build_optimizer(parameters: list[nn.Parameter], cfg: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum, fused where torch has it: one pass over the weights, 24 not 147 ms on a CPU."""
+    """SGD with momentum, fused where torch has it: 24 instead of 147 ms for an update on a CPU."""
     fused = "fused" in inspect.signature(torch.optim.SGD).parameters
     optimizer = SGD(
         parameters,

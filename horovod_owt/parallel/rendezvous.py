@@ -1,4 +1,4 @@
-"""How ranks connect to rank 0 beside Horovod: it listens on a port; a token admits the ranks of this job."""
+"""TCP connections to rank 0, independent of Horovod; a token admits only the ranks of its job."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from horovod_owt.parallel.interfaces import own_addresses
 
-CONNECT_S = 5.0  # to try one address, and for a hello
+CONNECT_S = 5.0  # to try one address, and to receive a hello
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where rank 0 listens, and the token that it expects; for ranks of this job only."""
+    """Where rank 0 listens, and the token it expects; only ranks of this job may know it."""
 
     token: str
     ips: tuple[str, ...]
@@ -26,7 +26,7 @@ class Address:
 
 
 class Rendezvous:
-    """Rank 0's listening socket, to be closed by its owner."""
+    """Rank 0's listening socket; its owner closes it."""
 
     def __init__(self, host: str, ranks: int) -> None:
         self.listener = socket.create_server(("", 0), backlog=ranks)
@@ -52,7 +52,7 @@ class Rendezvous:
 
 
 def connect(address: Address, rank: int, host: str) -> socket.socket:
-    """A connection to rank 0, which knows now who this is; raises OSError if no address answers."""
+    """An authenticated connection to rank 0; raises OSError if no address answers."""
     local = host == address.host
     for ip in (ip for ip in address.ips if local or not ip.startswith("127.")):
         try:
@@ -60,22 +60,22 @@ def connect(address: Address, rank: int, host: str) -> socket.socket:
             connection.sendall(json_line({"token": address.token, "rank": rank, "host": host}))
             if connection.recv(1) == b"\n":
                 return connection
-            connection.close()  # anybody may answer at an address that hosts have in common
+            connection.close()  # another host may have the same address, such as a bridge's
         except OSError:
             continue
     where = ", ".join(address.ips)
-    raise OSError(f"rank 0 is at none of {where}, port {address.port}")
+    raise OSError(f"rank 0 does not answer at {where}, port {address.port}")
 
 
 def json_line(message: dict[str, Any]) -> bytes:
-    """A message as both ends write it: a JSON object a line."""
+    """A message on the wire: one JSON object and a newline."""
     return json.dumps(message).encode() + b"\n"
 
 
 def abort_connections(*, keep: set[int]) -> None:
     """Shut down this process's TCP connections, except those with these descriptors.
 
-    Whatever this rank waits for in a collective fails then, as if the other end had died.
+    A collective that this rank waits in then fails as if its peer had died.
     """
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         try:

@@ -1,4 +1,4 @@
-"""Start Horovod once and say where this rank stands."""
+"""Start Horovod once, and describe this rank's place in the job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from horovod_owt.versions import installed_versions
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place in the job: asked once, then handed to whatever needs it."""
+    """This rank's place in the job: read once, then passed to whatever needs it."""
 
     rank: int
     size: int
@@ -28,8 +28,8 @@ class World:
     local_size: int
     host: str
     device: torch.device
-    threads: int  # cores' worth of work that this rank may do at a time
-    process_sets: tuple[hvd.ProcessSet, ...] = ()  # of the fc_group_size that it was started with
+    threads: int  # compute threads of this rank
+    process_sets: tuple[hvd.ProcessSet, ...] = ()  # for the fc_group_size passed to `init`
 
     @property
     def is_root(self) -> bool:
@@ -49,11 +49,11 @@ class World:
 
 
 def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -> World:
-    """Join the job with this device, once a process: Gloo does not survive many.
+    """Join the job with this device, once per process: Gloo does not survive repeated initialisation.
 
-    Groups of `fc_group_size` ranks get their process sets now: sets added later cost a round trip each cycle.
-    Pieces of a flat buffer need no second buffer to be fused in, hence the fusion threshold of 0: 0.152
-    against 0.175 s for 244 MB on two ranks. What the user set in the environment stays.
+    Groups of `fc_group_size` ranks get their process sets here: sets added later cost a round trip in each
+    cycle. The fusion threshold is 0, because pieces of a flat buffer need no fusion buffer: 0.152 instead of
+    0.175 s for 244 MB on two ranks. Variables that the user has set are kept.
     """
     topology = read_topology()
     if topology.launcher is Launcher.TORCHRUN:
@@ -62,13 +62,13 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
     torch.set_num_threads(use_own_cores(topology, device))
     defaults = {
         "HOROVOD_FUSION_THRESHOLD": "0",
-        # Where the heartbeat is at work, it speaks and ends the job before either of these does.
+        # Later than the heartbeat's limit, which reports and ends the job first.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(int(stall_limit_s) + 15),
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(int(stall_limit_s) + 30),
-        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(stall_limit_s) + 60),  # its 30 s end runs at a hiccup
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(stall_limit_s) + 60),  # its default of 30 s is too short
     }
     if device.gpu is None:
-        defaults |= _sleep_of_horovods_thread(topology.world_size, fc_group_size)
+        defaults |= _background_thread_sleep(topology.world_size, fc_group_size)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if topology.launcher is Launcher.NONE:
@@ -80,8 +80,8 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
         if not sets:
             raise
         raise ConfigError(  # Horovod compares the sets of all ranks; what differs is in the log above
-            f"Horovod did not start, with fc_groups of {fc_group_size} ranks here: {error}",
-            wanted="the same fc_group_size on every rank; `node` differs between hosts of unequal size",
+            f"Horovod did not start with fc_group_size={fc_group_size}: {error}",
+            wanted="the same fc_group_size on every rank; `node` differs between hosts of different size",
             fix="--set fc_group_size=K with a number",
         ).on_every_rank() from None
     _check_size(topology)
@@ -103,7 +103,7 @@ def _check_size(topology: Topology) -> None:
 
 
 def look_around(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
-    """Where this rank stands now; in an elastic job that changes whenever the ranks regroup."""
+    """This rank's current place in the job; in an elastic job it changes whenever the ranks regroup."""
     local_rank, local_size = place_on_box() or (hvd.local_rank(), hvd.local_size())
     return World(
         rank=hvd.rank(),
@@ -118,9 +118,9 @@ def look_around(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
 
 
 def check_devices(device: Device, world: World) -> None:
-    """DeviceError on every rank where some share a device: a launcher may show the same one to two ranks.
+    """Raise DeviceError on every rank if some share a device: a launcher may show two ranks the same one.
 
-    Before the first step, by every rank of each world.
+    Every rank must call it, in each world, before the first step.
     """
     everyone = gather_objects((world.host, device.uuid, str(device)), "devices")
     try:
@@ -129,11 +129,11 @@ def check_devices(device: Device, world: World) -> None:
         raise error.on_every_rank() from None
 
 
-def _sleep_of_horovods_thread(world_size: int, fc_group_size: int) -> dict[str, str]:
-    """How long Horovod's thread sleeps between two looks for work, in ms, on cores that ranks compute on.
+def _background_thread_sleep(world_size: int, fc_group_size: int) -> dict[str, str]:
+    """How long Horovod's background thread sleeps between two polls, in ms, where ranks compute on CPU cores.
 
-    At its default of 1 ms it takes 10 to 20 % of a core. Our patch lets it sleep until there is work; but
-    ranks outside a process set hold up its collectives while they sleep, and under MPI whoever waits spins.
+    At the default of 1 ms it takes 10 to 20 % of a core. Our patch lets it sleep until there is work; but
+    ranks outside a process set delay its collectives while they sleep, and under MPI waiting ranks spin.
     """
     nested = 1 < fc_group_size < world_size
     if os.environ.get("HOROVOD_CONTROLLER") == "gloo" and not nested:
@@ -142,24 +142,24 @@ def _sleep_of_horovods_thread(world_size: int, fc_group_size: int) -> dict[str, 
 
 
 def shutdown() -> None:
-    """Leave the job, all ranks together: the first to leave would end Horovod for the others."""
+    """Leave the job, all ranks together: the first rank to leave would shut Horovod down for the others."""
     hvd.barrier()
     hvd.shutdown()
 
 
 def uses_mpi() -> bool:
-    """Whether ranks talk over MPI, not Gloo."""
+    """Whether ranks communicate over MPI, not Gloo."""
     return hvd.mpi_built() and hvd.mpi_enabled()
 
 
 def versions() -> dict[str, str]:
-    """What this rank computes with, for run folders and reports."""
+    """The versions this rank runs with, for run folders and reports."""
     controller = {"horovod_controller": "mpi" if uses_mpi() else "gloo"}
     return {**installed_versions(), **controller, "horovod_operations": operations()}
 
 
 def operations() -> str:
-    """What Horovod was built with; needs no `init`."""
+    """The operations Horovod was built with; needs no `init`."""
     nccl = hvd.nccl_built()  # 22703: 2.27.3
     names = {
         "gloo": hvd.gloo_built(),
@@ -170,7 +170,7 @@ def operations() -> str:
 
 
 def _describe_lone_rank() -> None:
-    """Plain `owt train` is a job of one rank: under Gloo it needs neither a launcher nor MPI's daemons."""
+    """Plain `owt train` is a job of one rank; under Gloo it needs neither a launcher nor MPI's daemons."""
     lone = {"RANK": 0, "SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "CROSS_RANK": 0, "CROSS_SIZE": 1}
     for name, value in lone.items():
         os.environ[f"HOROVOD_{name}"] = str(value)

@@ -1,12 +1,12 @@
 """The fully connected layers, shared by the ranks of an fc_group: each rank holds a part of every layer.
 
-    fc6  by output units (columns)   needs every image's features, gives own hidden units
-    fc7  by input units (rows)       own hidden units in, a part of every unit's sum out
+    fc6  by output units (columns)   reads every image's features, computes own hidden units
+    fc7  by input units (rows)       reads own hidden units, computes a partial sum of every unit
     fc8  by input units (rows)       the same; each rank of the group gets all logits
 
-So features are gathered once, and the layers meet twice more: at fc7's units and at the logits. With K ranks
-and b images on each, a rank sends (K-1) b (9216 + 4096 + classes) numbers forward and as many back. A group
-of one holds whole layers and exchanges nothing: that is data parallelism.
+So the features are gathered once, and there are two more exchanges: fc7's units and the logits. With K ranks
+of b images, a rank sends (K-1) b (9216 + 4096 + classes) numbers forward and as many back. A group of one
+holds whole layers and exchanges nothing: that is data parallelism.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class _Part:
 
 
 class SplitClassifier:
-    """This rank's part of AlexNet-OWT's classifier, with its forward and backward pass written out.
+    """This rank's part of AlexNet-OWT's classifier, with explicit forward and backward passes.
 
-    Written out, not left to autograd, because the order is the point: a transfer starts as soon as its
-    numbers are there, and the weights' gradients, which nobody waits for, are computed while it is under way.
+    They are explicit, not left to autograd, to control the order: a transfer starts as soon as its values
+    are ready, and weight gradients, on which nothing waits, are computed while it is in flight.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SplitClassifier:
         self.norms: list[UnitNorm] = []
         named = list(classifier.named_children())
         (n6, fc6), (n7, fc7), (n8, fc8) = [(n, m) for n, m in named if isinstance(m, nn.Linear)]
-        self._kept = fc6.weight.dtype  # what weights, sums and losses are kept in, whatever computes
+        self._kept = fc6.weight.dtype  # dtype of weights, sums and losses
         self._units6, units7, classes = (self._own(fc.out_features) for fc in (fc6, fc7, fc8))
         self._classes = classes
         self._fc6 = self._take_linear(n6, fc6, Slice(0, self._units6), Slice(0, self._units6))
@@ -70,16 +70,16 @@ class SplitClassifier:
         self._casts: dict[nn.Parameter, Tensor] = {}
 
     def synchronize_norms(self, group: Group, traffic: Traffic) -> None:
-        """Take batch statistics over all ranks; `group` holds the same units as this rank."""
+        """Take batch statistics over all ranks; `group` is the ranks that hold the same units."""
         for number, norm in enumerate(self.norms, start=6):
             norm.over = (group, traffic, f"sync_bn.fc{number}")
 
     def weights_changed(self) -> None:
-        """To be called after each update: the copies in lower precision are out of date."""
+        """Call after each update: the copies in lower precision are out of date."""
         self._casts.clear()
 
     def end_micro_batch(self) -> None:
-        """Let the running statistics know what was seen."""
+        """Update the running statistics with this micro-batch's."""
         for norm in self.norms:
             norm.end_micro_batch()
 
@@ -96,12 +96,13 @@ class SplitClassifier:
         gradient_scale: Tensor,
         batches: int,
     ) -> tuple[Tensor, Transfer | Arrived]:
-        """One pass for R images, which are `batches` ranks' batches, by all ranks of the group at once.
+        """One forward and backward pass over R images (`batches` ranks' batches), by all ranks of the group.
 
         Shapes    features (R, 9216), labels (R,), dropout keys (R, 2): the same on every rank of the group
-        Returns   the sum of the losses times `loss_factor`, alike on all ranks; and what `send_back` makes of
-                  this rank's part of the features' gradient (R, 9216), which is to be summed over the group
-        Gradient  of that loss times `gradient_scale`; in `gradients`
+        Returns   the sum of the losses times `loss_factor`, the same on all ranks; and the result of
+                  `send_back` for this rank's part of the features' gradient (R, 9216), to be summed over the
+                  group
+        Gradient  of that loss times `gradient_scale`, added to `gradients`
         """
         exchange, fc6, fc7, fc8 = self._exchange, self._fc6, self._fc7, self._fc8
 
@@ -138,7 +139,7 @@ class SplitClassifier:
     def _times(self, x: Tensor, fc: _Part) -> Tensor:
         """x (R, n_in) times the layer's weights: (R, n_out), units first in memory.
 
-        With few rows W x^T takes 0.3 to 0.8 of the time of x W^T, which would repack all of the weights.
+        For small R, W x^T takes 0.3 to 0.8 of the time of x W^T, which would repack all the weights.
         """
         return (self._cast(fc.weight) @ x.t().contiguous()).t()
 
@@ -154,7 +155,7 @@ class SplitClassifier:
     def _activate(
         self, z: Tensor, layer: int, batches: int, keep: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Normalise, rectify, drop out: the activations, and what their gradient is to be taken for."""
+        """Normalise, rectify, drop out: the activations, and the tensors to take their gradient for."""
         norm = self.norms[layer] if self.norms else None
         with torch.enable_grad():
             inputs = [z.requires_grad_(), *([norm.weight, norm.bias] if norm else [])]
@@ -203,7 +204,7 @@ class SplitClassifier:
         self.norms.append(UnitNorm(parameters, buffers, whole))
 
     def _take_parameter(self, name: str, whole: nn.Parameter, part: Slice) -> nn.Parameter:
-        """The shard's own copy of its part; a group of one keeps the parameter itself."""
+        """A copy of this shard's part; a group of one keeps the parameter itself."""
         alone = self._exchange.group.is_alone
         shard = whole if alone else nn.Parameter(part.of(whole.detach()).clone())
         self.slices[name], self.parameters[name] = part, shard

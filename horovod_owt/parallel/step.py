@@ -1,9 +1,10 @@
-"""One training step: who computes what, and who exchanges what. "One weird trick" (arXiv:1404.5997).
+"""One training step: the computation and communication of "One weird trick" (arXiv:1404.5997).
 
-Convolutions hold most of the arithmetic and few of the weights, so every rank has all of them and its own
-images: their gradients are summed over all ranks. Fully connected layers are the reverse, so the ranks of an
-fc_group share them, each with a part of every layer and all of the group's images; a part's gradients are
-summed over the ranks that hold the same part in other groups. In groups of one that is data parallelism.
+Convolutions have most of the arithmetic and few of the weights, so every rank holds all of them and computes
+its own images; their gradients are summed over all ranks. Fully connected layers are the reverse, so the
+ranks of an fc_group split them: each holds a part of every layer and computes all of the group's images; a
+part's gradients are summed over the ranks that hold the same part in other groups. With groups of one this is
+data parallelism.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ DTYPES = {
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The precision of forward passes; weights and gradients stay fp32 (fp64 in a run of that)."""
+    """The precision of forward passes; weights and gradients stay fp32 (fp64 with precision=fp64)."""
     low = precision in ("bf16", "fp16")
     return torch.autocast(device.type, dtype=DTYPES[precision] if low else torch.bfloat16, enabled=low)
 
 
 @dataclass
 class Pass:
-    """One micro-batch on its way through the net."""
+    """One micro-batch in flight through the net."""
 
-    features: Tensor  # (b, 9216), this rank's, with the graph of the convolutions behind them
+    features: Tensor  # (b, 9216), this rank's, with the autograd graph of the convolutions
     labels: Transfer | Arrived  # (K*b,), of the whole group
     keys: Tensor  # (K*b, 2), for dropout
     d_features: Tensor | None = None
@@ -56,7 +57,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Images that go through the shared layers together, and how their features come and go."""
+    """Images that pass through the split layers together, and the transfers of their features."""
 
     rows: slice  # of the group's K*b images
     batches: int  # ranks' batches among them
@@ -68,10 +69,10 @@ class OneWeirdTrick:
     """A training step's forward and backward, by all ranks together.
 
     A step: `begin_step`; for each micro-batch `convolve`, `classify`, `backward`; `finish`. Then each
-    `parameter.grad` has the mean over the global batch. With fc_batch=local the classifier is updated on
-    the way: `update_classifier` is called after each turn, when its gradients are the mean over the turn's
-    images. Images whose label is negative count nothing; the means are over all images nevertheless, until
-    `leave_out` is told how many those are.
+    `parameter.grad` is the mean over the global batch. With fc_batch=local the classifier is updated within
+    the step: `update_classifier` is called after each turn, when its gradients are the mean over the turn's
+    images. Images with a negative label contribute nothing, but the means count them until `leave_out` gets
+    their number.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class OneWeirdTrick:
             dtype=DTYPES[cfg.precision],
         )
         self.model = model
-        self._unfilled = model.classifier  # where the layers are split: their structure without numbers
+        self._unfilled = model.classifier  # if the layers are split: their structure without values
         if fc_group_size > 1:
             self._unfilled.to("meta")
             model.classifier = nn.Sequential()
@@ -112,7 +113,7 @@ class OneWeirdTrick:
         self._conv_gradients = self._flat(self.conv_parameters, self._everyone, "conv gradients")
         self._conv_gradients.watch()
         self._fc_gradients = self._flat(self.fc_parameters, self._shard_group, "fc gradients")
-        # Of the classifier's gradients: images that they are the mean of, as a share of the global batch.
+        # The images that the classifier's gradients are the mean of, as a share of the global batch.
         self.fc_update_share = 1 / (fc_group_size * cfg.accum_steps) if self._local else 1.0
 
     @property
@@ -126,7 +127,7 @@ class OneWeirdTrick:
 
     @property
     def kept_dtype(self) -> torch.dtype:
-        """What weights and gradients are kept in, whatever the passes compute in."""
+        """The dtype of weights and gradients, whatever the passes compute in."""
         return self.conv_parameters[0].dtype
 
     def begin_step(self) -> None:
@@ -135,7 +136,7 @@ class OneWeirdTrick:
         self._fc_gradients.begin_step()
 
     def convolve(self, images: Tensor, labels: Tensor, *, consumed: int, micro_step: int) -> Pass:
-        """The convolutions of this rank's images; `consumed` samples came before this step."""
+        """Forward through the convolutions; `consumed` samples came before this step."""
         all_labels = self._exchange.gather_rows(labels, "labels")
         cfg, group = self.cfg, self._fc_group
         starts = [consumed + rank * cfg.rank_batch() + micro_step * cfg.batch for rank in group.ranks]
@@ -151,11 +152,11 @@ class OneWeirdTrick:
 
     @torch.no_grad()
     def classify(self, batch: Pass, *, last: bool, gradient_scale: Tensor) -> Tensor:
-        """Forward and backward of the shared layers.
+        """Forward and backward of the split layers.
 
-        Returns this rank's share of the loss: over all ranks and micro-batches they add up to the mean over
-        the global batch. `last` starts the sums of the gradients. Raises FloatingPointError, on all ranks,
-        when a turn's loss is no number and its update would follow.
+        Returns this rank's share of the loss: over all ranks and micro-batches the shares add up to the mean
+        over the global batch. `last` starts the sums of the gradients. Raises FloatingPointError on all ranks
+        if a turn's loss is NaN or infinite and its update would follow.
         """
         own = batch.features.detach().to(DTYPES[self.cfg.precision])
         turns = self._turns(len(own))
@@ -196,7 +197,7 @@ class OneWeirdTrick:
         batch.features.backward(batch.d_features.to(batch.features.dtype))
 
     def start_sum(self, values: Tensor, what: str) -> Transfer | Arrived:
-        """A small sum over all ranks that travels while the caller computes."""
+        """Start a small sum over all ranks, to overlap with the caller's computation."""
         return start_sum(values, self._everyone, self.traffic, what=what, name=what)
 
     def finish(self) -> None:
@@ -205,18 +206,18 @@ class OneWeirdTrick:
         self._conv_gradients.finish()
 
     def leave_out(self, bad_images: int) -> None:
-        """Make the mean over the global batch one over its good images; after `finish`, by every rank."""
+        """Rescale the mean over the global batch to its good images. Every rank calls it after `finish`."""
         images = self.cfg.global_batch(self.world.size)
         self.scale_gradients(images / (images - bad_images))
 
     def scale_gradients(self, factor: float) -> None:
-        """Those of the classifier too, unless its turns have seen to it."""
+        """Scale all gradients; with fc_batch=local not the classifier's, which are already applied."""
         self._conv_gradients.scale(factor)
         if not self._local:
             self._fc_gradients.scale(factor)
 
     def gradient_norm(self) -> float:
-        """Euclidean, of the whole net's gradient; after `finish`, by every rank. The same on each."""
+        """Euclidean norm of the whole net's gradient, the same on every rank. Call on all after `finish`."""
         split, whole = (
             [p.grad for _, p, part in self.named_parameters() if (part is None) == unsplit]
             for unsplit in (False, True)
@@ -226,14 +227,14 @@ class OneWeirdTrick:
         return math.sqrt((total + _sum_of_squares(whole, self.world.device)).item())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Slice | None]]:
-        """What this rank's optimizer updates: name in the whole net, parameter, and which part of it."""
+        """What this rank's optimizer updates: (name in the whole net, parameter, the part it is)."""
         for name, parameter in self.model.features.named_parameters():
             yield f"features.{name}", parameter, None
         for name, parameter in self.classifier.parameters.items():
             yield f"classifier.{name}", parameter, self.classifier.slices[name]
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor, Slice | None]]:
-        """The running statistics, likewise."""
+        """The running statistics, in the same form."""
         for name, buffer in self.model.features.named_buffers():
             yield f"features.{name}", buffer, None
         for name, buffer in self.classifier.buffers.items():
@@ -261,7 +262,7 @@ class OneWeirdTrick:
             self.model.classifier = split
 
     def average_running_statistics(self) -> None:
-        """Give all ranks the mean of theirs (batch norm), so that they stand for one net."""
+        """Set all ranks' batch norm statistics to their mean, as those of one net."""
         for over, named in (
             (self._everyone, self.model.features.named_buffers()),
             (self._shard_group, self.classifier.buffers.items()),
@@ -282,7 +283,7 @@ class OneWeirdTrick:
         return FlatGradients(parameters, group, self.traffic, name=name, compression=self.cfg.compression)
 
     def _turns(self, batch: int) -> list[_Turn]:
-        """Scheme (a): all images at once. Scheme (b): the ranks' batches in turn, each lent to the others."""
+        """Scheme (a): all images at once. Scheme (b): the ranks' batches in turn, each sent to the others."""
         exchange, size = self._exchange, self._fc_group.size
         if self.cfg.owt_scheme == "a":
             return [
@@ -304,9 +305,9 @@ class OneWeirdTrick:
         ]
 
     def _update_in_turn(self, loss: Tensor, labels: Tensor, images: int) -> None:
-        """Update the classifier by the mean gradient of the good ones among the `images` of one turn.
+        """Update the classifier with the mean gradient of the good ones among the `images` of one turn.
 
-        None of them good, none to learn from: the weights stay. `labels` are those of this fc_group.
+        If none is good the weights stay as they are. `labels` are those of this fc_group.
         """
         facts = torch.stack([loss / self.world.size, (labels < 0).sum().to(loss) / self._fc_group.size])
         facts = start_sum(facts, self._everyone, self.traffic, what="loss", name="turn_facts")

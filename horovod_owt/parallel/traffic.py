@@ -1,4 +1,4 @@
-"""What a rank sends, receives and waits for: counted where it happens, from the sizes that are sent."""
+"""What a rank sends, receives and waits for, counted at each collective from the sizes sent."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from horovod_owt.parallel.groups import Group
 
 @dataclass
 class Traffic:
-    """Bytes by what they carry, and the seconds that compute stood waiting for them.
+    """Bytes by what they carry, and the seconds that compute waited for them.
 
-    A collective counts what its algorithm puts on the wire: a ring's share of an allreduce, own rows times
-    peers of a gather. Horovod's own few bytes of coordination are not in it.
+    A collective counts what its algorithm puts on the wire: a ring's share for an allreduce, own rows times
+    peers for a gather. Horovod's own coordination messages, a few bytes, are not counted.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -38,7 +38,7 @@ class Traffic:
 
 
 class Transfer:
-    """A collective under way. `wait` ends it and gives the result, after what `then` makes of it."""
+    """A collective in flight. `wait` completes it and returns the result, processed by the `then` steps."""
 
     def __init__(
         self, handle: int, traffic: Traffic, name: str, then: Callable[[Any], Tensor] | None = None
@@ -47,7 +47,7 @@ class Transfer:
         self._steps = [then] if then else []
 
     def then(self, step: Callable[[Any], Tensor]) -> Transfer:
-        """Let `step` have the result first."""
+        """Pass the result through `step` first."""
         self._steps.append(step)
         return self
 
@@ -62,7 +62,7 @@ class Transfer:
 
 
 class Arrived:
-    """The same where nothing has to travel."""
+    """The same for a group of one: nothing is sent."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -74,7 +74,7 @@ class Arrived:
 def start_sum(
     values: Tensor, group: Group, traffic: Traffic, *, what: str, name: str, in_place: bool = False
 ) -> Transfer | Arrived:
-    """Start to sum `values` over the group's ranks; `what` it is for the counters, `name` for Horovod.
+    """Start to sum `values` over the group's ranks; `what` is the counter, `name` is Horovod's.
 
     A ring sends and receives 2 (n-1)/n of the buffer (Patarasuk and Yuan 2009).
     """

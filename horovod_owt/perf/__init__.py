@@ -1,1 +1,1 @@
-"""The arithmetic of a training step: bytes and seconds from sizes alone. Loads no torch."""
+"""A model of a training step: bytes and seconds computed from sizes alone. Needs no torch."""

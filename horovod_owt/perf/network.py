@@ -1,26 +1,26 @@
-"""The sizes of AlexNet-OWT, and what follows from them. A test holds them to the model itself."""
+"""Layer sizes of AlexNet-OWT and parameter counts. A test compares them with the model."""
 
 from __future__ import annotations
 
 FC6_IN = 256 * 6 * 6  # channels * height * width after the last pool
 HIDDEN = 4096
-# channels in, channels out, side of the kernel
+# input channels, output channels, kernel size
 CONVOLUTIONS = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
 
 
 def conv_channels() -> int:
-    """Of all convolutions: what batch normalisation has statistics of."""
+    """Output channels of all convolutions, for which batch normalisation keeps statistics."""
     return sum(channels for _, channels, _ in CONVOLUTIONS)
 
 
 def conv_parameters(*, batch_norm: bool = False) -> int:
-    """Weights and biases of the convolutions, with their batch normalisations'."""
+    """Weights and biases of the convolutions, and of their batch normalisations."""
     linear = sum(c_out * (c_in * kernel**2 + 1) for c_in, c_out, kernel in CONVOLUTIONS)
     return linear + (2 * conv_channels() if batch_norm else 0)
 
 
 def share(units: int, parts: int, index: int) -> int:
-    """How many of `units` fall to part `index`: as evenly as can be, the first parts get the rest."""
+    """How many of `units` part `index` has: an even split, with the remainder in the first parts."""
     return units // parts + (index < units % parts)
 
 

@@ -1,4 +1,4 @@
-"""How long a step will take under each strategy, from measured parts of it."""
+"""Predict the time of a step under each strategy from measurements of its parts."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of one rank's own work, its peers working beside it."""
+    """Seconds of one rank's computation, measured while all ranks compute."""
 
     conv_forward_s: float  # of a micro-batch
-    conv_backward_s: float  # the same; the gradients' sums may travel behind it
+    conv_backward_s: float  # of a micro-batch; gradient sums may overlap with it
     data_classifier_s: float  # whole layers, own images: forward and backward
-    hybrid_classifier_s: float  # a K-th of each layer, the group's images
+    hybrid_classifier_s: float  # a K-th of each layer, all images of the group
     data_update_s: float  # of the classifier's weights
     hybrid_update_s: float
 
 
 @dataclass(frozen=True)
 class Communication:
-    """Seconds on the network, nothing else going on."""
+    """Seconds on the network, with nothing else running."""
 
     all_gradients_s: float  # data: summed over all ranks
-    conv_gradients_s: float  # hybrid: the same
+    conv_gradients_s: float  # hybrid: summed over all ranks
     shard_gradients_s: float  # hybrid: the classifier's, summed over the groups; 0 for one group
     exchange_s: float  # hybrid: of a micro-batch, inside the fc_group
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step under each strategy."""
+    """Predicted seconds of a step under each strategy."""
 
     data_s: float
     hybrid_s: float
@@ -42,12 +42,11 @@ class Prediction:
 def predict(
     compute: Compute, communication: Communication, *, accum_steps: int, can_hide: bool
 ) -> Prediction:
-    """A step is its compute and the communication that cannot hide behind it.
+    """A step is its compute plus its exposed communication.
 
-    Gradients' sums can hide behind the last backward pass of the convolutions, where the device that computes
-    is not the one that carries the bytes: on GPUs. CPU ranks carry them with the cores that they compute on,
-    so there nothing hides. The exchange inside an fc_group never does: the next layer waits for it. (Scheme b
-    hides a part of it; that is not counted.)
+    On GPUs, gradient sums overlap with the last backward pass of the convolutions. CPU ranks move the bytes
+    with the cores that they compute on, so nothing overlaps there. The exchange inside an fc_group never
+    does: the next layer waits for it. (Scheme b overlaps a part of it; that is not modelled.)
     """
     convolutions_s = accum_steps * (compute.conv_forward_s + compute.conv_backward_s)
     behind_s = compute.conv_backward_s if can_hide else 0.0

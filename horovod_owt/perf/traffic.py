@@ -1,7 +1,7 @@
-"""Bytes that a rank sends in one step, by what they carry: the closed form of parallel.traffic's counters.
+"""Bytes that a rank sends per step, by what they carry: a closed form of parallel.traffic's counters.
 
-The algorithms are those of the counters: a ring's 2 (n-1)/n of what is summed everywhere (Patarasuk and
-Yuan 2009), own rows times peers of a gather, the peers' shares of a sum by alltoall.
+The algorithms are the same: a ring's 2 (n-1)/n of an allreduce (Patarasuk and Yuan 2009), own rows times
+peers for a gather, the peers' shares for a sum by alltoall.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from horovod_owt.config import TrainConfig
 from horovod_owt.perf.network import CONVOLUTIONS, FC6_IN, HIDDEN, conv_parameters, fc_parameters, share
 
-KEPT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}  # a number of weights, gradients, logits
-PASS_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}  # of features, units and their gradients
+KEPT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}  # per weight, gradient or logit
+PASS_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}  # per feature, unit or gradient of them
 LABEL_BYTES = 8
-MOMENT_BYTES = 2 * 8  # two sums in float64 for each channel or unit
+MOMENT_BYTES = 2 * 8  # two float64 sums per channel or unit
 
 
 def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) -> dict[str, int]:
-    """What the rank at `index` of its fc_group sends in one step; what is nothing is left out.
+    """Bytes that the rank at `index` of its fc_group sends in one step, without entries of 0.
 
-    `cfg.parallel` and `cfg.fc_group_size` are resolved. Sums for validation and checkpoints are not in it.
+    `cfg.parallel` and `cfg.fc_group_size` must be resolved. Validation and checkpoints are not included.
     """
     group_size = cfg.ranks_per_classifier()
     groups = world_size // group_size
@@ -51,7 +51,7 @@ def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) ->
 def exchanged(
     batch: int, classes: int, group_size: int, *, index: int = 0, pass_bytes: int = 4, kept_bytes: int = 4
 ) -> dict[str, int]:
-    """What moves inside an fc_group for one micro-batch of `batch` images a rank, under either scheme."""
+    """Bytes sent inside an fc_group for one micro-batch of `batch` images per rank, under either scheme."""
     peers, group_batch = group_size - 1, group_size * batch
     own = share(HIDDEN, group_size, index)
     features = peers * batch * FC6_IN * pass_bytes
@@ -66,22 +66,22 @@ def exchanged(
 
 
 def ring(buffer_bytes: int, ranks: int) -> int:
-    """What each rank sends in a ring-allreduce of a buffer."""
+    """Bytes that each rank sends in a ring-allreduce of a buffer."""
     return 2 * (ranks - 1) * buffer_bytes // ranks
 
 
 def break_even_batch(group_size: int, classes: int = 1000, *, pass_bytes: int = 4) -> float:
-    """Images a rank at which hybrid and data-parallel send equally many bytes: fewer, and hybrid sends less.
+    """Images per rank at which hybrid and data-parallel send the same bytes; with fewer, hybrid sends less.
 
-    Splitting the layers saves 2 (K-1)/K of their gradients' bytes, and 2 (K-1) b (9216 + 4096 + classes)
-    numbers are exchanged instead. It holds for any number of groups: where there are several, the sums
-    between them cost hybrid what they add to data's. The few bytes of labels are left out.
+    Splitting the layers saves 2 (K-1)/K of their gradients' bytes and costs 2 (K-1) b (9216 + 4096 + classes)
+    numbers. This holds for any number of groups: sums between groups add the same bytes to both. Labels are
+    not counted.
     """
     per_image = (FC6_IN + HIDDEN) * pass_bytes + classes * 4
     return fc_parameters(classes) * 4 / (group_size * per_image)
 
 
 def _batch_norm(world_size: int, groups: int, own_units: int) -> int:
-    """Moments forward and back: of all ranks for convolutions, of the same units' ranks for hidden layers."""
+    """Moments forward and backward, over all ranks for convolutions, over shard groups for hidden layers."""
     convolutions = sum(ring(channels * MOMENT_BYTES, world_size) for _, channels, _ in CONVOLUTIONS)
     return 2 * (convolutions + 2 * ring(own_units * MOMENT_BYTES, groups))

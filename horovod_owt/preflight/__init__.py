@@ -1,1 +1,1 @@
-"""What can be known before a job waits in a queue: each check says what it saw, wanted, and the fix."""
+"""Checks to run before a job is queued; each reports what it saw, what it wanted, and the fix."""

@@ -1,4 +1,4 @@
-"""What all hosts read and write: the data set and the run folder."""
+"""Checks of what all hosts read and write: the data set and the run folder."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from horovod_owt.data.store import open_data_set
 from horovod_owt.perf.network import conv_parameters, fc_parameters
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of
 
-READ_S = 2.0  # for how long images are read
+READ_S = 2.0  # duration of the read test
 READERS = 4
-VISIBLE_S = 5.0  # file systems over a network may show a new file that much later elsewhere
-KEPT = TrainConfig.keep_checkpoints + 2  # the newest ones, the best, and the one that is being written
+VISIBLE_S = 5.0  # a network file system may show a new file this late on other hosts
+KEPT = TrainConfig.keep_checkpoints + 2  # the newest ones, the best, and the one being written
 CHECKPOINT_BYTES = 2 * 4 * (conv_parameters() + fc_parameters(1000))  # weights and momentum, in fp32
 
 
 def read(root: Path, seed: int) -> dict[str, Any]:
-    """The data set as this host sees it, and how fast random images of it come; raises DataError, OSError."""
+    """Fingerprint of the data set on this host, and its random read rate; raises DataError, OSError."""
     data = open_data_set(root)
     order, turns = np.random.default_rng(seed).permutation(len(data.train)), itertools.count()
     start = monotonic()
 
     def some() -> tuple[int, int]:
-        """Images and bytes that one thread has read; the `next` that threads share is atomic."""
+        """Images and bytes read by one thread; `next` on the shared counter is atomic."""
         images = size = 0
         while monotonic() < start + READ_S:
             size += len(data.train.read(int(order[next(turns) % len(order)])))
@@ -52,9 +52,9 @@ def read(root: Path, seed: int) -> dict[str, Any]:
 
 
 def judge_data(answers: Sequence[Answer]) -> list[Finding]:
-    """The same data on every host, and none that reads it at less than half the median rate."""
+    """The data is the same on every host, and none reads it at less than half the median rate."""
     same = [Answer(a.rank, a.host, {"set": a.value["fingerprint"]}) for a in answers]
-    findings = agreement("data", same, fix="copy it to every host, or name a shared folder")
+    findings = agreement("data", same, fix="copy it to every host, or use a shared folder")
     middle = median(a.value["images_per_s"] for a in answers)
     slow = [a for a in answers if a.value["images_per_s"] < middle / 2]
     shown = slow or [min(answers, key=lambda a: a.value["images_per_s"])]
@@ -63,12 +63,12 @@ def judge_data(answers: Sequence[Answer]) -> list[Finding]:
         for a in shown
     )
     saw += f"; the median of {len(answers)} hosts is {middle:.0f}" if len(answers) > 1 else ""
-    fix = "`owt bench input DATA` there; the mount, the disk, other jobs on the host" if slow else ""
+    fix = "run `owt bench input DATA` there; check the mount, the disk, other jobs" if slow else ""
     return [*findings, Finding("read rate", not slow, saw, "half the median", fix, hosts_of(slow))]
 
 
 def nearest_folder(run_dir: Path) -> Path:
-    """The run folder, or the part of its path that is there already."""
+    """The run folder, or the nearest parent that exists."""
     folder = Path(os.path.abspath(run_dir))
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -76,7 +76,7 @@ def nearest_folder(run_dir: Path) -> Path:
 
 
 def leave_token(run_dir: Path, token: str) -> str:
-    """A file for the other hosts to see, to be taken away by `take_token`; raises OSError."""
+    """Create a file for the other hosts to look for; `take_token` removes it. Raises OSError."""
     folder = nearest_folder(run_dir)
     (folder / f".owt-preflight-{token}").write_text(token)
     return str(folder)
@@ -88,36 +88,36 @@ def take_token(run_dir: Path, token: str) -> None:
 
 
 def try_folder(run_dir: Path, token: str, rank: int) -> dict[str, Any]:
-    """Whether this host can write where the run folder will be, sees rank 0's file, and how much is free."""
+    """Whether this host can write to the run folder, sees rank 0's file, and how much space is free."""
     folder = nearest_folder(run_dir)
     own = folder / f".owt-preflight-{token}-{rank}"
-    trouble = ""
+    error_text = ""
     try:
         own.write_text(token)
     except OSError as error:
-        trouble = error.strerror or str(error)
+        error_text = error.strerror or str(error)
     finally:
         with suppress(OSError):
             own.unlink()
     deadline = monotonic() + VISIBLE_S
     while not (seen := (folder / f".owt-preflight-{token}").exists()) and monotonic() < deadline:
-        os.listdir(folder)  # NFS asks the server again
+        os.listdir(folder)  # makes NFS ask the server again
         sleep(0.1)
     space = os.statvfs(folder)
     return {
         "folder": str(folder),
-        "trouble": trouble,
+        "error": error_text,
         "shared": seen,
         "free_bytes": space.f_bavail * space.f_frsize,
     }
 
 
 def judge_folder(answers: Sequence[Answer]) -> list[Finding]:
-    """Writable, one for all hosts, and with room for the checkpoints of AlexNet-OWT."""
+    """The run folder is writable, shared by all hosts, and has room for checkpoints of AlexNet-OWT."""
     folder = answers[0].value["folder"]
-    closed = [a for a in answers if a.value["trouble"]]
-    saw = ", ".join(f"{a.value['trouble']} on {a.host}" for a in closed[:4]) or f"{folder} can be written"
-    fix = f"`ls -ld {folder}`, `df {folder}` there; another --run-dir"
+    closed = [a for a in answers if a.value["error"]]
+    saw = ", ".join(f"{a.value['error']} on {a.host}" for a in closed[:4]) or f"{folder} is writable"
+    fix = f"check `ls -ld {folder}` and `df {folder}` there, or use another --run-dir"
     findings = [
         Finding("run folder", not closed, saw, "writable", fix if closed else "", hosts_of(closed)),
         at_least(
@@ -127,16 +127,16 @@ def judge_folder(answers: Sequence[Answer]) -> list[Finding]:
             unit="GB free",
             scale=1e9,
             wanted=f"{KEPT * CHECKPOINT_BYTES / 1e9:.1f} GB: {KEPT} of {CHECKPOINT_BYTES / 1e6:.0f} MB",
-            fix="another --run-dir, or a smaller keep_checkpoints",
+            fix="use another --run-dir, or a smaller keep_checkpoints",
         ),
     ]
     blind = [a for a in answers if not a.value["shared"]]
     if len(answers) > 1:
         saw = (
-            f"rank 0's file is not seen on {', '.join(hosts_of(blind))}"
+            f"rank 0's file is not visible on {', '.join(hosts_of(blind))}"
             if blind
-            else f"{folder} is one for all"
+            else "one folder on all hosts"
         )
-        fix = "a --run-dir on a file system that all hosts share" if blind else ""
+        fix = "use a --run-dir on a file system that all hosts share" if blind else ""
         findings.append(Finding("shared run folder", not blind, saw, "the same folder", fix, hosts_of(blind)))
     return findings

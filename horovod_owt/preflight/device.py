@@ -1,4 +1,4 @@
-"""Each rank's device: that it has one to itself, that this torch can use it, and how it does."""
+"""Checks of each rank's device: not shared, usable by this torch, and healthy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from horovod_owt.parallel.gpus import read_health
 from horovod_owt.preflight.findings import Answer, Finding, agreement, differing, grouped, hosts_of, who
 
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
-# PCI Express Base Specification, "Access Control Services extended capability": its number, where its control
-# register lies in it, and the bits of that which send a peer's packets up to the root complex and back.
+# PCI Express Base Specification, "Access Control Services extended capability": its id, the offset of its
+# control register, and the bits of that which redirect peer-to-peer packets through the root complex.
 EXTENDED_CAPABILITIES, ACS, ACS_CONTROL = 0x100, 0x000D, 6
 REDIRECTS = 0b11100  # request, completion, upstream forwarding
 
 
 def look(device: Device) -> dict[str, Any]:
-    """What there is to know of this rank's device; loads torch where it is a GPU."""
+    """Describe this rank's device; loads torch if it is a GPU."""
     found = {"name": device.name, "uuid": device.uuid, "words": str(device)}
     if device.gpu is None:
         return found
@@ -45,7 +45,7 @@ def look(device: Device) -> dict[str, Any]:
 
 
 def judge(answers: Sequence[Answer]) -> list[Finding]:
-    """A device for each rank and none shared; for GPUs also whether they fit and how they do."""
+    """Every rank has a device of its own; GPUs are also checked for compatibility and health."""
     gpus = [answer for answer in answers if "gpu" in answer.value]
     findings = [_judge_kinds(answers), _judge_sharing(answers)]
     if gpus:
@@ -55,10 +55,10 @@ def judge(answers: Sequence[Answer]) -> list[Finding]:
 
 
 def _judge_kinds(answers: Sequence[Answer]) -> Finding:
-    """The same kind for all: the slowest sets the pace."""
+    """All devices are of one kind, because the slowest sets the pace."""
     kinds = grouped(answers, lambda value: value["gpu"]["name"] if "gpu" in value else "CPU cores")
     saw, hosts = differing(kinds)
-    fix = "--constraint on Slurm; the driver of hosts without a GPU" if len(kinds) > 1 else ""
+    fix = "use --constraint with Slurm; check the driver of hosts without a GPU" if len(kinds) > 1 else ""
     return Finding("devices", len(kinds) == 1, saw, "one kind for all ranks", fix, hosts)
 
 
@@ -69,20 +69,20 @@ def _judge_sharing(answers: Sequence[Answer]) -> Finding:
         ranks = Counter(a.value["uuid"] for a in answers if a.value["uuid"])  # cores have none
         twos = [a for a in answers if ranks[a.value["uuid"]] > 1]
         return Finding("device sharing", False, error.saw, error.wanted, error.fix, hosts_of(twos))
-    return Finding("device sharing", True, "no device has two ranks, or they are meant to")
+    return Finding("device sharing", True, "no device is shared, or sharing is allowed")
 
 
 def _judge_fit(
     check: str, gpus: Sequence[Answer], fits: Callable[[dict], bool], words: Callable[[dict], str], fix: str
 ) -> Finding:
-    """Whether each GPU `fits` this torch; `words` tells of the first one that does not, or of the first."""
+    """Whether each GPU `fits` this torch; `words` describes the first one that does not, else the first."""
     unfit = [answer for answer in gpus if not fits(answer.value)]
     saw = words((unfit or gpus)[0].value) + (f"; {who(unfit)}" if unfit else "")
     return Finding(check, not unfit, saw, "a torch that can use it", fix if unfit else "", hosts_of(unfit))
 
 
 def _judge_architecture(gpus: Sequence[Answer]) -> Finding:
-    """torch holds machine code for some compute capabilities, which newer ones of the same major can run."""
+    """torch contains machine code for some compute capabilities; newer minor versions can run it too."""
 
     def words(value: dict) -> str:
         major, minor = value["gpu"]["compute_capability"]
@@ -94,7 +94,7 @@ def _judge_architecture(gpus: Sequence[Answer]) -> Finding:
         gpus,
         lambda value: can_run(value["architectures"], tuple(value["gpu"]["compute_capability"])),
         words,
-        "launch/setup --lane k80 for a Tesla K80; else an older torch",
+        "launch/setup --lane k80 for a Tesla K80, otherwise an older torch",
     )
 
 
@@ -112,7 +112,7 @@ def can_run(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 def _judge_driver(gpus: Sequence[Answer]) -> Finding:
-    """A driver runs CUDA up to the major version it was made for."""
+    """A driver supports CUDA up to the major version it was made for."""
 
     def major(version: str) -> int:
         return int(version.partition(".")[0] or 0)
@@ -122,27 +122,27 @@ def _judge_driver(gpus: Sequence[Answer]) -> Finding:
         gpus,
         lambda value: major(value["gpu"]["cuda_driver"]) >= major(value["cuda"]),
         lambda value: (
-            f"driver {value['gpu']['driver']} runs CUDA up to {value['gpu']['cuda_driver']}; "
+            f"driver {value['gpu']['driver']} supports CUDA up to {value['gpu']['cuda_driver']}; "
             f"torch has {value['cuda']}"
         ),
-        "a newer driver, or a lane with an older CUDA: launch/setup --lane",
+        "install a newer driver, or use a lane with an older CUDA: launch/setup --lane",
     )
 
 
 def _judge_presence(gpus: Sequence[Answer]) -> Finding:
     lost = [answer for answer in gpus if "lost" in answer.value]
     saw = "; ".join(f"{answer.value['lost']}, {who([answer])}" for answer in lost[:4])
-    good = f"{len(gpus)} GPUs answer"
-    fix = "`nvidia-smi` and `dmesg` there; drain the host" if lost else ""
-    return Finding("GPU answers", not lost, saw or good, "each GPU's word on its state", fix, hosts_of(lost))
+    good = f"{len(gpus)} GPUs respond"
+    fix = "check `nvidia-smi` and `dmesg` there; drain the host" if lost else ""
+    return Finding("GPU answers", not lost, saw or good, "every GPU reports its state", fix, hosts_of(lost))
 
 
 def _judge_health(gpus: Sequence[Answer]) -> list[Finding]:
     if not gpus:
         return []
 
-    def ailing(check: str, ill: Callable[[dict], str], wanted: str, fix: str) -> Finding:
-        found = [(answer, words) for answer in gpus if (words := ill(answer.value["health"]))]
+    def unhealthy(check: str, fault: Callable[[dict], str], wanted: str, fix: str) -> Finding:
+        found = [(answer, words) for answer in gpus if (words := fault(answer.value["health"]))]
         saw = "; ".join(f"{words} on {answer.host}: {answer.value['words']}" for answer, words in found[:4])
         good = f"none on {len(gpus)} GPUs"
         hosts = hosts_of(answer for answer, _ in found)
@@ -153,40 +153,40 @@ def _judge_health(gpus: Sequence[Answer]) -> list[Finding]:
         return " and ".join(
             [
                 *([f"{count} uncorrected errors"] if count else []),
-                *(["memory to be retired"] if pending else []),
+                *(["pages pending retirement"] if pending else []),
             ]
         )
 
     def narrow(health: dict) -> str:
-        """Lanes, not generation: an idle link falls back to a lower one by itself."""
+        """Lanes, not the generation, which an idle link lowers by itself."""
         now, most = health["pcie_width"], health["max_pcie_width"]
         return f"{now} of {most} PCIe lanes" if now and most and now < most else ""
 
     return [
-        ailing(
-            "GPU memory", errors, "no uncorrected ECC errors", "`nvidia-smi -r` or a reboot; drain the host"
+        unhealthy(
+            "GPU memory", errors, "no uncorrected ECC errors", "`nvidia-smi -r` or reboot; drain the host"
         ),
-        ailing(
+        unhealthy(
             "GPU throttling",
             lambda health: ", ".join(health["throttle_reasons"] or ()),
             "full clocks",
-            "cooling and power supply; `nvidia-smi -q -d PERFORMANCE`",
+            "check cooling and power supply; `nvidia-smi -q -d PERFORMANCE`",
         ),
-        ailing("PCIe width", narrow, "all lanes", "reseat the card; see the slot"),
+        unhealthy("PCIe width", narrow, "all lanes", "reseat the card; check the slot"),
         _judge_persistence(gpus),
         *_judge_clocks(gpus),
     ]
 
 
 def _judge_persistence(gpus: Sequence[Answer]) -> Finding:
-    """No fault: without it the driver forgets clocks between two jobs, and each start takes seconds more."""
+    """Never a failure: without it the driver resets clocks between jobs, and jobs start seconds later."""
     off = [answer for answer in gpus if answer.value["health"]["persistence_mode"] is False]
-    saw = f"off on {who(off)}" if off else f"on, or not to be told, on {len(gpus)} GPUs"
+    saw = f"off on {who(off)}" if off else f"on, or not reported, on {len(gpus)} GPUs"
     return Finding("GPU persistence", True, saw, "", "`nvidia-smi -pm 1`" if off else "")
 
 
 def _judge_clocks(gpus: Sequence[Answer]) -> list[Finding]:
-    """GPUs of one kind at the same settings; at the moment an idle one may be slower."""
+    """GPUs of one kind have the same clock settings (current clocks depend on the load)."""
     settings = [
         Answer(
             answer.rank,
@@ -198,15 +198,15 @@ def _judge_clocks(gpus: Sequence[Answer]) -> list[Finding]:
         )
         for answer in gpus
     ]
-    if len({answer.value["gpu"]["name"] for answer in gpus}) > 1:  # told by `devices`
+    if len({answer.value["gpu"]["name"] for answer in gpus}) > 1:  # reported by `devices`
         return []
     return agreement("GPU clocks", settings, fix="`nvidia-smi -rac`, `nvidia-smi --auto-boost-default=1`")
 
 
 def redirecting_bridges(pci: str, sysfs: Path = Path("/sys")) -> list[str] | None:
-    """Bridges above a GPU that send what GPUs tell each other up to the root complex; None if not to be seen.
+    """Bridges above a GPU that redirect peer-to-peer traffic to the root complex; None if not readable.
 
-    Root alone may read that far into a bridge's configuration.
+    Only root may read that part of a bridge's configuration space.
     """
     device = (sysfs / "bus/pci/devices" / pci).resolve()
     found, seen = [], False
@@ -224,9 +224,9 @@ def redirecting_bridges(pci: str, sysfs: Path = Path("/sys")) -> list[str] | Non
 
 
 def acs_control(config: bytes) -> int | None:
-    """The ACS control register in a PCI configuration space; None where it has none, or was cut short."""
+    """The ACS control register in a PCI configuration space; None if there is none or it is truncated."""
     offset = EXTENDED_CAPABILITIES
-    for _ in range(96):  # as many as there is room for; a broken chain may be a ring
+    for _ in range(96):  # the most that fit; a broken list may be circular
         if offset < EXTENDED_CAPABILITIES or offset + 8 > len(config):
             return None
         (header,) = struct.unpack_from("<I", config, offset)
@@ -237,13 +237,13 @@ def acs_control(config: bytes) -> int | None:
 
 
 def _judge_acs(gpus: Sequence[Answer]) -> Finding:
-    """It costs GPUs that talk to each other most of their bandwidth; a host with one GPU does not mind."""
+    """ACS costs peer-to-peer transfers most of their bandwidth; irrelevant on a host with one GPU."""
     counts = Counter(answer.host for answer in gpus)
     several = [answer for answer in gpus if counts[answer.host] > 1]
     on = [answer for answer in several if answer.value["acs"]]
     blind = [answer for answer in several if answer.value["acs"] is None]
-    saw = f"on at {' '.join(on[0].value['acs'])}; {who(on)}" if on else "off, or one GPU a host"
+    saw = f"on at {' '.join(on[0].value['acs'])}; {who(on)}" if on else "off, or one GPU per host"
     if blind and not on:
-        saw = f"not to be seen without root on {', '.join(hosts_of(blind)[:4])}"
-    fix = "`setpci -s BRIDGE ECAP_ACS+6.w=0000` as root, or off in the firmware: no virtual machines then"
+        saw = f"not readable without root on {', '.join(hosts_of(blind)[:4])}"
+    fix = "`setpci -s BRIDGE ECAP_ACS+6.w=0000` as root, or disable it in the firmware"
     return Finding("PCIe ACS", not on, saw, "off between GPUs", fix if on else "", hosts_of(on))

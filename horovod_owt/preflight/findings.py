@@ -1,4 +1,4 @@
-"""What a check has found, and who it was found at."""
+"""Findings of the checks, and the answers that they are made from."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's word on the job."""
+    """The result of one check."""
 
     check: str
     ok: bool
     saw: str
     wanted: str = ""
     fix: str = ""
-    hosts: tuple[str, ...] = ()  # where the trouble is; empty where there is none, or where it is everybody's
+    hosts: tuple[str, ...] = ()  # the affected ones; empty if none, or all
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -27,7 +27,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one rank said when all were asked."""
+    """One rank's answer to a probe of all ranks."""
 
     rank: int
     host: str
@@ -40,7 +40,7 @@ def hosts_of(answers: Iterable[Answer]) -> tuple[str, ...]:
 
 
 def who(answers: Iterable[Answer]) -> str:
-    """`n1 (ranks 0-3), n2 (rank 4)`; of many hosts the first four."""
+    """`n1 (ranks 0-3), n2 (rank 4)`; at most the first four hosts."""
     ranks: dict[str, list[int]] = {}
     for answer in answers:
         ranks.setdefault(answer.host, []).append(answer.rank)
@@ -58,7 +58,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def grouped(answers: Iterable[Answer], key: Callable[[Any], T]) -> dict[T, list[Answer]]:
-    """The answers by what `key` makes of their values, in the order in which these come."""
+    """The answers grouped by `key` of their values, in order of appearance."""
     groups: dict[T, list[Answer]] = {}
     for answer in answers:
         groups.setdefault(key(answer.value), []).append(answer)
@@ -66,17 +66,17 @@ def grouped(answers: Iterable[Answer], key: Callable[[Any], T]) -> dict[T, list[
 
 
 def differing(groups: dict[T, list[Answer]]) -> tuple[str, tuple[str, ...]]:
-    """Who is in which group, in words, and the hosts that are not in the largest."""
+    """A description of the groups, and the hosts that are not in the largest."""
     most = max(groups.values(), key=len)
     others = [answer for having in groups.values() if having is not most for answer in having]
     return "; ".join(f"{value} on {who(having)}" for value, having in groups.items()), hosts_of(others)
 
 
 def agreement(check: str, answers: Sequence[Answer], *, fix: str) -> list[Finding]:
-    """All ranks have the same of everything: one finding for each name of which they have not.
+    """All ranks have the same values: one bad finding for each name whose value differs.
 
-    Each answer's value is a dict of name -> text; who lacks a name has `none` of it. The hosts that a finding
-    names are those without the value that most ranks have.
+    Each answer's value is a dict of name -> text; a missing name counts as `none`. A finding's hosts are
+    those without the value that most ranks have.
     """
     names = dict.fromkeys(name for answer in answers for name in answer.value)
     findings, same = [], []
@@ -102,7 +102,7 @@ def at_least(
     fix: str,
     scale: float = 1.0,
 ) -> Finding:
-    """Each answer's value, a number, reaches `least`; what is shown is divided by `scale`."""
+    """Each answer's value is at least `least`; the report divides values by `scale`."""
     low = [answer for answer in answers if answer.value < least]
     shown = [answer.value / scale for answer in low or answers]
     least_shown, most_shown = (f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in (min(shown), max(shown)))

@@ -1,4 +1,4 @@
-"""A host by itself: what is installed, what a process may use, and whether names lead to hosts and back."""
+"""Checks of single hosts: installed versions, resource limits, and forward and reverse name resolution."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least,
 from horovod_owt.topology import Topology
 from horovod_owt.versions import code_digest, installed_versions
 
-SHM_BYTES_PER_RANK = 256e6  # NCCL, Open MPI and torch's workers share memory there; Docker's default is 64 MB
-FILES = 512  # open at a time by a rank, for itself: images, libraries, pipes
-FILES_PER_PEER = 3  # a connection of Gloo's, of the heartbeat's, and one to spare
-RESOLVERS = 16  # names asked for at a time: a dead name server answers none of them
+SHM_BYTES_PER_RANK = 256e6  # used by NCCL, Open MPI and torch's workers; Docker's default is 64 MB
+FILES = 512  # open files of a rank: images, libraries, pipes
+FILES_PER_PEER = 3  # one connection of Gloo, one of the heartbeat, one to spare
+RESOLVERS = 16  # parallel lookups, in case a name server is dead
 
 
 def environment() -> dict[str, str]:
-    """What this rank would compute with; loads torch and Horovod, and raises what they raise."""
+    """The versions this rank would run with; loads torch and Horovod, and raises what they raise."""
     import torch
 
     from horovod_owt.parallel import runtime
@@ -42,7 +42,7 @@ def judge_environment(answers: Sequence[Answer]) -> list[Finding]:
 
 
 def limits(topology: Topology) -> dict[str, Any]:
-    """What the system lets this process have."""
+    """The resource limits of this process."""
     shm = os.statvfs("/dev/shm")
     return {
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -55,7 +55,7 @@ def limits(topology: Topology) -> dict[str, Any]:
 
 
 def judge_limits(answers: Sequence[Answer], world_size: int) -> list[Finding]:
-    """Enough of everything for the ranks of each host."""
+    """The limits suffice for the ranks of each host."""
     files = FILES + FILES_PER_PEER * world_size
     return [
         at_least(
@@ -71,7 +71,7 @@ def judge_limits(answers: Sequence[Answer], world_size: int) -> list[Finding]:
             "/dev/shm",
             [Answer(a.rank, a.host, a.value["shm_bytes"] / a.value["local_size"]) for a in answers],
             SHM_BYTES_PER_RANK,
-            unit="GB free a rank",
+            unit="GB free per rank",
             scale=1e9,
             wanted=f"at least {SHM_BYTES_PER_RANK / 1e9:g}",
             fix="`mount -o remount,size=50% /dev/shm`; in a container --shm-size or --ipc=host",
@@ -85,19 +85,19 @@ def _bounded(limit: int) -> float:
 
 
 def _judge_locked_memory(answers: Sequence[Answer]) -> Finding:
-    """Verbs pin what they send: without leave to, NCCL and MPI fall back to TCP or die. Others need none."""
+    """InfiniBand verbs pin memory: if they may not, NCCL and MPI fall back to TCP or fail."""
     bounded = [a for a in answers if a.value["infiniband"] and _bounded(a.value["locked_bytes"]) < 2**40]
     if bounded:
-        saw = f"{bounded[0].value['locked_bytes'] / 1e6:.4g} MB beside InfiniBand on {who(bounded)}"
+        saw = f"{bounded[0].value['locked_bytes'] / 1e6:.4g} MB, with InfiniBand, on {who(bounded)}"
     else:
         some = any(a.value["infiniband"] for a in answers)
-        saw = "unlimited where InfiniBand is" if some else "no InfiniBand that would need it"
-    fix = "`ulimit -l unlimited`; for Slurm's jobs LimitMEMLOCK=infinity in slurmd's unit" if bounded else ""
-    return Finding("locked memory", not bounded, saw, "unlimited beside InfiniBand", fix, hosts_of(bounded))
+        saw = "unlimited on hosts with InfiniBand" if some else "not needed: no InfiniBand"
+    fix = "`ulimit -l unlimited`; for Slurm jobs LimitMEMLOCK=infinity in slurmd's unit" if bounded else ""
+    return Finding("locked memory", not bounded, saw, "unlimited with InfiniBand", fix, hosts_of(bounded))
 
 
 def _judge_cores(answers: Sequence[Answer]) -> Finding:
-    """A core for each rank of a host, whether the launcher has bound them one by one or all together."""
+    """Each host has a core for each of its ranks, whether the launcher bound them singly or together."""
     cores: dict[str, set[int]] = {}
     for answer in answers:
         cores.setdefault(answer.host, set()).update(answer.value["cores"])
@@ -122,7 +122,7 @@ def _count(number: int, what: str) -> str:
 
 
 def judge_addresses(answers: Sequence[Answer]) -> list[Finding]:
-    """No two hosts of one name, as clones have it: all else here tells hosts apart by that."""
+    """Host names are unique (those of clones may not be); all other checks rely on it."""
     seen: dict[str, set[tuple[str, ...]]] = {}
     for answer in answers:
         seen.setdefault(answer.host, set()).add(tuple(answer.value))
@@ -130,8 +130,8 @@ def judge_addresses(answers: Sequence[Answer]) -> list[Finding]:
         Finding(
             "host names",
             False,
-            f"{len(several)} hosts are called {host}: {'; '.join(', '.join(own) for own in sorted(several))}",
-            "a name of its own for each",
+            f"{len(several)} hosts are named {host}: {'; '.join(', '.join(own) for own in sorted(several))}",
+            "unique host names",
             "`hostnamectl set-hostname`",
             (host,),
         )
@@ -141,31 +141,32 @@ def judge_addresses(answers: Sequence[Answer]) -> list[Finding]:
 
 
 def names(table: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """What is wrong with the names of `table` (host -> its addresses) as seen from here; host -> trouble."""
+    """Resolution errors, on this host, of the names in `table` (host -> its addresses): host -> error."""
     here = set(own_addresses())
     with ThreadPoolExecutor(RESOLVERS) as resolvers:
-        said = resolvers.map(lambda host: _trouble_with(host, table[host], here), table)
-        return {host: trouble for host, trouble in zip(table, said, strict=True) if trouble}
+        errors = resolvers.map(lambda host: _resolution_error(host, table[host], here), table)
+        return {host: error for host, error in zip(table, errors, strict=True) if error}
 
 
-def _trouble_with(host: str, addresses: Sequence[str], here: set[str]) -> str:
+def _resolution_error(host: str, addresses: Sequence[str], here: set[str]) -> str:
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host, None, socket.AF_INET)}
     except OSError as error:
         return f"does not resolve: {error.strerror or error}"
-    if here & set(addresses):  # itself: Debian's own 127.0.1.1 does no harm
+    if here & set(addresses):  # this host: Debian's 127.0.1.1 is harmless
         found = {address for address in found if not address.startswith("127.")}
-        return "" if found <= set(addresses) else f"resolves to {', '.join(sorted(found))}, which is not here"
+        foreign = f"resolves to {', '.join(sorted(found))}, which is not an address of this host"
+        return "" if found <= set(addresses) else foreign
     if not found & set(addresses):
         return f"resolves to {', '.join(sorted(found))}, which is none of its addresses"
     address = sorted(found & set(addresses))[0]
     try:
         first, others, _ = socket.gethostbyaddr(address)
     except OSError as error:
-        return f"has no way back: {address} has no name ({error.strerror or error})"
+        return f"has no reverse name: {address} does not resolve ({error.strerror or error})"
     if host in (first, *others, address) or _short(host) in map(_short, (first, *others)):
         return ""
-    return f"has no way back: {address} is called {first}"
+    return f"has another reverse name: {address} is {first}"
 
 
 def _short(host: str) -> str:
@@ -173,21 +174,22 @@ def _short(host: str) -> str:
 
 
 def judge_names(answers: Sequence[Answer]) -> list[Finding]:
-    """Each host's name leads to it from every host, and its address back to the name."""
+    """Each host's name resolves to it from every host, and its address back to the name."""
     seen_from: dict[tuple[str, str], list[Answer]] = {}
     for answer in answers:
-        for host, trouble in answer.value.items():
-            seen_from.setdefault((host, trouble), []).append(answer)
+        for host, error in answer.value.items():
+            seen_from.setdefault((host, error), []).append(answer)
     if not seen_from:
-        return [Finding("host names", True, f"{', '.join(hosts_of(answers)[:8])}: both ways, seen from each")]
+        saw = f"{', '.join(hosts_of(answers)[:8])}: forward and reverse, from every host"
+        return [Finding("host names", True, saw)]
     return [
         Finding(
             "host names",
             False,
-            f"{host} {trouble}, seen from {', '.join(hosts_of(seen))}",
-            "a name that leads to the host, and its address back",
-            f"DNS, or /etc/hosts on {', '.join(hosts_of(seen))}",
+            f"{host} {error}, seen from {', '.join(hosts_of(seen))}",
+            "forward and reverse names that match",
+            f"fix DNS, or /etc/hosts on {', '.join(hosts_of(seen))}",
             (host,),
         )
-        for (host, trouble), seen in seen_from.items()
+        for (host, error), seen in seen_from.items()
     ]

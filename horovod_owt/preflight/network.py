@@ -1,4 +1,4 @@
-"""Between hosts: the interface, every pair of them, their clocks, the ring, and Horovod's own allreduce."""
+"""Checks of the network: interfaces, pairs of hosts, clocks, and allreduce against plain TCP."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from horovod_owt.preflight import wire
 from horovod_owt.preflight.findings import Answer, Finding, differing, grouped, hosts_of, who
 from horovod_owt.preflight.wire import Pair
 
-CLOCK_LIMIT_S = 1.0  # logs of hosts that differ by more are no help; munge and NFS mind more than that
-LATENCY_FLOOR_S = 5e-4  # no latency below this is worth a word
-RING_SHARE = 0.1  # of what plain TCP moves round the ring: less is another network, or no cores for it
+CLOCK_LIMIT_S = 1.0  # logs with larger offsets are hard to compare; munge and NFS tolerate more
+LATENCY_FLOOR_S = 5e-4  # latencies below this are never reported
+RING_SHARE = 0.1  # of plain TCP around the ring: less means the wrong network or too few cores
 ALLREDUCE_BYTES = 32 << 20
-ALLREDUCE_S = 1.0  # for about how long it is repeated
+ALLREDUCE_S = 1.0  # approximate duration of the test
 
 Pairs = Mapping[tuple[str, str], Pair]
 
 
 def interface(table: Mapping[str, Sequence[str]], net: Path = Path("/sys/class/net")) -> dict[str, Any]:
-    """The interface by which this host reaches all of `table`; raises ConfigError where there is no such one.
+    """The interface by which this host reaches all of `table`; raises ConfigError if there is none.
 
-    Names decide, as they do for launchers; one that leads nowhere is spoken of elsewhere, and its host's
-    first address stands in.
+    Names are resolved, as launchers do; a name that does not resolve is reported by another check and
+    replaced by its host's first address.
     """
     name = interface_between([host if _resolves(host) else addresses[0] for host, addresses in table.items()])
     return {
@@ -50,7 +50,7 @@ def _resolves(host: str) -> bool:
 
 
 def _number(file: Path) -> int | None:
-    """None where the driver knows none, or says -1."""
+    """None where the driver reports none, or -1."""
     try:
         return max(0, int(file.read_text())) or None
     except (OSError, ValueError):
@@ -58,27 +58,27 @@ def _number(file: Path) -> int | None:
 
 
 def judge_interfaces(answers: Sequence[Answer]) -> list[Finding]:
-    """One that leads from host to host, alike everywhere."""
+    """Hosts use an interface that reaches the others, with the same MTU and speed."""
     names = ", ".join(sorted({a.value["name"] for a in answers}))
     if len(answers) == 1:
         return [Finding("interface", True, f"{names}: all ranks are on this host")]
     findings = []
     odd = [a for a in answers if a.value["name"] == "lo" or a.value["name"].startswith(("docker", "virbr"))]
     if odd:
-        fix = "names of hosts that lead to their addresses on the common network; --interface NAME"
+        fix = "let host names resolve to addresses on the common network, or pass --interface NAME"
         saw = ", ".join(f"{a.value['name']} on {a.host}" for a in odd)
-        findings.append(Finding("interface", False, saw, "one that leads to other hosts", fix, hosts_of(odd)))
+        findings.append(Finding("interface", False, saw, "one that reaches all hosts", fix, hosts_of(odd)))
     for key, what, unit in (("mtu", "mtu", "bytes"), ("mbit_per_s", "speed", "Mbit/s")):
         groups = grouped(answers, lambda value, key=key, unit=unit: f"{value[key] or 'unknown'} {unit}")
         if len(groups) > 1:
             saw, hosts = differing(groups)
-            fix = "`ip link`, `ethtool`; the switch"
+            fix = "check `ip link`, `ethtool` and the switch"
             findings.append(Finding(f"interface: {what}", False, saw, "the same on every host", fix, hosts))
     return findings or [Finding("interface", True, f"{names} on {len(answers)} hosts")]
 
 
 def rounds(hosts: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
-    """Every pair once, in rounds in which each host is in one pair at most (the circle method)."""
+    """Every pair once, in rounds in which each host is in at most one pair (the circle method)."""
     seats: list[str | None] = [*hosts, *([None] if len(hosts) % 2 else [])]
     for _ in range(len(seats) - 1):
         half = len(seats) // 2
@@ -91,10 +91,10 @@ def rounds(hosts: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
 
 
 def slow_pairs(pairs: Pairs) -> list[tuple[str, str]]:
-    """Those below half the usual bandwidth in one direction, or beyond twice the usual latency.
+    """Pairs below half the usual bandwidth in one direction, or above twice the usual latency.
 
-    Usual is the median over hosts of each one's best: a host whose every link is slow, one of three, would
-    make the median over pairs its own.
+    Usual is the median over hosts of each one's best pair; a median over pairs would be dominated by a slow
+    host if there are only three.
     """
     if not pairs:
         return []
@@ -118,19 +118,19 @@ def _usual(pairs: Pairs) -> tuple[float, float]:
 
 
 def measure(peer: str, place: Sequence[Any]) -> tuple[str, dict[str, float]]:
-    """This host's pair with `peer`, who answers at `place` (address, port), as a name and plain numbers."""
+    """Measure the pair of this host and `peer`, which listens at `place` (address, port)."""
     try:
         return peer, asdict(wire.measure(*place))
     except OSError as error:
         raise RunError(
-            f"{peer} is not reached at {place[0]}: {error}",
+            f"{peer} is not reachable at {place[0]}: {error}",
             wanted="TCP between all hosts, on any port",
-            fix="the firewall; `ip route get ADDRESS`",
+            fix="check the firewall and `ip route get ADDRESS`",
         ) from None
 
 
 def better(one: Pair | None, other: Pair) -> Pair:
-    """The best of two measurements, each number by itself: other work on a link only ever makes it worse."""
+    """The best of two measurements, per number: other traffic on a link only makes them worse."""
     if one is None:
         return other
     return Pair(
@@ -141,18 +141,18 @@ def better(one: Pair | None, other: Pair) -> Pair:
 
 
 def judge_pairs(pairs: Pairs, of: int) -> list[Finding]:
-    """Those measured, `of` so many that there are, are about as fast as each other."""
+    """The measured pairs, out of `of`, have similar bandwidth and latency."""
     findings = []
     rate, latency_s = _usual(pairs)
-    usual = f"usual are {rate / 1e9:.3g} GB/s and {1e6 * latency_s:.0f} us"
+    usual = f"usual: {rate / 1e9:.3g} GB/s and {1e6 * latency_s:.0f} us"
     for a, b in slow_pairs(pairs):
         found = pairs[a, b]
         saw = (
             f"{a} to {b} {found.up_bytes_per_s / 1e9:.3g} GB/s, back {found.down_bytes_per_s / 1e9:.3g}, "
             f"{1e6 * found.latency_s:.0f} us; {usual}"
         )
-        wanted = "half of the usual bandwidth, at most twice the latency"
-        fix = "`ethtool` and the error counters of `ip -s link` on both; cable, port, a shaped queue"
+        wanted = "at least half the usual bandwidth, at most twice the latency"
+        fix = "check `ethtool` and the errors in `ip -s link` on both; cable, port, traffic shaping"
         findings.append(Finding("pairs", False, saw, wanted, fix, (a, b)))
     if not findings:
         some = f"{len(pairs)} of {of} pairs" if len(pairs) < of else f"{of} pair{'s'[: of > 1]}"
@@ -163,21 +163,21 @@ def judge_pairs(pairs: Pairs, of: int) -> list[Finding]:
 
 
 def judge_clocks(answers: Sequence[Answer], root: str) -> list[Finding]:
-    """All clocks are where that of rank 0's host is; each answer's value is that one minus the host's own."""
+    """Clocks agree with rank 0's host; each answer's value is that host's clock minus its own."""
     off = [a for a in answers if abs(a.value) > CLOCK_LIMIT_S]
     furthest = sorted(off or answers, key=lambda a: -abs(a.value))
     shown = furthest[:4] if off else furthest[:1]
     saw = ", ".join(f"{a.host} {-a.value:+.2g} s" for a in shown) + f" against {root}"
-    saw += f", the furthest of {len(answers)}" if not off and answers[1:] else ""
-    fix = "`timedatectl`; chrony or ntp" if off else ""
+    saw += f", the largest of {len(answers)}" if not off and answers[1:] else ""
+    fix = "check `timedatectl`; run chrony or ntp" if off else ""
     return [Finding("clocks", not off, saw, f"within {CLOCK_LIMIT_S:g} s", fix, hosts_of(off))]
 
 
 def judge_ring(answers: Sequence[Answer], seconds: Sequence[Answer]) -> Finding:
-    """Horovod's allreduce reaches a fair part of what plain TCP moves round the same ring.
+    """Horovod's allreduce reaches RING_SHARE of the bandwidth of plain TCP around the same ring.
 
-    `answers` are what each rank received a second; `seconds`, how long an allreduce took each. Its bus
-    bandwidth is as nccl-tests defines it: 2 (n-1)/n of the bytes by the time.
+    `answers` are the bytes per second that each rank received; `seconds`, the time of an allreduce on each.
+    Bus bandwidth as nccl-tests defines it: 2 (n-1)/n of the bytes, divided by the time.
     """
     ranks = len(answers)
     slowest = min(answers, key=lambda answer: answer.value)
@@ -186,16 +186,16 @@ def judge_ring(answers: Sequence[Answer], seconds: Sequence[Answer]) -> Finding:
     return Finding(
         "allreduce",
         ok,
-        f"{busbw / 1e9:.3g} GB/s on the bus for {ALLREDUCE_BYTES >> 20} MB over {ranks} ranks; "
-        f"plain TCP round the ring moves {slowest.value / 1e9:.3g}, slowest into {who([slowest])}",
+        f"bus bandwidth {busbw / 1e9:.3g} GB/s for {ALLREDUCE_BYTES >> 20} MB over {ranks} ranks; "
+        f"plain TCP around the ring {slowest.value / 1e9:.3g} GB/s, slowest into {who([slowest])}",
         f"at least {100 * RING_SHARE:.0f} % of plain TCP",
-        "" if ok else "the right interface? HOROVOD_GLOO_IFACE, NCCL_SOCKET_IFNAME; a core for each rank?",
+        "" if ok else "check the interface (HOROVOD_GLOO_IFACE, NCCL_SOCKET_IFNAME) and a core for each rank",
         hosts_of([slowest]) if not ok else (),
     )
 
 
 def allreduce_seconds(device: Device) -> float:
-    """The median time of an allreduce, as this rank sees it. Every rank must call it; starts Horovod."""
+    """The median time of an allreduce on this rank. Starts Horovod; every rank must call it."""
     import torch
 
     from horovod_owt.parallel import runtime
@@ -206,11 +206,11 @@ def allreduce_seconds(device: Device) -> float:
 
     def once() -> float:
         start = perf_counter()
-        sum_over_ranks(values, "preflight")[:1].item()  # on a GPU, this waits for the result
+        sum_over_ranks(values, "preflight")[:1].item()  # waits for the result on a GPU
         return perf_counter() - start
 
     once()
     slowest = sum_over_ranks(torch.tensor([once()]), "preflight.slowest").item() / world.size
-    times = [once() for _ in range(max(3, min(20, int(ALLREDUCE_S / slowest))))]  # as many on every rank
+    times = [once() for _ in range(max(3, min(20, int(ALLREDUCE_S / slowest))))]  # equal on all ranks
     runtime.shutdown()
     return median(times)

@@ -1,4 +1,4 @@
-"""One preflight: every rank is asked in turn about everything, and rank 0 judges what they say."""
+"""The sequence of a preflight: probes on every rank, judged on rank 0."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from horovod_owt.preflight.findings import Finding
 from horovod_owt.preflight.inquiry import Inquiry, within
 from horovod_owt.topology import Topology
 
-COME_S = 45.0  # for ranks to start
+START_S = 45.0  # for ranks to start
 LOAD_S = 60.0  # to load torch and Horovod from a cold file system
-LOOK_S = 10.0  # to look at what is on the host
-RESOLVE_S = 25.0  # a resolver gives up after 5 s a server, and tries twice
+LOCAL_S = 10.0  # for probes that use only the local host
+RESOLVE_S = 25.0  # a resolver tries each server twice for 5 s
 DATA_S = 60.0  # to list a data set of millions of files over a network
 NETWORK_S = 30.0
-MOST_ROUNDS = 24  # of pairs: some 25 s
+MOST_ROUNDS = 24  # of pairs: about 25 s
 
 
 def preflight(
     topology: Topology, data: Path | None, run_dir: Path, tell: Callable[[list[Finding]], None]
 ) -> int:
-    """How many findings are bad, on every rank, once rank 0 has told all findings; every rank must call it.
+    """Run all checks; `tell` gets the findings on rank 0. Returns the number of bad ones, on every rank.
 
-    Raises RunError on a rank that has no word from rank 0.
+    Every rank must call it. Raises RunError on a rank that loses rank 0.
     """
-    with meet(topology, limit_s=COME_S) as meeting:
+    with meet(topology, limit_s=START_S) as meeting:
         inquiry = Inquiry(meeting, topology)
         claimed: list[Device] = []
 
@@ -48,7 +48,7 @@ def preflight(
             "limits",
             lambda: host.limits(topology),
             lambda answers: host.judge_limits(answers, topology.world_size),
-            LOOK_S,
+            LOCAL_S,
         )
         if data is not None:
             inquiry.check(
@@ -69,30 +69,30 @@ def preflight(
 def check_folder(inquiry: Inquiry, run_dir: Path) -> None:
     token, rank = inquiry.broadcast(secrets.token_hex(4)), inquiry.topology.rank
     own = (lambda: dataset.leave_token(run_dir, token)) if rank == 0 else None
-    inquiry.ask("run folder of rank 0", own, LOOK_S)
+    inquiry.ask("run folder of rank 0", own, LOCAL_S)
     try:
         seen = lambda: dataset.try_folder(run_dir, token, rank)  # noqa: E731
-        inquiry.check("run folder", seen, dataset.judge_folder, LOOK_S, each_host=True)
+        inquiry.check("run folder", seen, dataset.judge_folder, LOCAL_S, each_host=True)
     finally:
         if rank == 0:
-            within(LOOK_S, lambda: dataset.take_token(run_dir, token))
+            within(LOCAL_S, lambda: dataset.take_token(run_dir, token))
 
 
 def check_network(inquiry: Inquiry, claimed: list[Device]) -> None:
-    """Names and interfaces first: what they say is what the rest is measured by."""
-    said = inquiry.check("addresses", own_addresses, host.judge_addresses, LOOK_S, each_host=True)
-    table = inquiry.broadcast({answer.host: answer.value for answer in said})
+    """Names and interfaces first, because the measurements use them."""
+    found = inquiry.check("addresses", own_addresses, host.judge_addresses, LOCAL_S, each_host=True)
+    table = inquiry.broadcast({answer.host: answer.value for answer in found})
     inquiry.check("host names", lambda: host.names(table), host.judge_names, RESOLVE_S, each_host=True)
-    ways = inquiry.check(
+    interfaces = inquiry.check(
         "interface", lambda: network.interface(table), network.judge_interfaces, RESOLVE_S, each_host=True
     )
-    addresses = inquiry.broadcast({answer.host: answer.value["address"] for answer in ways})
+    addresses = inquiry.broadcast({answer.host: answer.value["address"] for answer in interfaces})
     if inquiry.topology.world_size == 1:
         return
     address = addresses.get(inquiry.topology.host)
     with ExitStack() as stack:
         port = (lambda: stack.enter_context(wire.answering(address))) if address else None
-        ports = inquiry.ask("open ports", port, LOOK_S, each_host=True)
+        ports = inquiry.ask("open ports", port, LOCAL_S, each_host=True)
         where = inquiry.broadcast({answer.host: [addresses[answer.host], answer.value] for answer in ports})
         check_clocks(inquiry, where)
         check_pairs(inquiry, where)
@@ -108,7 +108,7 @@ def check_clocks(inquiry: Inquiry, where: dict[str, list]) -> None:
 
 
 def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
-    """Round after round, each host in one pair at a time; whoever seems slow is measured twice more."""
+    """Measure in rounds, each host in one pair at a time; slow pairs are measured twice more."""
     rounds = list(network.rounds(sorted(where)))
     rounds = rounds[:: max(1, -(-len(rounds) // MOST_ROUNDS))]
     pairs: dict[tuple[str, str], wire.Pair] = {}
@@ -120,7 +120,7 @@ def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
             other, found = answer.value
             pair = answer.host, other
             pairs[pair] = network.better(pairs.get(pair), wire.Pair(**found))
-        inquiry.broadcast()  # no round begins before the last one is over
+        inquiry.broadcast()  # a barrier between rounds
 
     for round_ in rounds:
         measure(round_)
@@ -134,16 +134,16 @@ def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
 
 
 def check_ring(inquiry: Inquiry, address: str | None, claimed: list[Device]) -> None:
-    """All ranks at once, first by plain TCP, then by Horovod; only where every rank is ready for it."""
+    """All ranks at once, by plain TCP, then by Horovod; only if every rank is ready for it."""
     rank, size = inquiry.topology.rank, inquiry.topology.world_size
     with socket.create_server((address or "", 0)) as listener:
         place = [address, listener.getsockname()[1]] if address and claimed else None
-        places = inquiry.ask("places in the ring", lambda: place, LOOK_S)
+        places = inquiry.ask("ring addresses", lambda: place, LOCAL_S)
         ring = [answer.value for answer in places if answer.value]
         ring = inquiry.broadcast(ring if len(ring) == size else [])
         if not ring:
-            saw = "not measured: not every rank has an answer, an interface and a device"
-            inquiry.find(Finding("allreduce", False, saw, "all of them", "what else is found here"))
+            saw = "not measured: a rank without an answer, an interface or a device"
+            inquiry.find(Finding("allreduce", False, saw, "every rank ready", "fix the other findings first"))
             return
         following = tuple(ring[(rank + 1) % size])
         moved = inquiry.ask("ring of plain TCP", lambda: wire.ring_rate(listener, following), NETWORK_S)

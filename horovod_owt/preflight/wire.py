@@ -1,4 +1,4 @@
-"""Plain TCP between two ranks: how long a word takes, how many bytes pass, how far clocks are apart."""
+"""Plain TCP between two ranks: latency, bandwidth, clock offset."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from dataclasses import dataclass
 from time import perf_counter, time
 
 PINGS = 40
-STREAM_S = 0.3  # for how long bytes are sent each way
+STREAM_S = 0.3  # duration of the bandwidth test in each direction
 BLOCK = bytes(1 << 20)
-LIMIT_S = 8.0  # to connect, and for any silence
-PING, UP, DOWN = b"P", b"U", b"D"  # the first byte of a connection: what it is for
+LIMIT_S = 8.0  # timeout to connect, and of each send and receive
+PING, UP, DOWN = b"P", b"U", b"D"  # first byte of a connection: its purpose
 CLOCK = struct.Struct("!d")
 RATE = struct.Struct("!d")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What one host found on its way to another."""
+    """Latency and bandwidth from one host to another."""
 
-    latency_s: float  # of a word there, half of there and back
-    up_bytes_per_s: float  # towards the other
+    latency_s: float  # half the round trip
+    up_bytes_per_s: float  # to the other host
     down_bytes_per_s: float
 
 
 @contextmanager
 def answering(address: str) -> Iterator[int]:
-    """A port at `address` that plays the other end of `measure`, for as long as the block lasts."""
+    """A port at `address` that serves `measure`, for as long as the block lasts."""
     with socket.create_server((address, 0)) as listener:
         threading.Thread(target=_serve, args=(listener,), daemon=True, name="wire").start()
         try:
             yield listener.getsockname()[1]
         finally:
             with suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() alone would not
+                listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() does not
 
 
 def measure(address: str, port: int) -> Pair:
-    """Latency, then bytes there, then bytes back; raises OSError."""
+    """Measure latency, then bandwidth to and from the other host; raises OSError."""
     latency_s, _ = ping(address, port)
     with _connect(address, port, UP) as connection:
         _send_for(connection, STREAM_S)
@@ -52,9 +52,9 @@ def measure(address: str, port: int) -> Pair:
 
 
 def ping(address: str, port: int) -> tuple[float, float]:
-    """Half the time of the quickest of some pings, and the other's clock minus ours as that one has it.
+    """Half the round trip of the fastest ping, and the other host's clock minus ours from that ping.
 
-    As NTP reckons; the clock is off by at most that time. Raises OSError.
+    Computed as NTP does; the offset's error is at most that half. Raises OSError.
     """
     best = (float("inf"), 0.0)
     with _connect(address, port, PING) as connection:
@@ -62,16 +62,16 @@ def ping(address: str, port: int) -> tuple[float, float]:
             sent, start = time(), perf_counter()
             connection.sendall(b".")
             (theirs,) = CLOCK.unpack(_exactly(connection, CLOCK.size))
-            there_and_back = perf_counter() - start
-            best = min(best, (there_and_back / 2, theirs - (sent + there_and_back / 2)))
+            round_trip = perf_counter() - start
+            best = min(best, (round_trip / 2, theirs - (sent + round_trip / 2)))
     return best
 
 
 def ring_rate(listener: socket.socket, following: tuple[str, int]) -> float:
-    """Bytes per second from the rank before, while the rank after is sent as much as it takes.
+    """Bytes per second received from the previous rank while sending to the next one at full speed.
 
-    `listener` is this rank's own, which the rank before connects to. All ranks at once, this is what a ring
-    can move, on these links and with these cores: Horovod's allreduce sends the same way.
+    The previous rank connects to `listener`. With all ranks at once, this is the bandwidth of a ring on these
+    links and cores; Horovod's allreduce sends the same way.
     """
     with socket.create_connection(following, timeout=LIMIT_S) as after:
         listener.settimeout(LIMIT_S)
@@ -116,20 +116,20 @@ def _connect(address: str, port: int, purpose: bytes) -> socket.socket:
 
 def _send_for(connection: socket.socket, seconds: float) -> None:
     end = perf_counter() + seconds
-    with suppress(OSError):  # the other end sees it, too, and says so
+    with suppress(OSError):  # the other end notices it and reports
         while perf_counter() < end:
             connection.sendall(BLOCK)
         connection.shutdown(socket.SHUT_WR)
 
 
 def _receive_rate(connection: socket.socket) -> float:
-    """Bytes per second from the first byte to the last; raises OSError if there were none."""
+    """Bytes per second from the first byte to the last; raises OSError if there are none."""
     buffer, received, start = bytearray(1 << 20), 0, 0.0
     while count := connection.recv_into(buffer):
         start = start or perf_counter()
         received += count
     if not received:
-        raise ConnectionError("nothing came")
+        raise ConnectionError("no data received")
     return received / max(1e-9, perf_counter() - start)
 
 
@@ -138,6 +138,6 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
     while len(found) < size:
         part = connection.recv(size - len(found))
         if not part:
-            raise ConnectionError("the other end hung up")
+            raise ConnectionError("connection closed by the other end")
         found += part
     return found

@@ -1,1 +1,1 @@
-"""The run: its steps, its folder, its checkpoints."""
+"""The training run: configuration checks, the loop, validation, checkpoints."""

@@ -1,4 +1,4 @@
-"""Before the first step: do all ranks have the same versions, code, configuration and data?"""
+"""Check before the first step that all ranks have the same versions, code, configuration and data."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from horovod_owt.train.prepare import Request
 from horovod_owt.versions import code_digest
 
 FIX = {  # by the first word of what differs
-    "version": "the same environment on every host",
-    "code": "the same checkout of horovod_owt on every host",
-    "config": "the same recipe and --set on every rank",
-    "data": "copy it to every host, or name a shared folder",
-    "device": "`owt devices` on those that differ; CUDA_VISIBLE_DEVICES= (empty) for CPU cores everywhere",
+    "version": "install the same environment on every host",
+    "code": "use the same checkout of horovod_owt on every host",
+    "config": "pass the same recipe and --set to every rank",
+    "data": "copy it to every host, or use a shared folder",
+    "device": "run `owt devices`, or set CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores everywhere",
 }
 
 
 def check_agreement(request: Request, world: World) -> None:
-    """Raise ConfigError on every rank, with a table of who has what, when ranks differ.
+    """Raise ConfigError on every rank, with a table of values and ranks, if ranks differ.
 
-    What they must not have in common is a device: DeviceError.
+    Raises DeviceError if ranks share a device.
     """
     everyone = gather_objects((world.host, facts(request)), "agreement")
     if table := differences(everyone):
@@ -36,7 +36,7 @@ def check_agreement(request: Request, world: World) -> None:
 
 
 def facts(request: Request) -> dict[str, str]:
-    """What must be equal on every rank, by a name of two words."""
+    """What must be equal on every rank, by a two-word name."""
     versions = {f"version {name}": value for name, value in runtime.versions().items()}
     config = {f"config {key}": str(value) for key, value in request.cfg.to_dict().items()}
     return {
@@ -49,9 +49,9 @@ def facts(request: Request) -> dict[str, str]:
 
 
 def differences(everyone: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """Lines of a table: what, and who has which value of it; `everyone` is (host, facts) by rank.
+    """Table lines for the facts that differ: name, values, and the ranks with each value.
 
-    A rank that lacks a fact has `none` of it. No lines where all have the same.
+    `everyone` is (host, facts) by rank; a missing fact counts as `none`.
     """
     names = dict.fromkeys(name for _, own in everyone for name in own)
     lines = []

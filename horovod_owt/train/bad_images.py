@@ -1,4 +1,4 @@
-"""The bad images that a run meets: each is named once, whichever rank met it, and then known to all."""
+"""Bad images in a run: each is reported once, by the rank that read it, and announced to all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Met:
-    """A bad image and the rank that met it."""
+    """A bad image and the rank that read it."""
 
     path: str
     fault: str
@@ -29,16 +29,16 @@ class Met:
 
 
 class BadImageLog:
-    """Those of one split."""
+    """The bad images of one split."""
 
     def __init__(self, store: Store, world: World, record: Callable[..., None]) -> None:
-        """`record` writes a line of a kind to the run's metrics, on rank 0."""
+        """`record` writes a line to the run's metrics on rank 0."""
         self.known = BadImages()  # for the feeds
         self._store, self._world, self._record = store, world, record
         self._unnamed: dict[int, str] = {}
 
     def noting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; their bad images are to be named."""
+        """Pass batches through, and collect their bad images."""
         for batch in batches:
             for index, fault in batch.bad_images().items():
                 if index not in self.known.named:
@@ -46,30 +46,30 @@ class BadImageLog:
             yield batch
 
     def name(self, step: int) -> None:
-        """Tell all ranks what each has met since the last time: a warning, and a line in the metrics.
+        """Announce the new bad images to all ranks: a warning, and a line in the metrics.
 
         Every rank must call it.
         """
         for image in self._gather():
             if image.rank == self._world.rank:
-                log.warning("%s; it is left out", image)
+                log.warning("%s; skipped", image)
             self._record_fault(image, step)
 
     def refuse(self, step: int, *, none_is_good: bool = False) -> RunError:
-        """The error that names them and ends the run; every rank must call it, and raise it."""
+        """The error that reports them and ends the run; every rank must call it and raise the result."""
         met = self._gather()
         for image in met:
             self._record_fault(image, step)
-        such = f"{met[0]}" if met else "all were named before"
+        such = f"{met[0]}" if met else "all were reported before"
         if none_is_good:
             error = RunError(
-                f"no image of step {step} is good: {such}",
-                wanted="one at least",
-                fix="see that the file system is there; `owt data verify` lists what is bad",
+                f"no good image in step {step}: {such}",
+                wanted="at least one",
+                fix="check that the file system is mounted; `owt data verify` lists bad images",
             )
         else:
             more = f" (and {len(met) - 1} more in step {step})" if met[1:] else ""
-            fix = "replace or remove it, or --set bad_images=skip; `owt data verify` lists all that are bad"
+            fix = "replace or remove it, or --set bad_images=skip; `owt data verify` lists all bad images"
             error = RunError(f"{such}{more}", fix=fix)
         return error.on_every_rank()
 
@@ -77,7 +77,7 @@ class BadImageLog:
         self._record("fault", path=image.path, fault=image.fault, rank=image.rank, step=step)
 
     def _gather(self) -> list[Met]:
-        """What ranks have met since the last time, the same on each, in the order of the files."""
+        """The bad images that any rank has read since the last call, in file order; equal on all ranks."""
         own = {index: (self._store.path(index), fault) for index, fault in self._unnamed.items()}
         met: dict[int, Met] = {}
         for rank, theirs in enumerate(gather_objects(own, "bad images")):

@@ -1,4 +1,4 @@
-"""A checkpoint's content: tensors and plain numbers, in the files that `runs.checkpoints` names.
+"""Read and write the content of a checkpoint: tensors and plain numbers.
 
 Tensors are whole, under the names of the state dict, so a checkpoint resumes on any number of ranks.
 """
@@ -27,7 +27,7 @@ from horovod_owt.runs.checkpoints import (
 
 
 class DiskError(Exception):
-    """A checkpoint that could not be written, and why in a few words."""
+    """A checkpoint could not be written."""
 
     def __init__(self, folder: Path, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -36,7 +36,7 @@ class DiskError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on: tensors by name, and the position in plain numbers."""
+    """What a run needs to resume: tensors by name, and its position in plain numbers."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -44,7 +44,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint's content; raises RunError for one that is damaged or no checkpoint at all."""
+    """A checkpoint's content; raises RunError if it is damaged or not a checkpoint."""
     if fault := find_fault(folder):
         raise RunError(f"checkpoint {folder}: {fault}", wanted="a whole checkpoint", fix="--resume auto")
     try:
@@ -58,7 +58,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def write_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write one checkpoint, then drop all but the newest `keep` and the best; raises DiskError."""
+    """Write one checkpoint, then delete all but the newest `keep` and the best; raises DiskError."""
     folder = checkpoint_folder(run_dir, checkpoint.state["step"])
     try:
         with new_checkpoint(run_dir, checkpoint.state["step"]) as scratch:

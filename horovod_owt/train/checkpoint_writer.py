@@ -1,4 +1,4 @@
-"""Checkpoints written off the training thread, and what becomes of a run whose disk refuses them."""
+"""Write checkpoints in a background thread, and tolerate a limited number of failures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ RETRY_S = 5.0  # between tries at the end of a run, when there is no next checkp
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time. A disk that refuses `retries` in a row is put up with.
+    """Writes one checkpoint at a time; `retries` failures in a row are tolerated.
 
-    What happened is told to `record` as lines of kind `checkpoint` and `fault`.
+    `record` gets a line of kind `checkpoint` or `fault` for each write.
     """
 
     def __init__(self, run_dir: Path, *, keep: int, retries: int, record: Callable[..., None]) -> None:
@@ -36,32 +36,31 @@ class CheckpointWriter:
         self._fatal: RunError | None = None
 
     def write(self, checkpoint: Checkpoint, *, stall_s: float = 0.0) -> None:
-        """Start to write `checkpoint`, whose tensors nobody changes before `settle` was called.
+        """Start to write `checkpoint`; its tensors must not change before `settle` returns.
 
-        `stall_s` is how long training stood still for it, for the record.
+        `stall_s` is how long training was blocked for it, for the record.
         """
         assert self._pending is None
         self._last, self._stall_s = checkpoint, stall_s
         self._pending = self._thread.submit(self._write, checkpoint)
 
     def poll(self) -> None:
-        """Take note of a write that has ended, without waiting and without raising."""
+        """Record a write that has ended, without waiting and without raising."""
         if self._pending is not None and self._pending.done():
-            self._take_note(self._pending)
+            self._finish_write(self._pending)
 
     def settle(self) -> None:
         """Wait until nothing is being written.
 
-        Raises RunError when the disk refused once more than `retries` times in a row, or when the weights
-        were no finite numbers.
+        Raises RunError after more than `retries` failures in a row, or if the weights were not finite.
         """
         if self._pending is not None:
-            self._take_note(self._pending)
+            self._finish_write(self._pending)
         if self._fatal:
             raise self._fatal
 
     def finish(self) -> None:
-        """Return when the last checkpoint is on disk, trying again for a while; RunError if it is not."""
+        """Wait until the last checkpoint is on disk, retrying if needed; RunError if that fails."""
         self.settle()
         while self._last is not None:
             time.sleep(RETRY_S)
@@ -69,7 +68,7 @@ class CheckpointWriter:
             self.settle()
 
     def close(self) -> None:
-        """Let a write under way come to its end."""
+        """Wait for a write in progress."""
         self._thread.shutdown(wait=True)
         self.poll()
 
@@ -78,14 +77,14 @@ class CheckpointWriter:
         for name, tensor in (checkpoint.model | checkpoint.optimizer).items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise RunError(
-                    f"{name} has numbers that are not finite after step {checkpoint.state['step']}",
-                    wanted="finite weights to write a checkpoint of",
-                    fix="a smaller lr, or --set clip_norm; the last checkpoint is from before",
+                    f"{name} is not finite after step {checkpoint.state['step']}",
+                    wanted="finite weights for a checkpoint",
+                    fix="a smaller lr, or --set clip_norm; the last checkpoint is finite",
                 )
         folder = write_checkpoint(self._run_dir, checkpoint, keep=self._keep)
         return folder, perf_counter() - start
 
-    def _take_note(self, pending: Future[tuple[Path, float]]) -> None:
+    def _finish_write(self, pending: Future[tuple[Path, float]]) -> None:
         try:
             folder, seconds = pending.result()
         except DiskError as error:
@@ -103,10 +102,10 @@ class CheckpointWriter:
         left = self._retries - self._failures
         self._record("fault", fault=fault, failures=self._failures)
         if left >= 0:
-            log.warning("%s; training goes on, %d more such and it stops", fault, left + 1)
+            log.warning("%s; continuing; stops after %d more failure%s", fault, left + 1, "s"[: left > 0])
             return
         self._fatal = RunError(
-            f"{fault}, nor {self._retries} before it" if self._retries else fault,
-            wanted="a folder with room and rights",
-            fix="mend that, then the same command goes on from the last checkpoint",
+            f"{fault}; {self._failures} failures in a row" if self._retries else fault,
+            wanted="a writable folder with free space",
+            fix="fix that; then the same command resumes from the last checkpoint",
         )

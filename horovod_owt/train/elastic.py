@@ -1,4 +1,4 @@
-"""A run whose ranks may come and go: each world of ranks is a `Run`, made from the last commit."""
+"""Elastic training: each world of ranks is a `Run`, started from the last commit."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 def train_elastic(request: Request, *, run_dir: Path | None, resume: str) -> None:
     """Run one rank of an elastic job to its end.
 
-    Raises ConfigError for a hybrid run: there a lost rank takes its part of the FC layers along.
+    Raises ConfigError for a hybrid run, where a lost rank's part of the FC layers is lost with it.
     """
     if request.cfg.parallel != "data":
         raise ConfigError(
-            f"parallel={request.cfg.parallel} in an elastic job, where a lost rank takes its FC layers along",
-            wanted="parallel=data there",
-            fix="--parallel data, or `owt launch supervise`, which starts again from the last checkpoint",
+            f"parallel={request.cfg.parallel} in an elastic job: a lost rank's FC layers are lost with it",
+            wanted="parallel=data",
+            fix="--parallel data, or `owt launch supervise`, which restarts from the last checkpoint",
         ).on_every_rank()
     runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
     with StopRequest() as stop:
@@ -39,32 +39,32 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: str) -> Non
             world = runtime.look_around(request.device)
             check_agreement(request, world)
             cfg = broadcast_object(request.cfg, "config")
-            if "run_dir" in state.values:
-                where = Path(state.values["run_dir"])
+            if state.last:
+                where = state.last.run_dir
+                cfg = in_world_of(world.size, cfg, state.last.first_global_batch)
             else:
                 where = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
-            cfg = in_world_of(world.size, cfg, state.values.get("global_batch"))
             Run(cfg, request, world, where, resume, {}, committed=state).train(stop)
 
         elastic.run(Committed(), train)
     runtime.shutdown()
 
 
-def in_world_of(ranks: int, cfg: TrainConfig, first_global_batch: int | None) -> TrainConfig:
-    """The configuration for so many ranks; `first_global_batch` is that of the job's first world.
+def in_world_of(ranks: int, cfg: TrainConfig, first_global_batch: int) -> TrainConfig:
+    """The configuration for `ranks`; `first_global_batch` is that of the job's first world.
 
-    With elastic_batch=scale it is the same: the global batch, and with it the learning rate, follows the
-    number of ranks. With keep, each rank takes its share of the first global batch, in as many micro-batches
-    of at most `batch` images as it needs; a share that is no whole number is rounded, with a warning.
+    With elastic_batch=scale it is unchanged: the global batch, and with it the learning rate, follows the
+    number of ranks. With keep, each rank takes its share of the first global batch, in micro-batches of at
+    most `batch` images; a share that is not a whole number is rounded, with a warning.
     """
-    if cfg.elastic_batch == "scale" or first_global_batch is None:
+    if cfg.elastic_batch == "scale":
         return cfg
     share = max(1, round(first_global_batch / ranks))
     accum_steps = math.ceil(share / cfg.batch)
     kept = dataclasses.replace(cfg, batch=max(1, round(share / accum_steps)), accum_steps=accum_steps)
     if kept.global_batch(ranks) != first_global_batch:
         log.warning(
-            "global batch %d, not %d: %d ranks cannot share that evenly",
+            "global batch %d instead of %d, which %d ranks cannot share evenly",
             kept.global_batch(ranks), first_global_batch, ranks,
         )  # fmt: skip
     return kept

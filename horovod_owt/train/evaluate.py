@@ -1,4 +1,4 @@
-"""Validation that counts each image exactly once, at any number of ranks."""
+"""Validation that counts each image exactly once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Score:
     correct_top1: int
     correct_top5: int
     loss: float
-    bad_images: int = 0  # left out
+    bad_images: int = 0  # skipped
 
     @property
     def top1(self) -> float:
@@ -35,7 +35,7 @@ class Score:
 
     def __str__(self) -> str:
         top1 = f"top-1 {self.top1:.2f} % ({self.correct_top1} of {self.images})"
-        left_out = f" | {self.bad_images} bad images left out" if self.bad_images else ""
+        left_out = f" | {self.bad_images} bad images skipped" if self.bad_images else ""
         return f"{top1} | top-5 {self.top5:.2f} % | loss {self.loss:.3f}{left_out}"
 
     def to_dict(self) -> dict[str, int | float]:
@@ -55,9 +55,8 @@ def validate(
 ) -> Score | None:
     """Score the net on this rank's slice of the validation set and sum over ranks; every rank must call it.
 
-    None, on every rank, when any was asked to stop before it was through. A slice's
-    last batch is padded; padding and bad images weigh nothing. Sums are kept in float64, exact for
-    the counts.
+    Returns None on every rank if any rank was asked to stop before it was done. The last batch of a slice is
+    padded; padding and bad images are not counted. Sums are float64, exact for the counts.
     """
     totals = torch.zeros(6, dtype=torch.float64)
     with replica.evaluating() as logits_of:
@@ -74,10 +73,10 @@ def validate(
 
 
 def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Of the valid images: how many, right in 1, right in 5, and the sum of losses."""
+    """Of the valid images: number, correct in top 1, correct in top 5, sum of losses."""
     valid = batch.valid.double()
     losses = F.cross_entropy(logits, batch.labels, reduction="none").double()  # 0 for a negative label
-    # A label's place is the number of classes that score higher; a NaN for it is never right.
+    # A label's rank is the number of classes that score higher; a NaN score is never correct.
     own = logits.gather(1, batch.labels[:, None].clamp(min=0))
     place = (logits > own).sum(dim=1) + 1_000_000 * own[:, 0].isnan()
     return torch.stack(

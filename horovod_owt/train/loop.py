@@ -1,9 +1,8 @@
-"""The story of a run, as each rank lives it."""
+"""The training loop of one rank."""
 
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -40,12 +39,12 @@ log = logging.getLogger(__name__)
 def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "auto") -> None:
     """Run one rank of training to its end.
 
-    Raises OwtError for whatever a message can explain; Preempted (exit 75) after a stop signal.
+    Raises OwtError for failures that a message explains; Preempted (exit 75) after a stop signal.
     """
     world = runtime.init(
         request.device,
         stall_limit_s=request.cfg.stall_limit_s,
-        fc_group_size=int(request.cfg.fc_group_size),
+        fc_group_size=request.cfg.fc_group_size,
     )
     with explain_lost_ranks(), StopRequest() as stop:
         check_agreement(request, world)
@@ -57,7 +56,7 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
 
 
 class Run:
-    """A run under way: the replica, its place in the stream of samples, and its records."""
+    """A run in progress: the replica, its position in the stream of samples, and its records."""
 
     def __init__(
         self,
@@ -69,30 +68,32 @@ class Run:
         predicted_step_ms: dict[str, float],
         committed: Committed | None = None,
     ) -> None:
-        """`committed` is the state of an elastic job; what is in it goes before any checkpoint."""
+        """`committed` is the state of an elastic job; a commit in it has precedence over checkpoints."""
         self.cfg, self.world, self.run_dir = cfg, world, run_dir
-        self.predicted_step_ms = predicted_step_ms  # by strategy, when parallel=auto chose one
+        self.predicted_step_ms = predicted_step_ms  # by strategy, if parallel=auto chose one
         self.data, self.folder = request.data, request.folder
         self.global_batch = cfg.global_batch(world.size)
         self.replica = Replica(cfg, world)
         self.position = Position(num_samples=len(self.folder.train))
         self._committed = committed
-        if committed is not None and committed.step >= 0:
+        if committed is not None and committed.last:
             self._owes_validation = restore_commit(self.replica, self.position, committed)
         else:
             self._owes_validation = restore(self.replica, self.position, run_dir, resume)
         self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
-        remaining = max(0, cfg.epochs * self.position.num_samples - self.position.consumed)
-        self.total_steps = self.position.step + math.ceil(remaining / self.global_batch)
-        if cfg.max_steps:
-            self.total_steps = min(self.total_steps, cfg.max_steps)
+        self.total_steps = cfg.total_steps(
+            self.position.num_samples,
+            world.size,
+            step=self.position.step,
+            consumed=self.position.consumed,
+        )
         self.metrics = MetricsLog(run_dir) if world.is_root else None
         self.writer = self._make_writer() if world.is_root else None
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
 
     def train(self, stop: StopRequest) -> None:
-        """Step after step to the end; whatever happens, the run folder says how it ended."""
+        """Train to the end; the run folder records the outcome in any case."""
         reason, exit_code, now.step = "done", 0, self.position.step
         elastic = self._committed is not None
         watch = watched(
@@ -100,7 +101,7 @@ class Run:
             self.run_dir,
             stall_limit_s=self.cfg.stall_limit_s,
             record=self._record,
-            goes_on=elastic,
+            elastic=elastic,
         )
         try:
             with watch as heartbeat, nullcontext() if elastic else explain_lost_ranks(heartbeat.lost):
@@ -110,7 +111,7 @@ class Run:
                 self._run_steps(stop)
         except RESETS as error:
             exit_code = None
-            self._committed.parted = {
+            self._committed.regrouped = {
                 "fault": f"ranks regroup: {why_regrouped(error)}",
                 "step": self.position.step,
                 "world_size": self.world.size,
@@ -148,7 +149,7 @@ class Run:
                         named=bad_images.known.named,
                     )
                 except FloatingPointError as error:
-                    raise self._no_number(error, lr) from None
+                    raise self._not_finite(error, lr) from None
                 except BadBatch:
                     raise bad_images.refuse(
                         position.step + 1, none_is_good=cfg.bad_images == "skip"
@@ -174,10 +175,10 @@ class Run:
                 if epoch_over or last:
                     self._validate(stop)
                 if self._committed is not None and (position.step % cfg.commit_every == 0 or keep):
-                    self._commit()
+                    commit(self.replica, position, self._committed, self.run_dir)
             self._finish_writing()
         if self.world.is_root and self._bad_images:
-            log.info("%d bad images left out: see the `fault` records", self._bad_images)
+            log.info("%d bad images skipped; see the `fault` records", self._bad_images)
 
     def _learning_rate(self) -> float:
         cfg = self.cfg
@@ -190,18 +191,18 @@ class Run:
             step_epochs=self.global_batch / self.position.num_samples,
         )
 
-    def _no_number(self, error: FloatingPointError, lr: float) -> OwtError:
-        """The step that went wrong, with the images it was made of."""
+    def _not_finite(self, error: FloatingPointError, lr: float) -> OwtError:
+        """The error for a NaN or infinite loss, with the images of the step."""
         position = self.position
         _, indices = SampleOrder(position.num_samples, self.cfg.seed).at(position.consumed, self.global_batch)
         return RunError(
-            f"{error} at step {position.step + 1}, lr {lr:.2e}, images number {indices.tolist()}",
+            f"{error} at step {position.step + 1}, lr {lr:.2e}, image indices {indices.tolist()}",
             wanted="a finite loss",
-            fix="a smaller lr or more warmup_epochs; the last checkpoint is from before",
+            fix="a smaller lr or more warmup_epochs; the last checkpoint is finite",
         ).on_every_rank()
 
     def _validate(self, stop: StopRequest) -> None:
-        """Score the net. A stop signal ends it: the state is on disk, and the next run begins with this."""
+        """Validate the net. After a stop signal the state is on disk, and the resumed run validates first."""
         position, bad_images = self.position, self.bad_validation_images
         with validation_pipeline(self.cfg, self.folder, self.world, bad_images=bad_images.known) as batches:
             with now.phase("validating"):
@@ -222,34 +223,28 @@ class Run:
         try:
             note_score(self.run_dir, step=position.step, epoch=position.epoch, top1=score.top1)
         except OSError as error:
-            log.warning("the best checkpoint is not noted: %s", error.strerror)
+            log.warning("the best checkpoint was not recorded: %s", error.strerror)
 
     def _checkpoint(self, *, validation_due: bool) -> None:
-        """Copy the state; it is written while training goes on."""
+        """Copy the state; it is written while training continues."""
         start = perf_counter()
         on_root(self.writer.settle if self.writer else None, "checkpoint")
         state = snapshot(self.replica, self.position, self._copies, validation_due=validation_due)
         if self.writer is not None:
             self.writer.write(state, stall_s=perf_counter() - start)
 
-    def _commit(self) -> None:
-        """What an elastic job goes back to when it loses a rank; where it lets newcomers in."""
-        values = {"run_dir": str(self.run_dir), "global_batch": self._committed.values.get("global_batch")}
-        values["global_batch"] = values["global_batch"] or self.global_batch
-        commit(self.replica, self.position, self._committed, values)
-
     def _finish_writing(self) -> None:
         on_root(self.writer.finish if self.writer else None, "written")
 
     def _stopped(self, stop: StopRequest) -> Preempted:
-        """To be raised on every rank: why, and how to go on."""
+        """The error to raise on every rank: the signal, and how to resume."""
         self._finish_writing()
         asked = gather_objects(stop.signal and (stop.signal.name, self.world.host), "signals")
         names = [f"{ask[0]} to rank {rank} on {ask[1]}" for rank, ask in enumerate(asked) if ask]
         more = f" and {len(names) - 1} more" if names[1:] else ""
         return Preempted(
             f"stopped by {names[0]}{more} after step {self.position.step}, checkpoint written",
-            fix=f"the same command with --run-dir {self.run_dir} goes on from there",
+            fix=f"the same command with --run-dir {self.run_dir} resumes",
         )
 
     def _make_writer(self) -> CheckpointWriter:
@@ -260,8 +255,8 @@ class Run:
 
     def _introduce(self) -> None:
         cfg, world = self.cfg, self.world
-        if self._committed is not None and self._committed.parted:
-            self._record("fault", **self._committed.parted)
+        if self._committed is not None and self._committed.regrouped:
+            self._record("fault", **self._committed.regrouped)
         hosts = gather_objects(world.host, "hosts")
         images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
         self._record(
@@ -289,7 +284,7 @@ class Run:
             )  # fmt: skip
             log.info("run folder %s", self.run_dir)
             if world.size > 1 and world.device.type == "cpu" and runtime.uses_mpi():
-                log.info("on CPU cores `horovodrun --gloo` is faster: ranks that wait under MPI spin")
+                log.info("on CPU cores `horovodrun --gloo` is faster: under MPI, waiting ranks spin")
             if self.position.step >= self.total_steps:
                 log.info("nothing left to do: all %d steps are done", self.position.step)
 
@@ -312,7 +307,7 @@ class Run:
 
     @property
     def _bad_images(self) -> int:
-        """Files, met so far by any rank."""
+        """Number of bad files that any rank has read so far."""
         return sum(len(met.known.named) for met in (self.bad_training_images, self.bad_validation_images))
 
     def _record(self, kind: str, **values) -> None:
@@ -320,7 +315,7 @@ class Run:
             self.metrics.write(kind, **values)
 
     def _close(self, exit_code: int | None, reason: str) -> None:
-        """The run's last word; none where an elastic job goes on (exit code None)."""
+        """Write the outcome, unless an elastic job continues (exit code None), and close the files."""
         if self.writer is None or self.metrics is None:
             return
         self.writer.close()

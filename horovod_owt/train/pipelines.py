@@ -1,4 +1,4 @@
-"""The batches of one rank: of the endless training stream, and of its slice of the validation set."""
+"""One rank's batches: of the endless training stream, and of its slice of the validation set."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def training_pipeline(
     position: int = 0,
     bad_images: BadImages | None = None,
 ) -> Pipeline:
-    """Micro-batches without end, from `position` (samples consumed by all ranks so far) on.
+    """Endless micro-batches from `position` (samples consumed by all ranks so far) on.
 
-    Without `bad_images`, here and below, a bad image is a RunError.
+    Without `bad_images`, here and below, a bad image raises RunError.
     """
     feed = TrainFeed(
         folder.train,
@@ -40,7 +40,7 @@ def training_pipeline(
 def validation_pipeline(
     cfg: TrainConfig, folder: DataSet, world: World, *, bad_images: BadImages | None = None
 ) -> Pipeline:
-    """This rank's share of the validation images, each of them once, the last batch padded."""
+    """This rank's share of the validation images, each once, with the last batch padded."""
     feed = ValidationFeed(
         folder.val, batch=cfg.batch, rank=world.rank, world_size=world.size, bad_images=bad_images
     )

@@ -1,4 +1,4 @@
-"""Whatever can be refused before ranks meet, while no peer waits for us in a collective."""
+"""Checks before ranks connect, while no peer waits in a collective."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from horovod_owt.topology import Topology, rank_topology, resolve_group_size
 
 @dataclass(frozen=True)
 class Request:
-    """A run that makes sense as far as one rank can tell."""
+    """A validated request to train, as far as one rank can check it."""
 
     cfg: TrainConfig  # with the number of classes filled in
     data: Path
@@ -25,7 +25,7 @@ class Request:
 
 
 def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> Request:
-    """Resolve the configuration, open the data set, choose the device; raises OwtError if one is unfit."""
+    """Resolve the configuration, open the data set, choose the device; raises OwtError if one is invalid."""
     topology = rank_topology()
     try:
         cfg = resolve(recipe, settings)
@@ -49,30 +49,30 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
     return Request(cfg, Path(data).resolve(), folder, device)
 
 
-def _group_size(cfg: TrainConfig, topology: Topology) -> str:
-    """Ranks that share the FC layers. In `data` each has its own: hosts of any size may come together."""
-    return "1" if cfg.parallel == "data" else str(resolve_group_size(cfg.fc_group_size, topology))
+def _group_size(cfg: TrainConfig, topology: Topology) -> int:
+    """Ranks that share the FC layers. With parallel=data each has its own, and hosts may differ in size."""
+    return 1 if cfg.parallel == "data" else resolve_group_size(cfg.fc_group_size, topology)
 
 
 def choose_device(cfg: TrainConfig, topology: Topology) -> Device:
-    """This rank's device; raises OwtError if there is none for it, or none that can compute as asked."""
+    """This rank's device; raises OwtError if there is none for it, or it cannot run the configuration."""
     device = claim_device(topology)
     if device.gpu is not None:
         _check_torch_sees(device, topology)
     elif cfg.precision == "fp16":
-        raise ConfigError("precision=fp16 on a CPU", wanted="fp32 or bf16 there", fix="--set precision=bf16")
+        raise ConfigError("precision=fp16 on a CPU", wanted="fp32 or bf16", fix="--set precision=bf16")
     return device
 
 
 def _check_torch_sees(device: Device, topology: Topology) -> None:
-    """DeviceError for a GPU that the driver has and torch cannot use: it would train on the CPU, silently."""
+    """Raise DeviceError for a GPU that torch cannot use: training would silently run on the CPU."""
     import torch  # not needed before there is a GPU
 
     if not torch.cuda.is_available():
         gpu, built_for = device.gpu, torch.version.cuda or "no CUDA"
         raise DeviceError(
             f"torch {torch.__version__} on host {topology.host} cannot use its {gpu.name}: it is built for "
-            f"CUDA {built_for}, driver {gpu.driver} is for up to CUDA {gpu.cuda_driver}",
+            f"CUDA {built_for}, driver {gpu.driver} supports up to CUDA {gpu.cuda_driver}",
             wanted="a torch for this driver",
-            fix="`launch/setup` chooses one, or CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
+            fix="run `launch/setup`, or set CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
         )

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines anywhere else. Rank 0 only."""
+"""Progress output of rank 0: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows each `every`-th step with loss, images/s and the shares of the step spent waiting."""
+    """Shows every `every`-th step: loss, images/s and the shares of the step spent waiting."""
 
     def __init__(
         self, *, total_steps: int, first_step: int, global_batch: int, every: int, show: bool
@@ -63,4 +63,10 @@ def _mean_report(reports: list[StepReport]) -> StepReport:
     def mean(name: str) -> float:
         return sum(getattr(report, name) for report in reports) / len(reports)
 
-    return StepReport(mean("loss"), False, mean("step_s"), mean("data_wait_s"), mean("exposed_comm_s"))
+    return StepReport(
+        loss=mean("loss"),
+        stop_asked=False,
+        step_s=mean("step_s"),
+        data_wait_s=mean("data_wait_s"),
+        exposed_comm_s=mean("exposed_comm_s"),
+    )

@@ -1,4 +1,4 @@
-"""One rank's part of the net with its optimizer: a training step, and its state as whole tensors by name."""
+"""One rank's part of the net and its optimizer: a training step, and its state as whole tensors by name."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from horovod_owt.parallel.optimizer import build_optimizer
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import OneWeirdTrick
 
-MOMENTUM = "momentum."  # before a parameter's name, that of its momentum
+MOMENTUM = "momentum."  # prefix of a parameter's momentum
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one optimizer update did; loss and stop are the same on every rank."""
+    """The result of one optimizer update; `loss` and `stop_asked` are the same on every rank."""
 
     loss: float  # mean over the good images of the global batch
     stop_asked: bool  # by any rank
@@ -34,13 +34,13 @@ class StepReport:
     exposed_comm_s: float
     bytes_sent: dict[str, int] = field(default_factory=dict)  # by this rank, by what they carry
     bytes_received: dict[str, int] = field(default_factory=dict)
-    bad_images: int = 0  # in the global batch: they counted nothing
-    any_unnamed: bool = False  # whether a rank met a bad image that it has not been told of
-    grad_norm: float | None = None  # of the whole net, before it was clipped; None where none is asked for
+    bad_images: int = 0  # in the global batch, not counted
+    any_unnamed: bool = False  # whether a rank read a bad image that is not announced yet
+    grad_norm: float | None = None  # of the whole net, before clipping; None without clip_norm
 
 
 class BadBatch(Exception):
-    """A global batch that must not be learned from, or from which nothing can be. Raised on every rank."""
+    """A global batch with bad images under bad_images=fail, or without good ones. Raised on every rank."""
 
 
 class Replica:
@@ -48,15 +48,15 @@ class Replica:
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
-        if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # to ask for it takes seconds
+        if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
             torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
-        torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: let cuDNN choose once
+        torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: cuDNN tunes once
         model = build_model(cfg.model, cfg.classes, dropout=cfg.dropout, seed=cfg.seed).to(world.device)
         model = model.double() if cfg.precision == "fp64" else model
         model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
         self.strategy = OneWeirdTrick(model, cfg, world, update_classifier=self._update_classifier)
         conv, fc = self.strategy.conv_parameters, self.strategy.fc_parameters
-        in_turns = cfg.fc_batch == "local"  # then the classifier has an optimizer to itself
+        in_turns = cfg.fc_batch == "local"  # then the classifier has an optimizer of its own
         self._optimizers = [build_optimizer(p, cfg) for p in ([fc, conv] if in_turns else [fc + conv])]
         self._scaler = _build_scaler() if cfg.precision == "fp16" else None
 
@@ -71,10 +71,10 @@ class Replica:
     ) -> StepReport:
         """One optimizer update over `accum_steps` micro-batches; `stop` asks all ranks to stop after it.
 
-        `consumed` samples of the endless stream came before this step; `named` are the bad images that all
-        ranks know of. Raises on every rank, before the update, FloatingPointError when the loss is NaN or
-        infinite on any (or the gradient, where its norm is asked for), and BadBatch for a
-        bad image under bad_images=fail, or when no image is good.
+        `consumed` samples of the endless stream came before this step; `named` are the bad images already
+        announced to all ranks. Raises on every rank, before the update: FloatingPointError if the loss (or
+        the gradient norm, with clip_norm) is NaN or infinite on any rank, and BadBatch for a bad image under
+        bad_images=fail, or if no image is good.
         """
         start, data_wait_s, strategy = perf_counter(), 0.0, self.strategy
         strategy.model.train()
@@ -107,16 +107,16 @@ class Replica:
         grad_norm = self._clip() if self.cfg.clip_norm else None
         self._update()
         return StepReport(
-            mean_loss,
-            stops > 0,
-            perf_counter() - start,
-            data_wait_s,
-            strategy.traffic.waited_s,
-            dict(strategy.traffic.sent),
-            dict(strategy.traffic.received),
-            round(bad),
-            unnamed > 0,
-            grad_norm,
+            loss=mean_loss,
+            stop_asked=stops > 0,
+            step_s=perf_counter() - start,
+            data_wait_s=data_wait_s,
+            exposed_comm_s=strategy.traffic.waited_s,
+            bytes_sent=dict(strategy.traffic.sent),
+            bytes_received=dict(strategy.traffic.received),
+            bad_images=round(bad),
+            any_unnamed=unnamed > 0,
+            grad_norm=grad_norm,
         )
 
     @contextmanager
@@ -132,7 +132,7 @@ class Replica:
             yield logits
 
     def parts(self) -> Iterator[tuple[str, Tensor, Slice | None]]:
-        """Weights, running statistics, momentum: name in the whole net, live tensor, which part it is."""
+        """Weights, running statistics, momentum: (name in the whole net, live tensor, the part it is)."""
         yield from self.strategy.named_buffers()
         for name, parameter, part in self.strategy.named_parameters():
             yield name, parameter.detach(), part
@@ -146,14 +146,14 @@ class Replica:
         return shapes | {f"{MOMENTUM}{name}": tuple(p.shape) for name, p in model.named_parameters()}
 
     def gather(self) -> dict[str, Tensor]:
-        """All of `parts` as whole tensors on the ranks of rank 0's fc_group, nothing on others.
+        """All of `parts` as whole tensors on the ranks of rank 0's fc_group, empty on others.
 
-        Every rank must call it. What is not split is live, not a copy.
+        Every rank must call it. Tensors that are not split are live, not copies.
         """
         return self.strategy.gather(self.parts()) if self.strategy.beside_root else {}
 
     def scaler_state(self) -> dict[str, float]:
-        """The loss scale of fp16, in plain numbers; nothing for the other precisions."""
+        """The loss scale of fp16 in plain numbers; empty for other precisions."""
         return self._scaler.state_dict() if self._scaler else {}
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
@@ -161,21 +161,21 @@ class Replica:
             self._scaler.load_state_dict(state)
 
     def weights_changed(self) -> None:
-        """To be called by whoever writes into `parts`."""
+        """Call after writing into `parts`."""
         self.strategy.classifier.weights_changed()
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         return next(o.state[parameter] for o in self._optimizers if parameter in o.state)["momentum_buffer"]
 
     def _set_lr(self, lr: float) -> None:
-        """The same for all layers, but for a classifier that is updated in turns: its batch is smaller."""
+        """Set the learning rate; a classifier updated in turns gets less, because its batch is smaller."""
         for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         if len(self._optimizers) > 1:
             self._optimizers[0].param_groups[0]["lr"] = lr * self.strategy.fc_update_share
 
     def _leave_out(self, bad: int, loss: float) -> float:
-        """Let gradients and loss be means over the good images of the global batch; returns that loss."""
+        """Rescale gradients and loss to means over the good images of the global batch; returns that loss."""
         images = self.cfg.global_batch(self.world.size)
         if self.cfg.bad_images == "fail" or bad == images:
             raise BadBatch
@@ -183,9 +183,9 @@ class Replica:
         return loss * images / (images - bad)
 
     def _clip(self) -> float:
-        """Let the gradient be no longer than clip_norm; returns how long it was (Pascanu et al. 2013).
+        """Clip the gradient norm to clip_norm; returns the norm before (Pascanu et al. 2013).
 
-        fp16's scaler sees to infinite gradients itself.
+        The scaler of fp16 handles infinite gradients itself.
         """
         if self._scaler:
             self._scaler.unscale_(self._optimizers[-1])
@@ -202,7 +202,7 @@ class Replica:
     def _update(self) -> None:
         optimizer = self._optimizers[-1]
         if self._scaler:
-            self._scaler.step(optimizer)  # unscales, and skips the update if a gradient overflowed
+            self._scaler.step(optimizer)  # unscales; skips the update if a gradient overflowed
             self._scaler.update()
         else:
             optimizer.step()
@@ -210,5 +210,5 @@ class Replica:
 
 
 def _build_scaler():
-    """torch.amp's scaler, or its older name in torch 2.0."""
+    """torch.amp's scaler; torch 2.0 has it under another name."""
     return torch.amp.GradScaler("cuda") if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler()

@@ -1,4 +1,4 @@
-"""All that a run must remember to go on: weights, momentum, and its place in the stream of samples."""
+"""The state that a run resumes from: weights, momentum, and its position in the stream of samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import Commit, Committed
 from horovod_owt.runs.checkpoints import newest_sound
 from horovod_owt.runs.records import validated_steps
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """A run's position."""
 
     num_samples: int  # training images, the length of an epoch
     step: int = 0  # optimizer updates done
@@ -32,14 +32,14 @@ class Position:
 
     @property
     def epoch(self) -> float:
-        """Epochs done, with the fraction."""
+        """Epochs done, as a fraction."""
         return self.consumed / self.num_samples
 
 
 def room_for_copies(replica: Replica) -> dict[str, Tensor]:
-    """Memory for `snapshot` on rank 0, nothing on others.
+    """Memory for `snapshot` on rank 0, empty on others.
 
-    Written to now: Linux gives pages at the first touch, which for 490 MB takes most of a second.
+    It is touched now: page faults on first use would take most of a second for 490 MB.
     """
     if not replica.world.is_root:
         return {}
@@ -52,9 +52,9 @@ def room_for_copies(replica: Replica) -> dict[str, Tensor]:
 def snapshot(
     replica: Replica, position: Position, copies: dict[str, Tensor], *, validation_due: bool
 ) -> Checkpoint | None:
-    """A copy of the run's state that later steps leave alone, on rank 0. Every rank must call it.
+    """A copy of the run's state on rank 0, None on others. Every rank must call it.
 
-    It is made in `copies`, from `room_for_copies`; `validation_due`: whether this state is to be validated.
+    It is written to `copies`, from `room_for_copies`; `validation_due` tells a resumed run to validate first.
     """
     whole = replica.gather()
     if not replica.world.is_root:
@@ -80,10 +80,10 @@ def snapshot(
 
 
 def restore(replica: Replica, position: Position, run_dir: Path, resume: str) -> bool:
-    """Go on where a checkpoint stopped, if there is one: rank 0 reads it, all receive. Every rank calls it.
+    """Resume from a checkpoint, if there is one: rank 0 reads and broadcasts it. Every rank must call it.
 
-    `resume` is auto (the newest sound checkpoint of the run), never, or the path of a checkpoint. Returns
-    whether the run ended before it had validated that state.
+    `resume` is auto (the newest valid checkpoint of the run), never, or the path of a checkpoint. Returns
+    whether that state is still to be validated.
     """
     if resume == "never":
         return False
@@ -115,20 +115,26 @@ def restore(replica: Replica, position: Position, run_dir: Path, resume: str) ->
     return state["validation_due"]
 
 
-def commit(replica: Replica, position: Position, committed: Committed, values: dict[str, Any]) -> None:
-    """Keep this state in the memory of every rank; raises, on all, what lets an elastic job regroup."""
-    tensors = {name: tensor for name, tensor, _ in replica.parts()}
-    place = {"step": position.step, "consumed": position.consumed, "scaler": replica.scaler_state()}
-    committed.commit_copy(tensors, {**values, **place})
+def commit(replica: Replica, position: Position, committed: Committed, run_dir: Path) -> None:
+    """Keep this state in the memory of every rank; if hosts changed, all ranks raise an elastic reset."""
+    last, own_global_batch = committed.last, replica.cfg.global_batch(replica.world.size)
+    state = Commit(
+        step=position.step,
+        consumed=position.consumed,
+        scaler=replica.scaler_state(),
+        run_dir=run_dir,
+        first_global_batch=last.first_global_batch if last else own_global_batch,
+    )
+    committed.commit_copy({name: tensor for name, tensor, _ in replica.parts()}, state)
 
 
 def restore_commit(replica: Replica, position: Position, committed: Committed) -> bool:
-    """Go back to what was committed, as every rank does; nothing is left to validate."""
+    """Go back to the last commit, on every rank. Returns False: validation is not due."""
     for name, tensor, _ in replica.parts():
         tensor.copy_(committed.tensors[name])
     replica.weights_changed()
-    replica.load_scaler_state(committed.values["scaler"])
-    position.step, position.consumed = committed.step, committed.values["consumed"]
+    replica.load_scaler_state(committed.last.scaler)
+    position.step, position.consumed = committed.last.step, committed.last.consumed
     return False
 
 
@@ -145,6 +151,6 @@ def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica, num_sample
     if checkpoint.state["num_samples"] != num_samples:
         raise ConfigError(
             f"checkpoint {path} was made on {checkpoint.state['num_samples']} training images",
-            wanted=f"the same data set, this one has {num_samples}",
-            fix="name the data set it was trained on, or start a new --run-dir",
+            wanted=f"the same data set; this one has {num_samples}",
+            fix="use the data set it was trained on, or a new --run-dir",
         )

@@ -1,15 +1,15 @@
-"""Signals that ask a run to stop at a checkpoint."""
+"""Signals that stop a run at a checkpoint."""
 
 from __future__ import annotations
 
 import signal
 
-# Slurm sends TERM at a time limit or preemption, or whichever of the others --signal names.
+# Slurm sends TERM at a time limit or preemption, and the signal that --signal selects.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Remembers the first stop signal; while it is entered, the current step may end in peace.
+    """Records the first stop signal while it is entered, so that the current step can finish.
 
     A second SIGINT ends the process at once, as a user who presses Ctrl-C twice expects.
     """

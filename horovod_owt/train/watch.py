@@ -1,4 +1,4 @@
-"""The operator's eyes on a run: who died, who keeps whom waiting, and what each rank is at."""
+"""Monitoring of a run: dead ranks, stalled collectives, and stack dumps of every rank."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from horovod_owt.runs.folder import stacks_file, stacks_folder, write_outcome
 
 log = logging.getLogger(__name__)
 
-HOST_GONE_S = 20.0  # so long a host may answer nothing, where the job can do without it
-REPORT_S = 60.0  # a collective may wait so long before it is spoken of, or half the stall limit
+HOST_GONE_S = 20.0  # in an elastic job, a host that does not respond for this long is dead
+REPORT_S = 60.0  # a collective that waits this long, or half the stall limit, is reported
 
 
 class Stacks:
-    """RUN/stacks/rank-0001.txt: where each thread of a rank is, on SIGQUIT and when ranks wait too long."""
+    """RUN/stacks/rank-0001.txt: stacks of a rank's threads, on SIGQUIT and when ranks wait too long."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._path = stacks_file(run_dir, rank)
@@ -39,13 +39,13 @@ class Stacks:
         faulthandler.dump_traceback(self._file, all_threads=True)
 
     def close(self) -> None:
-        """An empty file is not left behind."""
+        """Close the file; remove it if it is empty."""
         faulthandler.unregister(signal.SIGQUIT)
         self._file.close()
         with suppress(OSError):
             if self._path.stat().st_size == 0:
                 self._path.unlink()
-            self._path.parent.rmdir()  # if it was the last
+            self._path.parent.rmdir()  # if it is empty
 
 
 @contextmanager
@@ -55,11 +55,11 @@ def watched(
     *,
     stall_limit_s: float,
     record: Callable[..., None],
-    goes_on: bool = False,
+    elastic: bool = False,
 ) -> Iterator[Heartbeat]:
-    """A heartbeat between the ranks, reports in log and metrics; after the stall limit the job is ended.
+    """Run a heartbeat, report stalls in log and metrics, and end the job after the stall limit.
 
-    `goes_on` says that the job outlives a dead rank.
+    An `elastic` job survives dead ranks.
     """
 
     def report(who: str) -> None:
@@ -67,14 +67,14 @@ def watched(
         record("fault", fault=f"stalled: {who}", step=now.step)
 
     def give_up(who: str) -> None:
-        reason = RunError(f"stalled: {who}", fix=_how_to_go_on(run_dir))
+        reason = RunError(f"stalled: {who}", fix=_how_to_resume(run_dir))
         write_outcome(run_dir, {"exit_code": 1, "reason": str(reason), "step": now.step})
         print(f"owt: [rank {world.rank} {world.host}] {reason}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread waits in a collective that will not end; the launcher ends the others
+        os._exit(1)  # the main thread hangs in a collective; the launcher ends the other ranks
 
     def on_death(who: str) -> None:
-        """In case that the launcher ends this rank before it comes to its own end."""
-        if world.rank in (0, 1) and not goes_on:
+        """Write the outcome, in case the launcher ends this rank before it fails itself."""
+        if world.rank in (0, 1) and not elastic:
             outcome = {"exit_code": 1, "reason": f"lost contact with {who}: it died", "step": now.step}
             write_outcome(run_dir, outcome)
 
@@ -88,15 +88,15 @@ def watched(
             give_up=give_up,
             dump=stacks.dump,
             on_death=on_death,
-            regroup_s=min(HOST_GONE_S, stall_limit_s / 2) if goes_on else None,
+            regroup_s=min(HOST_GONE_S, stall_limit_s / 2) if elastic else None,
         ) as heartbeat:
             yield heartbeat
     finally:
         stacks.close()
 
 
-def _how_to_go_on(run_dir: Path) -> str:
+def _how_to_resume(run_dir: Path) -> str:
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
-        return "there is no checkpoint yet: the same command starts anew"
-    return f"the same command with --run-dir {run_dir} goes on from {checkpoints[0].name}"
+        return "there is no checkpoint yet: the same command starts again"
+    return f"the same command with --run-dir {run_dir} resumes from {checkpoints[0].name}"

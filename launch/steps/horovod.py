@@ -86,7 +86,7 @@ def all_ingredients(
         "python": abi,
         "mpi": [mpi.source, mpi.version, os.path.realpath(mpi.mpicc) if mpi.source == "site" else ""],
         "lane": lane.name,
-        "compiler": tools.compiler,
+        "compiler": tools.cxx.version,
         "nvcc": tools.nvcc,
         "settings": settings,
         "cpu": None if "HOROVOD_BUILD_ARCH_FLAGS" in settings else build_cpu_flags(),
@@ -179,8 +179,7 @@ def patched_source(place: Place, archive: Path) -> Path:
         archive, place.scratch, **({"filter": "data"} if sys.version_info >= (3, 12) else {})
     )
     source = place.scratch / f"horovod-{VERSION}"
-    for patch in PATCHES:
-        patches.apply(patch, source)
+    patches.apply(PATCHES, source)
     return source
 
 
@@ -199,9 +198,11 @@ def build_settings(
         "HOROVOD_LOCAL_VERSION": local_version(),
         "LDFLAGS": RELATIVE_RPATH,
         "MAKEFLAGS": f"-j{jobs}",
+        "CXX": tools.cxx.command,
+        **({"CC": tools.cxx.c_compiler} if tools.cxx.c_compiler else {}),
     }
     if lane.cuda_major is None:
-        return {**settings, "HOROVOD_WITHOUT_CUDA": "1"}
+        return {**settings, "HOROVOD_WITHOUT_CUDA": "1", **place.settings()}
     settings |= {
         "HOROVOD_GPU_OPERATIONS": "NCCL",
         "HOROVOD_CUDA_HOME": str(tools.cuda_home),

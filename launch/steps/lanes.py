@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from steps.compiler import GccRange
 from steps.machine import Gpu
 from steps.place import LAUNCH
 from steps.process import say
@@ -13,8 +14,9 @@ from steps.process import say
 class Lane:
     name: str
     extras: tuple[str, ...]  # of setup.cfg
-    gcc: tuple[int, int | None]  # oldest and newest g++ that builds Horovod here
-    python_max: tuple[int, int] | None = None
+    gcc: GccRange
+    torch: str
+    python_newest: int  # the last Python 3 that this torch has wheels for
     cuda_major: int | None = None  # None: no GPU operations
     nccl_package: str | None = None  # pip's, the one torch itself loads
 
@@ -27,16 +29,23 @@ LANES = {
     lane.name: lane
     for lane in (
         # torch 2.14 asks for C++20: g++ 10
-        Lane("cpu", ("dali", "test", "docs"), gcc=(10, None)),
+        Lane("cpu", ("dali", "test", "docs"), GccRange(10), "2.14.1", python_newest=14),
         Lane(
-            "cuda", ("dali", "test", "docs"), gcc=(10, None), cuda_major=13, nccl_package="nvidia-nccl-cu13"
+            "cuda",
+            ("dali", "test", "docs"),
+            GccRange(10),
+            "2.14.1",
+            python_newest=14,
+            cuda_major=13,
+            nccl_package="nvidia-nccl-cu13",
         ),
         # torch 2.0.1 is the last wheel with Kepler's sm_37; CUDA 11's nvcc takes g++ up to 11
         Lane(
             "k80",
             ("dali-k80", "test", "docs"),
-            gcc=(7, 11),
-            python_max=(3, 11),
+            GccRange(7, 11),
+            "2.0.1",
+            python_newest=11,
             cuda_major=11,
             nccl_package="nvidia-nccl-cu11",
         ),

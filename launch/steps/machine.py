@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, Python, compiler, CMake, disk space."""
+"""What this machine has: GPUs, Python, CMake, CUDA, disk space."""
 
 import re
 import shutil
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from steps.process import Missing, ask
+from steps import compiler
+from steps.compiler import Compiler
+from steps.process import Lacking, Missing, ask
 
 # Measured for the cpu lane with Python 3.11: docs/setup.md
 VENV_GB = 8  # 6.3 installed, the rest while pip unpacks
 CACHE_GB = 5  # pip's own copies of the wheels, where the index is a remote one, and the build
 BUILD_GB = 1
+OLDEST_PYTHON = 10  # 3.10; launch/setup itself refuses older ones
 CUDA_DEFAULT = Path("/usr/local/cuda")
 
 
@@ -46,7 +49,7 @@ def list_gpus() -> list[Gpu]:
 class Tools:
     """What builds Horovod; the strings are part of the wheel's key."""
 
-    compiler: str  # first line of c++ --version
+    cxx: Compiler
     cmake: str
     cuda_home: Path | None = None
     nvcc: str = ""  # its last line
@@ -55,11 +58,13 @@ class Tools:
 def check_python(lane) -> None:
     """Python itself must be able to make a virtual environment and to compile against its headers."""
     this = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
-    if lane.python_max and sys.version_info[:2] > lane.python_max:
-        newest = "{}.{}".format(*lane.python_max)
+    if sys.version_info[1] > lane.python_newest:
+        others = [f"python3.{minor}" for minor in range(lane.python_newest, OLDEST_PYTHON - 1, -1)]
+        here = next((name for name in others if shutil.which(name)), None)
+        get = f"run `{here} launch/setup`" if here else f"install one, {others[0]} say, and run that"
         raise Missing(
-            f"this is {this}, the {lane.name} lane's torch has wheels up to Python {newest}: "
-            f"run `python{newest} launch/setup --lane {lane.name}`"
+            f"this is {this}; torch {lane.torch} of the {lane.name} lane has wheels for Python "
+            f"3.{OLDEST_PYTHON} to 3.{lane.python_newest}: {get}"
         )
     version = this.removeprefix("Python ")
     lacking = []
@@ -77,27 +82,11 @@ def check_python(lane) -> None:
 def check_build_tools(lane, environ: Mapping[str, str]) -> Tools:
     """Find what the Horovod build needs, before anything is downloaded; name all that is missing at once."""
     lacking = []  # (what was seen and wanted, Debian package)
-    cxx = (
-        shutil.which(environ.get("CXX", ""))
-        or shutil.which("c++")
-        or shutil.which("g++")
-        or shutil.which("clang++")
-    )
-    compiler = (ask([cxx, "--version"]) or "").partition("\n")[0] if cxx else ""
-    if not compiler:
-        lacking.append(("no C++ compiler", "g++"))
-    else:
-        major = int((ask([cxx, "-dumpversion"]) or "0").partition(".")[0])
-        is_gcc = "clang" not in compiler.lower()
-        oldest, newest = lane.gcc
-        if is_gcc and not oldest <= major <= (newest or major):
-            wanted = f"{oldest} to {newest}" if newest else f">= {oldest}"
-            lacking.append(
-                (
-                    f"g++ {major}, wanted {wanted} (CXX=g++-{newest or oldest} names another)",
-                    f"g++-{newest or oldest}",
-                )
-            )
+    cxx = None
+    try:
+        cxx = compiler.choose(lane.gcc, environ)
+    except Lacking as fault:
+        lacking.append((fault.seen, fault.package))
     cmake = (ask(["cmake", "--version"]) or "").partition("\n")[0]
     found = re.search(r"(\d+)\.(\d+)", cmake)
     if not found:
@@ -117,7 +106,7 @@ def check_build_tools(lane, environ: Mapping[str, str]) -> Tools:
             f"{'; '.join(what for what, _ in lacking)}: "
             f"apt-get install {' '.join(package for _, package in lacking)}"
         )
-    return Tools(compiler, cmake, cuda_home, nvcc)
+    return Tools(cxx, cmake, cuda_home, nvcc)
 
 
 def find_cuda(environ: Mapping[str, str]) -> tuple[Path | None, str]:

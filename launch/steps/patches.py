@@ -1,9 +1,12 @@
-"""Apply a patch as it stands: every line of context where the hunk says, or nothing is written.
+"""Apply patches to one source tree: every hunk exactly where it says in the release, or nothing is written.
 
-`patch` would look around, shift and guess; here a guess would be a Horovod that nobody has tested.
+`patch` would look around, shift and guess; here a guess would be a Horovod that nobody has tested. Each patch
+is made against the released source, so that it stands alone; together they are merged by that source's lines.
 """
 
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from steps.process import Failed
@@ -11,33 +14,66 @@ from steps.process import Failed
 HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,(\d+))? @@")
 
 
-def apply(patch: Path, folder: Path) -> list[Path]:
-    """Change files in folder as the patch says (`-p1`, existing text files only); the files that changed."""
-    changed: dict[Path, list[str]] = {}
+@dataclass(frozen=True)
+class Hunk:
+    patch: str  # file name
+    file: str  # relative to the source tree
+    start: int  # line number in the released file, from 1
+    old: list[str]
+    new: list[str]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.old)
+
+
+def apply(patches: Iterable[Path], folder: Path) -> list[Path]:
+    """Change files in folder as the patches say (`-p1`, existing text files only); the files that changed.
+
+    Raises Failed, with nothing written, if a patch does not fit its file or two patches want the same lines.
+    """
+    hunks: dict[str, list[Hunk]] = {}
+    for patch in patches:
+        found = list(_hunks(patch))
+        if not found:
+            raise Failed(f"{patch.name} changes no file")
+        for hunk in found:
+            hunks.setdefault(hunk.file, []).append(hunk)
+    texts = {folder / file: _merged(folder / file, hunks[file]) for file in hunks}
+    for target, text in texts.items():
+        target.write_text(text)
+    return list(texts)
+
+
+def _merged(target: Path, hunks: list[Hunk]) -> str:
+    """The text of a file with these hunks in it."""
+    hunks = sorted(hunks, key=lambda hunk: hunk.start)
+    if not target.is_file():
+        raise Failed(f"{hunks[0].patch}: {target} is not there")
+    lines = target.read_text().splitlines(keepends=True)
+    for one, other in zip(hunks, hunks[1:], strict=False):
+        if other.start < one.end:
+            raise Failed(f"{one.patch} and {other.patch} both change {target} at line {other.start}")
+    for hunk in reversed(hunks):  # from the end, so that the lines before keep their numbers
+        at = slice(hunk.start - 1, hunk.end - 1)
+        if lines[at] != hunk.old:
+            raise Failed(f"{hunk.patch} does not apply to {target} at line {hunk.start}")
+        lines[at] = hunk.new
+    return "".join(lines)
+
+
+def _hunks(patch: Path) -> Iterator[Hunk]:
     lines = iter(patch.read_text().splitlines(keepends=True))
+    file = ""
     for line in lines:
         if line.startswith("+++ b/"):
-            target = folder / line[len("+++ b/") :].split("\t")[0].rstrip("\n")
-            if not target.is_file():
-                raise Failed(f"{patch.name}: {target} is not there")
-            changed[target] = target.read_text().splitlines(keepends=True)
-            shift = 0  # lines that earlier hunks of this file have added
+            file = line[len("+++ b/") :].split("\t")[0].rstrip("\n")
         elif found := HUNK.match(line):
             start, old_count, new_count = (int(number or 1) for number in found.groups())
-            old, new = _hunk(lines, old_count, new_count)
-            at = start - 1 + shift
-            if changed[target][at : at + len(old)] != old:
-                raise Failed(f"{patch.name} does not apply to {target} at line {start}")
-            changed[target][at : at + len(old)] = new
-            shift += len(new) - len(old)
-    if not changed:
-        raise Failed(f"{patch.name} changes no file")
-    for target, text in changed.items():
-        target.write_text("".join(text))
-    return list(changed)
+            yield Hunk(patch.name, file, start, *_sides(lines, old_count, new_count))
 
 
-def _hunk(lines, old_count: int, new_count: int) -> tuple[list[str], list[str]]:
+def _sides(lines: Iterator[str], old_count: int, new_count: int) -> tuple[list[str], list[str]]:
     """The lines before and after, taken from an iterator that stands behind the @@ line."""
     old, new = [], []
     while len(old) < old_count or len(new) < new_count:

@@ -1,7 +1,6 @@
 """Child processes: a log file for each, a sign of life on stderr, and none of them left behind."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -9,6 +8,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from steps import diagnosis
+from steps.progress import Progress
 
 PLAIN_EVERY_S = 20  # between two signs of life where stderr is no terminal
 STOP_GRACE_S = 10  # horovodrun ends its ranks on SIGTERM; after this long nobody is asked
@@ -28,6 +30,14 @@ class Missing(Stopped):
     """The machine lacks something that set-up may not install."""
 
     exit_code = 2
+
+
+class Lacking(Missing):
+    """A tool that a Debian package brings."""
+
+    def __init__(self, seen: str, package: str):
+        super().__init__(f"{seen}: apt-get install {package}")
+        self.seen, self.package = seen, package
 
 
 class Failed(Stopped):
@@ -99,7 +109,9 @@ def run(
     if timed_out:
         raise Failed(f"{label}: no end after {timeout_s:.0f} s; {log}")
     if child.returncode != 0:
-        raise Failed(f"{label} failed (exit {child.returncode}): {likeliest_line(text)}; log: {log}")
+        line = diagnosis.telling_line(text)
+        advice = f"; {found}" if (found := diagnosis.way_out(line)) else ""
+        raise Failed(f"{label} failed (exit {child.returncode}): {line}{advice}; log: {log}")
     say(f"{label}: done in {time.monotonic() - start:.0f} s")
     return text
 
@@ -140,9 +152,10 @@ def _watch(child: subprocess.Popen, label: str, log: Path, start: float, timeout
     """Wait for the child's end with a sign of life; False when the time is up first."""
     on_terminal = sys.stderr.isatty()
     next_plain_s = PLAIN_EVERY_S
+    progress = Progress()
     while True:
         try:
-            child.wait(0.25)
+            child.wait(0.5)
             return True
         except subprocess.TimeoutExpired:
             pass
@@ -152,11 +165,12 @@ def _watch(child: subprocess.Popen, label: str, log: Path, start: float, timeout
         elapsed_s = time.monotonic() - start
         if timeout_s is not None and elapsed_s > timeout_s:
             return False
-        line = f"{label}: {int(elapsed_s) // 60}:{int(elapsed_s) % 60:02d} {progress_in(log)}"
+        shown = progress.of(log.read_text(errors="replace"), elapsed_s)
+        line = f"{label}: {int(elapsed_s) // 60}:{int(elapsed_s) % 60:02d} {shown}"
         if on_terminal:
             width = os.get_terminal_size(sys.stderr.fileno()).columns
             print(
-                f"{'|/-' + chr(92)}"[int(4 * elapsed_s) % 4],
+                f"{'|/-' + chr(92)}"[int(2 * elapsed_s) % 4],
                 line[: width - 3],
                 end="",
                 file=sys.stderr,
@@ -165,26 +179,3 @@ def _watch(child: subprocess.Popen, label: str, log: Path, start: float, timeout
         elif elapsed_s >= next_plain_s:
             say(line)
             next_plain_s += PLAIN_EVERY_S
-
-
-def progress_in(log: Path) -> str:
-    """The last percentage that make printed, or else the package that pip is at."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 65536))
-        tail = file.read().decode(errors="replace")
-    if percents := re.findall(r"\[ *(\d+)%\]", tail):
-        return f"{percents[-1]} %"
-    doing = re.findall(r"^(?:Collecting|Downloading|Using cached|Installing) [^\s(]+", tail, re.MULTILINE)
-    return doing[-1] if doing else ""
-
-
-def likeliest_line(text: str) -> str:
-    """The line of a log that says why: a full disk before all, else the first error, else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for pattern in (r"No space left on device", r"^CMake Error|\berror:|^ERROR|Error:", r""):
-        for line in lines[1:]:
-            if re.search(pattern, line) and not re.search(
-                r"subprocess-exited-with-error|did not run successfully", line
-            ):
-                return (line if pattern else lines[-1])[:200]
-    return "it printed nothing"

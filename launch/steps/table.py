@@ -38,7 +38,7 @@ def rows(
             f"{mpi.version} from {mpi.source}, {versions.get('mpi4py', '-')}" if mpi.there else "none",
         ),
         ("Horovod", f"{build.version} ({len(PATCHES)} patches)"),
-        ("compiler", tools.compiler + (f", nvcc {tools.nvcc}" if tools.nvcc else "")),
+        ("compiler", tools.cxx.version + (f", nvcc {tools.nvcc}" if tools.nvcc else "")),
     ]
     if mpi.is_open_mpi and os.getuid() == 0:
         table.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -124,6 +125,14 @@ def run(start):
         return done
 
     return run
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """Draws of another seed each time; it is printed, and one from $OWT_TEST_SEED is taken in its place."""
+    seed = int(os.environ.get("OWT_TEST_SEED") or time.time_ns() % 10**6)
+    print(f"OWT_TEST_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture

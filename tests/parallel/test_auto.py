@@ -15,7 +15,7 @@ def test_auto_prints_its_choice_with_both_predictions_and_goes_on_with_it(run, i
     (line,) = re.findall(r"parallel auto: .*", done.stderr + done.stdout)
     said = re.fullmatch(
         r"parallel auto: (data|hybrid) \(predicted ([\d.e-]+) s a step on 2 ranks; "
-        r"(data|hybrid) ([\d.e-]+) s\); --parallel (data|hybrid) overrules",
+        r"(data|hybrid) ([\d.e-]+) s\); override with --parallel (data|hybrid)",
         line.strip(),
     )
     choice, seconds, other, other_seconds, overruled = said.groups()

@@ -76,7 +76,7 @@ def test_each_bad_file_is_named_once_with_its_fault(spoilt, trained, kind):
     _, bad = spoilt
     out, said = trained
     said = said[said.index(f"run folder {out / kind}") :]
-    said = said[: said.index("bad images left out: ") + 20]
+    said = said[: said.index("bad images skipped; ") + 20]
     faults = records(out / kind, "fault")
     assert Counter(line["path"] for line in faults) == Counter(bad.keys())
     assert all(bad[line["path"]] in line["fault"] for line in faults)
@@ -85,7 +85,7 @@ def test_each_bad_file_is_named_once_with_its_fault(spoilt, trained, kind):
         (warning,) = [line for line in said.splitlines() if f"bad image {path}:" in line]
         assert "WARNING [rank" in warning
     assert records(out / kind, "outcome")[0]["bad_images"] == len(bad)
-    assert f"{len(bad)} bad images left out" in said
+    assert f"{len(bad)} bad images skipped" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +147,7 @@ def test_under_fail_every_rank_ends_with_the_name_of_the_file(run, images, tmp_p
     ("name", "step", "reason"),
     [
         ("fail in validation", 1, "bad image {}: undecodable"),
-        ("no good image", 0, "no image of step 1 is good: bad image {}: empty file"),
+        ("no good image", 0, "no good image in step 1: bad image {}: empty file"),
     ],
 )
 def test_a_run_that_must_not_go_on_says_why(trained, name, step, reason):

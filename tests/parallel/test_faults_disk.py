@@ -52,8 +52,8 @@ def test_a_full_disk_is_put_up_with_for_some_intervals_and_the_next_run_goes_on(
     assert done.exit_code != 0
     said = done.stderr
     assert "not written: " in said and "No space left on device" in said
-    assert "training goes on, 2 more such and it stops" in said
-    assert "training goes on, 1 more such and it stops" in said
+    assert "continuing; stops after 2 more failures" in said
+    assert "continuing; stops after 1 more failure" in said
     assert "nor 2 before it" in said and "a bug" not in said
     (last,) = list_checkpoints(run_dir)
     assert find_fault(last) == ""

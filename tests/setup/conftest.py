@@ -1,6 +1,7 @@
 """Fixtures for the tests of launch/setup: a place to set up, fake tools, the script, Horovod's source."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,28 +59,33 @@ def sdist(tmp_path_factory) -> Path:
     return horovod.fetch_sdist(place.Place(Path(sys.prefix), environ))
 
 
-@pytest.fixture
-def source(sdist, tmp_path) -> Path:
-    """Of Horovod's source, fresh and unpatched, the files that the patches touch and the CMake modules."""
+@pytest.fixture(scope="session")
+def released(sdist, tmp_path_factory) -> Path:
+    """Of Horovod's source as released, the files that the patches touch, those beside them in the torch
+    binding and flatbuffers, and the CMake modules; not to be written to."""
     wanted = {
         line[6:].split()[0]
         for patch in place.PATCHES
         for line in patch.read_text().splitlines()
         if line.startswith("+++ b/")
     }
+    folder = tmp_path_factory.mktemp("released")
     top = f"horovod-{horovod.VERSION}/"
     with tarfile.open(sdist) as archive:
         for member in archive:
             name = member.name.removeprefix(top)
-            if name in wanted or name.startswith("cmake/"):
-                archive.extract(
-                    member, tmp_path, **({"filter": "data"} if sys.version_info >= (3, 12) else {})
-                )
-    return tmp_path / top
+            if name in wanted or name.startswith(("cmake/", "horovod/torch/", "third_party/flatbuffers/")):
+                archive.extract(member, folder, **({"filter": "data"} if sys.version_info >= (3, 12) else {}))
+    return folder / top
+
+
+@pytest.fixture
+def source(released, tmp_path) -> Path:
+    """A copy of the released files for one test."""
+    return Path(shutil.copytree(released, tmp_path / released.name))
 
 
 @pytest.fixture
 def patched(source) -> Path:
-    for patch in place.PATCHES:
-        patches.apply(patch, source)
+    patches.apply(place.PATCHES, source)
     return source

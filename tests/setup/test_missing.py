@@ -80,10 +80,17 @@ def test_a_python_without_its_headers_is_refused(monkeypatch, tmp_path):
         machine.check_python(lanes.LANES["cpu"])
 
 
-def test_a_python_too_new_for_the_k80_lane_is_refused(monkeypatch):
-    monkeypatch.setattr(machine.sys, "version_info", (3, 13, 0))
-    with pytest.raises(Missing, match="run `python3.11 launch/setup --lane k80`"):
-        machine.check_python(lanes.LANES["k80"])
+@pytest.mark.parametrize("lane, minor, wheels", [("cpu", 15, "3.10 to 3.14"), ("k80", 12, "3.10 to 3.11")])
+def test_a_python_that_torch_has_no_wheels_for_is_refused(monkeypatch, tool, tmp_path, lane, minor, wheels):
+    monkeypatch.setattr(machine.sys, "version_info", (3, minor, 0))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(
+        Missing, match=rf"this is Python 3\.{minor}; torch .* has wheels for Python {wheels}: install"
+    ):
+        machine.check_python(lanes.LANES[lane])
+    tool("python3.10", "true")
+    with pytest.raises(Missing, match="run `python3.10 launch/setup`"):
+        machine.check_python(lanes.LANES[lane])
 
 
 def test_a_python_too_old_for_anything_is_refused():

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 from set_up_support import horovod, lanes, mpi, place
+from steps.compiler import Compiler
 from steps.machine import Gpu, Tools
 
-TOOLS = Tools("g++ (Debian 12.2.0-14) 12.2.0", "cmake version 3.25.1")
+GCC_12 = Compiler("/usr/bin/c++", "g++ (Debian 12.2.0-14) 12.2.0", 12)
+TOOLS = Tools(GCC_12, "cmake version 3.25.1")
 MPI = mpi.Mpi("pip", "/venv/bin/mpicc", "mpirun (Open MPI) 5.0.11")
 ANSWER = '["2.14.1", "cpython-311-x86_64-linux-gnulinux-x86_64"]'
 
@@ -45,7 +47,7 @@ def key(here, monkeypatch, tmp_path):
         {"torch": ANSWER.replace("2.14.1", "2.13.0")},
         {"torch": ANSWER.replace("311", "312")},
         {"lane": "cuda"},
-        {"tools": replace(TOOLS, compiler="g++ (Debian 13.3.0-1) 13.3.0")},
+        {"tools": replace(TOOLS, cxx=replace(GCC_12, version="g++ (Debian 13.3.0-1) 13.3.0"))},
         {"tools": replace(TOOLS, nvcc="release 13.0")},
         {"chosen": mpi.NO_MPI},
         {"chosen": replace(MPI, version="mpirun (Open MPI) 4.1.4")},

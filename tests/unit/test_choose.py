@@ -14,8 +14,8 @@ from horovod_owt.parallel.runtime import World
     ("ranks", "settings", "why"),
     [
         (1, [], "one rank"),
-        (4, [], "fc_group_size is 1: no rank to share layers with"),
-        (4, ["precision=fp16", "fc_group_size=2"], "hybrid takes no fp16"),
+        (4, [], "fc_group_size is 1: no ranks to split the layers over"),
+        (4, ["precision=fp16", "fc_group_size=2"], "hybrid does not support fp16"),
     ],
 )
 def test_auto_is_data_where_hybrid_makes_no_sense(caplog, ranks, settings, why):

@@ -158,7 +158,7 @@ def test_a_failure_of_dali_that_is_no_images_ends_the_run(damaged, monkeypatch):
     from horovod_owt.data import pipeline_dali
 
     monkeypatch.setattr(pipeline_dali, "find_refused", lambda build, inputs: [])
-    with pytest.raises(RunError, match="DALI stopped on .* fix: set pipeline=torchvision"):
+    with pytest.raises(RunError, match="DALI failed on .* fix: --set pipeline=torchvision"):
         run("dali", ValidationFeed(open_data_set(damaged).val, batch=BATCH, bad_images=BadImages()))
 
 
@@ -167,7 +167,7 @@ def test_a_failure_of_dali_that_is_no_images_ends_the_run(damaged, monkeypatch):
     ("data", "dali", "torchvision"),
     [
         (with_stray_marker(), None, "undecodable: broken data stream"),
-        (encoded("GIF"), "undecodable by DALI, though not by Pillow", None),
+        (encoded("GIF"), "undecodable by DALI, but not by Pillow", None),
     ],
 )
 def test_each_decoder_has_the_last_word_on_what_it_decodes(sound, tmp_path, data, dali, torchvision):

@@ -106,7 +106,7 @@ def test_a_rank_without_validation_images_yields_nothing(data):
         (lambda file: file.unlink(), "bad image {}: unreadable: No such file"),
         (lambda file: file.write_bytes(b""), "bad image {}: empty file"),
         (lambda file: file.write_bytes(b"<html>"), "bad image {}: not an image"),
-        (lambda file: file.write_bytes(file.read_bytes()[:90]), "bad image {}: JPEG cut short"),
+        (lambda file: file.write_bytes(file.read_bytes()[:90]), "bad image {}: truncated JPEG"),
     ],
 )
 def test_a_bad_file_is_named_after_the_good_batches_before_it(tmp_path, damage, saw):

@@ -238,19 +238,19 @@ def test_an_image_that_cannot_be_made_smaller_is_copied_and_named(root, tmp_path
     bad.write_bytes(bad.read_bytes()[:-400])
     pack(tmp_path / "set", tmp_path / "small", Form(short_side=40), workers=1)
     assert open_data_set(tmp_path / "small").train.read(1) == bad.read_bytes()
-    assert f"copied as it is: {bad}: " in caplog.text and "truncated" in caplog.text
+    assert f"copied unchanged: {bad}: " in caplog.text and "truncated" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("source", "out", "saw"),
     [
         ("folder", "folder", "is .*folder itself"),
-        ("folder", "folder/train/packed", "one within the other"),
-        ("packed/..", "packed/new", "one within the other"),
+        ("folder", "folder/train/packed", "are nested"),
+        ("packed/..", "packed/new", "are nested"),
         ("nowhere", "new", "nowhere does not exist"),
         ("empty", "new", "empty is empty: no folder train nor val"),
-        ("folder", "mine", "is not empty: it holds thesis.tex"),
-        ("folder", "packed", r"holds another data set \(shard_mb 1, not 256\)"),
+        ("folder", "mine", "is not empty: it contains thesis.tex"),
+        ("folder", "packed", r"contains another data set \(shard_mb 1, not 256\)"),
         ("folder", "file", "is a file"),
     ],
 )
@@ -271,7 +271,7 @@ def test_the_same_command_finds_its_work_done_until_the_source_changes(odd, tmp_
     before = tree(tmp_path / "packed")
     assert first[1] and not pack(odd, tmp_path / "packed", Form(), workers=1)[1]
     (odd / "train" / "n 1" / "a.b.c.JPEG").write_bytes(b"other")
-    with pytest.raises(DataError, match="holds another data set .source_sha256 "):
+    with pytest.raises(DataError, match="contains another data set .source_sha256 "):
         pack(odd, tmp_path / "packed", Form(), workers=1)
     assert tree(tmp_path / "packed") == before
 

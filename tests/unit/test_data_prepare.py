@@ -228,9 +228,11 @@ def test_a_finished_set_is_left_alone_and_other_options_are_refused(mini, tmp_pa
     (tmp_path / "out" / "notes.txt").touch()
     before = tree(tmp_path / "out")
     assert not run(mini, tmp_path / "out")
-    with pytest.raises(DataError, match=r'holds another data set \(format "folder", not "shards", shard_mb'):
+    with pytest.raises(
+        DataError, match=r'contains another data set \(format "folder", not "shards", shard_mb'
+    ):
         run(mini, tmp_path / "out", Form("shards"))
-    with pytest.raises(DataError, match=r"holds another data set \(short_side null, not 64\)"):
+    with pytest.raises(DataError, match=r"contains another data set \(short_side null, not 64\)"):
         run(mini, tmp_path / "out", Form("folder", short_side=64))
     assert tree(tmp_path / "out") == before
 
@@ -290,19 +292,19 @@ def spoil(mini, what: str) -> None:
     ("what", "saw"),
     [
         ("missing", "ILSVRC2012_img_val.tar cannot be read: No such file"),
-        ("cut", "ILSVRC2012_img_train.tar is cut short within n0"),
-        ("cut within a header", "ILSVRC2012_img_val.tar is cut short"),
-        ("bit", "ILSVRC2012_img_val.tar has md5 [0-9a-f]{32}; wanted [0-9a-f]{32}; fix: download it anew"),
-        ("no tar", "ILSVRC2012_img_train.tar is no tar archive, or a damaged one"),
-        ("val as train", "ILSVRC2012_img_train.tar holds ILSVRC2012_val_.*, not tars of synsets only"),
+        ("cut", "ILSVRC2012_img_train.tar is truncated within n0"),
+        ("cut within a header", "ILSVRC2012_img_val.tar is truncated"),
+        ("bit", "ILSVRC2012_img_val.tar has md5 [0-9a-f]{32}; wanted [0-9a-f]{32}; fix: download it again"),
+        ("no tar", "ILSVRC2012_img_train.tar is not a tar archive, or is damaged"),
+        ("val as train", "ILSVRC2012_img_train.tar contains ILSVRC2012_val_.*, which is no tar of a synset"),
         ("train as val", "ILSVRC2012_img_val.tar has 3 images, the devkit labels 12"),
-        ("devkit is no archive", "devkit_t12.tar.gz is no devkit: "),
-        ("devkit of task 3", "devkit_t12.tar.gz is no devkit: 'data/meta.mat'; wanted"),
+        ("devkit is no archive", "devkit_t12.tar.gz is not a devkit: "),
+        ("devkit of task 3", "devkit_t12.tar.gz is not a devkit: 'data/meta.mat'; wanted"),
         ("devkit of other synsets", r"has 3 synsets \(n02105855 only there\), the devkit 3 \(n09999999"),
         ("devkit of more images", "has 12 images, the devkit labels 13"),
-        ("id of no class", "validation images of id 9, which is no class"),
-        ("checksums", "MD5SUMS: 'what is this'; wanted lines as md5sum writes them"),
-        ("checksums of others", "MD5SUMS says nothing of ILSVRC2012_img_train.tar"),
+        ("id of no class", "validation images of class id 9, which is unknown"),
+        ("checksums", "MD5SUMS: 'what is this'; wanted md5sum.s format"),
+        ("checksums of others", "MD5SUMS has no line for ILSVRC2012_img_train.tar"),
     ],
 )
 def test_a_wrong_file_is_named_in_one_line(own, tmp_path, what, saw):
@@ -321,7 +323,7 @@ def test_the_official_sizes_are_asked_for_at_once(mini, tmp_path):
 
 def test_a_folder_in_use_is_refused(mini, tmp_path):
     (tmp_path / "train" / "n01").mkdir(parents=True)
-    with pytest.raises(DataError, match="is not empty: it holds train; wanted a new or empty folder"):
+    with pytest.raises(DataError, match="is not empty: it contains train; wanted a new or empty folder"):
         run(mini, tmp_path)
     assert os.listdir(tmp_path) == ["train"]
 

@@ -95,8 +95,8 @@ def empty_class(root):
         (lambda root: shutil.rmtree(root), "set does not exist; wanted .*train/CLASS"),
         (make_file, "set is not a folder"),
         (make_empty, "set is empty: no folder train nor val; .*fix: .*owt data synth"),
-        (lambda root: (root / "val").rename(root / "valid"), "holds train, valid: no folder val;"),
-        (lambda root: (root / "val").rename(root / "train" / "val"), "holds train: no folder val;"),
+        (lambda root: (root / "val").rename(root / "valid"), "contains train, valid: no folder val;"),
+        (lambda root: (root / "val").rename(root / "train" / "val"), "contains train: no folder val;"),
         (flatten, "set/val has no class folders"),
         (empty_class, r"set/train: no image in class n02 \(1 of 2 empty\)"),
         (
@@ -140,4 +140,4 @@ def test_an_unreadable_folder_is_named(root, folder, mode):
         said = subprocess.check_output(command, env=env, text=True, timeout=30).strip()
     finally:
         (root / folder).chmod(0o755)
-    assert said.startswith(f"DataError {root / folder} may not be read by user ") and "chmod" in said
+    assert said.startswith(f"DataError {root / folder} is not readable by user ") and "chmod" in said

@@ -121,7 +121,7 @@ def test_an_empty_folder_will_do(tmp_path):
     ("there", "saw"),
     [
         ("file", "is a file"),
-        ("other files", r"is not empty: it holds thesis.tex;"),
+        ("other files", r"is not empty: it contains thesis.tex;"),
         ("other set", r"another synthetic data set \(seed 7\)"),
         ("broken note", "unreadable .*synthetic.json;"),
     ],

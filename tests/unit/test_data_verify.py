@@ -117,7 +117,7 @@ def test_packed_samples_have_the_faults_of_their_files_and_of_their_checksums(sp
     packed[packed.index(sample) + len(sample) // 2] ^= 1  # one bit amid the pixels: it still decodes
     shard.write_bytes(packed)
     (new,) = [bad for bad in look(tmp_path / "packed", PillowDecoder(1)).bad if bad.index not in known]
-    assert new.index == 1 and "not the bytes that were packed: crc32" in new.text
+    assert new.index == 1 and "differs from the image that was packed: crc32" in new.text
 
 
 @pytest.mark.parametrize("kind", KINDS)

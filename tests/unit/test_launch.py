@@ -175,5 +175,5 @@ def test_the_interface_is_that_of_the_route(monkeypatch):
         assert interface_between(["n1", "me", "n2"]) == "eth0"
         with pytest.raises(ConfigError, match="n1 by eth0, me by lo, n3 by ib0"):
             interface_between(["n1", "me", "n3"])
-    with pytest.raises(ConfigError, match="no way from here to host"):
+    with pytest.raises(ConfigError, match="no route from here to host"):
         interface_towards("no-such-host.invalid")

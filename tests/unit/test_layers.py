@@ -218,6 +218,7 @@ def test_light_modules_load_nothing_heavy():
     assert not HEAVY & imported_after(code)
 
 
+@pytest.mark.alone
 def test_help_answers_in_half_a_second():
     def seconds() -> float:
         start = time.perf_counter()

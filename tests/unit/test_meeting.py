@@ -9,7 +9,7 @@ import pytest
 
 from horovod_owt.errors import RunError
 from horovod_owt.parallel import meeting
-from horovod_owt.parallel.meeting import meet
+from horovod_owt.parallel.meeting import CONNECT, meet
 from horovod_owt.topology import Topology
 
 
@@ -102,7 +102,7 @@ def test_a_rank_that_never_comes_is_named_when_time_is_up(ranks):
             return met.gather(topology.rank, 5), met.absent
 
     heard, absent = ranks(act, 3, here=[0, 2])[0]
-    assert heard == {0: 0, 2: 2} and absent == {1: ("", "come")}
+    assert heard == {0: 0, 2: 2} and absent == {1: ("", CONNECT)}
 
 
 def test_without_rank_0_the_others_say_so_and_do_not_wait_on(ranks):
@@ -111,7 +111,7 @@ def test_without_rank_0_the_others_say_so_and_do_not_wait_on(ranks):
             raise AssertionError
 
     (error,) = ranks(act, 2, here=[1])
-    assert "rank 1 on host1 heard nothing of rank 0" in str(error)
+    assert "rank 1 on host1 has no address of rank 0" in str(error)
 
 
 def test_when_rank_0_goes_the_others_hear_of_it(ranks):
@@ -120,7 +120,7 @@ def test_when_rank_0_goes_the_others_hear_of_it(ranks):
             met.gather(None, 10)
             return None if met.is_root else met.broadcast(limit_s=30)
 
-    assert "no word from rank 0 on host0" in str(ranks(act, 2)[1])
+    assert "heard nothing from rank 0 on host0" in str(ranks(act, 2)[1])
 
 
 def test_a_lone_rank_needs_no_network(monkeypatch):

@@ -23,7 +23,7 @@ def communication(batch: int, group_size: int, bytes_per_s: float) -> Communicat
     """Of one group, on a network that only its bandwidth limits."""
 
     def seconds(parallel: str, *names: str) -> float:
-        cfg = TrainConfig(batch=batch, classes=1000, parallel=parallel, fc_group_size=str(group_size))
+        cfg = TrainConfig(batch=batch, classes=1000, parallel=parallel, fc_group_size=group_size)
         sent = bytes_sent_per_step(cfg, group_size)
         return sum(sent[name] for name in names) / bytes_per_s
 

@@ -15,7 +15,7 @@ from horovod_owt.perf.traffic import break_even_batch, bytes_sent_per_step
 
 
 def sent(world_size: int, *, index: int = 0, **values) -> dict[str, int]:
-    cfg = TrainConfig(**{"classes": 1000, "batch": 32, "fc_group_size": "2", **values})
+    cfg = TrainConfig(**{"classes": 1000, "batch": 32, "fc_group_size": 2, **values})
     return bytes_sent_per_step(cfg, world_size, index=index)
 
 
@@ -65,7 +65,7 @@ def test_two_ranks_with_32_images_each_send_a_twentieth():
 
 
 def test_a_rank_alone_sends_nothing():
-    assert sent(1, parallel="data", fc_group_size="1") == {}
+    assert sent(1, parallel="data", fc_group_size=1) == {}
 
 
 def test_bf16_halves_what_passes_through_the_layers_but_neither_logits_nor_gradients():
@@ -96,7 +96,7 @@ def test_groups_sum_their_parts_and_micro_steps_exchange_anew():
 
 
 def test_units_that_do_not_divide_are_dealt_out():
-    first, last = (sent(3, index=i, parallel="hybrid", fc_group_size="3") for i in (0, 2))
+    first, last = (sent(3, index=i, parallel="hybrid", fc_group_size=3) for i in (0, 2))
     assert first["fc7 units"] == (4096 - 1366) * 96 * 4 and last["fc7 units"] == (4096 - 1365) * 96 * 4
     assert first["fc7 units back"] == 2 * 1366 * 96 * 4
 
@@ -116,7 +116,7 @@ def test_at_the_break_even_batch_both_send_as_much(group_size, groups):
     batch = round(break_even_batch(group_size))
     both = {
         parallel: sent(
-            groups * group_size, parallel=parallel, fc_group_size=str(group_size), batch=batch
+            groups * group_size, parallel=parallel, fc_group_size=group_size, batch=batch
         )
         for parallel in ("data", "hybrid")
     }  # fmt: skip

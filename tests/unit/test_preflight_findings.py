@@ -74,7 +74,7 @@ def test_a_slow_link_is_found_also_where_most_pairs_have_it(slow, flagged):
     assert network.slow_pairs(pairs) == flagged
     findings = network.judge_pairs(pairs, 3)
     assert [finding.hosts for finding in findings if not finding.ok] == flagged
-    assert flagged or findings[0].saw.startswith("3 pairs of hosts; usual are 1.1 GB/s and 100 us")
+    assert flagged or findings[0].saw.startswith("3 pairs of hosts; usual: 1.1 GB/s and 100 us")
 
 
 def test_a_host_all_of_whose_links_are_slow_both_ways_is_found():
@@ -92,7 +92,7 @@ def test_a_latency_counts_against_that_of_the_others():
 
 def test_a_clock_that_is_off_is_told_against_that_of_rank_0():
     (good,) = network.judge_clocks(on_hosts(1e-3, -2e-3), "n0")
-    assert good.ok and good.saw == "h1 +0.002 s against n0, the furthest of 2"
+    assert good.ok and good.saw == "h1 +0.002 s against n0, the largest of 2"
     (bad,) = network.judge_clocks(on_hosts(1e-3, 7.0), "n0")
     assert (bad.ok, bad.hosts, bad.saw) == (False, ("h1",), "h1 -7 s against n0")
 
@@ -100,7 +100,7 @@ def test_a_clock_that_is_off_is_told_against_that_of_rank_0():
 def test_two_hosts_of_one_name_are_told():
     assert host.judge_addresses(on_hosts(["10.0.0.1"], ["10.0.0.2"])) == []
     (bad,) = host.judge_addresses([Answer(0, "clone", ["10.0.0.1"]), Answer(4, "clone", ["10.0.0.2"])])
-    assert not bad.ok and "2 hosts are called clone: 10.0.0.1; 10.0.0.2" in bad.saw
+    assert not bad.ok and "2 hosts are named clone: 10.0.0.1; 10.0.0.2" in bad.saw
 
 
 def test_the_wire_measures_a_real_connection_and_two_clocks_of_one_host():
@@ -112,7 +112,7 @@ def test_the_wire_measures_a_real_connection_and_two_clocks_of_one_host():
     assert pair.up_bytes_per_s > 1e6 and pair.down_bytes_per_s > 1e6
     with pytest.raises(OSError):
         wire.measure("127.0.0.1", port)  # nobody answers any more
-    with pytest.raises(RunError, match="n2 is not reached at 127.0.0.1"):
+    with pytest.raises(RunError, match="n2 is not reachable at 127.0.0.1"):
         network.measure("n2", ["127.0.0.1", port])
 
 
@@ -252,7 +252,7 @@ def test_a_run_folder_is_tried_where_it_will_be_and_left_as_it_was(tmp_path):
     dataset.leave_token(run_dir, "t")
     seen = dataset.try_folder(run_dir, "t", rank=0)
     dataset.take_token(run_dir, "t")
-    assert (seen["folder"], seen["trouble"], seen["shared"]) == (str(tmp_path), "", True)
+    assert (seen["folder"], seen["error"], seen["shared"]) == (str(tmp_path), "", True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -264,10 +264,10 @@ def test_a_file_that_is_seen_late_is_seen(tmp_path):
 
 
 def test_a_folder_that_is_closed_full_or_not_shared_is_bad(monkeypatch):
-    good = {"folder": "/runs", "trouble": "", "shared": True, "free_bytes": 1e12}
+    good = {"folder": "/runs", "error": "", "shared": True, "free_bytes": 1e12}
     assert all(finding.ok for finding in dataset.judge_folder(on_hosts(good, good)))
     for change, check in (
-        ({"trouble": "Permission denied"}, "run folder"),
+        ({"error": "Permission denied"}, "run folder"),
         ({"free_bytes": 2e9}, "room for checkpoints"),
         ({"shared": False}, "shared run folder"),
     ):

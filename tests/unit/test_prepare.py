@@ -22,7 +22,7 @@ def images(tmp_path):
 
 def test_data_parallel_needs_no_whole_groups(on_a_host_of_two_in_a_job_of_three, images):
     cfg = prepare_alone(images, None, ("parallel=data",)).cfg
-    assert cfg.ranks_per_classifier() == 1 and cfg.fc_group_size == "1"
+    assert cfg.ranks_per_classifier() == 1 and cfg.fc_group_size == 1
     assert cfg.classes == 2
 
 
@@ -33,4 +33,4 @@ def test_hybrid_is_refused_where_hosts_make_no_whole_groups(on_a_host_of_two_in_
 
 def test_hybrid_knows_its_group_before_ranks_meet(on_a_host_of_two_in_a_job_of_three, images):
     cfg = prepare_alone(images, None, ("parallel=hybrid", "fc_group_size=all")).cfg
-    assert cfg.fc_group_size == "3"
+    assert cfg.fc_group_size == 3

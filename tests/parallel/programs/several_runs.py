@@ -14,7 +14,7 @@ from horovod_owt.model import alexnet_owt
 alexnet_owt.HIDDEN = 98
 
 from horovod_owt.commands.log import log_to_stderr  # noqa: E402
-from horovod_owt.errors import OwtError  # noqa: E402
+from horovod_owt.errors import OwtError, Speaker  # noqa: E402
 from horovod_owt.parallel import runtime  # noqa: E402
 from horovod_owt.parallel.device import CPU  # noqa: E402
 from horovod_owt.train.loop import Run  # noqa: E402
@@ -31,5 +31,5 @@ for run in json.loads(sys.argv[1]):
     try:
         Run(request.cfg, request, world, run_dir, "auto", {}).train(StopRequest())
     except OwtError as error:
-        assert error.shared
+        assert error.speaker is Speaker.EVERY_RANK
 runtime.shutdown()

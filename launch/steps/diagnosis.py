@@ -1,0 +1,65 @@
+"""Why a step failed: the line of its log that says so and, for failures that are known, the way out."""
+
+import re
+
+TELLING = (  # in this order: a full disk and a killed compiler bring errors of their own with them
+    re.compile(r"No space left on device|Disk quota exceeded"),
+    re.compile(r"Killed signal terminated program|: Killed$|out of memory allocating|std::bad_alloc"),
+    re.compile(r"^[^\s:]+:\d+:(\d+:)? (fatal )?error: "),
+    re.compile(r"^\S*(c\+\+|g\+\+|gcc|cc1plus|clang|nvcc)\S*: .*error: "),
+    re.compile(r"undefined reference to|multiple definition of|cannot find -l"),
+    re.compile(r"^CMake Error"),
+    re.compile(r"\berror:|^ERROR|Error:"),
+)
+FOLLOWS = re.compile(r"subprocess-exited-with-error|did not run successfully|metadata-generation-failed")
+LONGEST_LINE = 200
+
+WAYS_OUT = (  # (what a telling line has in it, what to do)
+    ("No space left|quota exceeded", "free some, or name another disk with XDG_CACHE_HOME and --venv"),
+    (
+        "Killed|out of memory|bad_alloc",
+        "out of memory: `taskset -c 0 launch/setup` compiles one file at a time",
+    ),
+    (r"Python\.h", "the headers of this Python are missing: apt-get install python3-dev, or another Python"),
+    (r"fatal error: (\S+\.h): No such file", "a header is missing: install the package that has it"),
+    (
+        r"unrecognized command.line option '?-std|C\+\+(17|20|23) or later|You need C\+\+",
+        "the compiler is too old for this torch: CXX=g++-12 launch/setup names a newer one",
+    ),
+    (
+        "does not name a type|was not declared in this scope|has not been declared|read-only member"
+        "|is not a member of 'std'|Compatibility with CMake",
+        "the compiler or CMake may be newer than any that was tried (docs/setup.md has the list): "
+        "CXX=g++-14 launch/setup names an older compiler",
+    ),
+    ("cannot execute|Permission denied", "on a disk mounted noexec? XDG_CACHE_HOME and --venv name another"),
+    (
+        "No matching distribution|Could not find a version",
+        "the package index has no such version for this Python; `pip config list` names the index",
+    ),
+    (
+        "NewConnectionError|Max retries|name resolution|Connection refused|unreachable|timed out",
+        "the package index cannot be reached: check pip's index and proxy, `pip config list`",
+    ),
+    ("DO NOT MATCH THE HASHES", "a download was cut or changed: run the same command again"),
+)
+
+
+def telling_line(log: str) -> str:
+    """The line that says why: a full disk, a killed compiler, the compiler's first error, else the last line.
+
+    The first line of a log is the command itself.
+    """
+    lines = [line.strip() for line in log.splitlines()[1:] if line.strip()]
+    for pattern in TELLING:
+        for at, line in enumerate(lines):
+            if pattern.search(line) and not FOLLOWS.search(line):
+                if line.startswith("CMake Error") and at + 1 < len(lines):
+                    line = f"{line} {lines[at + 1]}"  # its message is on the next line
+                return line[:LONGEST_LINE]
+    return lines[-1][:LONGEST_LINE] if lines else "it printed nothing"
+
+
+def way_out(line: str) -> str:
+    """What to do about a telling line, if that is known; else an empty string."""
+    return next((fix for pattern, fix in WAYS_OUT if re.search(pattern, line)), "")
