@@ -4,6 +4,7 @@ VENV ?= .venv
 DATA ?= quickstart/data
 RUNS ?= quickstart/runs
 MINUTES ?= 30
+TOGETHER ?= 2
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 
 .PHONY: setup quickstart test soak lint docs clean
@@ -14,8 +15,10 @@ setup:
 quickstart: setup
 	@$(IN_VENV) launch/quickstart $(DATA) $(RUNS)
 
+# First what may run side by side, a real job among it or two; then what measures time.
 test: setup
-	@$(IN_VENV) pytest
+	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m "not alone"
+	@$(IN_VENV) pytest -m alone
 
 soak: setup
 	@$(IN_VENV) python tests/soak.py --minutes $(MINUTES)

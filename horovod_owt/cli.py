@@ -15,6 +15,7 @@ from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
 from horovod_owt.commands.job import job
+from horovod_owt.commands.launch import launch
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.train import train
 from horovod_owt.errors import OwtError, Speaker
@@ -32,11 +33,11 @@ def cli() -> None:
 
     \b
     Example:  owt data synth /tmp/synth
-              horovodrun -np 2 owt train /tmp/synth --recipe quickstart
+              owt launch local -- /tmp/synth --recipe quickstart --run-dir runs/first
     """
 
 
-for command in (data, train, checkpoint, devices, preflight, bench, job):
+for command in (data, train, checkpoint, devices, preflight, bench, launch, job):
     cli.add_command(command)
 
 

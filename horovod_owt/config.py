@@ -99,9 +99,13 @@ class TrainConfig:
         """Learning rate after warm-up: linear scaling, Goyal et al. 2017, arXiv:1706.02677, section 2.1."""
         return self.lr * self.global_batch(world_size) / self.lr_batch
 
-    def total_steps(self, num_samples: int, world_size: int) -> int:
-        """Optimizer updates of the whole run over `num_samples` training images."""
-        steps = math.ceil(self.epochs * num_samples / self.global_batch(world_size))
+    def total_steps(self, num_samples: int, world_size: int, *, step: int = 0, consumed: int = 0) -> int:
+        """Optimizer updates of the whole run over `num_samples` training images.
+
+        A run that resumes has done `step` of them, with `consumed` samples, perhaps on other ranks.
+        """
+        remaining = max(0, self.epochs * num_samples - consumed)
+        steps = step + math.ceil(remaining / self.global_batch(world_size))
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def to_dict(self) -> dict[str, Any]:

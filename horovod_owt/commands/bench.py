@@ -96,7 +96,7 @@ def scaling(
 
     \b
     Example:  horovodrun --gloo -np 2 owt bench scaling --against ddp --set batch=32
-              launch/two-hosts -- owt bench scaling --set fc_group_size=all --count-interface eth0
+              horovodrun --gloo -np 8 -H node1:4,node2:4 owt bench scaling --count-interface eth0
     """
     log_to_stderr()
     from horovod_owt.bench.request import prepare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,31 +12,11 @@ from typing import TYPE_CHECKING
 import click
 
 from horovod_owt.commands.options import JSON_OPTION
-from horovod_owt.slurm.spec import KINDS, LAUNCHERS, JobSpec
+from horovod_owt.slurm.spec import AUTO, KINDS, LAUNCHERS, JobSpec, option_of, sbatch_fields
 
 if TYPE_CHECKING:
     from horovod_owt.slurm.status import JobStatus
 
-# of sbatch, by the same names and with the same values
-SBATCH_OPTIONS = {
-    "--job-name": "Default: owt-KIND.",
-    "--nodes": "A number, or MIN-MAX.",
-    "--ntasks-per-node": "Ranks of a node. Default: one for each GPU.",
-    "--gpus-per-node": "N, or TYPE:N.",
-    "--gpus-per-task": "Each rank sees its own only; with --ntasks-per-node.",
-    "--cpus-per-task": "Cores for a rank.",
-    "--cpus-per-gpu": "Cores for a GPU's rank.",
-    "--mem": "Of a node.",
-    "--time": "Limit of one start, such as 24:00:00.",
-    "--partition": "",
-    "--account": "",
-    "--qos": "",
-    "--constraint": "Features that nodes must have.",
-    "--array": "Such as 0-4%2; {task} in an option of owt becomes the task's number.",
-    "--dependency": "Such as afterok:1234.",
-    "--output": "The log's name; %j is the job.",
-    "--signal": "Default for train and elastic: B:USR1@120, a warning 120 s before the time limit.",
-}
 JOB_ID = click.argument("job_id", metavar="JOB")
 
 
@@ -61,8 +42,7 @@ def job_options(body: Callable) -> Callable:
     decorators = [
         click.argument("owt_args", nargs=-1, metavar="[DATA] [-- OPTIONS OF OWT]", type=click.UNPROCESSED),
         click.option("--kind", type=click.Choice(list(KINDS)), default="train", show_default=True),
-        *(click.option(name, help=text) for name, text in SBATCH_OPTIONS.items()),
-        click.option("--exclusive", is_flag=True, help="Nodes of its own."),
+        *(_sbatch_option(name, text) for name, text in sbatch_fields().items()),
         click.option(
             "--sbatch", "extra", multiple=True, metavar="--NAME=VALUE", help="Any other one of sbatch's."
         ),
@@ -85,6 +65,12 @@ def job_options(body: Callable) -> Callable:
         ),
     ]
     return functools.reduce(lambda decorated, decorate: decorate(decorated), reversed(decorators), with_spec)
+
+
+def _sbatch_option(name: str, text: str) -> Callable:
+    """By sbatch's name; None, JobSpec's default, where it is not given."""
+    is_flag = isinstance(getattr(JobSpec, name), bool)
+    return click.option(option_of(name), is_flag=is_flag, default=None, help=text)
 
 
 @job.command()
@@ -147,6 +133,44 @@ def cancel(job_id: str) -> None:
     from horovod_owt.slurm.client import cancel
 
     cancel(job_id)
+
+
+@job.command()
+@JOB_ID
+def nodes(job_id: str) -> None:
+    """Print the nodes that the job JOB has, a line each; an elastic job goes on without those that it lost.
+
+    \b
+    Example:  owt job nodes 1234
+    """
+    from horovod_owt.slurm.nodes import nodes_of
+
+    for host in nodes_of(job_id):
+        click.echo(host)
+
+
+@job.command(hidden=True)
+@click.option("--launcher", type=click.Choice(LAUNCHERS), default=AUTO)
+@click.option("--max-restarts", type=int, default=JobSpec.max_restarts)
+@click.option("--elastic", is_flag=True, help="Ranks may be lost; they start by ssh.")
+@click.option("--min-ranks", type=int, default=JobSpec.min_ranks, help="Of an elastic job. Default: half.")
+@click.option("--container-image", default="")
+@click.option("--apptainer", default="")
+@click.argument("command", nargs=-1, required=True, metavar="-- train DATA [...]")
+def run(command: tuple[str, ...], **options) -> None:
+    """What a job's script becomes: start the ranks, and send the job back to the queue if it may go on."""
+    from horovod_owt.slurm.batch import run_job
+
+    sys.exit(run_job(command, **options))
+
+
+@job.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def rank(command: tuple[str, ...]) -> None:
+    """What srun starts in a job without MPI: a rank that Horovod's Gloo knows, which becomes COMMAND."""
+    from horovod_owt.slurm.gloo_rank import become_rank
+
+    become_rank(command)
 
 
 def _in_words(found: JobStatus) -> str:

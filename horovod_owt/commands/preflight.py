@@ -31,7 +31,7 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
     Examples:  owt preflight /tmp/synth
                horovodrun -np 8 -H node1:4,node2:4 owt preflight /data/imagenet --run-dir /shared/runs
                mpirun -np 4 owt preflight --json
-               sbatch --nodes=8 --gpus-per-node=4 slurm/preflight.sbatch /data/imagenet
+               owt job submit --kind preflight --nodes 8 --gpus-per-node 4 /data/imagenet
 
     Start it with the launcher that you use for training. Each check has a time limit, and a rank that does
     not answer is reported.

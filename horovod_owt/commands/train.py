@@ -38,6 +38,7 @@ def train(
     Examples:  owt train /data/imagenet
                horovodrun -np 4 owt train /data/imagenet --run-dir runs/first --set precision=bf16
                mpirun -np 4 owt train /data/imagenet --recipe my.yaml
+               torchrun --nproc-per-node 4 --no-python owt train /data/imagenet --run-dir runs/first
                horovodrun -np 8 owt train /data/imagenet --parallel hybrid --set fc_group_size=4
 
     Ctrl-C, TERM, USR1 and USR2 end it after the current step, with a checkpoint and exit code 75.

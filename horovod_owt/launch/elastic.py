@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.launch.command import HOROVODRUN, check_folder_for_ssh, show
+from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.launch.supervisor import Supervisor, say
+from horovod_owt.parallel.interfaces import chosen_interface
 from horovod_owt.topology import BOX_PLACES, box_hosts
+
+DISCOVER_HOSTS = Path(__file__).with_name("discover-hosts")
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,14 @@ class ElasticJob:
         if most and self.min_ranks > most:  # Horovod would wait for ten minutes
             raise ConfigError(f"at least {self.min_ranks} ranks, of {most} at most", fix="fewer --min-ranks")
 
-    def argv(self, discover_hosts: Path) -> list[str]:
-        """horovodrun and its words; `discover_hosts` is what prints the hosts in a file."""
+    def argv(self) -> list[str]:
         if self.places:
             hosts = ["printf", "%s:1\\n", *box_hosts(self.places)]
         else:
-            hosts = [str(discover_hosts), str(self.hosts_file)]
+            hosts = ["sh", str(DISCOVER_HOSTS), str(self.hosts_file)]
         most = self.max_ranks or self.places
         return [
-            *(sys.executable, "-m", "horovod_owt.launch.horovodrun", "--gloo"),
+            *HOROVODRUN,
             *("-np", str(self.min_ranks), "--min-np", str(self.min_ranks)),
             *(("--max-np", str(most)) if most else ()),
             *("--network-interfaces", self.interface),
@@ -48,3 +53,22 @@ class ElasticJob:
 
     def environment(self) -> dict[str, str]:
         return {BOX_PLACES: str(self.places)} if self.places else {}
+
+    @classmethod
+    def on(
+        cls, train: Sequence[str], *, interface: str | None, hosts_file: Path | None, **options
+    ) -> ElasticJob:
+        """A job whose interface is yet to be found, from the hosts that the file names now."""
+        hosts = list(read_hosts(hosts_file)) if hosts_file else ["localhost"]
+        return cls(train, interface=chosen_interface(interface, hosts), hosts_file=hosts_file, **options)
+
+
+def run(job: ElasticJob, *, max_restarts: int, dry_run: bool) -> int:
+    """Start the job; returns its exit code: outcome.json's where the run wrote one."""
+    if job.interface != "lo":
+        check_folder_for_ssh(os.getcwd())
+    if dry_run:
+        return show(job.argv(), job.environment())
+    say(f"interface {job.interface}")
+    os.environ.update(job.environment())
+    return Supervisor(job.argv(), max_restarts=max_restarts).run()

@@ -1,4 +1,4 @@
-"""Files of hosts and their slots, as horovodrun's, mpirun's and elastic jobs' users write them."""
+"""Files of hosts and their slots, as users of horovodrun, mpirun and elastic jobs write them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from horovod_owt.errors import ConfigError
 
 
 def read_hosts(file: Path) -> dict[str, int]:
-    """Host -> slots, by launch/discover-hosts' rules: `HOST:SLOTS` or `HOST slots=SLOTS`, # for comments."""
+    """Host -> slots, by discover-hosts' rules: `HOST:SLOTS` or `HOST slots=SLOTS`, # for comments.
+
+    A host on several lines, as PBS and Grid Engine write it, has the slots of all of them.
+    """
     try:
         lines = file.read_text().splitlines()
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}", wanted="a file of HOST:SLOTS lines") from None
-    hosts = {}
+    hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].replace("slots=", ":").replace(" ", "").replace("\t", "")
         host, colon, slots = words.partition(":")
@@ -24,7 +27,7 @@ def read_hosts(file: Path) -> dict[str, int]:
             raise ConfigError(
                 f"{file}, line {number}: {line!r}", wanted="HOST:SLOTS or HOST slots=SLOTS", fix="gpu07:4"
             )
-        hosts[host] = int(slots)
+        hosts[host] = hosts.get(host, 0) + int(slots)
     if not hosts:
         raise ConfigError(f"no host in {file}", wanted="HOST:SLOTS lines")
     return hosts

@@ -1,4 +1,4 @@
-"""Start a job again after a fault, for as long as it comes further: the logic of launch/supervise."""
+"""Start a job again after a fault, for as long as it comes further: `owt launch supervise`."""
 
 from __future__ import annotations
 
@@ -141,11 +141,11 @@ class Supervisor:
 
 def ranks_here() -> list[psutil.Process]:
     """The processes below this one that a launcher gave a rank, without what they started themselves."""
-    variables = {names[0] for names in LAUNCHERS.values()}
     found: dict[int, psutil.Process] = {}
     for process in psutil.Process().children(recursive=True):  # parents come before their children
         try:
-            if variables & process.environ().keys() and process.ppid() not in found:
+            told = any(names.are_in(process.environ()) for names in LAUNCHERS.values())
+            if told and process.ppid() not in found:
                 found[process.pid] = process
         except psutil.Error:
             continue

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.device import Device
 from horovod_owt.topology import Topology
 
@@ -16,13 +17,31 @@ def use_own_cores(topology: Topology, device: Device) -> int:
     """Pin this process to its cores; returns the number of compute threads.
 
     Memory follows: Linux places a page on the NUMA node of the core that first writes to it, and all large
-    allocations come after this. OMP_NUM_THREADS, if set, still decides the number of threads.
+    allocations come after this. OMP_NUM_THREADS, if set, still decides the number of threads; raises
+    ConfigError if it is not a number.
     """
     on_host = os.cpu_count() or 1
     cores = own_cores(topology, device, os.sched_getaffinity(0), on_host, SYSFS)
     os.sched_setaffinity(0, cores)
     share = max(1, min(len(cores), on_host // topology.local_size))  # a rank bound to a socket shares it
-    return int(os.environ.get("OMP_NUM_THREADS") or share)
+    return _asked_threads(os.environ.get("OMP_NUM_THREADS", "")) or share
+
+
+def _asked_threads(setting: str) -> int | None:
+    """The first number of OMP_NUM_THREADS, which may be a list, one for each level of nested parallelism.
+
+    None if it is not set; ConfigError for what OpenMP would not accept either.
+    """
+    if not setting.strip():
+        return None
+    first = setting.partition(",")[0].strip()
+    if not (first.isdecimal() and int(first) > 0):
+        raise ConfigError(
+            f"OMP_NUM_THREADS={setting}",
+            wanted="a number from 1 on",
+            fix="unset it: each rank takes its share of the cores",
+        ).on_every_rank()
+    return int(first)
 
 
 def own_cores(

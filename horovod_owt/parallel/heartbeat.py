@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 SILENT_S = 3.0  # without a beat: the rank is stopped or its host unreachable
+GOODBYE_S = 2 * CONNECT_S  # to finish the beat in progress and to send the goodbye
 
 
 @dataclass
@@ -96,9 +97,12 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Send a goodbye, so that the peers do not report this rank as dead."""
+        """Send a goodbye, so that the peers do not report this rank as dead.
+
+        On a busy host the thread may be late; the wait times out only if a peer hangs.
+        """
         self._ending.set()
-        self._thread.join(timeout=2 * BEAT_S)
+        self._thread.join(timeout=GOODBYE_S)
 
     def lost(self, wait_s: float = 2.0) -> str:
         """The ranks known to have died, for a message; waits up to `wait_s` for the first, else empty."""
@@ -217,6 +221,7 @@ class Heartbeat:
                 self._abort_collectives()
         if not arrived:
             self._selector.unregister(peer.connection)
+            peer.connection.close()
             del self._peers[peer.rank]
             if not peer.said_goodbye:
                 self._lost.append(peer)

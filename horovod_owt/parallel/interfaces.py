@@ -12,24 +12,31 @@ from horovod_owt.errors import ConfigError
 def interface_towards(host: str) -> str:
     """The interface by which this host routes packets to `host`.
 
-    Nothing is sent: connecting a UDP socket only looks up the route. Raises ConfigError when the name does
-    not resolve or there is no route.
+    Raises ConfigError when the name does not resolve or there is no route.
+    """
+    source = source_address(host)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == source for a in addresses):
+            return name
+    raise ConfigError(f"no interface has the address {source}, by which {host} is reached")
+
+
+def source_address(host: str) -> str:
+    """The address of this host that `host` sees its packets come from; ConfigError as above.
+
+    Nothing is sent: connecting a UDP socket only looks up the route.
     """
     try:
         address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect(address)
-            source = probe.getsockname()[0]
+            return probe.getsockname()[0]
     except OSError as error:
         raise ConfigError(
             f"no route from here to host {host}: {error.strerror or error}",
             wanted="a name that resolves, and a route",
             fix=f"check `getent hosts {host}` and `ip route get ADDRESS`, or pass --interface NAME",
         ) from None
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and a.address == source for a in addresses):
-            return name
-    raise ConfigError(f"no interface has the address {source}, by which {host} is reached")
 
 
 def interface_between(hosts: list[str]) -> str:

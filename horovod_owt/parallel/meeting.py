@@ -20,7 +20,7 @@ from typing import Any
 
 from horovod_owt.errors import RunError
 from horovod_owt.parallel.rendezvous import Address, Rendezvous, connect, json_line
-from horovod_owt.topology import Topology
+from horovod_owt.topology import Launcher, Topology
 
 CONNECT = "connect"  # in `Meeting.absent`, the question that ranks did not answer that never connected
 GRACE_S = 2.0  # for an answer in transit
@@ -169,6 +169,10 @@ def _exchange_address(topology: Topology, address: Address | None, deadline: flo
     """Rank 0's address, on every rank; raises RunError where it does not arrive in time."""
     global _meetings
     _meetings += 1
+    if topology.launcher is Launcher.TORCHRUN:
+        from horovod_owt.parallel.torchrun import join_torchrun  # its store needs torch
+
+        join_torchrun(topology)
     exchange = _by_store if STORE_ADDRESS in os.environ else _by_mpi
     text = exchange(address and json.dumps(asdict(address)), deadline)
     if text is None:

@@ -13,7 +13,8 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.cores import use_own_cores
 from horovod_owt.parallel.device import Device, check_apart
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
-from horovod_owt.topology import place_on_box, read_topology
+from horovod_owt.parallel.torchrun import join_torchrun
+from horovod_owt.topology import Launcher, place_on_box, read_topology
 from horovod_owt.versions import installed_versions
 
 
@@ -68,8 +69,10 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
         defaults |= _background_thread_sleep(topology.world_size, fc_group_size)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    if topology.launcher == "none":
+    if topology.launcher is Launcher.NONE:
         _describe_lone_rank()
+    elif topology.launcher is Launcher.TORCHRUN:
+        join_torchrun(topology)
     sets = process_sets(topology.world_size, fc_group_size)
     try:
         hvd.init(process_sets=sets)
@@ -81,6 +84,14 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
             wanted="the same fc_group_size on every rank; `node` differs between hosts of different size",
             fix="--set fc_group_size=K with a number",
         ).on_every_rank() from None
+    if (
+        hvd.size() != topology.world_size and topology.launcher is not Launcher.GLOO
+    ):  # elastic ranks come and go
+        raise ConfigError(
+            f"{topology.launcher} started {topology.world_size} ranks, Horovod's MPI sees {hvd.size()}",
+            wanted="the MPI that Horovod is built with",
+            fix="its mpirun first on PATH, or `owt launch hosts --hosts FILE -- DATA`",
+        ).by_rank_0(topology.rank)
     if device.gpu is not None:
         torch.cuda.set_device(device.name)
     return look_around(device, tuple(sets))

@@ -53,7 +53,7 @@ def node_list(env: Mapping[str, str]) -> str:
         return env["SLURM_JOB_NODELIST"]
     except KeyError:
         raise ConfigError(
-            "no SLURM_JOB_NODELIST here", wanted="a Slurm job", fix="sbatch slurm/train.sbatch DATA"
+            "no SLURM_JOB_NODELIST here", wanted="a Slurm job", fix="owt job submit DATA"
         ) from None
 
 

@@ -1,17 +1,14 @@
-"""The batch process of a job: starts the ranks, passes warnings on to them, and says whether to requeue.
-
-python -m horovod_owt.slurm.batch [--elastic | --launcher pmix|mpirun|gloo] -- train DATA [options]
-"""
+"""The batch process of a job, `owt job run`: starts the ranks, passes warnings on, and requeues the job."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
@@ -30,7 +27,8 @@ from horovod_owt.slurm.launchers import (
     ranks_argv,
 )
 from horovod_owt.slurm.nodes import nodes_file
-from horovod_owt.slurm.spec import LAUNCHERS, JobSpec
+from horovod_owt.slurm.spec import AUTO, JobSpec
+from horovod_owt.topology import Launcher
 
 STOP = signal.SIGUSR1  # to the ranks, through srun or mpirun: both pass it on, and TERM would end them
 WARNINGS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -38,44 +36,37 @@ REQUEUE_LIMIT_S = 60  # from a requeue to the TERM that it brings
 TASK = "{task}"  # in options of an array's job: the number of its task
 
 
-def main() -> int:
-    args = parse_arguments()
-    try:
-        allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
-        command = ["owt", *owt_args(args.command, allocation)]
-        if args.elastic:
-            return train(ElasticRanks(allocation, args.min_ranks), command, args.max_restarts)
-        launcher, why = choose_launcher(
-            args.launcher,
-            srun_mpi=ask(["srun", "--mpi=list"]),
-            mpirun=shutil.which("mpirun"),
-            # what is in a container cannot be seen from here
-            horovod_mpi=bool(args.container_image or args.apptainer) or horovod_has_mpi(),
-        )
-        introduce(allocation, launcher, why)
-        job = Ranks(allocation, launcher, args.container_image, args.apptainer)
-        if command[1] == "train":
-            return train(job, command, args.max_restarts)
-        code = job.run(command)
-        return 128 - code if code < 0 else code  # as a shell says that a signal ended it
-    except OwtError as error:
-        say(str(error))
-        return error.exit_code
+def run_job(
+    command: Sequence[str],
+    *,
+    launcher: str = AUTO,
+    max_restarts: int = JobSpec.max_restarts,
+    elastic: bool = False,
+    min_ranks: int = 0,
+    container_image: str = "",
+    apptainer: str = "",
+) -> int:
+    """Run `owt` with these words on the job's ranks; returns the job's exit code."""
+    allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
+    command = ["owt", *owt_args(command, allocation)]
+    if elastic:
+        return train(ElasticRanks(allocation, min_ranks), command, max_restarts)
+    chosen, why = choose_launcher(
+        launcher,
+        srun_mpi=ask(["srun", "--mpi=list"]),
+        mpirun=shutil.which("mpirun"),
+        # what is in a container cannot be seen from here
+        horovod_mpi=bool(container_image or apptainer) or horovod_has_mpi(),
+    )
+    introduce(allocation, chosen, why)
+    job = Ranks(allocation, chosen, container_image, apptainer)
+    if command[1] == "train":
+        return train(job, command, max_restarts)
+    code = job.run(command)
+    return 128 - code if code < 0 else code  # as a shell says that a signal ended it
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m horovod_owt.slurm.batch", description=__doc__)
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="auto")
-    parser.add_argument("--max-restarts", type=int, default=JobSpec.max_restarts)
-    parser.add_argument("--elastic", action="store_true", help="ranks may be lost; they start by ssh")
-    parser.add_argument("--min-ranks", type=int, default=0, help="of an elastic job (default: half of them)")
-    parser.add_argument("--container-image", default="")
-    parser.add_argument("--apptainer", default="")
-    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="of owt: train DATA ...")
-    return parser.parse_args()
-
-
-def introduce(allocation: Allocation, launcher: str, why: str) -> None:
+def introduce(allocation: Allocation, launcher: Launcher, why: str) -> None:
     hosts, ranks = len(allocation.hosts), allocation.ranks_per_node
     interface = interface_between(list(allocation.hosts))
     say(
@@ -89,9 +80,9 @@ def introduce(allocation: Allocation, launcher: str, why: str) -> None:
         )
 
 
-def owt_args(command: list[str], allocation: Allocation) -> list[str]:
+def owt_args(command: Sequence[str], allocation: Allocation) -> list[str]:
     """The command with its array task's number filled in, and a run folder that each attempt finds again."""
-    args = [word.replace(TASK, allocation.task) for word in command] if allocation.task else command
+    args = [word.replace(TASK, allocation.task) for word in command] if allocation.task else list(command)
     if command[0] != "train":
         return args
     if find_run_dir(args) is None:
@@ -108,7 +99,9 @@ def owt_args(command: list[str], allocation: Allocation) -> list[str]:
 class Ranks:
     """Runs the ranks, and tells them when Slurm wants the job to end."""
 
-    def __init__(self, allocation: Allocation, launcher: str, container_image: str, apptainer: str) -> None:
+    def __init__(
+        self, allocation: Allocation, launcher: Launcher, container_image: str, apptainer: str
+    ) -> None:
         self.allocation, self._launcher = allocation, launcher
         self._container = {"container_image": container_image, "apptainer": apptainer}
         self._ranks: subprocess.Popen | None = None
@@ -147,7 +140,7 @@ class ElasticRanks:
             )
         if len(allocation.hosts) > 1:
             check_folder_for_ssh(os.getcwd())
-        introduce(allocation, "horovodrun", f"elastic, {self._min_ranks} ranks at least, by ssh")
+        introduce(allocation, Launcher.GLOO, f"elastic, {self._min_ranks} ranks at least, by ssh")
 
     def run(self, command: list[str]) -> int:
         with nodes_file(self.allocation, say) as hosts_file:
@@ -157,7 +150,7 @@ class ElasticRanks:
                 hosts_file=hosts_file,
                 min_ranks=self._min_ranks,
             )
-            attempt = Supervisor(elastic.argv(Path("cat")), patient=True).run_once()
+            attempt = Supervisor(elastic.argv(), patient=True).run_once()
         self.asked_to_stop = attempt.asked_to_stop
         return attempt.exit_code
 
@@ -215,7 +208,3 @@ def leave_run_dir(job_id: str, run_dir: Path) -> None:
 
 def say(line: str) -> None:
     print(f"job: {line}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

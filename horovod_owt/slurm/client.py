@@ -11,6 +11,7 @@ from pathlib import Path
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
 
+EXPORT_LIMITS = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")  # set by sbatch --export, read by srun
 LIMIT_S = 60.0  # for an answer of slurmctld
 
 
@@ -57,5 +58,10 @@ def ask(argv: Sequence[str]) -> str:
 
 
 def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
-    """Start srun or mpirun, in a session of its own: signals to the batch process are not for them."""
-    return subprocess.Popen(argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=True)
+    """Start srun or mpirun, in a session of its own: signals to the batch process are not for them.
+
+    Ranks get the batch process's environment, whatever sbatch's --export was: srun, also the one below
+    mpirun, would take that for its own.
+    """
+    whole = {name: value for name, value in os.environ.items() if name not in EXPORT_LIMITS}
+    return subprocess.Popen(argv, env={**whole, **env}, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -5,37 +5,37 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.parallel.gloo import Node, start_store, store_environment
 from horovod_owt.parallel.interfaces import address_of, interface_between, interface_environment
 from horovod_owt.slurm.allocation import Allocation
-from horovod_owt.topology import UNBOUND
+from horovod_owt.slurm.spec import AUTO
+from horovod_owt.topology import UNBOUND, Launcher
 
 
-def choose_launcher(asked: str, *, srun_mpi: str, mpirun: str | None, horovod_mpi: bool) -> tuple[str, str]:
+def choose_launcher(
+    asked: str, *, srun_mpi: str, mpirun: str | None, horovod_mpi: bool
+) -> tuple[Launcher, str]:
     """The launcher, and why; `srun_mpi` is what `srun --mpi=list` says.
 
     Raises ConfigError where the one asked for cannot be had.
     """
-    pmix = bool(re.search(r"\bpmix", srun_mpi))
-    lacks = {
-        "pmix": "" if pmix and horovod_mpi else "srun has no pmix" if not pmix else "Horovod has no MPI",
-        "mpirun": ""
-        if mpirun and horovod_mpi
-        else "no mpirun on PATH"
-        if not mpirun
-        else "Horovod has no MPI",
-        "gloo": "",
+    no_mpi = "" if horovod_mpi else "Horovod has no MPI"
+    lacks = {  # the first one that lacks nothing is taken
+        Launcher.PMIX: no_mpi if re.search(r"\bpmix", srun_mpi) else "srun has no pmix",
+        Launcher.MPIRUN: no_mpi if mpirun else "no mpirun on PATH",
+        Launcher.GLOO: "",
     }
-    if asked != "auto":
-        if lacks[asked]:
-            raise ConfigError(f"--launcher {asked}, but {lacks[asked]}", fix="--launcher auto")
-        return asked, "asked for"
+    if asked != AUTO:
+        launcher = Launcher(asked)
+        if lacks[launcher]:
+            raise ConfigError(f"--launcher {asked}, but {lacks[launcher]}", fix="--launcher auto")
+        return launcher, "asked for"
     chosen = next(name for name, lack in lacks.items() if not lack)
     return chosen, ", ".join(lack for lack in lacks.values() if lack) or "srun has pmix, Horovod has MPI"
 
@@ -48,7 +48,7 @@ def horovod_has_mpi() -> bool:
 
 
 def ranks_argv(
-    launcher: str,
+    launcher: Launcher,
     allocation: Allocation,
     command: Sequence[str],
     *,
@@ -59,17 +59,16 @@ def ranks_argv(
 
     Without one, programs go by their full path: mpirun's daemons put its own folder first on PATH.
     """
-    bare = not (container_image or apptainer)
-    if bare:
+    if launcher is Launcher.GLOO:
+        command = ["owt", "job", "rank", *command]
+    if not (container_image or apptainer):
         command = [shutil.which(command[0]) or command[0], *command[1:]]
-    if launcher == "gloo":
-        command = [sys.executable if bare else "python", "-m", "horovod_owt.slurm.gloo_rank", *command]
     if apptainer:
         command = ["apptainer", "exec", "--nv", apptainer, *command]
-    if launcher == "mpirun":
+    if launcher is Launcher.MPIRUN:
         return [*mpirun_argv(allocation), *command]
     image = [f"--container-image={container_image}"] if container_image else []
-    return [*srun_argv(allocation, mpi="pmix" if launcher == "pmix" else "none"), *image, *command]
+    return [*srun_argv(allocation, mpi="pmix" if launcher is Launcher.PMIX else "none"), *image, *command]
 
 
 def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
@@ -97,15 +96,15 @@ def mpirun_argv(allocation: Allocation) -> list[str]:
 
 
 @contextmanager
-def launcher_environment(launcher: str, allocation: Allocation) -> Iterator[dict[str, str]]:
+def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator[dict[str, str]]:
     """What the ranks' environment needs beside the job's own, for as long as the block lasts."""
-    if launcher == "gloo":
+    if launcher is Launcher.GLOO:
         with rendezvous(allocation) as environment:
             yield environment
         return
     interface = interface_between(list(allocation.hosts))
     environment = {UNBOUND: "1", **({} if interface == "lo" else interface_environment(interface))}
-    if launcher == "mpirun":
+    if launcher is Launcher.MPIRUN:
         # for the srun below mpirun, which starts a daemon on each node: ranks inherit its cores
         environment["SRUN_CPUS_PER_TASK"] = str(allocation.cpus_per_node)
     elif allocation.crowded:
@@ -116,20 +115,9 @@ def launcher_environment(launcher: str, allocation: Allocation) -> Iterator[dict
 
 @contextmanager
 def rendezvous(allocation: Allocation) -> Iterator[dict[str, str]]:
-    """Horovod's own meeting point for ranks without MPI, on this host."""
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
-
-    slots = ",".join(f"{host}:{allocation.ranks_per_node}" for host in allocation.hosts)
-    server = RendezvousServer()
-    port = server.start()
+    """Horovod's store for ranks without MPI, on this host."""
+    port, stop = start_store([Node(host, allocation.ranks_per_node) for host in allocation.hosts])
     try:
-        server.init(get_host_assignments(parse_hosts(slots), allocation.world_size))
-        yield {
-            "HOROVOD_CONTROLLER": "gloo",
-            "HOROVOD_CPU_OPERATIONS": "gloo",
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": address_of(interface_between(list(allocation.hosts))),
-            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
-        }
+        yield store_environment(address_of(interface_between(list(allocation.hosts))), port)
     finally:
-        server.stop()
+        stop()

@@ -41,18 +41,18 @@ def write_hosts(file: Path, hosts: Sequence[str], slots: int) -> None:
 
 
 def nodes_of(job_id: str) -> list[str]:
-    """The nodes that the job has now; empty while Slurm does not say."""
-    try:
-        nodes = [record.nodes for record in find_jobs(job_id)]
-        return ask(hostnames_argv(nodes[0])).split() if len(nodes) == 1 and nodes[0] else []
-    except OwtError:  # slurmctld is restarted, or has much to do
-        return []
+    """The nodes that the job has now; none before it starts. Raises OwtError while Slurm does not answer."""
+    nodes = [record.nodes for record in find_jobs(job_id)]
+    return ask(hostnames_argv(nodes[0])).split() if len(nodes) == 1 and nodes[0] else []
 
 
 def _follow(allocation: Allocation, file: Path, over: threading.Event, say: Callable[[str], None]) -> None:
     hosts = list(allocation.hosts)
     while not over.wait(POLL_S):
-        found = nodes_of(allocation.job_id)
+        try:
+            found = nodes_of(allocation.job_id)
+        except OwtError:  # slurmctld is restarted, or has much to do
+            continue
         if found and found != hosts:
             lost = [host for host in hosts if host not in found]
             say(f"Slurm took {', '.join(lost)} from the job; it has {', '.join(found)}")

@@ -7,7 +7,7 @@ from importlib import resources
 
 import jinja2
 
-from horovod_owt.slurm.spec import KINDS, JobSpec
+from horovod_owt.slurm.spec import AUTO, KINDS, JobSpec
 
 
 def render(spec: JobSpec) -> str:
@@ -30,12 +30,12 @@ def render(spec: JobSpec) -> str:
 
 def launch_argv(spec: JobSpec) -> list[str]:
     """What the batch script becomes; the words given to sbatch after the script's name follow."""
-    argv = ["python", "-m", "horovod_owt.slurm.batch"]
+    argv = ["owt", "job", "run"]
     if spec.elastic:
         argv += ["--elastic"]
     if spec.min_ranks:
         argv += ["--min-ranks", str(spec.min_ranks)]
-    if spec.launcher != "auto":
+    if spec.launcher != AUTO:
         argv += ["--launcher", spec.launcher]
     if spec.restarts and spec.max_restarts != JobSpec.max_restarts:
         argv += ["--max-restarts", str(spec.max_restarts)]

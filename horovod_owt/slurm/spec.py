@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.topology import Launcher
 
-LAUNCHERS = ("auto", "pmix", "mpirun", "gloo")
+AUTO = "auto"  # the first of these launchers that the site has
+LAUNCHERS = (AUTO, *map(str, (Launcher.PMIX, Launcher.MPIRUN, Launcher.GLOO)))
 
 # kind of job -> the owt command that its ranks run
 KINDS = {
@@ -17,37 +20,35 @@ KINDS = {
     "scaling": ("bench", "scaling"),
 }
 
-# Fields of JobSpec that are sbatch options, in the order in which a script has them.
-SBATCH_OPTIONS = (
-    *("job_name", "nodes", "ntasks_per_node", "gpus_per_node", "gpus_per_task", "cpus_per_task"),
-    *("cpus_per_gpu", "mem", "time", "partition", "account", "qos", "constraint", "exclusive", "array"),
-    *("dependency", "output", "signal"),
-)
+
+def _sbatch(text: str, default: str | bool = "") -> Any:
+    """A field that is an option of sbatch by its own name, and what `--help` says of it."""
+    return field(default=default, metadata={"sbatch": text})
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A job; the first fields are sbatch's options by their own names, empty where its default is to hold."""
+    """A job; empty options of sbatch leave it its own default."""
 
     kind: str = "train"
-    job_name: str = ""  # empty: owt-KIND
-    nodes: str = ""  # a number, or MIN-MAX
-    ntasks_per_node: str = ""  # ranks; empty: a rank for each GPU, or one where there is none
-    gpus_per_node: str = ""
-    gpus_per_task: str = ""
-    cpus_per_task: str = ""
-    cpus_per_gpu: str = ""
-    mem: str = ""
-    time: str = ""
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclusive: bool = False
-    array: str = ""
-    dependency: str = ""
-    output: str = ""
-    signal: str = ""  # empty: USR1 to the batch process 120 s before the time limit, where it restarts
+    job_name: str = _sbatch("Default: owt-KIND.")
+    nodes: str = _sbatch("A number, or MIN-MAX.")
+    ntasks_per_node: str = _sbatch("Ranks of a node. Default: one for each GPU, or one where there is none.")
+    gpus_per_node: str = _sbatch("N, or TYPE:N.")
+    gpus_per_task: str = _sbatch("Each rank sees its own only; with --ntasks-per-node.")
+    cpus_per_task: str = _sbatch("Cores for a rank.")
+    cpus_per_gpu: str = _sbatch("Cores for a GPU's rank.")
+    mem: str = _sbatch("Of a node.")
+    time: str = _sbatch("Limit of one start, such as 24:00:00.")
+    partition: str = _sbatch("")
+    account: str = _sbatch("")
+    qos: str = _sbatch("")
+    constraint: str = _sbatch("Features that nodes must have.")
+    exclusive: bool = _sbatch("Nodes of its own.", default=False)
+    array: str = _sbatch("Such as 0-4%2; {task} in what follows -- becomes the task's number.")
+    dependency: str = _sbatch("Such as afterok:1234.")
+    output: str = _sbatch("The log's name; %j is the job.")
+    signal: str = _sbatch("Default for train and elastic: B:USR1@120, a warning 120 s before the time limit.")
     extra: tuple[str, ...] = ()  # further options of sbatch, each as `--name=value`
 
     modules: tuple[str, ...] = ()  # environment modules
@@ -80,10 +81,10 @@ class JobSpec:
             filled["signal"] = self.signal or "B:USR1@120"
         if self.elastic:
             filled["exclusive"] = True  # ssh starts the ranks outside of what Slurm has set apart for the job
-        for name in SBATCH_OPTIONS:
+        for name in sbatch_fields():
             value = filled.get(name, getattr(self, name))
             if value:
-                option = "--" + name.replace("_", "-")
+                option = option_of(name)
                 yield option if value is True else f"{option}={value}"
         if self.restarts:
             yield "--requeue"
@@ -91,6 +92,15 @@ class JobSpec:
             yield "--no-kill"
         yield "--open-mode=append"  # all attempts in one log
         yield from self.extra
+
+
+def sbatch_fields() -> dict[str, str]:
+    """The fields that are options of sbatch, in the order in which a script has them, with their help."""
+    return {each.name: each.metadata["sbatch"] for each in fields(JobSpec) if "sbatch" in each.metadata}
+
+
+def option_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _check(spec: JobSpec) -> None:

@@ -30,7 +30,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: str) -> Non
         raise ConfigError(
             f"parallel={request.cfg.parallel} in an elastic job: a lost rank's FC layers are lost with it",
             wanted="parallel=data",
-            fix="--parallel data, or launch/supervise, which restarts from the last checkpoint",
+            fix="--parallel data, or `owt launch supervise`, which restarts from the last checkpoint",
         ).on_every_rank()
     runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
     with StopRequest() as stop:

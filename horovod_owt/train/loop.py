@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -82,10 +81,12 @@ class Run:
         else:
             self._owes_validation = restore(self.replica, self.position, run_dir, resume)
         self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
-        remaining = max(0, cfg.epochs * self.position.num_samples - self.position.consumed)
-        self.total_steps = self.position.step + math.ceil(remaining / self.global_batch)
-        if cfg.max_steps:
-            self.total_steps = min(self.total_steps, cfg.max_steps)
+        self.total_steps = cfg.total_steps(
+            self.position.num_samples,
+            world.size,
+            step=self.position.step,
+            consumed=self.position.consumed,
+        )
         self.metrics = MetricsLog(run_dir) if world.is_root else None
         self.writer = self._make_writer() if world.is_root else None
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)

@@ -20,7 +20,10 @@ def slurm(tmp_path_factory):
     program = shlex.join([sys.executable, str(PARALLEL / "programs" / "narrow.py")])
     this_code = shlex.quote(str(PARALLEL.parents[1]))  # also where ssh and mpirun pass no PYTHONPATH on
     (tools / "owt").write_text(
-        f'#!/bin/sh\nPYTHONPATH={this_code}${{PYTHONPATH:+:$PYTHONPATH}} exec {program} "$@"\n'
+        f"#!/bin/sh\nexport PYTHONPATH={this_code}${{PYTHONPATH:+:$PYTHONPATH}}\n"
+        # what starts ranks loads no torch, as the narrow one does at once
+        f'case $1 in job | launch) exec {shlex.quote(str(VENV_BIN / "owt"))} "$@" ;; esac\n'
+        f'exec {program} "$@"\n'
     )
     (tools / "owt").chmod(0o755)
     try:

@@ -9,6 +9,7 @@ and networks go with their last process. If this process dies, however it dies, 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import glob
 import os
 import re
@@ -64,24 +65,30 @@ class Unfit(Exception):
 
 def install() -> None:
     """Install what is missing with apt; raises Unfit where that is not for us to do."""
-    missing = sorted({package for tool, package in PACKAGES.items() if not find(tool)})
     if os.geteuid() != 0:
         raise Unfit("namespaces and slurmd need root")
-    if missing and not Path("/etc/debian_version").exists():
-        raise Unfit(f"{', '.join(missing)} missing, and this is neither Debian nor Ubuntu")
-    if missing:
-        with daemons_stay_off():
-            apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
-            for step in (["update"], ["install", "--yes", "--no-install-recommends", *missing]):
-                done = subprocess.run(
-                    [*apt, *step],
-                    env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-                    capture_output=True,
-                    text=True,
-                    timeout=300,
-                )
-        if done.returncode:
-            raise Unfit(f"apt-get could not install {' '.join(missing)}: {done.stderr.strip()[-300:]}")
+    with open(Path(tempfile.gettempdir()) / "owt-slurm-install.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes may want the same
+        missing = sorted({package for tool, package in PACKAGES.items() if not find(tool)})
+        if missing:
+            apt_install(missing)
+
+
+def apt_install(packages: list[str]) -> None:
+    if not Path("/etc/debian_version").exists():
+        raise Unfit(f"{', '.join(packages)} missing, and this is neither Debian nor Ubuntu")
+    with daemons_stay_off():
+        apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
+        for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+            done = subprocess.run(
+                [*apt, *step],
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+    if done.returncode:
+        raise Unfit(f"apt-get could not install {' '.join(packages)}: {done.stderr.strip()[-300:]}")
 
 
 def find(tool: str) -> str | None:

@@ -39,6 +39,7 @@ def saw(findings: list[dict], check: str) -> str:
     return next(finding["saw"] for finding in findings if finding["check"] == check)
 
 
+@pytest.mark.alone  # whoever slows a network down is told
 def test_on_three_sound_hosts_nothing_is_bad(slurm, images, tmp_path):
     start = time.monotonic()
     code, findings, said = preflight(slurm, tmp_path, "--nodes=3", None, images, "--run-dir", "runs/first")
@@ -77,6 +78,7 @@ def other_torch_on_n2(slurm, tmp_path_factory):
     return script
 
 
+@pytest.mark.alone
 def test_each_planted_fault_is_found_at_its_host_in_one_run(slurm, images, other_torch_on_n2, tmp_path):
     """n2 has another torch and cannot resolve n3; n3 has no data and a slow link; n1 has little room."""
     runs = tmp_path / "runs"

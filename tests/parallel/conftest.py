@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def launcher_argv(launcher: str, ranks: int) -> list[str]:
         "horovodrun": ["horovodrun", "--gloo", "-np", str(ranks)],
         "horovodrun-mpi": ["horovodrun", "--mpi", "-np", str(ranks), "--mpi-args=--oversubscribe"],
         "mpirun": ["mpirun", "--oversubscribe", "-np", str(ranks)],
+        "torchrun": ["torchrun", "--nproc-per-node", str(ranks), "--no-python"],
         "none": [],
     }[launcher]
 
@@ -91,7 +93,9 @@ def launch(
     argv: list, *, ranks: int = 2, launcher: str = "horovodrun", cwd: Path | None = None, **env: str
 ) -> Iterator[Job]:
     """Start `argv` on `ranks` ranks under a launcher; the job is gone at the end of the block."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_COMM", "PMI"))}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_COMM", "PMI", "RANK"))
+    }
     clean.update(OMP_NUM_THREADS="1", PATH=f"{VENV_BIN}{os.pathsep}{os.environ['PATH']}")
     clean.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **env)
     job = Job([*launcher_argv(launcher, ranks), *map(str, argv)], clean, cwd)
@@ -121,6 +125,14 @@ def run(start):
         return done
 
     return run
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """Draws of another seed each time; it is printed, and one from $OWT_TEST_SEED is taken in its place."""
+    seed = int(os.environ.get("OWT_TEST_SEED") or time.time_ns() % 10**6)
+    print(f"OWT_TEST_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture
@@ -163,7 +175,8 @@ def ranks_below(pid: int) -> dict[int, psutil.Process]:
         try:
             if "train" in process.cmdline() and "python" in process.name():
                 env = process.environ()
-                found[int(env.get("HOROVOD_RANK") or env["OMPI_COMM_WORLD_RANK"])] = process
+                rank = env.get("HOROVOD_RANK") or env.get("OMPI_COMM_WORLD_RANK") or env["RANK"]
+                found[int(rank)] = process
         except (psutil.NoSuchProcess, psutil.ZombieProcess, KeyError):
             continue
     return found

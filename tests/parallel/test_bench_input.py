@@ -7,6 +7,7 @@ COMMAND = [*OWT, "bench", "input"]
 TINY = ["--set", "batch=32", "--set", "decode_threads=1", "--blocks", "2", "--batches", "8"]
 
 
+@pytest.mark.alone
 def test_bench_input_prints_one_json_document(run, images):
     report = run([*COMMAND, images, *SMALL, *TINY, "--json"], launcher="none").json()
     rows = {row["pipeline"]: row for row in report["rows"]}

@@ -1,15 +1,13 @@
 """Ranks that die or stand still: who it was is said, nothing stays behind, and a supervisor starts again."""
 
 import signal
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from conftest import NARROW, SMALL, outcome, ranks_below, records, settings, steps_done, wait_for
+from conftest import NARROW, SMALL, VENV_BIN, outcome, ranks_below, records, settings, steps_done, wait_for
 
-SUPERVISE = [sys.executable, Path(__file__).parents[2] / "launch" / "supervise"]
+SUPERVISE = [VENV_BIN / "owt", "launch", "supervise"]
 HOROVODRUN = ["horovodrun", "--gloo", "-np", "2"]
 GONE_WITHIN_S = 30
 
@@ -31,7 +29,7 @@ def end_within(job, processes: list[psutil.Process], limit_s: float):
 
 @pytest.mark.parametrize(
     ("launcher", "parallel", "victim"),
-    [("horovodrun", "data", 0), ("horovodrun", "hybrid", 1), ("mpirun", "data", 1)],
+    [("horovodrun", "data", 0), ("horovodrun", "hybrid", 1), ("mpirun", "data", 1), ("torchrun", "data", 0)],
 )
 def test_a_killed_rank_ends_all_and_is_named(start, images, tmp_path, launcher, parallel, victim):
     """Its peers wait in a sum of gradients, or in a gather of features."""
@@ -43,9 +41,10 @@ def test_a_killed_rank_ends_all_and_is_named(start, images, tmp_path, launcher, 
     done = end_within(job, everyone, GONE_WITHIN_S)
     said = done.stdout + done.stderr
     host = records(tmp_path, "run")[0]["hosts"][victim]
-    assert done.exit_code != 0
+    assert done.exit_code == 128 + signal.SIGKILL  # that of the first rank that failed
     assert f"rank {victim} on {host} is gone" in said
-    assert "signal 9" in said if launcher == "mpirun" else "Exit code: 137" in said
+    by = {"horovodrun": "Exit code: 137", "mpirun": "signal 9", "torchrun": "SIGKILL"}
+    assert by[launcher] in said
     assert outcome(tmp_path)["exit_code"] == 1
     assert outcome(tmp_path)["reason"].startswith(f"lost contact with rank {victim} on {host}")
 
@@ -68,7 +67,7 @@ def test_a_stopped_rank_is_reported_and_ended_with_the_job(start, images, tmp_pa
     done = end_within(job, everyone, stall_limit_s + GONE_WITHIN_S)
     said = done.stdout + done.stderr
     who = f"rank {victim} on {records(tmp_path, 'run')[0]['hosts'][victim]} has been silent"
-    assert done.exit_code != 0
+    assert done.exit_code == 1
     (report,) = [line for line in said.splitlines() if f"stalled: {who}" in line and "WARNING" in line]
     assert f"rank {1 - victim} wait" in report and " in '" in report
     assert outcome(tmp_path)["exit_code"] == 1
@@ -109,4 +108,6 @@ def test_a_supervised_job_with_a_bad_configuration_is_not_started_again(start, i
     command = [*NARROW, "train", images, "--run-dir", tmp_path / "run", *settings(no_such_key=1)]
     job = start([*SUPERVISE, "--", *HOROVODRUN, *command], launcher="none")
     done = job.finish(60)
-    assert done.exit_code != 0 and "not started again: " in done.stderr and "start 2" not in done.stderr
+    assert done.exit_code == 2
+    (line,) = [line for line in done.stderr.splitlines() if "not started again: " in line]
+    assert line.startswith("supervise: exit code 2, not started again: ") and "start 2" not in done.stderr

@@ -1,6 +1,5 @@
 """Runs that are told to stop: they end at a checkpoint, and the next one goes on as if nothing had been."""
 
-import random
 import signal
 import time
 
@@ -16,13 +15,10 @@ from horovod_owt.train.checkpoint import read_checkpoint
 STEPS = 20  # more than one machine does before a signal arrives; 12 an epoch
 
 
-def test_stopped_at_any_rank_and_resumed_a_run_equals_the_unbroken_one(start, run, images, tmp_path):
+def test_stopped_at_any_rank_and_resumed_a_run_equals_the_unbroken_one(start, run, images, tmp_path, chance):
     """Bit for bit, with dropout and batch norm, at steps that chance chooses."""
     command = [*NARROW, "train", images, *SMALL]
     command += settings(max_steps=STEPS, dropout=0.5, model="alexnet-owt-bn")
-    seed = time.time_ns() % 10**6
-    print("seed", seed)
-    chance = random.Random(seed)
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     run([*command, "--run-dir", unbroken])
     for number, rank in (("SIGTERM", 0), ("SIGINT", 1)):

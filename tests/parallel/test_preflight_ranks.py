@@ -1,11 +1,15 @@
 """Preflight on real ranks of this host: under each launcher, and with a rank that stands still."""
 
 import json
+import os
+import re
+from importlib.metadata import version
 
 import pytest
 from conftest import OWT, PROGRAMS
 
 
+@pytest.mark.alone  # whoever slows the network down is told
 @pytest.mark.parametrize("launcher", ["none", "horovodrun", "mpirun"])
 def test_preflight_looks_at_ranks_under_any_launcher(run, images, tmp_path, launcher):
     done = run(
@@ -25,11 +29,17 @@ def test_preflight_looks_at_ranks_under_any_launcher(run, images, tmp_path, laun
 def test_a_rank_that_stands_still_is_named_with_the_question_and_nobody_hangs(run, tmp_path, launcher):
     program = ["python", PROGRAMS / "deaf.py", "preflight", "--json", "--run-dir", tmp_path]
     done = run(program, ranks=3, launcher=launcher, exit_code=3, limit_s=90, OWT_TEST_DEAF_TO="limits")
-    bad = {finding["check"]: finding["saw"] for finding in done.json()["findings"] if not finding["ok"]}
+    findings = {finding["check"]: finding for finding in done.json()["findings"]}
+    bad = {check: finding["saw"] for check, finding in findings.items() if not finding["ok"]}
     assert "(rank 1) did not answer when asked about: limits" in bad["ranks"]
     assert "not measured" in bad["allreduce"]
-    cores = [finding["saw"] for finding in done.json()["findings"] if finding["check"] == "versions"]
-    assert cores  # what was asked before is judged all the same
+    # what was asked before is judged of all three; their limits are, of the two who told them
+    assert "(ranks 0-2)" in findings["devices"]["saw"]
+    assert f"torch {version('torch')}" in findings["versions"]["saw"]
+    cores = int(re.search(r" (\d+) cores? for 3 ranks$", findings["cores"]["saw"])[1])
+    assert 1 <= cores <= len(os.sched_getaffinity(0))
+    assert findings["cores"]["ok"] == (cores >= 3)
+    assert bad.keys() == {"ranks", "allreduce"} | ({"cores"} if cores < 3 else set())
 
 
 def test_a_data_set_that_is_not_there_is_a_finding_not_an_end(run, tmp_path):

@@ -128,6 +128,7 @@ hvd.barrier()
 """
 
 
+@pytest.mark.alone
 def test_an_idle_thread_sleeps_until_there_is_work(ranks):
     said = ranks(2, IDLE, HOROVOD_IDLE_CYCLE_TIME="500").stdout.read()
     woken, took = map(float, re.search(r"woken (\S+) took (\S+)", said).groups())

@@ -133,6 +133,7 @@ def test_a_second_set_up_waits_for_the_first(here, tool, tmp_path):
     assert second.returncode == 2 and "no C++ compiler" in said
 
 
+@pytest.mark.alone
 def test_nothing_to_do_takes_no_time():
     here = installed()
     if not here.up_to_date(None):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from horovod_owt.parallel.gpus import Gpu
-from horovod_owt.topology import Topology
+from horovod_owt.topology import Launcher, Topology
 
 K80_PCI = ("0000:05:00.0", "0000:06:00.0", "0000:84:00.0", "0000:85:00.0")
 SOCKETS = ("0-9,20-29", "10-19,30-39")  # CPUs 20-39 are the second hyperthreads of 0-19
@@ -46,7 +46,11 @@ def write_device(root: Path, pci: str, vendor: str, kind: str, near: str, node: 
 
 
 def rank_of(
-    launcher: str = "horovodrun", *, local_rank: int = 0, local_size: int = 1, unbound: bool | None = None
+    launcher: Launcher = Launcher.GLOO,
+    *,
+    local_rank: int = 0,
+    local_size: int = 1,
+    unbound: bool | None = None,
 ) -> Topology:
-    unbound = launcher == "horovodrun" if unbound is None else unbound
+    unbound = launcher is Launcher.GLOO if unbound is None else unbound
     return Topology(launcher, local_rank, local_size, local_rank, local_size, host="gpu07", unbound=unbound)

@@ -1,15 +1,50 @@
 """A run's configuration: where values come from, and what is refused."""
 
+import math
+from importlib import resources
+
 import pytest
+import yaml
 
 from horovod_owt.config import DEFAULT_RECIPE, TrainConfig, from_mapping, recipe_names, resolve
 from horovod_owt.errors import ConfigError
+from horovod_owt.schedule import learning_rate
 from horovod_owt.topology import Topology, resolve_group_size
+
+# What each recipe is known for, and its learning rate on 2 ranks after so many epochs.
+RECIPES = {
+    "quickstart": (
+        dict(model="alexnet-owt-bn", image_size=96, epochs=6, batch=32, schedule="cosine"),
+        {1: 0.007 * 0.5 * (1 + math.cos(math.pi / 6)), 3: 0.0035, 6: 0.0},
+    ),
+    "torchvision-90": (
+        dict(epochs=90, lr=0.01, lr_batch=256, momentum=0.9, weight_decay=1e-4, schedule="step:30:0.1"),
+        {5: 0.01, 29: 0.01, 30: 1e-3, 60: 1e-4, 89: 1e-4},
+    ),
+}
+
+
+def test_every_recipe_is_known_here():
+    assert recipe_names() == sorted(RECIPES)
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_resolves(name):
-    assert resolve(name).to_dict().keys() == TrainConfig().to_dict().keys()
+def test_every_recipe_resolves_to_what_its_file_says_and_to_defaults(name):
+    text = (resources.files("horovod_owt.recipes") / f"{name}.yaml").read_text()
+    said, cfg = yaml.safe_load(text), resolve(name)
+    assert said and cfg.to_dict() == TrainConfig().to_dict() | said
+    known, learning_rates = RECIPES[name]
+    assert {key: getattr(cfg, key) for key in known} == known
+    for epoch, lr in learning_rates.items():
+        found = learning_rate(
+            cfg.schedule,
+            peak_lr=cfg.peak_lr(world_size=2),
+            epoch=epoch,
+            epochs=cfg.epochs,
+            warmup_epochs=cfg.warmup_epochs,
+            step_epochs=0.01,
+        )
+        assert found == pytest.approx(lr, abs=1e-12), epoch
 
 
 def test_settings_overlay_the_recipe_in_their_order(tmp_path):
@@ -76,6 +111,23 @@ def test_learning_rate_and_steps_follow_the_global_batch():
     cfg = TrainConfig(batch=32, accum_steps=2, lr=0.1, lr_batch=256, epochs=3)
     assert cfg.global_batch(world_size=8) == 512
     assert cfg.peak_lr(world_size=8) == pytest.approx(0.2)
+    assert cfg.total_steps(num_samples=1000, world_size=8) == 6  # 3000 images, the last batch is filled up
+    assert cfg.total_steps(num_samples=1000, world_size=4) == 12
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "done", "total"),
+    [
+        (0, dict(step=2, consumed=1024), 10),  # 1976 images are left for batches of 256
+        (0, dict(step=6, consumed=3072), 6),  # nothing is
+        (4, {}, 4),
+        (4, dict(step=2, consumed=1024), 4),
+        (100, {}, 12),
+    ],
+)
+def test_a_resumed_run_counts_on_and_max_steps_is_the_most(max_steps, done, total):
+    cfg = TrainConfig(batch=32, accum_steps=2, epochs=3, max_steps=max_steps)
+    assert cfg.total_steps(num_samples=1000, world_size=4, **done) == total
 
 
 def test_fp16_is_refused_for_hybrid_only():

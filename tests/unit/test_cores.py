@@ -6,9 +6,11 @@ import os
 import pytest
 from boxes import k80_box, k80_sysfs, rank_of, with_mig, write_device
 
+from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import cores, device
 from horovod_owt.parallel.cores import cpu_list, numa_node, own_cores, read_cpu_list, share_of_cores
 from horovod_owt.parallel.device import CPU, SHARED, claim_device
+from horovod_owt.topology import Launcher
 
 ALL = range(40)
 SOCKET_0, SOCKET_1 = {*range(10), *range(20, 30)}, {*range(10, 20), *range(30, 40)}
@@ -26,7 +28,7 @@ def sysfs(tmp_path):
     return k80_sysfs(tmp_path)
 
 
-def cores_of(sysfs, ranks, envs=({},), *, launcher="horovodrun", allowed=ALL, on_host=40) -> list[str]:
+def cores_of(sysfs, ranks, envs=({},), *, launcher=Launcher.GLOO, allowed=ALL, on_host=40) -> list[str]:
     """Each rank's cores as Linux writes them; `envs` are the ranks' environments, the last for all others."""
     found = []
     for local_rank in range(ranks):
@@ -50,8 +52,8 @@ def test_the_cores_near_a_gpu_are_for_those_ranks_that_have_one_there(box, sysfs
 def test_a_rank_that_sees_its_own_gpu_alone_leaves_cores_to_the_others(box, sysfs):
     """srun --gpus-per-task=1."""
     envs = [{"CUDA_VISIBLE_DEVICES": str(number)} for number in range(4)]
-    assert cores_of(sysfs, 4, envs, launcher="srun") == cores_of(sysfs, 4)
-    turned = cores_of(sysfs, 4, envs[::-1], launcher="srun")
+    assert cores_of(sysfs, 4, envs, launcher=Launcher.PMIX) == cores_of(sysfs, 4)
+    turned = cores_of(sysfs, 4, envs[::-1], launcher=Launcher.PMIX)
     assert turned == cores_of(sysfs, 4)[::-1]
 
 
@@ -62,7 +64,7 @@ def test_ranks_on_one_gpu_share_its_cores(box, sysfs):
     assert cores_of(sysfs, 2) == ["0-4,20-24", "5-9,25-29"]
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+@pytest.mark.parametrize("launcher", [Launcher.MPIRUN, Launcher.PMIX])
 def test_a_rank_that_its_launcher_bound_keeps_what_is_near_its_gpu(box, sysfs, launcher):
     bound = {"launcher": launcher, "allowed": range(5, 15)}
     assert cores_of(sysfs, 4, **bound) == ["5-9", "5-9", "10-14", "10-14"]
@@ -104,7 +106,7 @@ def test_cpu_ranks_that_mpirun_bound_stay_there(sysfs):
     assert own_cores(bound, CPU, [3, 5], 2, sysfs) == [5]  # those are all of the host's
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+@pytest.mark.parametrize("launcher", [Launcher.MPIRUN, Launcher.PMIX])
 def test_ranks_that_were_left_unbound_share_the_cores_of_their_step(sysfs, launcher):
     """A cgroup of Slurm's, or a container's, has fewer cores than the host."""
     ranks = [rank_of(launcher, local_rank=rank, local_size=2, unbound=True) for rank in range(2)]
@@ -122,7 +124,7 @@ def test_more_ranks_than_cores_all_use_all():
     assert share_of_cores([0, 1], 2, 3) == [0, 1]
 
 
-@pytest.mark.parametrize(("threads", "expected"), [(None, 20), ("3", 3)])
+@pytest.mark.parametrize(("threads", "expected"), [(None, 20), ("", 20), ("3", 3), ("4,2", 4)])
 def test_a_rank_goes_to_its_cores_with_a_thread_on_each(box, sysfs, monkeypatch, threads, expected):
     gone_to = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(ALL))
@@ -130,12 +132,23 @@ def test_a_rank_goes_to_its_cores_with_a_thread_on_each(box, sysfs, monkeypatch,
     monkeypatch.setattr(os, "cpu_count", lambda: 40)
     monkeypatch.setattr(cores, "SYSFS", sysfs)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if threads:
+    if threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     topology = rank_of(local_rank=0, local_size=2)
     own = claim_device(topology, {"CUDA_VISIBLE_DEVICES": "0,2"})
     assert cores.use_own_cores(topology, own) == expected
     assert gone_to == [SOCKET_0]
+
+
+@pytest.mark.parametrize("threads", ["0", "all", "-1", ",2", "1.5"])
+def test_a_number_of_threads_that_is_none_is_refused(box, sysfs, monkeypatch, threads):
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: None)
+    monkeypatch.setattr(cores, "SYSFS", sysfs)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with pytest.raises(
+        ConfigError, match=f"^OMP_NUM_THREADS={threads}; wanted a number from 1 on; fix: unset"
+    ):
+        cores.use_own_cores(rank_of(local_rank=0, local_size=2), CPU)
 
 
 def test_the_memory_node_is_the_devices_or_unknown(sysfs):

@@ -1,11 +1,13 @@
 import io
+import re
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from horovod_owt.data.faults import pillow_fault
-from horovod_owt.data.jpeg import image_size
+from horovod_owt.data.jpeg import image_size, read_header
 
 
 def encoded(kind="JPEG", mode="RGB", size=(61, 37), **options) -> bytes:
@@ -67,17 +69,39 @@ def test_a_broken_header_is_a_value_error(data, fault):
     assert pillow_fault(data)
 
 
-def test_random_bytes_after_the_magic_end_in_a_size_or_a_value_error():
+def test_random_bytes_after_the_magic_end_in_a_size_that_a_frame_gives_or_in_a_value_error():
     rng = np.random.default_rng(0)
+    accepted = 0
     for _ in range(2000):
         data = (
             b"\xff\xd8"
             + rng.choice([0, 0, 2, 0xFF, 0xC0, 0xD0, 0xE1], rng.integers(0, 60)).astype(np.uint8).tobytes()
         )
         try:
-            image_size(data)
+            height, width = image_size(data)
         except ValueError:
-            pass
+            continue
+        frames = [data[found.start() + 5 : found.start() + 9] for found in re.finditer(b"\xff(?=\xc0)", data)]
+        assert struct.pack(">HH", height, width) in frames and height and width, data
+        accepted += 1
+    assert accepted > 20  # 45 with this seed
+
+
+def test_whatever_segments_come_before_the_frame_its_size_is_found():
+    rng = np.random.default_rng(1)
+    good = encoded()
+    for _ in range(200):
+        before = b""
+        for _ in range(rng.integers(1, 6)):
+            length = int(rng.integers(2, 300))
+            contents = rng.choice([0, 0xFF, 0xC0, 0xD8, 0xD9], length - 2).astype(np.uint8).tobytes()
+            marker = rng.choice([0xE1, 0xE2, 0xEF, 0xFE, 0xDD, 0xC4])  # application, comment, tables
+            before += (
+                b"\xff" * int(rng.integers(1, 4)) + bytes([marker]) + struct.pack(">H", length) + contents
+            )
+        data = good[:2] + before + good[2:]
+        assert read_header(data)[:4] == (37, 61, "JPEG", 3), data
+        assert data[read_header(data).pixels_from :][:2] == b"\xff\xc0"
 
 
 def test_pillow_fault_decodes():

@@ -204,6 +204,8 @@ HOROVODRUN = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOC
 # the third of three tasks on the second of two nodes, which has two; tasks per node were not asked for
 SLURM = {"SLURM_NTASKS": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "1,2"}
 SLURM |= {"SLURM_PROCID": "2"}
+STEP = {**SLURM, "SLURM_STEP_NUM_TASKS": "3"}  # what only srun sets
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
 
 def said(names, *values) -> dict[str, str]:
@@ -215,15 +217,26 @@ def said(names, *values) -> dict[str, str]:
     [
         ({}, ("none", 0, 1, 0, 1)),
         (SLURM, ("none", 0, 1, 0, 1)),  # a batch script has these too
-        (said(HOROVODRUN, 5, 8, 1, 4), ("horovodrun", 5, 8, 1, 4)),
-        ({**SLURM, **said(HOROVODRUN, 2, 3, 1, 2)}, ("horovodrun", 2, 3, 1, 2)),  # jobs.rank
+        (said(HOROVODRUN, 5, 8, 1, 4), ("gloo", 5, 8, 1, 4)),
+        ({**STEP, **said(HOROVODRUN, 2, 3, 1, 2)}, ("gloo", 2, 3, 1, 2)),  # owt job rank
+        (said(HOROVODRUN, 0, 1, 0, 1), ("gloo", 0, 1, 0, 1)),  # an elastic job may grow
+        ({**STEP, **said(TORCHRUN, 3, 4, 1, 2, "x"), "PMIX_RANK": "1"}, ("torchrun", 3, 4, 1, 2)),
         ({**said(OPEN_MPI, 3, 4, 1, 2), "PMIX_RANK": "3"}, ("mpirun", 3, 4, 1, 2)),
         ({**SLURM, **said(OPEN_MPI, 3, 4, 0, 3), "PMIX_RANK": "3"}, ("mpirun", 3, 4, 0, 3)),
         (said(MPICH, 1, 2, 1, 2), ("mpiexec", 1, 2, 1, 2)),
         (said(MVAPICH, 3, 4, 1, 2), ("mpirun_rsh", 3, 4, 1, 2)),
-        ({**SLURM, "PMIX_RANK": "2"}, ("srun", 2, 3, 1, 2)),
-        ({**SLURM, "SLURM_NTASKS_PER_NODE": "1", "PMIX_RANK": "2"}, ("srun", 2, 3, 1, 2)),
-        ({**SLURM, "PMI_RANK": "2", "PMI_SIZE": "3"}, ("mpiexec", 2, 3, 1, 2)),  # srun --mpi=pmi2
+        ({**STEP, "PMIX_RANK": "2"}, ("pmix", 2, 3, 1, 2)),
+        ({**STEP, "SLURM_NTASKS_PER_NODE": "1", "PMIX_RANK": "2"}, ("pmix", 2, 3, 1, 2)),
+        ({**STEP, "PMI_RANK": "2", "PMI_SIZE": "3"}, ("mpiexec", 2, 3, 1, 2)),  # srun --mpi=pmi2
+        # leftovers, and worlds of one: a lone rank, which needs no MPI
+        ({"PMIX_RANK": "0"}, ("none", 0, 1, 0, 1)),
+        ({"PMIX_RANK": "0", "SLURM_NTASKS": "4"}, ("none", 0, 1, 0, 1)),
+        ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, ("none", 0, 1, 0, 1)),
+        (said(OPEN_MPI, 0, 1, 0, 1), ("none", 0, 1, 0, 1)),
+        (said(TORCHRUN, 0, 1, 0, 1, "x"), ("none", 0, 1, 0, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ("none", 0, 1, 0, 1)),
+        ({"PMI_RANK": "zero", "PMI_SIZE": "", "RANK": "2", "WORLD_SIZE": "1"}, ("none", 0, 1, 0, 1)),
+        ({"FLUX_JOB_SIZE": "4", "PALS_NRANKS": "4", "PMI_SIZE": "4"}, ("none", 0, 1, 0, 1)),
     ],
 )
 def test_the_launchers_word_is_read(env, expected):
@@ -233,13 +246,46 @@ def test_the_launchers_word_is_read(env, expected):
 
 
 def test_tasks_that_srun_did_not_tell_of_each_other_are_refused_with_one_voice():
-    step = {**SLURM, "SLURM_STEP_NUM_TASKS": "3"}
     for rank in range(3):
-        with pytest.raises(ConfigError, match="3 tasks of srun .* fix: srun --mpi=pmix") as caught:
-            rank_topology({**step, "SLURM_PROCID": str(rank)})
+        with pytest.raises(
+            ConfigError, match="3 srun tasks started without PMI; .* fix: srun --mpi=pmix"
+        ) as caught:
+            rank_topology({**STEP, "SLURM_PROCID": str(rank)})
         assert (caught.value.speaker, caught.value.rank) == (Speaker.RANK_0, rank)
-    assert rank_topology({**step, "PMIX_RANK": "2"}).world_size == 3
+    assert rank_topology({**STEP, "PMIX_RANK": "2"}).world_size == 3
     assert rank_topology({**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}).launcher == "none"
+
+
+@pytest.mark.parametrize(
+    ("names", "speaks"),
+    [
+        (("PALS_RANKID", "PALS_NRANKS"), 0),
+        (("PALS_RANKID", "PMI_SIZE"), 0),
+        (("FLUX_TASK_RANK", "FLUX_JOB_SIZE"), 0),
+        (("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"), 0),
+        (("PMI_RANK", "PMI_SIZE"), 0),
+        (("RANK", "WORLD_SIZE"), 0),
+        (("ALPS_APP_PE",), 1),  # tells no size: the first rank may be alone
+        (("PMIX_RANK",), 1),
+    ],
+)
+def test_ranks_of_an_unknown_launcher_are_refused_with_one_voice(names, speaks):
+    for rank in range(speaks, 3):
+        with pytest.raises(ConfigError, match=f"^{names[0]}={rank}.*fix: `owt launch hosts") as caught:
+            rank_topology(said(names, rank, 3) if len(names) > 1 else said(names, rank))
+        assert caught.value.exit_code == 2 and caught.value.silent == (rank != speaks)
+    lone = said(names, 0, 1) if len(names) > 1 else said(names, 0)
+    assert rank_topology(lone).launcher == "none"
+    # and not where a launcher that is known started them
+    assert (
+        rank_topology({**said(names, *[1, 4][: len(names)]), **said(OPEN_MPI, 1, 4, 1, 2)}).launcher
+        == "mpirun"
+    )
+
+
+def test_a_world_size_without_a_rank_is_refused():
+    with pytest.raises(ConfigError, match="^WORLD_SIZE=4: .*unset WORLD_SIZE$"):
+        rank_topology({"WORLD_SIZE": "4"})
 
 
 def test_ranks_are_unbound_by_horovodrun_and_by_whoever_says_so():

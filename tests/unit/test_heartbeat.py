@@ -12,6 +12,7 @@ import torch
 
 from horovod_owt.parallel import heartbeat
 from horovod_owt.parallel.activity import now
+from horovod_owt.parallel.rendezvous import abort_connections
 from horovod_owt.parallel.runtime import World
 
 TOKEN_LENGTH = 32  # hexadecimal digits
@@ -20,8 +21,11 @@ TOKEN_LENGTH = 32  # hexadecimal digits
 class Rank1:
     """What rank 1 would say and hear."""
 
+    sockets: list[socket.socket] = []  # of all that are played
+
     def __init__(self, port: int, token: str, rank: int = 1) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
+        self.sockets.append(self._socket)
         self._heard = self._socket.makefile("rb")
         self.say(token=token, rank=rank, host="node7")
 
@@ -37,6 +41,9 @@ class Rank1:
     def is_told_to_abort(self) -> bool:
         return any("abort" in json.loads(line) for line in self._heard)
 
+    def hears_goodbye(self) -> bool:
+        return any("bye" in json.loads(line) for line in self._heard)
+
     def leave(self) -> None:
         self._heard.close()
         self._socket.close()
@@ -48,10 +55,17 @@ def rank0(monkeypatch):
     told = {}
     monkeypatch.setattr(heartbeat, "broadcast_object", lambda meeting, name: told.setdefault("all", meeting))
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
-    monkeypatch.setattr(heartbeat, "SILENT_S", 0.3)
+    monkeypatch.setattr(Rank1, "sockets", [])
+
+    def abort_all_but_played(*, keep):
+        """In a job the other ends of rank 0's connections are in other processes, out of its reach."""
+        abort_connections(keep=keep | {played.fileno() for played in Rank1.sockets})
+
+    monkeypatch.setattr(heartbeat, "abort_connections", abort_all_but_played)
 
     @contextmanager
-    def start(report_s=60.0, give_up_s=600.0, regroup_s=None):
+    def start(report_s=60.0, give_up_s=600.0, regroup_s=None, silent_s=60.0):
+        monkeypatch.setattr(heartbeat, "SILENT_S", silent_s)
         calls = {name: Call() for name in ("report", "give_up", "dump", "on_death")}
         world = World(0, 2, 0, 2, "node6", torch.device("cpu"), 1)
         limits = dict(report_s=report_s, give_up_s=give_up_s, regroup_s=regroup_s)
@@ -77,6 +91,15 @@ class Call:
     def wait(self) -> str:
         assert self._called.wait(10), "never called"
         return self.said[0]
+
+
+def wait_for(condition, limit_s=10):
+    """Poll until `condition` gives something true, and return that."""
+    end = time.monotonic() + limit_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+    return found
 
 
 def test_a_rank_that_leaves_without_a_goodbye_is_named_with_host_and_step(rank0, caplog):
@@ -125,7 +148,7 @@ def test_a_host_without_power_is_noticed_by_what_it_does_not_acknowledge(rank0):
         rank1 = Rank1(port, token)
         assert rank1.is_admitted()
         rank1.say(step=1, what="computing", waiting=False, for_s=0.1)
-        (peer,) = call._peers.values()
+        (peer,) = wait_for(lambda: list(call._peers.values()))
         assert peer.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20000
         rank1.say(bye=True)
         rank1.leave()
@@ -139,6 +162,21 @@ def test_a_rank_that_says_goodbye_is_not_lost(rank0, caplog):
         rank1.leave()
         assert call.lost(wait_s=0.5) == ""
     assert not calls["on_death"].said and not caplog.text
+
+
+def test_a_goodbye_is_said_and_waited_for_however_late_its_thread_comes_to_it(rank0, monkeypatch):
+    """As on a host whose cores are taken: else the others would take this rank for dead."""
+    cores_are_free = threading.Event()
+    monkeypatch.setattr(
+        heartbeat.Heartbeat, "_who_keeps_whom", lambda self: (cores_are_free.wait(10) and 0.0, "")
+    )
+    with rank0() as (call, port, token, _):
+        rank1 = Rank1(port, token)
+        assert rank1.is_admitted()
+        wait_for(lambda: call._peers)
+        threading.Timer(0.5, cores_are_free.set).start()
+    assert not call._thread.is_alive() and rank1.hears_goodbye()
+    rank1.leave()
 
 
 @pytest.mark.parametrize(
@@ -156,21 +194,21 @@ def test_a_stranger_is_sent_away_and_a_rank_still_let_in(rank0, hello):
 
 
 def test_a_busy_rank_is_reported_asked_for_its_stacks_and_then_given_up(rank0):
-    with rank0(report_s=0.5, give_up_s=1.3) as (_, port, token, calls), now.waiting_in("gradients.0"):
+    with rank0(report_s=0.5, give_up_s=1.3) as (call, port, token, calls):
         rank1 = Rank1(port, token)
         assert rank1.is_admitted()
-        while not calls["report"].said:
-            rank1.say(step=7, what="reading images", waiting=False, for_s=3.0)
-            time.sleep(0.05)
-        said = calls["report"].said[0]
-        assert "rank 1 on node7" in said and "reading images" in said and "'gradients.0'" in said
-        assert rank1.is_asked_to_dump() and calls["dump"].said
-        assert "rank 1 on node7" in calls["give_up"].wait()
+        rank1.say(step=7, what="reading images", waiting=False, for_s=3.0)
+        wait_for(lambda: call._peers and call._peers[1].what == "reading images")
+        with now.waiting_in("gradients.0"):
+            said = calls["report"].wait()
+            assert "rank 1 on node7" in said and "reading images" in said and "'gradients.0'" in said
+            assert rank1.is_asked_to_dump() and calls["dump"].said
+            assert "rank 1 on node7" in calls["give_up"].wait()
         rank1.leave()
 
 
 def test_a_silent_rank_is_reported_as_silent_once_a_limit(rank0):
-    with rank0(report_s=0.6, give_up_s=2.0) as (_, port, token, calls), now.waiting_in("loss"):
+    with rank0(report_s=0.6, give_up_s=2.0, silent_s=0.3) as (_, port, token, calls), now.waiting_in("loss"):
         rank1 = Rank1(port, token)
         assert rank1.is_admitted()
         assert "rank 1 on node7 has been silent" in calls["give_up"].wait()

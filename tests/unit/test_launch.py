@@ -1,17 +1,19 @@
-"""The commands of the start scripts, as values."""
+"""The commands of `owt launch`, as values."""
 
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from horovod_owt.errors import ConfigError
-from horovod_owt.launch.command import Start, check_folder_for_ssh
-from horovod_owt.launch.elastic import ElasticJob
+from horovod_owt.cli import cli
+from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.launch.command import HOROVODRUN, Start, check_folder_for_ssh
+from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.parallel.interfaces import interface_between, interface_towards
-from horovod_owt.topology import UNBOUND
+from horovod_owt.topology import UNBOUND, Launcher
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ENV = {"PATH": "/venv/bin", "HOME": "/root", "NCCL_DEBUG": "INFO", "AWS_SECRET": "x", "OMP_NUM_THREADS": "4"}
@@ -21,20 +23,20 @@ def words_after(argv: list[str], option: str) -> list[str]:
     return [word for before, word in zip(argv, argv[1:], strict=False) if before == option]
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+@pytest.mark.parametrize("launcher", [Launcher.GLOO, Launcher.MPIRUN])
 def test_ranks_go_to_the_slots_of_their_hosts(launcher):
-    start = Start(["my data", "--run-dir", "r"], {"n1": 4, "n2": 2}, "ib0")
-    argv = start.argv(launcher, ENV)
-    assert argv[0] == launcher and argv[-5:] == ["owt", "train", "my data", "--run-dir", "r"]
+    argv = Start(launcher, ["my data", "--run-dir", "r"], {"n1": 4, "n2": 2}, "ib0").argv(ENV)
+    first = {Launcher.GLOO: list(HOROVODRUN), Launcher.MPIRUN: ["mpirun"]}[launcher]
+    assert argv[: len(first)] == first and argv[-5:] == ["owt", "train", "my data", "--run-dir", "r"]
     assert words_after(argv, "-np") == ["6"]
-    assert words_after(argv, {"horovodrun": "-H", "mpirun": "--host"}[launcher]) == ["n1:4,n2:2"]
+    assert words_after(argv, {Launcher.GLOO: "-H", Launcher.MPIRUN: "--host"}[launcher]) == ["n1:4,n2:2"]
 
 
 def test_a_preflight_looks_at_the_trainings_data_and_run_folder_by_the_same_ranks():
-    start = Start(["my data", "--set", "batch=8", "--run-dir=r"], {"n1": 4}, "ib0")
-    training = start.argv("mpirun", ENV)
+    start = Start(Launcher.MPIRUN, ["my data", "--set", "batch=8", "--run-dir=r"], {"n1": 4}, "ib0")
+    training = start.argv(ENV)
     ranks = training[: training.index("owt")]
-    assert start.argv("mpirun", ENV, preflight=True) == [
+    assert start.argv(ENV, preflight=True) == [
         *ranks,
         "owt",
         "preflight",
@@ -43,22 +45,21 @@ def test_a_preflight_looks_at_the_trainings_data_and_run_folder_by_the_same_rank
         "r",
     ]
     with pytest.raises(ConfigError, match="DATA first"):
-        Start(["--run-dir", "r", "D"], {"n1": 4}, "ib0").argv("mpirun", ENV, preflight=True)
+        Start(Launcher.MPIRUN, ["--run-dir", "r", "D"], {"n1": 4}, "ib0").argv(ENV, preflight=True)
 
 
 def test_mpirun_carries_what_ranks_need_and_no_secret():
-    argv = Start(["D"], {"n1": 1, "n2": 1}, "eth0").argv("mpirun", ENV)
+    argv = Start(Launcher.MPIRUN, ["D"], {"n1": 1, "n2": 1}, "eth0").argv(ENV)
     assert words_after(argv, "-x") == ["NCCL_DEBUG", "OMP_NUM_THREADS", "PATH"]
 
 
 def test_between_hosts_one_interface_is_told_to_everybody_and_on_a_box_none():
-    env = Start(["D"], {"n1": 1, "n2": 1}, "eth0").environment()
+    env = Start(Launcher.MPIRUN, ["D"], {"n1": 1, "n2": 1}, "eth0").environment()
     assert env.pop(UNBOUND) == "1"
     assert env["NCCL_SOCKET_IFNAME"] == env["OMPI_MCA_btl_tcp_if_include"] == "eth0"
-    assert words_after(Start(["D"], {"n1": 1}, "eth0").argv("horovodrun", ENV), "--network-interfaces") == [
-        "eth0"
-    ]
-    assert Start(["D"], {"localhost": 4}, "lo").environment() == {UNBOUND: "1"}
+    over_gloo = Start(Launcher.GLOO, ["D"], {"n1": 1}, "eth0").argv(ENV)
+    assert words_after(over_gloo, "--network-interfaces") == ["eth0"]
+    assert Start(Launcher.GLOO, ["D"], {"localhost": 4}, "lo").environment() == {UNBOUND: "1"}
 
 
 @pytest.mark.parametrize(
@@ -79,26 +80,85 @@ def test_a_file_without_hosts_is_refused(tmp_path):
         read_hosts(tmp_path / "other")
 
 
-@pytest.mark.parametrize("script", ["horovodrun", "mpirun", "elastic", "supervise"])
-def test_each_start_script_tells_what_it_does_and_refuses_nonsense(script, tmp_path):
-    def says(*words: str) -> tuple[int, str]:
-        argv = [sys.executable, LAUNCH / script, *words]
-        done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=60)
-        return done.returncode, done.stdout + done.stderr
+def test_a_file_of_hosts_reads_as_the_discovery_script_prints_it(tmp_path):
+    file = tmp_path / "x=y"
+    file.write_text("# all of them\nn1:4\n\n  n2  slots=2 # old\nn3\tslots=1\nn1:2\n")
+    said = subprocess.run(
+        ["sh", DISCOVER_HOSTS, file.name], capture_output=True, text=True, cwd=tmp_path, timeout=20
+    )
+    assert said.stdout.split() == [f"{host}:{slots}" for host, slots in read_hosts(file).items()]
+    assert read_hosts(file) == {"n1": 6, "n2": 2, "n3": 1}
 
-    code, said = says("--help")
-    assert code == 0 and "examples:" in said and f"launch/{script} " in said
-    assert says("--max-restarts", "-1", "--", "D", "--run-dir", "r")[0] == 2
-    if script != "supervise":
-        (tmp_path / "hosts").write_text("localhost:1\n")
-        code, said = says("--hosts", "hosts", "--interface", "lo; touch x", "--", "D", "--run-dir", "r")
+
+def owt(*words: str) -> tuple[int, str]:
+    """The exit code of a command, and what it printed or why it was refused."""
+    try:
+        done = CliRunner().invoke(cli, [*map(str, words)])
+        if isinstance(done.exception, OwtError):
+            return done.exception.exit_code, str(done.exception)
+        return done.exit_code, done.output
+    finally:
+        assert done.exception is None or isinstance(done.exception, (OwtError, SystemExit)), done.exc_info
+
+
+@pytest.mark.parametrize("command", ["local", "hosts", "mpirun", "elastic", "supervise"])
+def test_each_way_to_launch_shows_its_command_and_refuses_nonsense(command, tmp_path):
+    (tmp_path / "hosts").write_text("localhost:1\nlocalhost:1\n")
+    place = {"hosts": ["--hosts", tmp_path / "hosts"], "supervise": []}.get(command, ["--ranks", 2])
+    train = (
+        ["horovodrun", "owt", "train", "D", "--run-dir", "r"]
+        if command == "supervise"
+        else ["D", "--run-dir", "r"]
+    )
+    code, said = owt("launch", command, "--help")
+    assert code == 0 and f"Example:  owt launch {command} " in said
+    code, said = owt("launch", command, *place, "--dry-run", "--", *train)
+    assert code == 0 and said.endswith("owt train D --run-dir r\n"), said
+    assert command in ("elastic", "supervise") or "-np 2" in said
+    assert owt("launch", command, "--max-restarts", "-1", *place, "--", *train)[0] == 2
+    assert owt("launch", command, *place)[0] == 2
+    if command in ("hosts", "mpirun", "elastic"):
+        where = ["--hosts", tmp_path / "hosts", "--interface", "lo; touch x"]
+        code, said = owt("launch", command, *where, "--", *train)
         assert code == 2 and "--interface lo; touch x; wanted one of" in said and "lo" in said
-        assert not (tmp_path / "x").exists()
+    if command in ("mpirun", "elastic"):
+        code, said = owt("launch", command, "--ranks", 2, "--hosts", tmp_path / "hosts", "--", *train)
+        assert code == 2 and "one of them" in said
+
+
+def test_a_box_without_gpus_gets_two_ranks(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert "-np 2 -H localhost:2" in owt("launch", "local", "--dry-run", "--", "D", "--run-dir", "r")[1]
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        (["horovodrun"], "local"),
+        (["horovodrun", "--interface", "lo", "--hosts=h"], "hosts"),
+        (["mpirun", "--hosts", "h"], "mpirun"),
+        (["elastic"], "elastic"),
+        (["supervise"], "supervise"),
+    ],
+)
+def test_the_scripts_in_launch_are_owt_launch(script, command, tmp_path):
+    (tmp_path / "owt").write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done\n')
+    (tmp_path / "owt").chmod(0o755)
+    words = [*script[1:], "--", "my data", "--hosts"]
+    done = subprocess.run(
+        [LAUNCH / script[0], *words],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.stdout.splitlines() == ["launch", command, *words], done.stderr
 
 
 def test_horovodruns_ssh_is_not_given_a_folder_that_its_shell_would_misread():
     check_folder_for_ssh("/home/me/runs-1")
-    with pytest.raises(ConfigError, match="launch/mpirun"):
+    with pytest.raises(ConfigError, match="owt launch mpirun"):
         check_folder_for_ssh("/home/me/$(touch x)")
 
 

@@ -24,7 +24,7 @@ from horovod_owt.slurm.gloo_rank import horovod_environment
 from horovod_owt.slurm.launchers import choose_launcher, ranks_argv
 from horovod_owt.slurm.script import quote_directive, render
 from horovod_owt.slurm.spec import KINDS, JobSpec
-from horovod_owt.topology import expand_counts
+from horovod_owt.topology import Launcher, expand_counts
 
 REPO = Path(__file__).parents[2]
 NASTY = [
@@ -49,9 +49,9 @@ def rendered(*args: str) -> str:
 
 
 def words_that_arrive(script: str, folder: Path, *submitted: str) -> list[str]:
-    """The argv of the batch process: the script runs under bash, with a `python` that notes its words."""
+    """The argv of the batch process: the script runs under bash, with an `owt` that notes its words."""
     (folder / "bin").mkdir(exist_ok=True)
-    stub, seen = folder / "bin" / "python", folder / "seen"
+    stub, seen = folder / "bin" / "owt", folder / "seen"
     stub.write_text(f'#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done > {shlex.quote(str(seen))}\n')
     stub.chmod(0o755)
     (folder / "job.sbatch").write_text(script)
@@ -70,7 +70,7 @@ def test_every_word_of_owt_and_of_the_launcher_arrives_as_it_was_given(tmp_path)
     spec = JobSpec(owt_args=("/data set/x", *NASTY), apptainer="my image; touch broken", launcher="gloo")
     words = words_that_arrive(render(spec), tmp_path, "--set", "seed=$(touch broken)")
     assert words[: words.index("--")] == [
-        *("-m", "horovod_owt.slurm.batch", "--launcher", "gloo"),
+        *("job", "run", "--launcher", "gloo"),
         *("--apptainer", "my image; touch broken"),
     ]
     wanted = ["train", "/data set/x", *NASTY, "--set", "seed=$(touch broken)"]
@@ -143,7 +143,7 @@ def test_an_elastic_job_outlives_its_nodes_and_has_them_alone():
     script = rendered("--kind", "elastic", "--nodes", "4", "--min-ranks", "3", "D")
     for option in ("--no-kill", "--exclusive", "--requeue", "--signal=B:USR1@120"):
         assert f"#SBATCH {option}" in script.splitlines()
-    assert "slurm.batch --elastic --min-ranks 3 -- train D " in script
+    assert "exec owt job run --elastic --min-ranks 3 -- train D " in script
     assert "--no-kill" not in rendered("D")
 
 
@@ -279,13 +279,13 @@ def test_the_launcher_is_what_the_site_has(site, chosen, why):
 
 def test_containers_wrap_what_ranks_run():
     owt = ["owt", "train", "/my data"]
-    argv = ranks_argv("gloo", ALLOCATION, owt, apptainer="image.sif")
+    argv = ranks_argv(Launcher.GLOO, ALLOCATION, owt, apptainer="image.sif")
     assert argv[0] == "srun" and "--mpi=none" in argv
-    shim = ["python", "-m", "horovod_owt.slurm.gloo_rank"]
+    shim = ["owt", "job", "rank"]
     assert argv[argv.index("apptainer") :] == ["apptainer", "exec", "--nv", "image.sif", *shim, *owt]
-    argv = ranks_argv("pmix", ALLOCATION, owt, container_image="docker://x")
+    argv = ranks_argv(Launcher.PMIX, ALLOCATION, owt, container_image="docker://x")
     assert argv[-4:] == ["--container-image=docker://x", *owt]
-    assert ranks_argv("mpirun", ALLOCATION, ["/x/owt"])[-1] == "/x/owt"
+    assert ranks_argv(Launcher.MPIRUN, ALLOCATION, ["/x/owt"])[-1] == "/x/owt"
 
 
 def test_each_attempt_finds_the_same_run_folder_and_each_task_its_own():

@@ -1,8 +1,10 @@
-"""Score a net with fixed weights over the ranks' slices; rank 0 prints the counts."""
+"""Score a narrow net with fixed weights over the ranks' slices; rank 0 prints the counts."""
 
 import json
 import sys
 from pathlib import Path
+
+import narrow  # noqa: F401
 
 from horovod_owt.config import resolve
 from horovod_owt.data.store import open_data_set
@@ -12,7 +14,7 @@ from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import validation_pipeline
 from horovod_owt.train.replica import Replica
 
-cfg = resolve(str(Path(__file__).parents[1] / "small.yaml"), ["classes=8"])
+cfg = resolve(str(Path(__file__).parents[1] / "small.yaml"), ["classes=8", "seed=2"])
 world = runtime.init(CPU)
 with validation_pipeline(cfg, open_data_set(Path(sys.argv[1])), world) as batches:
     score = validate(Replica(cfg, world), batches)

@@ -1,0 +1,59 @@
+"""Horovod over Gloo without horovodrun: a rank's place in Horovod's words, and the store where ranks meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host's part in a job; ranks are numbered host by host."""
+
+    host: str  # unique in the job
+    ranks: int
+
+
+def place_environment(nodes: Sequence[Node], node: int, local_rank: int) -> dict[str, str]:
+    """Horovod's variables for the `local_rank`-th rank of the `node`-th node.
+
+    `cross` ones count the nodes that have a rank with this local rank.
+    """
+    with_such_a_rank = [index for index, one in enumerate(nodes) if one.ranks > local_rank]
+    return {
+        "HOROVOD_RANK": str(sum(one.ranks for one in nodes[:node]) + local_rank),
+        "HOROVOD_SIZE": str(sum(one.ranks for one in nodes)),
+        "HOROVOD_LOCAL_RANK": str(local_rank),
+        "HOROVOD_LOCAL_SIZE": str(nodes[node].ranks),
+        "HOROVOD_CROSS_RANK": str(with_such_a_rank.index(node)),
+        "HOROVOD_CROSS_SIZE": str(len(with_such_a_rank)),
+        "HOROVOD_HOSTNAME": nodes[node].host,
+    }
+
+
+def store_environment(address: str, port: int) -> dict[str, str]:
+    """Horovod's variables for every rank that is to meet the others at this store."""
+    return {
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+    }
+
+
+def use_interface(env: MutableMapping[str, str], interface: str) -> None:
+    """Gloo and NCCL talk by this one, unless the user named another."""
+    for name in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):
+        env.setdefault(name, interface)
+
+
+def start_store(nodes: Sequence[Node]) -> tuple[int, Callable[[], None]]:
+    """Start Horovod's rendezvous server on this host; returns its port and what stops it."""
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.http.http_server import RendezvousServer
+
+    slots = ",".join(f"{node.host}:{node.ranks}" for node in nodes)
+    server = RendezvousServer()
+    port = server.start()
+    server.init(get_host_assignments(parse_hosts(slots), sum(node.ranks for node in nodes)))
+    return port, server.stop

@@ -1,0 +1,180 @@
+"""What a run remembers, on one rank: nothing is lost from a snapshot to the run that goes on from it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.errors import ConfigError
+from horovod_owt.model import alexnet_owt
+from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.exchange import Slice
+from horovod_owt.parallel.runtime import World
+from horovod_owt.train import state
+from horovod_owt.train.checkpoint import write_checkpoint
+from horovod_owt.train.replica import MOMENTUM, Replica
+from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
+
+IMAGES = 40
+CONFIG = TrainConfig(model="alexnet-owt-bn", classes=3, image_size=63, fc_group_size="1")
+ROOT = World(0, 1, 0, 1, "here", torch.device("cpu"), 1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone():
+    """Few hidden units, and collectives of one rank, which need no Horovod."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alexnet_owt, "HIDDEN", 10)
+        patch.setattr(state, "on_root", lambda action, name: action())
+        patch.setattr(state, "broadcast_tensor", lambda tensor, name: tensor)
+        yield
+
+
+def replica(seed: int, **values) -> Replica:
+    """One with weights, running statistics and momentum of its own."""
+    made = Replica(replace(CONFIG, seed=seed, **values), ROOT)
+    draw = torch.Generator().manual_seed(seed)
+    for _, tensor, _ in made.parts():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=draw))
+        else:
+            tensor.fill_(seed)  # how many batches a normalisation has seen
+    return made
+
+
+def tensors(made: Replica) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor, _ in made.parts()}
+
+
+def saved(made: Replica, position: Position, *, validation_due: bool = False):
+    return snapshot(made, position, room_for_copies(made), validation_due=validation_due)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(alone, tmp_path_factory):
+    """Of seeds 4 and 8, after as many steps."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for step in (4, 8):
+        checkpoint = saved(replica(step), Position(IMAGES, step, 5 * step), validation_due=step == 8)
+        write_checkpoint(folder, checkpoint, keep=3)
+    return folder
+
+
+@pytest.fixture
+def run_dir(checkpoints, tmp_path):
+    """A run's folder with these checkpoints."""
+    return shutil.copytree(checkpoints, tmp_path / "run")
+
+
+def test_epochs_are_counted_with_their_fraction():
+    assert Position(IMAGES, step=5, consumed=50).epoch == 1.25
+
+
+def test_later_steps_leave_a_snapshot_alone():
+    made = replica(1)
+    before = tensors(made)
+    kept = saved(made, Position(IMAGES, 3, 24))
+    for _, tensor, _ in made.parts():
+        tensor.zero_()
+    assert kept.model.keys() == made.strategy.model.state_dict().keys()
+    parameters = dict(made.strategy.model.named_parameters())
+    assert kept.optimizer.keys() == {f"{MOMENTUM}{name}" for name in parameters}
+    for name, tensor in (kept.model | kept.optimizer).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_snapshot_says_where_the_run_was_and_what_it_was():
+    kept = saved(replica(6), Position(IMAGES, 3, 24), validation_due=True).state
+    told = ("step", "epoch", "samples_consumed", "num_samples", "validation_due", "seed", "world_size")
+    assert [kept[key] for key in told] == [3, 0.6, 24, IMAGES, True, 6, 1]
+    assert TrainConfig(**kept["config"]) == replace(CONFIG, seed=6)
+    assert kept["versions"]["torch"] in torch.__version__
+    json.dumps(kept)  # plain numbers and words
+
+
+def test_ranks_other_than_0_make_no_room_and_keep_nothing():
+    made = replica(1)
+    made.world = replace(ROOT, rank=1, size=2)
+    assert room_for_copies(made) == {}
+    assert snapshot(made, Position(IMAGES), {}, validation_due=False) is None
+
+
+@pytest.mark.parametrize(("resume", "step"), [("auto", 8), ("the older", 4)])
+def test_a_checkpoint_is_restored_to_the_bit(run_dir, resume, step):
+    path = str(run_dir / "checkpoints" / "step-00000004") if resume == "the older" else resume
+    made, position = replica(1), Position(IMAGES)
+    owed = restore(made, position, run_dir, path)
+    assert (position.step, position.consumed, owed) == (step, 5 * step, step == 8)
+    wanted = tensors(replica(step))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(made).items())
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_starts_anew_if_it_must_or_has_no_checkpoint(run_dir, resume):
+    if resume == "auto":
+        shutil.rmtree(run_dir / "checkpoints")
+    made, position = replica(1), Position(IMAGES)
+    before = tensors(made)
+    assert restore(made, position, run_dir, resume) is False
+    assert position == Position(IMAGES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(made).items())
+
+
+@pytest.mark.parametrize(("validated", "owed"), [([], True), ([4], True), ([4, 8], False)])
+def test_a_validation_is_owed_until_the_run_has_a_score_of_that_step(run_dir, validated, owed):
+    lines = [{"kind": "step", "step": 8}, *({"kind": "validation", "step": step} for step in validated)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert restore(replica(1), Position(IMAGES), run_dir, "auto") is owed
+    assert restore(replica(1), Position(IMAGES), run_dir, str(run_dir / "checkpoints/step-00000004")) is False
+
+
+@pytest.mark.parametrize(
+    ("made", "images", "saw"),
+    [
+        ({"classes": 5}, IMAGES, r"step-00000008 has classifier.8.bias of shape \(3,\); wanted \(5,\)"),
+        (
+            dict(model="alexnet-owt"),
+            IMAGES,
+            r"has classifier.2.bias of shape \(10,\); wanted .*alexnet-owt",
+        ),
+        ({}, IMAGES + 1, f"made on {IMAGES} training images; wanted .*, this one has {IMAGES + 1}"),
+    ],
+    ids=["classes", "model", "data"],
+)
+def test_a_checkpoint_of_another_net_or_data_set_is_refused_and_nothing_is_touched(
+    run_dir, made, images, saw
+):
+    other, position = replica(1, **made), Position(images)
+    before = tensors(other)
+    with pytest.raises(ConfigError, match=saw) as caught:
+        restore(other, position, run_dir, "auto")
+    assert caught.value.exit_code == 2 and "fix:" in str(caught.value)
+    assert position == Position(images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(other).items())
+
+
+def test_a_rank_that_shares_its_fc_layers_takes_its_part_of_what_was_saved(run_dir, monkeypatch):
+    made, name = replica(1), "classifier.1.weight"
+    part = Slice(0, range(6, 10))
+    own = torch.zeros(4, made.whole_shapes()[name][1])
+    rest = [each for each in made.parts() if each[0] != name]
+    monkeypatch.setattr(made, "parts", lambda: [*rest, (name, own, part)])
+    restore(made, Position(IMAGES), run_dir, "auto")
+    assert torch.equal(own, tensors(replica(8))[name][6:10])
+
+
+def test_a_commit_brings_weights_and_place_back(monkeypatch):
+    monkeypatch.setattr(Committed, "check_host_updates", lambda self: None)
+    committed, made = Committed(), replica(2)
+    wanted = tensors(made)
+    commit(made, Position(IMAGES, 7, 56), committed, {"run_dir": "runs/a"})
+    assert committed.step == 7 and committed.values["run_dir"] == "runs/a"
+    for _, tensor, _ in made.parts():
+        tensor.zero_()
+    newcomer, position = replica(3), Position(IMAGES)
+    assert restore_commit(newcomer, position, committed) is False
+    assert (position.step, position.consumed) == (7, 56)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(newcomer).items())
