@@ -45,9 +45,7 @@ def test_another_installed_compiler_is_taken_and_said(path, capsys, gcc, default
     path(cxx=default, **others)
     assert chosen(gcc) == wanted
     said = capsys.readouterr().err
-    assert (
-        f"the default compiler is g++ {default}" in said and f"using {wanted}"[:7] in said and wanted in said
-    )
+    assert f"the default compiler is g++ {default}" in said and "using " in said and wanted in said
 
 
 def test_a_compiler_newer_than_any_that_was_tried_is_tried_where_it_is_the_only_one(path, capsys):
