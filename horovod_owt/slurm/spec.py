@@ -45,9 +45,7 @@ class JobSpec:
     qos: str = _sbatch("Quality of service.")
     constraint: str = _sbatch("Required node features.")
     exclusive: bool = _sbatch("Do not share nodes with other jobs.", default=False)
-    array: str = _sbatch(
-        "Job array, such as 0-4%2; {task} in the command is replaced by the task number."
-    )
+    array: str = _sbatch("Job array, such as 0-4%2; {task} in the command is replaced by the task number.")
     dependency: str = _sbatch("Dependency, such as afterok:1234.")
     output: str = _sbatch("Log file; %j is the job id.")
     signal: str = _sbatch(

@@ -177,7 +177,7 @@ def test_before_its_time_is_up_a_job_stops_at_a_checkpoint(slurm, images, tmp_pa
     said = status(slurm, job_id)
     assert (said["exit_code"], said["restarts"], said["run_dir"]) == (75, 0, str(run_dir))
     assert f"step-{said['step']:08d}" in os.listdir(run_dir / "checkpoints")
-    assert "not requeued: 0 restarts did not help" in log.read_text()
+    assert "not requeued: restart limit (0) reached" in log.read_text()
 
 
 def test_tasks_of_an_array_train_with_seeds_of_their_own(slurm, images, tmp_path):
