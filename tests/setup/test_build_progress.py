@@ -49,4 +49,4 @@ def test_the_unity_build_has_the_units_that_the_milestones_name():
     batch = int(
         re.search(r"PYTORCH_TARGET_LIB\} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE (\d+)", patch)[1]
     )
-    assert 35 / batch > 2  # 35 files without GPU operations: there is a unity_2
+    assert 35 / batch > 1  # 35 files without GPU operations: there is a unity_1

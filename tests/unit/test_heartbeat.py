@@ -168,7 +168,7 @@ def test_a_goodbye_is_said_and_waited_for_however_late_its_thread_comes_to_it(ra
     """As on a host whose cores are taken: else the others would take this rank for dead."""
     cores_are_free = threading.Event()
     monkeypatch.setattr(
-        heartbeat.Heartbeat, "_who_keeps_whom", lambda self: (cores_are_free.wait(10) and 0.0, "")
+        heartbeat.Heartbeat, "_longest_wait", lambda self: (cores_are_free.wait(10) and 0.0, "")
     )
     with rank0() as (call, port, token, _):
         rank1 = Rank1(port, token)

@@ -93,8 +93,8 @@ def test_a_job_that_is_given_up_says_why_and_how_to_go_on_and_ends_at_once(
 
 @pytest.mark.parametrize(
     ("rank", "options", "written"),
-    [(0, {}, True), (1, {}, True), (2, {}, False), (0, {"goes_on": True}, False)],
-    ids=["rank 0", "rank 1", "rank 2", "a job that goes on"],
+    [(0, {}, True), (1, {}, True), (2, {}, False), (0, {"elastic": True}, False)],
+    ids=["rank 0", "rank 1", "rank 2", "an elastic job"],
 )
 def test_a_death_is_on_record_before_the_launcher_ends_this_rank(
     under_watch, tmp_path, rank, options, written
@@ -106,7 +106,7 @@ def test_a_death_is_on_record_before_the_launcher_ends_this_rank(
 
 
 @pytest.mark.parametrize(
-    ("stall_limit_s", "goes_on", "limits"),
+    ("stall_limit_s", "elastic", "limits"),
     [
         (600.0, False, (60.0, 600.0, None)),
         (30.0, False, (15.0, 30.0, None)),
@@ -114,8 +114,8 @@ def test_a_death_is_on_record_before_the_launcher_ends_this_rank(
         (30.0, True, (15.0, 30.0, 15.0)),
     ],
 )
-def test_limits_follow_the_stall_limit(under_watch, stall_limit_s, goes_on, limits):
-    with under_watch(stall_limit_s=stall_limit_s, goes_on=goes_on) as (told, _):
+def test_limits_follow_the_stall_limit(under_watch, stall_limit_s, elastic, limits):
+    with under_watch(stall_limit_s=stall_limit_s, elastic=elastic) as (told, _):
         assert (told["report_s"], told["give_up_s"], told["regroup_s"]) == limits
 
 
