@@ -1,6 +1,6 @@
-"""Where this process stands in its job, read from what the launcher put into the environment.
+"""This process's place in its job, from the launcher's environment variables.
 
-Only for what must be known before Horovod starts; afterwards `parallel.World` is the one to ask.
+Only for use before Horovod starts; afterwards use `parallel.runtime.World`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from horovod_owt.errors import ConfigError
 
 
 class Launcher(str, Enum):
-    """What starts a job's ranks, by the name that options, logs and `Topology` share."""
+    """The launchers of ranks, by the names used in options, logs and `Topology`."""
 
-    GLOO = "gloo"  # horovodrun --gloo, and all that sets Horovod's own variables
+    GLOO = "gloo"  # horovodrun --gloo, and anything else that sets Horovod's variables
     TORCHRUN = "torchrun"
     MPIRUN = "mpirun"  # Open MPI
     MPIRUN_RSH = "mpirun_rsh"  # MVAPICH2
@@ -31,20 +31,20 @@ class Launcher(str, Enum):
 
 
 class Variables(NamedTuple):
-    """The names under which a launcher tells each rank its place."""
+    """A launcher's environment variables for the place of a rank."""
 
     rank: str
     size: str
-    local_rank: str = ""  # empty: only a Slurm step tells
+    local_rank: str = ""  # empty: taken from the Slurm step
     local_size: str = ""
-    also: str = ""  # without this one, the names may be anybody's
+    also: str = ""  # required too, because the other names are not specific
 
     def are_in(self, env: Mapping[str, str]) -> bool:
         return all(name in env for name in (self.rank, self.size, self.also) if name)
 
 
-# The first launcher whose rank and size are there wins. Horovod's own variables come first, then torchrun's:
-# such ranks may live inside an mpirun or an srun.
+# The first launcher whose rank and size are set is used. Horovod's own variables come first, then torchrun's,
+# because such ranks may run inside an mpirun or an srun.
 LAUNCHERS = {
     Launcher.GLOO: Variables("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     Launcher.TORCHRUN: Variables(
@@ -62,15 +62,14 @@ LAUNCHERS = {
         "MV2_COMM_WORLD_LOCAL_RANK",
         "MV2_COMM_WORLD_LOCAL_SIZE",
     ),
-    # Only ranks that srun --mpi=pmix started have both: a batch script may inherit PMIX_RANK from the shell
-    # that submitted it, and has SLURM_NTASKS too.
+    # Only ranks started by srun --mpi=pmix have both: a batch script may inherit PMIX_RANK from the shell
+    # that submitted it.
     Launcher.PMIX: Variables("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
     Launcher.MPIEXEC: Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 
-# Rank and size in the words of launchers that Horovod cannot follow: PALS (Cray), Flux, jsrun (LSF), aprun
-# (ALPS), a PMI or PMIx of another launcher, and whoever sets torch's variables without torchrun's store.
-# The size has several names, or none.
+# Rank and size variables of unsupported launchers: PALS (Cray), Flux, jsrun (LSF), aprun (ALPS), PMI or PMIx
+# of another launcher, and torch's variables without torchrun's store. Size variables: several names, or none.
 UNKNOWN_LAUNCHERS = {
     "PALS_RANKID": ("PALS_NRANKS", "PMI_SIZE"),
     "FLUX_TASK_RANK": ("FLUX_JOB_SIZE",),
@@ -81,18 +80,18 @@ UNKNOWN_LAUNCHERS = {
     "RANK": ("WORLD_SIZE",),
 }
 
-# Horovod's elastic driver gives up a whole host when one of its ranks dies. On one box `owt launch elastic`
-# makes each place a host of its own: 127.0.0.1 with a further zero before the 1 for each place before it.
-BOX_PLACES = "HOROVOD_OWT_BOX_PLACES"  # how many there are
+# Horovod's elastic driver drops a whole host when one of its ranks dies. On one host `owt launch elastic`
+# therefore gives each place a host name of its own: 127.0.0.1 with one more zero before the 1 per place.
+BOX_PLACES = "HOROVOD_OWT_BOX_PLACES"  # number of places
 
-# Set by whoever starts ranks by mpirun or srun and lets them bind none. A container's or a Slurm step's ranks
-# may have fewer cores than the host and look bound, each to all of them.
+# Set when ranks are started by mpirun or srun without binding. In a container or a Slurm step they have fewer
+# cores than the host, so they would look bound, each to all of them.
 UNBOUND = "HOROVOD_OWT_UNBOUND"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Rank and size, over the job and within this host, as the launcher states them."""
+    """Rank and size, within the job and within this host, as set by the launcher."""
 
     launcher: Launcher
     rank: int
@@ -100,7 +99,7 @@ class Topology:
     local_rank: int
     local_size: int
     host: str
-    unbound: bool = False  # by the launcher: the cores that this rank may use are its host's ranks' to share
+    unbound: bool = False  # the launcher bound no cores: the host's ranks share them
 
 
 def resolve_group_size(setting: int | str, topology: Topology) -> int:
@@ -121,9 +120,9 @@ def resolve_group_size(setting: int | str, topology: Topology) -> int:
 
 
 def read_topology(env: Mapping[str, str] | None = None) -> Topology:
-    """The launcher's word on this process; a process started by none of them is rank 0 of 1.
+    """This process's place as set by its launcher; without a launcher, rank 0 of 1.
 
-    So is the one rank of a world of one, which needs no MPI: its variables may be leftovers of another job.
+    The only rank of a job of one counts as without a launcher: its variables may be left from another job.
     """
     env = os.environ if env is None else env
     box = place_on_box(env)
@@ -145,10 +144,10 @@ def read_topology(env: Mapping[str, str] | None = None) -> Topology:
 
 
 def rank_topology(env: Mapping[str, str] | None = None) -> Topology:
-    """The same, for a command whose processes are to be ranks of one job.
+    """The same, for commands whose processes are ranks of one job.
 
-    Raises ConfigError where the environment shows more than one rank, but no launcher that Horovod can
-    follow: each would be rank 0 of 1, and all would write the same run folder.
+    Raises ConfigError if the environment shows more than one rank but no supported launcher: each process
+    would be rank 0 of 1, and all would write to the same run folder.
     """
     env = os.environ if env is None else env
     topology = read_topology(env)
@@ -158,7 +157,7 @@ def rank_topology(env: Mapping[str, str] | None = None) -> Topology:
 
 
 def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
-    # Only srun sets this one; a batch script and a shell of salloc have SLURM_NTASKS alone.
+    # Only srun sets this variable; batch scripts and salloc shells have SLURM_NTASKS only.
     if (tasks := _number(env, "SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise ConfigError(
             f"{tasks} srun tasks started without PMI",
@@ -170,20 +169,20 @@ def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
         size_name = next((name for name in size_names if _number(env, name) is not None), "")
         if size_name:
             several = _number(env, size_name) > 1 and (rank is not None or size_name == "WORLD_SIZE")
-        else:  # rank 0 cannot know that it is not alone; the end of the others ends it
+        else:  # rank 0 cannot detect the others; the launcher ends it when they fail
             several = bool(rank) and rank_name != "RANK"  # a name that any script may use
         if several:
             seen = [name for name in (rank_name, size_name) if name in env]
-            told = " ".join(f"{name}={env[name]}" for name in seen)
+            shown = " ".join(f"{name}={env[name]}" for name in seen)
             raise ConfigError(
-                f"{told}: ranks of an unknown launcher",
+                f"{shown}: ranks of an unknown launcher",
                 wanted="horovodrun, mpirun, torchrun or srun --mpi=pmix; for a run of one rank, no launcher",
                 fix=f"`owt launch hosts --hosts FILE -- DATA --run-dir DIR`, or unset {' '.join(seen)}",
             ).by_rank_0((rank or 0) if size_name else rank - 1)
 
 
 def _rank_and_size(env: Mapping[str, str], rank: str, size: str) -> tuple[int, int] | None:
-    """None where one is missing or makes no sense: half of another job's variables are nobody's place."""
+    """None if one is missing or inconsistent, as variables left from another job may be."""
     numbers = _number(env, rank), _number(env, size)
     return numbers if None not in numbers and numbers[0] < numbers[1] else None
 
@@ -197,9 +196,9 @@ def _host(env: Mapping[str, str]) -> str:
 
 
 def _place_in_slurm_step(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """Local rank and local size of a task that srun started, with pmix or pmi2; None elsewhere.
+    """Local rank and local size of a task started by srun, with pmix or pmi2; None otherwise.
 
-    Not from SLURM_NTASKS_PER_NODE, which is there only if it was asked for, and the same for all nodes.
+    Not from SLURM_NTASKS_PER_NODE, which is set only on request, and equal for all nodes.
     """
     node, local_rank = _number(env, "SLURM_NODEID"), _number(env, "SLURM_LOCALID")
     tasks_by_node = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
@@ -209,18 +208,18 @@ def _place_in_slurm_step(env: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def expand_counts(counts: str) -> list[int]:
-    """Slurm's way to count by node: `4(x2),8` is 4, 4, 8."""
+    """Expand Slurm's counts per node: `4(x2),8` is 4, 4, 8."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
 def box_hosts(places: int) -> list[str]:
-    """A host name for each place on one box; to resolvers all of them are 127.0.0.1."""
+    """A host name for each place on one host; all of them resolve to 127.0.0.1."""
     return [f"127.0.0.{'0' * place}1" for place in range(places)]
 
 
 def place_on_box(env: Mapping[str, str] | None = None) -> tuple[int, int] | None:
-    """Local rank and local size of an elastic job's rank on one box; None for any other."""
+    """Local rank and local size of a rank of an elastic job on one host; None for any other."""
     env = os.environ if env is None else env
     zeros = re.fullmatch(r"127\.0\.0\.(0*)1", env.get("HOROVOD_HOSTNAME", ""))
     return (len(zeros[1]), int(env[BOX_PLACES])) if zeros and BOX_PLACES in env else None

@@ -1,4 +1,4 @@
-"""owt job: jobs of a Slurm cluster, from its login node."""
+"""owt job: jobs on a Slurm cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JOB_ID = click.argument("job_id", metavar="JOB")
 
 @click.group()
 def job() -> None:
-    """Render, submit, watch and cancel jobs of a Slurm cluster.
+    """Submit and control jobs on a Slurm cluster.
 
     \b
     Example:  owt job submit --nodes 8 --gpus-per-node 4 --time 24:00:00 /data/imagenet -- --set batch=256
@@ -41,34 +41,46 @@ def job_options(body: Callable) -> Callable:
 
     decorators = [
         click.argument("owt_args", nargs=-1, metavar="[DATA] [-- OPTIONS OF OWT]", type=click.UNPROCESSED),
-        click.option("--kind", type=click.Choice(list(KINDS)), default="train", show_default=True),
+        click.option(
+            "--kind", type=click.Choice(list(KINDS)), default="train", show_default=True, help="What to run."
+        ),
         *(_sbatch_option(name, text) for name, text in sbatch_fields().items()),
         click.option(
-            "--sbatch", "extra", multiple=True, metavar="--NAME=VALUE", help="Any other one of sbatch's."
+            "--sbatch",
+            "extra",
+            multiple=True,
+            metavar="--NAME=VALUE",
+            help="Another sbatch option; may be repeated.",
         ),
-        click.option("--module", "modules", multiple=True, metavar="NAME", help="`module load` it first."),
-        click.option("--venv", help="Activate this virtual environment. Default: the environment of sbatch."),
-        click.option("--container-image", help="Ranks run in it, by Pyxis."),
-        click.option("--apptainer", metavar="IMAGE", help="Ranks run in it, by Apptainer."),
         click.option(
-            "--launcher", type=click.Choice(LAUNCHERS), help="Of the ranks. Default: what the site has."
+            "--module",
+            "modules",
+            multiple=True,
+            metavar="NAME",
+            help="Load this environment module; may be repeated.",
+        ),
+        click.option("--venv", help="Virtual environment to activate.  [default: the environment of sbatch]"),
+        click.option("--container-image", help="Run the ranks in this image (Pyxis)."),
+        click.option("--apptainer", metavar="IMAGE", help="Run the ranks in this image (Apptainer)."),
+        click.option(
+            "--launcher", type=click.Choice(LAUNCHERS), help="Launcher of the ranks.  [default: auto]"
         ),
         click.option(
             "--min-ranks",
             type=click.IntRange(min=1),
-            help="Of an elastic job: fewer end this start of it. Default: half of its ranks.",
+            help="Elastic: with fewer ranks the attempt ends.  [default: half of the ranks]",
         ),
         click.option(
             "--max-restarts",
             type=click.IntRange(min=0),
-            help=f"Times that a stopped job goes back to the queue. Default: {JobSpec.max_restarts}.",
+            help=f"How often a stopped job is requeued.  [default: {JobSpec.max_restarts}]",
         ),
     ]
     return functools.reduce(lambda decorated, decorate: decorate(decorated), reversed(decorators), with_spec)
 
 
 def _sbatch_option(name: str, text: str) -> Callable:
-    """By sbatch's name; None, JobSpec's default, where it is not given."""
+    """An option with sbatch's name; None, so JobSpec's default, if it is not given."""
     is_flag = isinstance(getattr(JobSpec, name), bool)
     return click.option(option_of(name), is_flag=is_flag, default=None, help=text)
 
@@ -76,7 +88,7 @@ def _sbatch_option(name: str, text: str) -> Callable:
 @job.command()
 @job_options
 def render(spec: JobSpec) -> None:
-    """Print the job's sbatch script; without DATA, it takes DATA and options when it is submitted.
+    """Print the job's sbatch script; without DATA, pass DATA and options to sbatch after the script.
 
     \b
     Example:  owt job render --nodes 8 --gpus-per-node 4 > train.sbatch
@@ -89,9 +101,9 @@ def render(spec: JobSpec) -> None:
 
 @job.command()
 @job_options
-@click.option("--dry-run", is_flag=True, help="Print the script, submit nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the script, do not submit it.")
 def submit(spec: JobSpec, dry_run: bool) -> None:
-    """Submit a job and print its number.
+    """Submit a job and print its id.
 
     \b
     Examples:  owt job submit --nodes 8 --gpus-per-node 4 /data/imagenet -- --run-dir runs/first
@@ -101,17 +113,19 @@ def submit(spec: JobSpec, dry_run: bool) -> None:
     from horovod_owt.slurm.script import render
 
     if not spec.owt_args and spec.restarts:
-        raise click.UsageError("no DATA to train on")
+        raise click.UsageError("missing DATA")
     script = render(spec)
     click.echo(script if dry_run else submit(script), nl=not dry_run)
 
 
 @job.command()
 @JOB_ID
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where Slurm does not know it any more.")
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Its run folder, if Slurm no longer knows the job."
+)
 @JSON_OPTION
 def status(job_id: str, run_dir: Path | None, as_json: bool) -> None:
-    """Say how the job JOB (1234, or 1234_2 of an array) is and how far its run has come.
+    """Print the state and progress of job JOB (1234, or 1234_2 of an array).
 
     \b
     Example:  owt job status 1234 --json
@@ -119,13 +133,13 @@ def status(job_id: str, run_dir: Path | None, as_json: bool) -> None:
     from horovod_owt.slurm.status import job_status
 
     found = job_status(job_id, run_dir)
-    click.echo(json.dumps(found.to_dict()) if as_json else _in_words(found))
+    click.echo(json.dumps(found.to_dict()) if as_json else _text(found))
 
 
 @job.command()
 @JOB_ID
 def cancel(job_id: str) -> None:
-    """End the job JOB; a run stops at a checkpoint if the site's KillWait leaves it the time.
+    """Cancel job JOB; the run stops at a checkpoint if the site's KillWait is long enough.
 
     \b
     Example:  owt job cancel 1234
@@ -138,7 +152,7 @@ def cancel(job_id: str) -> None:
 @job.command()
 @JOB_ID
 def nodes(job_id: str) -> None:
-    """Print the nodes that the job JOB has, a line each; an elastic job goes on without those that it lost.
+    """Print the current nodes of job JOB, one per line; an elastic job may have lost some.
 
     \b
     Example:  owt job nodes 1234
@@ -152,13 +166,13 @@ def nodes(job_id: str) -> None:
 @job.command(hidden=True)
 @click.option("--launcher", type=click.Choice(LAUNCHERS), default=AUTO)
 @click.option("--max-restarts", type=int, default=JobSpec.max_restarts)
-@click.option("--elastic", is_flag=True, help="Ranks may be lost; they start by ssh.")
-@click.option("--min-ranks", type=int, default=JobSpec.min_ranks, help="Of an elastic job. Default: half.")
+@click.option("--elastic", is_flag=True, help="Elastic training; ranks are started by ssh.")
+@click.option("--min-ranks", type=int, default=JobSpec.min_ranks, help="Of an elastic job.  [default: half]")
 @click.option("--container-image", default="")
 @click.option("--apptainer", default="")
 @click.argument("command", nargs=-1, required=True, metavar="-- train DATA [...]")
 def run(command: tuple[str, ...], **options) -> None:
-    """What a job's script becomes: start the ranks, and send the job back to the queue if it may go on."""
+    """The batch process of a job: start the ranks, and requeue the job if it can continue."""
     from horovod_owt.slurm.batch import run_job
 
     sys.exit(run_job(command, **options))
@@ -167,12 +181,12 @@ def run(command: tuple[str, ...], **options) -> None:
 @job.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def rank(command: tuple[str, ...]) -> None:
-    """What srun starts in a job without MPI: a rank that Horovod's Gloo knows, which becomes COMMAND."""
+    """Run by srun in a job without MPI: set Horovod's Gloo variables, then exec COMMAND."""
     from horovod_owt.slurm.gloo_rank import become_rank
 
     become_rank(command)
 
 
-def _in_words(found: JobStatus) -> str:
+def _text(found: JobStatus) -> str:
     shown = {name: "-" if value is None else value for name, value in found.to_dict().items()}
     return "\n".join(f"{name.replace('_', ' '):12}  {value}" for name, value in shown.items())

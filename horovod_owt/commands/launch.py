@@ -1,4 +1,4 @@
-"""owt launch: start a job without a scheduler, on this host or on several."""
+"""owt launch: start a job without a scheduler, on this host or several."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ RANKS = click.option(
     "--ranks",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ranks on this host. Default: one for each GPU; on CPU cores, 2.",
+    help="Ranks on this host.  [default: one per GPU; without GPUs, 2]",
 )
-HOSTS_HELP = "A file with lines HOST:SLOTS or HOST slots=SLOTS: a rank for each slot, started by ssh."
+HOSTS_HELP = "File with lines HOST:SLOTS or HOST slots=SLOTS; one rank per slot, started by ssh."
 HOSTS = click.option("--hosts", type=click.Path(path_type=Path), metavar="FILE", help=HOSTS_HELP)
 INTERFACE = click.option(
-    "--interface", metavar="NAME", help="Of the network. Default: the one that leads to the other hosts."
+    "--interface", metavar="NAME", help="Network interface.  [default: the one that reaches the other hosts]"
 )
 PREFLIGHT = click.option(
-    "--preflight", is_flag=True, help="Do not train: check these ranks, hosts, DATA and run folder."
+    "--preflight", is_flag=True, help="Check ranks, hosts, DATA and run folder instead of training."
 )
-DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the command, start nothing.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the command, do not start it.")
 TRAIN = click.argument("train", nargs=-1, required=True, metavar="-- DATA --run-dir DIR [...]")
 
 
@@ -32,16 +32,16 @@ def max_restarts(default: int):
         default=default,
         show_default=True,
         metavar="N",
-        help="Starts after a failure, from the last checkpoint.",
+        help="Automatic restarts after failures, from the last checkpoint.",
     )
 
 
 @click.group()
 def launch() -> None:
-    """Start a job without a scheduler: on this host, on several, with or without MPI.
+    """Start a job without a scheduler, on this host or several, with or without MPI.
 
-    The first signal (Ctrl-C, TERM, USR1, USR2) ends the job at a checkpoint with exit code 75, a second one
-    at once; no process of it is left on this host. The exit code is that of outcome.json.
+    The first signal (Ctrl-C, TERM, USR1, USR2) stops the job at a checkpoint with exit code 75, a second one
+    kills it; no process is left on this host. The exit code is the one in outcome.json.
 
     \b
     Example:  owt launch local -- /data/imagenet --run-dir runs/first
@@ -56,7 +56,7 @@ def launch() -> None:
 @DRY_RUN
 @TRAIN
 def local(ranks: int | None, max_restarts: int, preflight: bool, dry_run: bool, train: tuple[str, ...]):
-    """Train on this host, by horovodrun over Gloo.
+    """Train on this host with horovodrun and Gloo.
 
     \b
     Example:  owt launch local -- /data/imagenet --run-dir runs/first
@@ -82,7 +82,7 @@ def hosts(
     dry_run: bool,
     train: tuple[str, ...],
 ):
-    """Train on the hosts that a file names, by horovodrun over Gloo and ssh.
+    """Train on the hosts in a file with horovodrun, Gloo and ssh.
 
     \b
     Example:  owt launch hosts --hosts HOSTS_FILE --preflight -- /data/imagenet --run-dir /shared/runs/first
@@ -110,7 +110,7 @@ def mpirun(
     dry_run: bool,
     train: tuple[str, ...],
 ):
-    """Train by Open MPI's mpirun, on this host or on those that a file names.
+    """Train with Open MPI's mpirun, on this host or on the hosts in a file.
 
     \b
     Example:  owt launch mpirun --ranks 4 -- /data/imagenet --run-dir runs/first
@@ -133,7 +133,7 @@ def _run(launcher, train, ranks, hosts_file, interface, max_restarts, preflight,
 
 def _one_place(ranks: int | None, hosts_file: Path | None) -> None:
     if ranks and hosts_file:
-        raise click.UsageError("--ranks is for this host, --hosts names others: one of them")
+        raise click.UsageError("--ranks is for this host, --hosts for others: pass one of them")
 
 
 @launch.command()
@@ -145,10 +145,10 @@ def _one_place(ranks: int | None, hosts_file: Path | None) -> None:
     default=1,
     show_default=True,
     metavar="N",
-    help="Fewer end this start of the job.",
+    help="With fewer ranks the job is restarted from the last checkpoint.",
 )
 @click.option(
-    "--max-ranks", type=click.IntRange(min=1), metavar="N", help="More are not used. Default: no limit."
+    "--max-ranks", type=click.IntRange(min=1), metavar="N", help="Use at most N ranks.  [default: no limit]"
 )
 @INTERFACE
 @click.option(
@@ -158,7 +158,7 @@ def _one_place(ranks: int | None, hosts_file: Path | None) -> None:
     default=(10, 600),
     show_default=True,
     metavar="FIRST MOST",
-    help="Seconds until a place that lost a rank gets another: twice FIRST, doubling up to MOST.",
+    help="Seconds until a host that lost a rank is used again: twice FIRST, doubling up to MOST.",
 )
 @max_restarts(3)
 @DRY_RUN
@@ -174,12 +174,12 @@ def elastic(
     dry_run: bool,
     train: tuple[str, ...],
 ):  # fmt: skip
-    """Train with ranks that may come and go: whoever is left continues from the last commit.
+    """Elastic training: after losing ranks the others continue from the last commit.
 
-    On this host each rank may die alone; it is started again after a while. On several, a dead rank takes
-    its host along, and hosts join and leave as lines of the file do, which is read every second. The job
-    restarts from the last checkpoint when too few ranks are left or one hangs. For data-parallel runs only:
-    for hybrid ones there is --max-restarts of the other commands.
+    On one host a dead rank is restarted after a while. On several, the whole host of a dead rank is dropped,
+    and hosts can be added to and removed from the file, which is read every second. The job restarts from the
+    last checkpoint when too few ranks are left or one hangs. For data-parallel runs only; for hybrid runs use
+    --max-restarts of the other commands.
 
     \b
     Example:  owt launch elastic --ranks 4 -- /data/imagenet --run-dir runs/first
@@ -206,9 +206,9 @@ def elastic(
 @DRY_RUN
 @click.argument("command", nargs=-1, required=True, metavar="-- COMMAND")
 def supervise(max_restarts: int, dry_run: bool, command: tuple[str, ...]):
-    """Start a job by any COMMAND, and start it again from its last checkpoint when a failure ends it.
+    """Run any training COMMAND, and restart it from its last checkpoint after a failure.
 
-    Not after success, a signal, a bad configuration, or a run that comes no further.
+    No restart after success, a signal, a configuration error, or a failure without progress.
 
     \b
     Example:  owt launch supervise -- horovodrun --gloo -np 4 owt train DATA --run-dir runs/first
@@ -229,7 +229,7 @@ def supervise(max_restarts: int, dry_run: bool, command: tuple[str, ...]):
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def gloo(words: tuple[str, ...]) -> None:
-    """horovodrun with these words, whose ssh ends when its host is gone."""
+    """horovodrun with ssh timeouts for lost hosts."""
     from horovod_owt.launch.horovodrun import run
 
     run(words)

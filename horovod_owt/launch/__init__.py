@@ -1,1 +1,1 @@
-"""Starts jobs without a scheduler: on one box, on hosts, and again after a failure. No torch here."""
+"""Start jobs without a scheduler, on one host or several, with automatic restart. Needs no torch."""

@@ -1,4 +1,4 @@
-"""Ranks on this box or on hosts: `owt launch local`, `hosts` and `mpirun`."""
+"""Start ranks on this host or on several: `owt launch local`, `hosts` and `mpirun`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from horovod_owt.parallel.interfaces import chosen_interface, interface_environm
 from horovod_owt.runs.attempts import find_run_dir
 from horovod_owt.topology import UNBOUND, Launcher
 
-# What mpirun is to carry to other hosts; horovodrun carries all of the environment.
-CARRIED = re.compile(
+# Variables that mpirun exports to other hosts; horovodrun exports the whole environment.
+EXPORTED = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|THP_MEM_ALLOC_ENABLE"
     r"|(HOROVOD|CUDA|NCCL|OMP|DALI|TORCH|PYTORCH|UCX)_\w+"
 )
@@ -26,7 +26,7 @@ HOROVODRUN = ("owt", "launch", "gloo", "--gloo")
 
 @dataclass(frozen=True)
 class Start:
-    """`owt train` with these words, on so many ranks of each host; without hosts, on this box."""
+    """A command line of `owt train`, and the hosts with their numbers of ranks."""
 
     launcher: Launcher  # GLOO or MPIRUN
     train: Sequence[str]
@@ -42,7 +42,7 @@ class Start:
         return self.interface == "lo"
 
     def argv(self, env: Mapping[str, str], *, preflight: bool = False) -> list[str]:
-        """The command; with `preflight`, it looks at what the training would use in place of training."""
+        """The command line; with `preflight`, a check of what the training would use instead."""
         launcher = self._mpirun(env) if self.launcher is Launcher.MPIRUN else self._horovodrun()
         owt = preflight_words(self.train) if preflight else ["train", *self.train]
         return [*launcher, "owt", *owt]
@@ -52,21 +52,21 @@ class Start:
         return [*HOROVODRUN, *where, "--network-interfaces", self.interface]
 
     def _mpirun(self, env: Mapping[str, str]) -> list[str]:
-        """Cores are for the ranks to choose, by their devices: mpirun binds none."""
-        carried = [word for name in sorted(env) if CARRIED.fullmatch(name) for word in ("-x", name)]
+        """mpirun binds no cores: ranks choose theirs by their devices."""
+        exported = [word for name in sorted(env) if EXPORTED.fullmatch(name) for word in ("-x", name)]
         where = ["-np", str(self.world_size), "--host", self._list()]
-        return ["mpirun", *where, "--bind-to", "none", *carried]
+        return ["mpirun", *where, "--bind-to", "none", *exported]
 
     def _list(self) -> str:
         return ",".join(f"{host}:{slots}" for host, slots in self.hosts.items())
 
     def environment(self) -> dict[str, str]:
-        """For launcher and ranks."""
+        """Variables for the launcher and the ranks."""
         return {UNBOUND: "1", **({} if self.on_this_box else interface_environment(self.interface))}
 
 
 def preflight_words(train: Sequence[str]) -> list[str]:
-    """After `owt`: preflight of the data and the run folder in these words after `owt train`."""
+    """The preflight command line for the data and run folder of a training command line."""
     data, run_dir = train[0], find_run_dir(train)
     if data.startswith("-"):
         raise ConfigError(f"{data} before DATA", wanted="DATA first", fix="-- DATA --run-dir ...")
@@ -83,7 +83,7 @@ def run(
     preflight: bool,
     dry_run: bool,
 ) -> int:
-    """Start the job; returns its exit code: outcome.json's where the run wrote one."""
+    """Start the job; returns its exit code, from outcome.json if the run wrote one."""
     start = Start(launcher, train, hosts, chosen_interface(interface, list(hosts)))
     command = start.argv(os.environ | start.environment(), preflight=preflight)
     if launcher is Launcher.GLOO and not start.on_this_box:
@@ -91,7 +91,7 @@ def run(
     if dry_run:
         return show(command, start.environment())
     if not start.on_this_box:
-        say(f"{start.world_size} ranks on {len(hosts)} hosts, by interface {start.interface}")
+        say(f"{start.world_size} ranks on {len(hosts)} hosts, interface {start.interface}")
     os.environ.update(start.environment())
     if preflight:
         os.execvp(command[0], command)
@@ -99,21 +99,21 @@ def run(
 
 
 def show(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Print what would be run, as a line for a shell."""
+    """Print the command as a shell command line."""
     print(shlex.join([*(f"{name}={value}" for name, value in environment.items()), *command]))
     return 0
 
 
 def default_ranks() -> int:
-    """How many ranks this host is to have where nobody says: one for each GPU, or two on CPU cores."""
+    """The default number of ranks on this host: one per GPU, or two on CPU cores."""
     return visible_gpus() or min(2, len(os.sched_getaffinity(0)))
 
 
 def check_folder_for_ssh(folder: str) -> None:
-    """horovodrun has a shell on each host enter the folder that it was started in, and quotes nothing."""
+    """Refuse a folder whose name needs quotes: horovodrun passes it unquoted to a shell on each host."""
     if shlex.quote(folder) != folder:
         raise ConfigError(
             f"horovodrun in folder {folder!r}",
-            wanted="a path that needs no quotes: a shell on each host is to enter it",
-            fix="start it in another folder, with full paths, or take `owt launch mpirun`",
+            wanted="a path that needs no shell quoting",
+            fix="start it in another folder, with full paths, or use `owt launch mpirun`",
         )

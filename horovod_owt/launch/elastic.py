@@ -1,4 +1,4 @@
-"""The command of an elastic job: ranks may come and go, by host on a cluster, one by one on a box."""
+"""Start an elastic job: hosts join and leave on a cluster, single ranks on one host."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ DISCOVER_HOSTS = Path(__file__).with_name("discover-hosts")
 
 @dataclass(frozen=True)
 class ElasticJob:
-    """Where ranks may run: on `places` of this box, or on the hosts that a file names at the time."""
+    """An elastic job on `places` of this host, or on the hosts that a file lists, which may change."""
 
-    train: Sequence[str]  # the words after `owt train`
+    train: Sequence[str]  # arguments of `owt train`
     interface: str
     places: int | None = None
     hosts_file: Path | None = None
     min_ranks: int = 1
     max_ranks: int | None = None
-    cooldown_s: tuple[int, int] = (10, 600)  # a host that lost a rank is left alone for so long; it doubles
+    cooldown_s: tuple[int, int] = (10, 600)  # how long a host that lost a rank is not used; doubles
 
     def __post_init__(self) -> None:
         most = self.max_ranks or self.places
-        if most and self.min_ranks > most:  # Horovod would wait for ten minutes
-            raise ConfigError(f"at least {self.min_ranks} ranks, of {most} at most", fix="fewer --min-ranks")
+        if most and self.min_ranks > most:  # Horovod would wait ten minutes
+            raise ConfigError(
+                f"--min-ranks {self.min_ranks} with at most {most} ranks", fix="lower --min-ranks"
+            )
 
     def argv(self) -> list[str]:
         if self.places:
@@ -47,7 +49,7 @@ class ElasticJob:
             *(("--max-np", str(most)) if most else ()),
             *("--network-interfaces", self.interface),
             *("--blacklist-cooldown-range", *map(str, self.cooldown_s)),
-            *("--host-discovery-script", shlex.join(hosts)),  # a shell of Horovod's runs it
+            *("--host-discovery-script", shlex.join(hosts)),  # Horovod runs it in a shell
             *("owt", "train", *self.train),
         ]
 
@@ -58,13 +60,13 @@ class ElasticJob:
     def on(
         cls, train: Sequence[str], *, interface: str | None, hosts_file: Path | None, **options
     ) -> ElasticJob:
-        """A job whose interface is yet to be found, from the hosts that the file names now."""
+        """A job with the interface determined from the hosts currently in the file."""
         hosts = list(read_hosts(hosts_file)) if hosts_file else ["localhost"]
         return cls(train, interface=chosen_interface(interface, hosts), hosts_file=hosts_file, **options)
 
 
 def run(job: ElasticJob, *, max_restarts: int, dry_run: bool) -> int:
-    """Start the job; returns its exit code: outcome.json's where the run wrote one."""
+    """Start the job; returns its exit code, from outcome.json if the run wrote one."""
     if job.interface != "lo":
         check_folder_for_ssh(os.getcwd())
     if dry_run:

@@ -1,4 +1,4 @@
-"""Files of hosts and their slots, as users of horovodrun, mpirun and elastic jobs write them."""
+"""Host files with slots, in the formats of horovodrun and mpirun."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from horovod_owt.errors import ConfigError
 
 
 def read_hosts(file: Path) -> dict[str, int]:
-    """Host -> slots, by discover-hosts' rules: `HOST:SLOTS` or `HOST slots=SLOTS`, # for comments.
+    """Read a host file, by the rules of discover-hosts: `HOST:SLOTS` or `HOST slots=SLOTS`, # for comments.
 
-    A host on several lines, as PBS and Grid Engine write it, has the slots of all of them.
+    The slots of a host on several lines, as PBS and Grid Engine write them, are added up.
     """
     try:
         lines = file.read_text().splitlines()

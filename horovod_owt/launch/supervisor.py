@@ -1,4 +1,4 @@
-"""Start a job again after a fault, for as long as it comes further: `owt launch supervise`."""
+"""Restart a job automatically after a failure, as long as it makes progress: `owt launch supervise`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, run_dir_of
 from horovod_owt.topology import LAUNCHERS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-GRACE_S = 5.0  # after the launcher's end: for ranks that are about to leave
-LAST_WORD_GRACE_S = (
-    30.0  # after outcome.json: an elastic launcher would wait ten minutes for a rank that hangs
-)
+GRACE_S = 5.0  # for ranks to exit after the launcher has
+OUTCOME_GRACE_S = 30.0  # for the launcher to exit after outcome.json; an elastic one waits ten minutes
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def why_not_again(
     attempts: Sequence[Attempt], max_restarts: int, *, restarts: int | None = None, stop_is_final: bool = True
 ) -> str:
-    """Why the last of these attempts is to be the last of all, in words; empty if another is worth it.
+    """The reason not to restart after the last of these attempts; empty to restart.
 
-    `restarts`, where some attempts left no trace; `stop_is_final=False`, where it is a queue that stops jobs.
+    `restarts` overrides their number if some are not recorded; `stop_is_final=False` under a scheduler.
     """
     *before, last = attempts
     restarts = len(before) if restarts is None else restarts
@@ -38,25 +36,25 @@ def why_not_again(
         return "done"
     if last.asked_to_stop or last.exit_code == Preempted.exit_code:
         if stop_is_final:
-            return "it was told to stop; the same command goes on"
-        return "" if restarts < max_restarts else _enough(max_restarts)
+            return "stopped by a signal; the same command resumes"
+        return "" if restarts < max_restarts else _limit_reached(max_restarts)
     if last.exit_code == ConfigError.exit_code:
         return "bad usage or configuration"
     if not last.last_step:
-        return "it ended before its first step, and would again"
+        return "failed before the first step"
     if before and not last.new_checkpoint and last.last_step == before[-1].last_step:
-        return f"step {last.last_step} was its last for the second time, without a checkpoint in between"
-    return "" if restarts < max_restarts else _enough(max_restarts)
+        return f"no progress: failed twice after step {last.last_step}, without a new checkpoint"
+    return "" if restarts < max_restarts else _limit_reached(max_restarts)
 
 
-def _enough(max_restarts: int) -> str:
-    return f"{max_restarts} restart{'s'[: max_restarts != 1]} did not help"
+def _limit_reached(max_restarts: int) -> str:
+    return f"restart limit ({max_restarts}) reached"
 
 
 class Supervisor:
-    """Runs a command as often as it is worth it; never two at a time, and nothing of it stays behind.
+    """Runs a command and restarts it after failures; one at a time, with no process left behind.
 
-    A second signal ends all at once; with `patient`, under a scheduler that sends several, it does not.
+    A second signal kills everything; not with `patient`, under a scheduler that sends several signals.
     """
 
     def __init__(self, command: Sequence[str], *, max_restarts: int = 0, patient: bool = False) -> None:
@@ -67,27 +65,27 @@ class Supervisor:
         self._asked_to_stop = False
 
     def run_once(self) -> Attempt:
-        """Run it, and leave it to the caller what follows."""
-        self._take_charge()
+        """Run the command once, without restarting it."""
+        self._set_up_process()
         return self._attempt()
 
     def run(self) -> int:
-        """The exit code of the last attempt: outcome.json's where it wrote one."""
-        self._take_charge()
+        """Run and restart the command; returns the last exit code, from outcome.json if the run wrote one."""
+        self._set_up_process()
         attempts: list[Attempt] = []
         while True:
             attempts.append(self._attempt())
             end, last = why_not_again(attempts, self._max_restarts), attempts[-1]
             if end:
-                say(f"exit code {last.exit_code}, not started again: {end}; the run says: {last.reason}")
+                say(f"exit code {last.exit_code}, not restarted: {end}; reason: {last.reason}")
                 return last.exit_code
             start = f"start {len(attempts) + 1} of {self._max_restarts + 1}"
-            place = last.checkpoint or "the beginning, as there is no checkpoint"
+            place = last.checkpoint or "the beginning: there is no checkpoint"
             say(f"exit code {last.exit_code} after step {last.last_step}: {last.reason}")
             say(f"{start}, from {place}")
 
-    def _take_charge(self) -> None:
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a dead launcher's ranks become ours
+    def _set_up_process(self) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt the ranks of a dead launcher
         for number in PASSED_ON:
             signal.signal(number, self._pass_on)
 
@@ -106,7 +104,7 @@ class Supervisor:
         return watch.attempt(code, asked_to_stop=self._asked_to_stop)
 
     def _wait(self, watch: AttemptWatch) -> int:
-        """The launcher's exit code; one that goes on after the run's last word is ended."""
+        """The launcher's exit code; it is killed if it does not exit after the run has ended."""
         ended_at = None
         while True:
             try:
@@ -115,16 +113,14 @@ class Supervisor:
                 pass
             if ended_at is None and watch.has_ended():
                 ended_at = time.monotonic()
-            if ended_at is not None and time.monotonic() > ended_at + LAST_WORD_GRACE_S:
-                say(
-                    f"the launcher is still there {LAST_WORD_GRACE_S:.0f} s after the run's last word: killed"
-                )
+            if ended_at is not None and time.monotonic() > ended_at + OUTCOME_GRACE_S:
+                say(f"the launcher has not exited {OUTCOME_GRACE_S:.0f} s after outcome.json: killing it")
                 self._job.kill()
 
     def _pass_on(self, number: int, _frame: object) -> None:
-        """The first signal goes to this host's ranks: a checkpoint, and the launcher's own haste is avoided.
+        """Forward the first signal to this host's ranks, which stop at a checkpoint; a second one kills all.
 
-        horovodrun would kill its ranks 5 s after it is told to stop. A second signal ends all at once.
+        The launcher does not get it: horovodrun would kill its ranks 5 s later.
         """
         if self._asked_to_stop:
             if not self._patient:
@@ -133,8 +129,8 @@ class Supervisor:
         self._asked_to_stop = True
         if self._job is None or self._job.poll() is not None:
             return
-        second = "" if self._patient else "; a second signal ends it at once"
-        say(f"{signal.Signals(number).name}: the job ends at a checkpoint{second}")
+        second = "" if self._patient else "; a second signal kills it"
+        say(f"{signal.Signals(number).name}: the job stops at a checkpoint{second}")
         for process in ranks_here() or [psutil.Process(self._job.pid)]:
             try:
                 process.send_signal(number if number != signal.SIGHUP else signal.SIGTERM)
@@ -143,12 +139,12 @@ class Supervisor:
 
 
 def ranks_here() -> list[psutil.Process]:
-    """The processes below this one that a launcher gave a rank, without what they started themselves."""
+    """The descendants of this process that are ranks, without their own children."""
     found: dict[int, psutil.Process] = {}
-    for process in psutil.Process().children(recursive=True):  # parents come before their children
+    for process in psutil.Process().children(recursive=True):  # parents before children
         try:
-            told = any(names.are_in(process.environ()) for names in LAUNCHERS.values())
-            if told and process.ppid() not in found:
+            is_rank = any(names.are_in(process.environ()) for names in LAUNCHERS.values())
+            if is_rank and process.ppid() not in found:
                 found[process.pid] = process
         except psutil.Error:
             continue
@@ -161,7 +157,7 @@ def _is_shell(process: psutil.Process) -> bool:
 
 
 def end_descendants(grace_s: float) -> None:
-    """Wait for whatever is left below this process, then KILL it, whatever group or session it is in."""
+    """Wait for all descendants of this process, then KILL them, whatever their group or session."""
     left = psutil.Process().children(recursive=True)
     _, left = psutil.wait_procs(left, timeout=grace_s)
     while left:

@@ -1,1 +1,1 @@
-"""What Slurm is told and asked. No torch here: it runs on login nodes."""
+"""Jobs on a Slurm cluster: scripts, submission, status, and the batch process. Needs no torch."""

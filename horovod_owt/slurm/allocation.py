@@ -1,4 +1,4 @@
-"""What Slurm gave to this job, read in its batch process."""
+"""The resources of this job, read from its batch process's environment."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from horovod_owt.topology import expand_counts
 
 @dataclass(frozen=True)
 class Allocation:
-    """The job's nodes, and what each has."""
+    """The job's nodes, and the resources of each."""
 
-    job_id: str  # as squeue shows it: 7, or 7_2 in an array
+    job_id: str  # in squeue's notation: 7, or 7_2 in an array
     hosts: tuple[str, ...]
     ranks_per_node: int
-    cpus_per_node: int  # the least of all nodes
+    cpus_per_node: int  # the minimum over all nodes
     restarts: int
     task: str = ""  # of an array: N, of N_TASK
 
@@ -35,10 +35,10 @@ class Allocation:
 
 
 def read_allocation(env: Mapping[str, str], hosts: Sequence[str]) -> Allocation:
-    """The allocation that `env` tells of, on `hosts`; a rank for each task asked for, else for each GPU."""
+    """The allocation in `env`, on `hosts`: one rank per requested task, else per GPU."""
     task = env.get("SLURM_ARRAY_TASK_ID", "")
     return Allocation(
-        # the first task of an array has the number of the whole one as its SLURM_JOB_ID
+        # one task of an array has the id of the whole array as its SLURM_JOB_ID
         job_id=f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if task else env["SLURM_JOB_ID"],
         hosts=tuple(hosts),
         ranks_per_node=_ranks_per_node(env, len(hosts)),
@@ -53,7 +53,7 @@ def node_list(env: Mapping[str, str]) -> str:
         return env["SLURM_JOB_NODELIST"]
     except KeyError:
         raise ConfigError(
-            "no SLURM_JOB_NODELIST here", wanted="a Slurm job", fix="owt job submit DATA"
+            "no SLURM_JOB_NODELIST in the environment", wanted="a Slurm job", fix="owt job submit DATA"
         ) from None
 
 
@@ -64,7 +64,7 @@ def _ranks_per_node(env: Mapping[str, str], nodes: int) -> int:
         tasks = int(env["SLURM_NTASKS"])
         if tasks % nodes:
             raise ConfigError(
-                f"{tasks} tasks on {nodes} nodes", wanted="as many on each", fix="--ntasks-per-node N"
+                f"{tasks} tasks on {nodes} nodes", wanted="the same number on each", fix="--ntasks-per-node N"
             )
         return tasks // nodes
     for name in ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):  # 4, or a100:4

@@ -1,4 +1,4 @@
-"""The batch process of a job, `owt job run`: starts the ranks, passes warnings on, and requeues the job."""
+"""The batch process of a job, `owt job run`: starts the ranks, forwards signals and requeues the job."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from horovod_owt.slurm.nodes import nodes_file
 from horovod_owt.slurm.spec import AUTO, JobSpec
 from horovod_owt.topology import Launcher
 
-STOP = signal.SIGUSR1  # to the ranks, through srun or mpirun: both pass it on, and TERM would end them
+STOP = signal.SIGUSR1  # sent to srun or mpirun, which forward it to the ranks; TERM would end them
 WARNINGS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-REQUEUE_LIMIT_S = 60  # from a requeue to the TERM that it brings
-TASK = "{task}"  # in options of an array's job: the number of its task
+REQUEUE_LIMIT_S = 60  # from a requeue to the TERM that it causes
+TASK = "{task}"  # in options of an array job: replaced by the task number
 
 
 def run_job(
@@ -46,7 +46,7 @@ def run_job(
     container_image: str = "",
     apptainer: str = "",
 ) -> int:
-    """Run `owt` with these words on the job's ranks; returns the job's exit code."""
+    """Run `owt` with this command line on the job's ranks; returns the job's exit code."""
     allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
     command = ["owt", *owt_args(command, allocation)]
     if elastic:
@@ -55,7 +55,7 @@ def run_job(
         launcher,
         srun_mpi=ask(["srun", "--mpi=list"]),
         mpirun=shutil.which("mpirun"),
-        # what is in a container cannot be seen from here
+        # a container's contents are not visible from here
         horovod_mpi=bool(container_image or apptainer) or horovod_has_mpi(),
     )
     introduce(allocation, chosen, why)
@@ -63,7 +63,7 @@ def run_job(
     if command[1] == "train":
         return train(job, command, max_restarts)
     code = job.run(command)
-    return 128 - code if code < 0 else code  # as a shell says that a signal ended it
+    return 128 - code if code < 0 else code  # as shells report a signal
 
 
 def introduce(allocation: Allocation, launcher: Launcher, why: str) -> None:
@@ -71,17 +71,17 @@ def introduce(allocation: Allocation, launcher: Launcher, why: str) -> None:
     interface = interface_between(list(allocation.hosts))
     say(
         f"job {allocation.job_id} start {allocation.restarts + 1}: {hosts} nodes x {ranks} ranks, "
-        f"launcher {launcher} ({why}), nodes meet over {interface}"
+        f"launcher {launcher} ({why}), interface {interface}"
     )
     if allocation.crowded:
         say(
-            f"WARNING a node gives {allocation.cpus_per_node} CPU to {ranks} ranks; "
+            f"WARNING {ranks} ranks share {allocation.cpus_per_node} CPU on a node; "
             "fix: --cpus-per-gpu, --cpus-per-task or --exclusive"
         )
 
 
 def owt_args(command: Sequence[str], allocation: Allocation) -> list[str]:
-    """The command with its array task's number filled in, and a run folder that each attempt finds again."""
+    """The command with the array task number filled in, and a run folder that is the same in all attempts."""
     args = [word.replace(TASK, allocation.task) for word in command] if allocation.task else list(command)
     if command[0] != "train":
         return args
@@ -90,14 +90,14 @@ def owt_args(command: Sequence[str], allocation: Allocation) -> list[str]:
     if allocation.task and find_run_dir(command) == find_run_dir(args):
         raise ConfigError(
             f"one --run-dir for all tasks of an array: {find_run_dir(args)}",
-            wanted="one for each",
+            wanted="one per task",
             fix=f"--run-dir {find_run_dir(args)}-{TASK}",
         )
     return args
 
 
 class Ranks:
-    """Runs the ranks, and tells them when Slurm wants the job to end."""
+    """Runs the ranks, and forwards Slurm's signals to end the job."""
 
     def __init__(
         self, allocation: Allocation, launcher: Launcher, container_image: str, apptainer: str
@@ -110,7 +110,7 @@ class Ranks:
             signal.signal(number, self._pass_on)
 
     def run(self, command: list[str]) -> int:
-        """The launcher's exit code, negative for a signal."""
+        """Run to the end; returns the launcher's exit code, negative for a signal."""
         argv = ranks_argv(self._launcher, self.allocation, command, **self._container)
         with launcher_environment(self._launcher, self.allocation) as env:
             self._ranks = start_ranks(argv, env)
@@ -128,7 +128,7 @@ class Ranks:
 
 
 class ElasticRanks:
-    """The same for ranks that may be lost with their nodes, which Slurm lets the job outlive (--no-kill)."""
+    """The same for an elastic job, which survives the loss of nodes (--no-kill)."""
 
     def __init__(self, allocation: Allocation, min_ranks: int) -> None:
         self.allocation, self.asked_to_stop = allocation, False
@@ -136,11 +136,11 @@ class ElasticRanks:
         if self._min_ranks > allocation.world_size:
             raise ConfigError(
                 f"--min-ranks {self._min_ranks} in a job of {allocation.world_size} ranks",
-                wanted="no more than there are",
+                wanted="at most as many as there are",
             )
         if len(allocation.hosts) > 1:
             check_folder_for_ssh(os.getcwd())
-        introduce(allocation, Launcher.GLOO, f"elastic, {self._min_ranks} ranks at least, by ssh")
+        introduce(allocation, Launcher.GLOO, f"elastic, at least {self._min_ranks} ranks, by ssh")
 
     def run(self, command: list[str]) -> int:
         with nodes_file(self.allocation, say) as hosts_file:
@@ -156,7 +156,7 @@ class ElasticRanks:
 
 
 def train(job: Ranks | ElasticRanks, command: list[str], max_restarts: int) -> int:
-    """One attempt of a training job, and then back to the queue if another may come further."""
+    """Run one attempt of a training job, and requeue the job if another attempt can make progress."""
     run_dir = find_run_dir(command).absolute()
     leave_run_dir(job.allocation.job_id, run_dir)
     os.environ[JOB] = f"slurm-{job.allocation.job_id}"
@@ -179,23 +179,23 @@ def train(job: Ranks | ElasticRanks, command: list[str], max_restarts: int) -> i
 
 
 def requeue(job_id: str, start: str) -> None:
-    """Send the job back to the queue, and wait for the end that this brings."""
+    """Requeue the job, and wait for the TERM that follows."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         (record,) = find_jobs(job_id)
-        if record.state != "RUNNING":  # cancelled, and this would bring it back; or preempted
-            say(f"the rest is Slurm's, who has the job as {record.state}")
+        if record.state != "RUNNING":  # cancelled, which a requeue would undo, or preempted
+            say(f"job is {record.state}; not requeueing")
             return
         say(f"requeued, {start}")
         ask(requeue_argv(job_id))
-    except OwtError as error:  # --no-requeue, or a site that allows none
-        say(f"not requeued after all: {error}")
+    except OwtError as error:  # --no-requeue, or not allowed by the site
+        say(f"requeue failed: {error}")
         return
-    signal.sigtimedwait({signal.SIGTERM}, REQUEUE_LIMIT_S)  # to leave before might pass for the job's end
+    signal.sigtimedwait({signal.SIGTERM}, REQUEUE_LIMIT_S)  # exiting earlier could count as the job's end
 
 
 def leave_run_dir(job_id: str, run_dir: Path) -> None:
-    """For `owt job status`, in the job's comment, unless the user has put something there."""
+    """Record the run folder in the job's comment, for `owt job status`, unless the user has set one."""
     comment = json.dumps({"run_dir": str(run_dir)})
     try:
         (record,) = find_jobs(job_id)
@@ -203,8 +203,8 @@ def leave_run_dir(job_id: str, run_dir: Path) -> None:
             ask(comment_argv(job_id, comment))
         elif record.comment != comment:
             say(f"the job has a comment already: `owt job status` needs --run-dir {run_dir}")
-    except OwtError as error:  # no reason to train less
-        say(f"WARNING the job's comment: {error}; `owt job status` needs --run-dir {run_dir}")
+    except OwtError as error:  # training does not depend on it
+        say(f"WARNING cannot set the job's comment: {error}; `owt job status` needs --run-dir {run_dir}")
 
 
 def say(line: str) -> None:

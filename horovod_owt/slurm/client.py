@@ -1,4 +1,4 @@
-"""Runs Slurm's commands: the only module of `jobs` that starts processes."""
+"""Runs Slurm's commands."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
 
 EXPORT_LIMITS = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")  # set by sbatch --export, read by srun
-LIMIT_S = 60.0  # for an answer of slurmctld
+LIMIT_S = 60.0  # for slurmctld to answer
 
 
 def submit(script: str) -> str:
-    """Hand a script to sbatch; returns the job's id."""
+    """Submit a script with sbatch; returns the job id."""
     with tempfile.TemporaryDirectory(prefix="owt-job-") as folder:
         file = Path(folder, "job.sbatch")  # sbatch copies it
         file.write_text(script)
@@ -24,7 +24,7 @@ def submit(script: str) -> str:
 
 
 def find_jobs(job_id: str) -> list[JobRecord]:
-    """What Slurm remembers of the job: one record, or one for each task of an array; none if it forgot."""
+    """Slurm's records of the job: one, or one per array task; none if it is no longer known."""
     try:
         return parse_jobs(ask(show_job_argv(job_id)))
     except RunError as error:
@@ -38,7 +38,7 @@ def cancel(job_id: str) -> None:
 
 
 def ask(argv: Sequence[str]) -> str:
-    """A short command's stdout; RunError with what it said where it failed."""
+    """The stdout of a short command; RunError with its message if it fails."""
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=True
@@ -49,7 +49,7 @@ def ask(argv: Sequence[str]) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise RunError(
-            f"{argv[0]} gave no answer for {LIMIT_S:g} s", fix="is slurmctld up? see `scontrol ping`"
+            f"{argv[0]} did not answer within {LIMIT_S:g} s", fix="check slurmctld with `scontrol ping`"
         ) from None
     except subprocess.CalledProcessError as error:
         said = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
@@ -58,10 +58,10 @@ def ask(argv: Sequence[str]) -> str:
 
 
 def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
-    """Start srun or mpirun, in a session of its own: signals to the batch process are not for them.
+    """Start srun or mpirun in its own session, so that it does not get the batch process's signals.
 
-    Ranks get the batch process's environment, whatever sbatch's --export was: srun, also the one below
-    mpirun, would take that for its own.
+    Ranks get the batch process's full environment, whatever sbatch --export was; srun, also below mpirun,
+    would otherwise inherit that setting.
     """
     whole = {name: value for name, value in os.environ.items() if name not in EXPORT_LIMITS}
     return subprocess.Popen(argv, env={**whole, **env}, stdin=subprocess.DEVNULL, start_new_session=True)

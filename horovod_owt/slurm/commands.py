@@ -1,4 +1,4 @@
-"""Slurm's commands as argv lists, and what its answers mean."""
+"""Slurm's commands as argv lists, and parsing of their output."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def comment_argv(job_id: str, comment: str) -> list[str]:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What slurmctld remembers of a job, for MinJobAge after its end."""
+    """A job's record in slurmctld, kept for MinJobAge after its end."""
 
     job_id: str  # N, or N_TASK in an array
     state: str
-    exit_code: int | None  # 128 + the signal that ended it, as a shell says; None before its end
+    exit_code: int | None  # 128 + the signal that ended it, as in a shell; None before its end
     restarts: int
     comment: str
-    nodes: str  # as Slurm writes lists of them; those that it lost under --no-kill are not among them
+    nodes: str  # in Slurm's list notation; without those lost under --no-kill
 
 
 def parse_jobs(said: str) -> list[JobRecord]:
-    """The records in `scontrol show job`: several for an array.
+    """The records in the output of `scontrol show job`; an array has several.
 
-    Not with -o, which puts all on one line: there a job named "x JobState=FAILED" has two states.
+    Not with -o, which prints one line: a job named "x JobState=FAILED" would have two states.
     """
     return [_parse_job(part) for part in re.split(r"\n\s*\n", said) if part.lstrip().startswith("JobId=")]
 
@@ -70,5 +70,5 @@ def _parse_job(text: str) -> JobRecord:
 
 
 def _values(text: str, pattern: str) -> tuple[str, ...]:
-    """Of a line that starts so."""
+    """The groups of the pattern, matched at the start of a line."""
     return re.search(rf"^ +{pattern}", text, re.MULTILINE).groups()

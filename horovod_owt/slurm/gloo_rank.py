@@ -1,4 +1,4 @@
-"""Becomes a rank of a job without MPI: tells Horovod's Gloo what srun told this task.
+"""Turn an srun task into a rank of a job without MPI: set Horovod's Gloo variables from Slurm's.
 
 srun owt job rank owt train DATA
 """
@@ -15,7 +15,7 @@ from horovod_owt.topology import expand_counts
 
 
 def horovod_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """This task's place in Horovod's words; the other nodes' names are not told, and not needed."""
+    """Horovod's variables for this task; the names of other nodes are unknown, and not needed."""
     node = int(env["SLURM_NODEID"])
     ranks = expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])
     nodes = [Node(env["SLURMD_NODENAME"] if number == node else "", n) for number, n in enumerate(ranks)]
@@ -23,11 +23,13 @@ def horovod_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def become_rank(command: Sequence[str]) -> None:
-    """Go on as `command`. Each host looks for its own interface: names differ between hosts."""
+    """Exec `command`. Each host finds its own interface, because names differ between hosts."""
     try:
         interface = interface_towards(os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"])
         os.environ.update(horovod_environment(os.environ))
     except KeyError as error:
-        raise ConfigError(f"no {error.args[0]} here", wanted="a task of `owt job submit`'s srun") from None
+        raise ConfigError(
+            f"no {error.args[0]} in the environment", wanted="a task of `owt job submit`"
+        ) from None
     use_interface(os.environ, interface)
     os.execvp(command[0], command)

@@ -1,4 +1,4 @@
-"""How ranks are started inside a job: by which launcher, with which argv."""
+"""Start ranks inside a job: choice of launcher, command line, environment."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from horovod_owt.topology import UNBOUND, Launcher
 def choose_launcher(
     asked: str, *, srun_mpi: str, mpirun: str | None, horovod_mpi: bool
 ) -> tuple[Launcher, str]:
-    """The launcher, and why; `srun_mpi` is what `srun --mpi=list` says.
+    """The launcher and the reason; `srun_mpi` is the output of `srun --mpi=list`.
 
-    Raises ConfigError where the one asked for cannot be had.
+    Raises ConfigError if the requested one is not available.
     """
     no_mpi = "" if horovod_mpi else "Horovod has no MPI"
-    lacks = {  # the first one that lacks nothing is taken
+    lacks = {  # the first one that lacks nothing is used
         Launcher.PMIX: no_mpi if re.search(r"\bpmix", srun_mpi) else "srun has no pmix",
         Launcher.MPIRUN: no_mpi if mpirun else "no mpirun on PATH",
         Launcher.GLOO: "",
@@ -35,13 +35,13 @@ def choose_launcher(
         launcher = Launcher(asked)
         if lacks[launcher]:
             raise ConfigError(f"--launcher {asked}, but {lacks[launcher]}", fix="--launcher auto")
-        return launcher, "asked for"
+        return launcher, "set by --launcher"
     chosen = next(name for name, lack in lacks.items() if not lack)
     return chosen, ", ".join(lack for lack in lacks.values() if lack) or "srun has pmix, Horovod has MPI"
 
 
 def horovod_has_mpi() -> bool:
-    """Whether the installed Horovod can use MPI, without loading torch: what its library is linked with."""
+    """Whether the installed Horovod is linked with MPI, without loading torch."""
     spec = find_spec("horovod")
     libraries = Path(spec.origin).parent.glob("torch/mpi_lib*.so") if spec else []
     return any(b"libmpi.so" in library.read_bytes() for library in libraries)
@@ -55,9 +55,9 @@ def ranks_argv(
     container_image: str = "",
     apptainer: str = "",
 ) -> list[str]:
-    """The command that starts `command` on every rank, in a container if there is one.
+    """The command line that starts `command` on every rank, in a container if one is given.
 
-    Without one, programs go by their full path: mpirun's daemons put its own folder first on PATH.
+    Without a container, full paths are used: mpirun's daemons put their own folder first on PATH.
     """
     if launcher is Launcher.GLOO:
         command = ["owt", "job", "rank", *command]
@@ -72,9 +72,9 @@ def ranks_argv(
 
 
 def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
-    """Ranks share out their node's cores among themselves, as under every launcher: srun binds none.
+    """No binding by srun: ranks choose their cores themselves, as under every launcher.
 
-    Since 22.05 a step gets no more cores than it asks for, whatever sbatch was told.
+    Since 22.05 a step gets only the cores that it requests, whatever sbatch requested.
     """
     return [
         "srun",
@@ -90,14 +90,14 @@ def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
 
 
 def mpirun_argv(allocation: Allocation) -> list[str]:
-    """Open MPI starts its daemons by srun; more ranks than Slurm has counted tasks are no mistake here."""
+    """Open MPI starts its daemons with srun; more ranks than Slurm tasks are allowed."""
     placing = ["--map-by", f"ppr:{allocation.ranks_per_node}:node:oversubscribe", "--bind-to", "none"]
     return ["mpirun", "-np", str(allocation.world_size), *placing]
 
 
 @contextmanager
 def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator[dict[str, str]]:
-    """What the ranks' environment needs beside the job's own, for as long as the block lasts."""
+    """Variables to add to the ranks' environment, for as long as the block lasts."""
     if launcher is Launcher.GLOO:
         with rendezvous(allocation) as environment:
             yield environment
@@ -105,17 +105,17 @@ def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator
     interface = interface_between(list(allocation.hosts))
     environment = {UNBOUND: "1", **({} if interface == "lo" else interface_environment(interface))}
     if launcher is Launcher.MPIRUN:
-        # for the srun below mpirun, which starts a daemon on each node: ranks inherit its cores
+        # for the srun that starts mpirun's daemons on each node: ranks inherit its cores
         environment["SRUN_CPUS_PER_TASK"] = str(allocation.cpus_per_node)
     elif allocation.crowded:
-        # Whoever waits in Open MPI spins; mpirun sees by itself that ranks outnumber CPUs, srun does not say.
+        # Open MPI spins while waiting; mpirun detects more ranks than CPUs, under srun it must be told.
         environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
     yield {name: value for name, value in environment.items() if name not in os.environ}
 
 
 @contextmanager
 def rendezvous(allocation: Allocation) -> Iterator[dict[str, str]]:
-    """Horovod's store for ranks without MPI, on this host."""
+    """Run Horovod's rendezvous server for ranks without MPI, on this host."""
     port, stop = start_store([Node(host, allocation.ranks_per_node) for host in allocation.hosts])
     try:
         yield store_environment(address_of(interface_between(list(allocation.hosts))), port)

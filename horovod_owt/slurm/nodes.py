@@ -1,4 +1,4 @@
-"""The nodes that Slurm still has in a job: one started with --no-kill outlives those that it loses."""
+"""The current nodes of a job: with --no-kill a job survives the loss of nodes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.client import ask, find_jobs
 from horovod_owt.slurm.commands import hostnames_argv
 
-POLL_S = 5.0  # slurmctld is asked so often
-# Until a lost node leaves the file. ssh to it ends sooner, and Horovod goes on without it in seconds; a node
-# that leaves while its ranks pass for alive costs the others a time-out of Gloo's (97 against 25 s).
+POLL_S = 5.0  # interval of queries to slurmctld
+# Delay until a lost node is removed from the file. Its ssh ends sooner, and Horovod continues without it in
+# seconds; removing it while its ranks count as alive costs the others a Gloo timeout (97 instead of 25 s).
 LEAVE_S = 40.0
 
 
 @contextmanager
 def nodes_file(allocation: Allocation, say: Callable[[str], None]) -> Iterator[Path]:
-    """A file with a line HOST:SLOTS for each of the job's nodes; while the block lasts it follows Slurm."""
+    """A file with a line HOST:SLOTS for each of the job's nodes, kept up to date during the block."""
     with tempfile.TemporaryDirectory(prefix="owt-nodes-") as folder:
         file, over = Path(folder, "hosts"), threading.Event()
         write_hosts(file, allocation.hosts, allocation.ranks_per_node)
@@ -36,12 +36,12 @@ def nodes_file(allocation: Allocation, say: Callable[[str], None]) -> Iterator[P
 
 
 def write_hosts(file: Path, hosts: Sequence[str], slots: int) -> None:
-    """In one instant: Horovod's driver reads it every second."""
+    """Atomically, because Horovod's driver reads it every second."""
     write_text(file, "".join(f"{host}:{slots}\n" for host in hosts))
 
 
 def nodes_of(job_id: str) -> list[str]:
-    """The nodes that the job has now; none before it starts. Raises OwtError while Slurm does not answer."""
+    """The job's current nodes; empty before it starts. Raises OwtError if Slurm does not answer."""
     nodes = [record.nodes for record in find_jobs(job_id)]
     return ask(hostnames_argv(nodes[0])).split() if len(nodes) == 1 and nodes[0] else []
 
@@ -51,11 +51,11 @@ def _follow(allocation: Allocation, file: Path, over: threading.Event, say: Call
     while not over.wait(POLL_S):
         try:
             found = nodes_of(allocation.job_id)
-        except OwtError:  # slurmctld is restarted, or has much to do
+        except OwtError:  # slurmctld is restarting or busy
             continue
         if found and found != hosts:
             lost = [host for host in hosts if host not in found]
-            say(f"Slurm took {', '.join(lost)} from the job; it has {', '.join(found)}")
+            say(f"lost nodes {', '.join(lost)}; remaining: {', '.join(found)}")
             over.wait(LEAVE_S)
             write_hosts(file, found, allocation.ranks_per_node)
             hosts = found

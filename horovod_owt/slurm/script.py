@@ -1,4 +1,4 @@
-"""A job as an sbatch script: what slurm/*.sbatch are, and what `owt job submit` hands to sbatch."""
+"""Render a job as an sbatch script: slurm/*.sbatch, and what `owt job submit` submits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from horovod_owt.slurm.spec import AUTO, KINDS, JobSpec
 
 
 def render(spec: JobSpec) -> str:
-    """The script; each word that a user gave arrives as the same word, whatever it holds."""
+    """The script; every word from the user is quoted, so that it arrives unchanged."""
     template = jinja2.Template(
         resources.files("horovod_owt.slurm").joinpath("job.sbatch.j2").read_text(),
         undefined=jinja2.StrictUndefined,
@@ -29,7 +29,7 @@ def render(spec: JobSpec) -> str:
 
 
 def launch_argv(spec: JobSpec) -> list[str]:
-    """What the batch script becomes; the words given to sbatch after the script's name follow."""
+    """The command that the script execs; arguments given to sbatch after the script name are appended."""
     argv = ["owt", "job", "run"]
     if spec.elastic:
         argv += ["--elastic"]
@@ -47,9 +47,9 @@ def launch_argv(spec: JobSpec) -> list[str]:
 
 
 def quote_directive(option: str) -> str:
-    """`--name=value` for a #SBATCH line: sbatch takes quotes and backslashes there, and expands nothing."""
+    """`--name=value` for a #SBATCH line, where sbatch interprets quotes and backslashes only."""
     name, equals, value = option.partition("=")
-    if value in ("", shlex.quote(value)):  # nothing to quote, as in nearly all
+    if value in ("", shlex.quote(value)):  # nothing to quote, the usual case
         return option
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'{name}{equals}"{escaped}"'

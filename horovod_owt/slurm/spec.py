@@ -1,4 +1,4 @@
-"""What a user asks of Slurm and of owt, as one frozen value."""
+"""The specification of a job: sbatch options and the command to run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from horovod_owt.errors import ConfigError
 from horovod_owt.topology import Launcher
 
-AUTO = "auto"  # the first of these launchers that the site has
+AUTO = "auto"  # the first available one of these launchers
 LAUNCHERS = (AUTO, *map(str, (Launcher.PMIX, Launcher.MPIRUN, Launcher.GLOO)))
 
 # kind of job -> the owt command that its ranks run
@@ -22,33 +22,35 @@ KINDS = {
 
 
 def _sbatch(text: str, default: str | bool = "") -> Any:
-    """A field that is an option of sbatch by its own name, and what `--help` says of it."""
+    """A field that is an sbatch option of the same name, with its help text."""
     return field(default=default, metadata={"sbatch": text})
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A job; empty options of sbatch leave it its own default."""
+    """A job; an empty sbatch option leaves sbatch's default."""
 
     kind: str = "train"
-    job_name: str = _sbatch("Default: owt-KIND.")
-    nodes: str = _sbatch("A number, or MIN-MAX.")
-    ntasks_per_node: str = _sbatch("Ranks of a node. Default: one for each GPU, or one where there is none.")
-    gpus_per_node: str = _sbatch("N, or TYPE:N.")
-    gpus_per_task: str = _sbatch("Each rank sees its own only; with --ntasks-per-node.")
-    cpus_per_task: str = _sbatch("Cores for a rank.")
-    cpus_per_gpu: str = _sbatch("Cores for a GPU's rank.")
-    mem: str = _sbatch("Of a node.")
-    time: str = _sbatch("Limit of one start, such as 24:00:00.")
-    partition: str = _sbatch("")
-    account: str = _sbatch("")
-    qos: str = _sbatch("")
-    constraint: str = _sbatch("Features that nodes must have.")
-    exclusive: bool = _sbatch("Nodes of its own.", default=False)
-    array: str = _sbatch("Such as 0-4%2; {task} in what follows -- becomes the task's number.")
-    dependency: str = _sbatch("Such as afterok:1234.")
-    output: str = _sbatch("The log's name; %j is the job.")
-    signal: str = _sbatch("Default for train and elastic: B:USR1@120, a warning 120 s before the time limit.")
+    job_name: str = _sbatch("Job name.  [default: owt-KIND]")
+    nodes: str = _sbatch("Number of nodes, or MIN-MAX.")
+    ntasks_per_node: str = _sbatch("Ranks per node.  [default: one per GPU, at least one]")
+    gpus_per_node: str = _sbatch("GPUs per node: N or TYPE:N.")
+    gpus_per_task: str = _sbatch("GPUs per rank, which sees no others; requires --ntasks-per-node.")
+    cpus_per_task: str = _sbatch("Cores per rank.")
+    cpus_per_gpu: str = _sbatch("Cores per GPU.")
+    mem: str = _sbatch("Memory per node.")
+    time: str = _sbatch("Time limit of one attempt, such as 24:00:00.")
+    partition: str = _sbatch("Partition.")
+    account: str = _sbatch("Account.")
+    qos: str = _sbatch("Quality of service.")
+    constraint: str = _sbatch("Required node features.")
+    exclusive: bool = _sbatch("Do not share nodes with other jobs.", default=False)
+    array: str = _sbatch("Job array, such as 0-4%2; {task} in the command is replaced by the task number.")
+    dependency: str = _sbatch("Dependency, such as afterok:1234.")
+    output: str = _sbatch("Log file; %j is the job id.")
+    signal: str = _sbatch(
+        "Warning signal.  [default for train and elastic: B:USR1@120, 120 s before the time limit]"
+    )
     extra: tuple[str, ...] = ()  # further options of sbatch, each as `--name=value`
 
     modules: tuple[str, ...] = ()  # environment modules
@@ -65,22 +67,22 @@ class JobSpec:
 
     @property
     def restarts(self) -> bool:
-        """Whether a stopped job goes back to the queue, to go on from a checkpoint."""
+        """Whether a stopped job is requeued and resumes from a checkpoint."""
         return self.kind in ("train", "elastic")
 
     @property
     def elastic(self) -> bool:
-        """Whether it goes on without the nodes that it loses."""
+        """Whether it continues after losing nodes."""
         return self.kind == "elastic"
 
     def sbatch_options(self) -> Iterator[str]:
-        """`--name=value`, not quoted yet."""
+        """All sbatch options as `--name=value`, not quoted."""
         filled = {"job_name": self.job_name or f"owt-{self.kind}"}
         if self.restarts:
-            # B: to the batch process alone, which passes it on; to ranks that still load torch it is deadly
+            # B: to the batch process only, which forwards it; it would kill ranks still loading torch
             filled["signal"] = self.signal or "B:USR1@120"
         if self.elastic:
-            filled["exclusive"] = True  # ssh starts the ranks outside of what Slurm has set apart for the job
+            filled["exclusive"] = True  # ranks started by ssh run outside the job's cgroups
         for name in sbatch_fields():
             value = filled.get(name, getattr(self, name))
             if value:
@@ -95,7 +97,7 @@ class JobSpec:
 
 
 def sbatch_fields() -> dict[str, str]:
-    """The fields that are options of sbatch, in the order in which a script has them, with their help."""
+    """The fields that are sbatch options, in script order, with their help texts."""
     return {each.name: each.metadata["sbatch"] for each in fields(JobSpec) if "sbatch" in each.metadata}
 
 
@@ -107,28 +109,26 @@ def _check(spec: JobSpec) -> None:
     for option in spec.sbatch_options():
         name = option.partition("=")[0]
         if not option.startswith("--"):
-            raise ConfigError(
-                f"--sbatch {option}", wanted="an option as sbatch has it", fix="--sbatch --NAME=VALUE"
-            )
-        if not option.isprintable():  # sbatch reads options line by line, and has no escape for a line's end
+            raise ConfigError(f"--sbatch {option}", wanted="an sbatch option", fix="--sbatch --NAME=VALUE")
+        if not option.isprintable():  # sbatch reads options line by line, without an escape for newlines
             wanted = "printable characters: sbatch reads its options line by line"
             raise ConfigError(f"{name}={option.partition('=')[2]!r}", wanted=wanted)
     if any("\0" in word for word in (*spec.owt_args, *spec.modules, spec.venv)):
-        raise ConfigError("a NUL in a path or an option", wanted="none: the system takes no such word")
+        raise ConfigError("a NUL byte in a path or an option", wanted="no NUL bytes")
     if spec.gpus_per_task and not spec.ntasks_per_node:
         raise ConfigError(
             "--gpus-per-task without a number of tasks",
-            wanted="ranks of a node",
-            fix="--ntasks-per-node N, or --gpus-per-node in its place",
+            wanted="ranks per node",
+            fix="--ntasks-per-node N, or --gpus-per-node instead",
         )
     if spec.min_ranks and not spec.elastic:
         raise ConfigError(
-            f"--min-ranks with --kind {spec.kind}", wanted="a job that may lose ranks", fix="--kind elastic"
+            f"--min-ranks with --kind {spec.kind}", wanted="an elastic job", fix="--kind elastic"
         )
     if spec.elastic and (spec.container_image or spec.apptainer or spec.launcher != "auto"):
         raise ConfigError(
             "--kind elastic with a container or a launcher",
-            wanted="neither: horovodrun starts its ranks by ssh",
+            wanted="neither: horovodrun starts the ranks by ssh",
             fix="--kind train",
         )
     if spec.container_image and spec.apptainer:
@@ -136,6 +136,6 @@ def _check(spec: JobSpec) -> None:
     if spec.container_image and spec.launcher == "mpirun":
         raise ConfigError(
             "--container-image with --launcher mpirun",
-            wanted="srun, whose plugin Pyxis is",
+            wanted="srun: Pyxis is a plugin of it",
             fix="--launcher pmix",
         )

@@ -1,4 +1,4 @@
-"""How a job is: Slurm's word on its state, the run folder's on how far it has come."""
+"""The status of a job: its state from Slurm, its progress from the run folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from horovod_owt.slurm.commands import JobRecord
 
 @dataclass(frozen=True)
 class JobStatus:
-    """None stands for what is not known, or not yet."""
+    """A job's status; None for unknown values."""
 
     job_id: str
     state: str
@@ -33,7 +33,7 @@ class JobStatus:
 
 
 def job_status(job_id: str, run_dir: Path | None = None) -> JobStatus:
-    """The job's status; raises ConfigError for one that neither Slurm nor a run folder knows."""
+    """The job's status; raises ConfigError for a job that neither Slurm nor a run folder knows."""
     records = find_jobs(job_id)
     if len(records) > 1:
         tasks = ", ".join(f"{record.job_id} {record.state}" for record in records)
@@ -46,8 +46,8 @@ def job_status(job_id: str, run_dir: Path | None = None) -> JobStatus:
         return _from_slurm(records[0], run_dir)
     if run_dir is None:
         raise ConfigError(
-            f"Slurm does not know job {job_id} (any more)",
-            wanted="a job of the last minutes, or its run folder",
+            f"job {job_id} is unknown to Slurm, or ended too long ago",
+            wanted="a recent job, or its run folder",
             fix=f"owt job status {job_id} --run-dir RUNS/NAME",
         )
     return _from_run_folder(job_id, run_dir)
@@ -68,7 +68,7 @@ def _from_slurm(record: JobRecord, run_dir: Path | None) -> JobStatus:
 
 
 def _run_dir_in(comment: str) -> Path | None:
-    """What the batch process left there; users may write there too."""
+    """The run folder that the batch process recorded; users may write comments too."""
     try:
         return Path(json.loads(comment)["run_dir"])
     except (ValueError, KeyError, TypeError):
@@ -76,7 +76,7 @@ def _run_dir_in(comment: str) -> Path | None:
 
 
 def _from_run_folder(job_id: str, run_dir: Path) -> JobStatus:
-    """What an ended run has left."""
+    """The status of a finished run."""
     try:
         exit_code = read_outcome(run_dir)["exit_code"]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""One rank of the proof: an allreduce whose sum is known, and what Horovod says of itself, in one line."""
+"""One rank of the installation test: an allreduce with a known sum, and a report in one line."""
 
 import json
 import sys
@@ -27,19 +27,19 @@ def main(use_gpu: bool) -> None:
         "mpi4py_size": mpi4py_size(),
     }
     print(f"PROOF {json.dumps(proof)} END", flush=True)
-    hvd.barrier()  # the first rank to leave ends MPI for the others, who may still be asking mpi4py
+    hvd.barrier()  # the first rank to leave ends MPI for the others, which may still use mpi4py
     hvd.shutdown()
 
 
 def mapped_libmpi() -> list[str]:
-    """The MPI libraries in this process: two of them would be one too many."""
+    """The MPI libraries loaded in this process; there must not be two."""
     with open("/proc/self/maps") as maps:
         paths = {line.split()[-1] for line in maps if "/libmpi" in line}
     return sorted(path for path in paths if "libmpi.so" in path.rpartition("/")[2])
 
 
 def mpi4py_size() -> int | None:
-    """How many ranks mpi4py sees, where Horovod has MPI running."""
+    """The number of ranks that mpi4py sees, if Horovod uses MPI."""
     if not hvd.mpi_enabled():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The C++ compiler: the one that was asked for, else the first one here that is known to build Horovod."""
+"""Choose the C++ compiler: CXX, else the first one found that is known to build Horovod."""
 
 import os
 import re
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from steps.process import Lacking, Missing, ask, say
 
-NEWEST_TRIED = 16  # of g++: docs/setup.md
+NEWEST_TRIED = 16  # g++ version; see docs/setup.md
 
 
 @dataclass(frozen=True)
 class GccRange:
-    """The major versions of g++ that build a lane's Horovod; clang is not told apart by version."""
+    """The major versions of g++ that build a lane's Horovod; versions of clang are not checked."""
 
     oldest: int
-    newest: int | None = None  # None: nothing refuses a newer one, but it is only taken if there is no other
+    newest: int | None = None  # None: no upper limit, but known versions are preferred
 
     def __str__(self) -> str:
         return f"{self.oldest} to {self.newest}" if self.newest else f">= {self.oldest}"
@@ -31,7 +31,7 @@ class GccRange:
 
 @dataclass(frozen=True)
 class Compiler:
-    command: str  # a path, or what to write before it too: "/usr/bin/ccache g++"
+    command: str  # path, possibly with a wrapper: "/usr/bin/ccache g++"
     version: str  # first line of --version
     gcc: int | None  # major version; None: not GCC
 
@@ -41,7 +41,7 @@ class Compiler:
 
     @property
     def c_compiler(self) -> str | None:
-        """The C compiler beside it, which CMake asks for too: gcc-12 beside g++-12."""
+        """The C compiler next to it, which CMake needs too: gcc-12 for g++-12."""
         folder, name = os.path.split(self.command)
         other = {"g++": "gcc", "c++": "cc", "clang++": "clang"}
         found = re.fullmatch(r"(.*?)(clang\+\+|g\+\+|c\+\+)(.*)", name)
@@ -50,7 +50,7 @@ class Compiler:
 
 
 def look_at(name: str) -> Compiler | None:
-    """The compiler of this name, path or command ("ccache g++"), if it runs."""
+    """The compiler with this name, path or command ("ccache g++"), if it runs."""
     first, *more = shlex.split(name) or [""]
     path = shutil.which(first) if first else None
     command = [path, *more]
@@ -63,11 +63,11 @@ def look_at(name: str) -> Compiler | None:
 
 
 def choose(gcc: GccRange, environ: Mapping[str, str]) -> Compiler:
-    """The compiler that builds Horovod here; a line says so if it is not the default. Raises Missing."""
+    """The compiler to build Horovod with; logs a line if it is not the default. Raises Missing."""
     if asked := environ.get("CXX"):
         named = look_at(asked)
         if named is None:
-            raise Missing(f"CXX={asked} is no compiler that runs: name one that does, or unset CXX")
+            raise Missing(f"CXX={asked} is not a working compiler: set another one, or unset CXX")
         if named.gcc and not gcc.allows(named.gcc):
             raise Lacking(f"CXX={asked} is {named.name}, wanted {gcc}", wanted_package(gcc))
         return named
@@ -75,19 +75,20 @@ def choose(gcc: GccRange, environ: Mapping[str, str]) -> Compiler:
     if default and (default.gcc is None or gcc.knows(default.gcc)):
         return default
     for other in installed(gcc):
-        seen = f"the default compiler is {default.name}" if default else "there is no c++ and no g++"
-        say(f"{seen}, known to work is {gcc.oldest} to {gcc.newest or NEWEST_TRIED}: taking {other.command}")
+        seen = f"the default compiler is {default.name}" if default else "no c++ or g++ found"
+        known = f"g++ {gcc.oldest} to {gcc.newest or NEWEST_TRIED}"
+        say(f"{seen}; {known} are known to work: using {other.command}")
         return other
     if default is None:
         raise Lacking("no C++ compiler", "g++")
     if gcc.allows(default.gcc):
-        say(f"{default.name} is newer than any that was tried (g++ {NEWEST_TRIED}); trying it")
+        say(f"{default.name} is newer than any tested version (g++ {NEWEST_TRIED}); trying it")
         return default
-    raise Lacking(f"{default.name}, wanted {gcc} (CXX=/path/to/g++ names another)", wanted_package(gcc))
+    raise Lacking(f"{default.name}, wanted {gcc} (set CXX=/path/to/g++ to use another)", wanted_package(gcc))
 
 
 def installed(gcc: GccRange) -> Iterator[Compiler]:
-    """The versions of g++ beside the default one that are known to work, newest first."""
+    """Installed versions of g++, other than the default, that are known to work, newest first."""
     for major in range(gcc.newest or NEWEST_TRIED, gcc.oldest - 1, -1):
         found = look_at(f"g++-{major}")
         if found:

@@ -1,8 +1,8 @@
-"""Why a step failed: the line of its log that says so and, for failures that are known, the way out."""
+"""Diagnose a failed step: the relevant line of its log and, for known failures, a fix."""
 
 import re
 
-TELLING = (  # in this order: a full disk and a killed compiler bring errors of their own with them
+ERROR_LINES = (  # in this order: a full disk and a killed compiler cause further errors
     re.compile(r"No space left on device|Disk quota exceeded"),
     re.compile(r"Killed signal terminated program|: Killed$|out of memory allocating|std::bad_alloc"),
     re.compile(r"^[^\s:]+:\d+:(\d+:)? (fatal )?error: "),
@@ -14,44 +14,50 @@ TELLING = (  # in this order: a full disk and a killed compiler bring errors of 
 FOLLOWS = re.compile(r"subprocess-exited-with-error|did not run successfully|metadata-generation-failed")
 LONGEST_LINE = 200
 
-WAYS_OUT = (  # (what a telling line has in it, what to do)
-    ("No space left|quota exceeded", "free some, or name another disk with XDG_CACHE_HOME and --venv"),
+FIXES = (  # (pattern in the error line, fix)
+    ("No space left|quota exceeded", "free some space, or use another disk with XDG_CACHE_HOME and --venv"),
     (
         "Killed|out of memory|bad_alloc",
         "out of memory: `taskset -c 0 launch/setup` compiles one file at a time",
     ),
-    (r"Python\.h", "the headers of this Python are missing: apt-get install python3-dev, or another Python"),
-    (r"fatal error: (\S+\.h): No such file", "a header is missing: install the package that has it"),
+    (
+        r"Python\.h",
+        "this Python's headers are missing: apt-get install python3-dev, or use another Python",
+    ),
+    (r"fatal error: (\S+\.h): No such file", "a header is missing: install the package that contains it"),
     (
         r"unrecognized command.line option '?-std|C\+\+(17|20|23) or later|You need C\+\+",
-        "the compiler is too old for this torch: CXX=g++-12 launch/setup names a newer one",
+        "the compiler is too old for this torch: use a newer one: CXX=g++-12 launch/setup",
     ),
     (
         "does not name a type|was not declared in this scope|has not been declared|read-only member"
         "|is not a member of 'std'|Compatibility with CMake",
-        "the compiler or CMake may be newer than any that was tried (docs/setup.md has the list): "
-        "CXX=g++-14 launch/setup names an older compiler",
+        "the compiler or CMake may be newer than any tested version (listed in docs/setup.md); "
+        "use an older compiler: CXX=g++-14 launch/setup",
     ),
-    ("cannot execute|Permission denied", "on a disk mounted noexec? XDG_CACHE_HOME and --venv name another"),
+    (
+        "cannot execute|Permission denied",
+        "the disk may be mounted noexec: use another with XDG_CACHE_HOME and --venv",
+    ),
     (
         "No matching distribution|Could not find a version",
-        "the package index has no such version for this Python; `pip config list` names the index",
+        "the package index has no such version for this Python; `pip config list` shows the index",
     ),
     (
         "NewConnectionError|Max retries|name resolution|Connection refused|unreachable|timed out",
         "the package index cannot be reached: check pip's index and proxy, `pip config list`",
     ),
-    ("DO NOT MATCH THE HASHES", "a download was cut or changed: run the same command again"),
+    ("DO NOT MATCH THE HASHES", "a download was truncated or changed: run the same command again"),
 )
 
 
-def telling_line(log: str) -> str:
-    """The line that says why: a full disk, a killed compiler, the compiler's first error, else the last line.
+def error_line(log: str) -> str:
+    """The line with the cause: a full disk, a killed compiler, the first compiler error, else the last line.
 
     The first line of a log is the command itself.
     """
     lines = [line.strip() for line in log.splitlines()[1:] if line.strip()]
-    for pattern in TELLING:
+    for pattern in ERROR_LINES:
         for at, line in enumerate(lines):
             if pattern.search(line) and not FOLLOWS.search(line):
                 if line.startswith("CMake Error") and at + 1 < len(lines):
@@ -60,6 +66,6 @@ def telling_line(log: str) -> str:
     return lines[-1][:LONGEST_LINE] if lines else "it printed nothing"
 
 
-def way_out(line: str) -> str:
-    """What to do about a telling line, if that is known; else an empty string."""
-    return next((fix for pattern, fix in WAYS_OUT if re.search(pattern, line)), "")
+def known_fix(line: str) -> str:
+    """The fix for an error line, if it is known; else an empty string."""
+    return next((fix for pattern, fix in FIXES if re.search(pattern, line)), "")

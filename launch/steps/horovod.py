@@ -1,4 +1,4 @@
-"""Horovod: its source archive by hash, our patches, one build for each combination, kept in the cache."""
+"""Build Horovod from its source archive (checked by hash) and our patches; builds are cached."""
 
 import json
 import os
@@ -23,25 +23,25 @@ SDIST = f"horovod-{VERSION}.tar.gz"
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 JOB_MEMORY_GB = 2  # the largest file of torch's extension takes 1.5 GB to compile
 
-# From horovod/torch/mpi_lib_v2.so to the lib folder of whatever virtual environment it is in. pip's libmpi is
-# there, and a wheel from the cache must not load the one of the environment that it was built in.
+# From horovod/torch/mpi_lib_v2.so to the lib folder of the virtual environment that it is installed in. pip's
+# libmpi is there; a cached wheel must not load libmpi from the environment that it was built in.
 RELATIVE_RPATH = "-Wl,-rpath,$ORIGIN/../../../.."
 
 
 @dataclass(frozen=True)
 class Build:
-    version: str  # as pip lists it: 0.28.1+owt.<patches>
+    version: str  # in pip's notation: 0.28.1+owt.<patches>
     key: str
     log: Path
 
 
 def local_version() -> str:
-    """Tells our Horovod from the stock one in `pip list`, and one set of patches from another."""
+    """The local version that identifies our patches in `pip list`."""
     return f"owt.{digest([patch_digest(patch) for patch in PATCHES])[:8]}"
 
 
 def build(place: Place, lane: Lane, tools: Tools, mpi: Mpi, gpus: Sequence[Gpu]) -> Build:
-    """Install the Horovod that fits what is in the virtual environment, built now or found in the cache."""
+    """Install the Horovod that matches the virtual environment, from the cache or built now."""
     ingredients = all_ingredients(place, lane, tools, mpi, gpus)
     key = digest(ingredients)[:16]
     built = Build(f"{VERSION}+{local_version()}", key, place.log(f"horovod-{key}"))
@@ -61,7 +61,7 @@ def build(place: Place, lane: Lane, tools: Tools, mpi: Mpi, gpus: Sequence[Gpu])
 def all_ingredients(
     place: Place, lane: Lane, tools: Tools, mpi: Mpi, gpus: Sequence[Gpu]
 ) -> dict[str, object]:
-    """Whatever makes one wheel differ from another; its digest is the wheel's key in the cache."""
+    """Everything that a wheel depends on; its digest is the wheel's key in the cache."""
     torch, abi = json.loads(
         ask(
             [
@@ -95,7 +95,7 @@ def all_ingredients(
 
 
 def cached_wheel(place: Place, key: str) -> Path | None:
-    """The wheel of an earlier build, if it is whole."""
+    """The wheel of an earlier build, if it is undamaged."""
     for wheel in (place.cache / "wheels" / key).glob("*.whl"):
         try:
             if zipfile.ZipFile(wheel).testzip() is None:
@@ -109,7 +109,7 @@ def cached_wheel(place: Place, key: str) -> Path | None:
 def build_wheel(
     place: Place, lane: Lane, tools: Tools, mpi: Mpi, ingredients: dict[str, object], built: Build
 ) -> Path:
-    """Unpack, patch, compile; the wheel appears in the cache whole or not at all."""
+    """Unpack, patch, compile; the wheel is moved to the cache atomically."""
     source = patched_source(place, fetch_sdist(place))
     out = place.scratch / "wheel"
     env = {**place.build_env(), **build_settings(place, lane, tools, mpi, ingredients)}
@@ -142,7 +142,7 @@ def build_wheel(
 
 
 def fetch_sdist(place: Place) -> Path:
-    """Horovod's source archive, through pip and so from the user's own index; wrong bytes are refused."""
+    """Download Horovod's source archive with pip, so from the user's own index; the hash is checked."""
     folder = place.cache / "sdist"
     archive = folder / SDIST
     if archive.exists() and file_digest(archive) == SHA256:
@@ -172,7 +172,7 @@ def fetch_sdist(place: Place) -> Path:
 
 
 def patched_source(place: Place, archive: Path) -> Path:
-    """A fresh source tree with every patch applied; one that does not apply is an error, not a warning."""
+    """A fresh source tree with all patches applied; a patch that does not apply is an error."""
     shutil.rmtree(place.scratch, ignore_errors=True)
     place.scratch.mkdir(parents=True)
     shutil.unpack_archive(
@@ -186,7 +186,7 @@ def patched_source(place: Place, archive: Path) -> Path:
 def build_settings(
     place: Place, lane: Lane, tools: Tools, mpi: Mpi, ingredients: dict[str, object]
 ) -> dict[str, str]:
-    """The environment variables that Horovod's setup.py and CMake files read."""
+    """The environment variables for Horovod's setup.py and CMake files."""
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     jobs = max(1, min(len(os.sched_getaffinity(0)), int(memory_gb / JOB_MEMORY_GB)))
     settings = {
@@ -214,12 +214,14 @@ def build_settings(
     if lane.name == "k80":
         seen = seen or ["37"]
     if seen:
-        settings["HOROVOD_BUILD_CUDA_CC_LIST"] = ",".join(seen)  # all that nvcc knows takes twice as long
-    return {**settings, **place.settings()}  # what the user said in the environment wins
+        settings["HOROVOD_BUILD_CUDA_CC_LIST"] = ",".join(
+            seen
+        )  # building for all architectures takes twice as long
+    return {**settings, **place.settings()}  # the user's environment has precedence
 
 
 def nccl_home(place: Place, lane: Lane) -> Path:
-    """A folder laid out as CMake looks for NCCL, over the library that torch loads."""
+    """A folder in the layout that CMake expects, with links to the NCCL that torch loads."""
     found = ask(
         [
             place.python,

@@ -1,4 +1,4 @@
-"""The three lanes: a lane is a constraints file and a Horovod build."""
+"""The three lanes; a lane is a constraints file and a kind of Horovod build."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Lane:
     extras: tuple[str, ...]  # of setup.cfg
     gcc: GccRange
     torch: str
-    python_newest: int  # the last Python 3 that this torch has wheels for
+    python_newest: int  # minor version of the last Python that this torch has wheels for
     cuda_major: int | None = None  # None: no GPU operations
     nccl_package: str | None = None  # pip's, the one torch itself loads
 
@@ -28,7 +28,7 @@ class Lane:
 LANES = {
     lane.name: lane
     for lane in (
-        # torch 2.14 asks for C++20: g++ 10
+        # torch 2.14 requires C++20: g++ 10
         Lane("cpu", ("dali", "test", "docs"), GccRange(10), "2.14.1", python_newest=14),
         Lane(
             "cuda",
@@ -39,7 +39,7 @@ LANES = {
             cuda_major=13,
             nccl_package="nvidia-nccl-cu13",
         ),
-        # torch 2.0.1 is the last wheel with Kepler's sm_37; CUDA 11's nvcc takes g++ up to 11
+        # torch 2.0.1 is the last wheel with Kepler's sm_37; CUDA 11's nvcc supports g++ up to 11
         Lane(
             "k80",
             ("dali-k80", "test", "docs"),
@@ -55,13 +55,13 @@ CUDA_LANE_FROM = 7.5  # the oldest device code in torch 2.14's wheel: Turing
 
 
 def choose(asked: str | None, kept: str | None, gpus: Sequence[Gpu]) -> tuple[Lane, str]:
-    """The lane and why; a lane that was asked for once stays until another is asked for."""
+    """The lane and the reason; an explicit choice holds until another one is made."""
     fitting, why = fitting_lane(gpus)
     if asked is not None:
-        return LANES[asked], "asked for"
+        return LANES[asked], "set by --lane"
     if kept is None or kept == fitting:
         return LANES[fitting], why
-    say(f"this machine would get the {fitting} lane ({why}): `--lane {fitting}` changes to it")
+    say(f"the default for this machine is the {fitting} lane ({why}): `--lane {fitting}` selects it")
     return LANES[kept], "chosen by an earlier set-up of this virtual environment"
 
 
@@ -71,6 +71,6 @@ def fitting_lane(gpus: Sequence[Gpu]) -> tuple[str, str]:
         return "cpu", "nvidia-smi lists no GPU here"
     oldest = min(gpus, key=lambda gpu: gpu.compute_capability or 0.0)
     if oldest.compute_capability is None:  # the query came with driver 510; Kepler's last driver is 470
-        return "k80", f"driver {oldest.driver} of {oldest.name} is older than today's CUDA"
+        return "k80", f"driver {oldest.driver} of {oldest.name} is too old for CUDA 13"
     seen = f"{len(gpus)} GPU(s), the oldest {oldest.name} with compute capability {oldest.compute_capability}"
     return ("cuda" if oldest.compute_capability >= CUDA_LANE_FROM else "k80"), seen

@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, Python, CMake, CUDA, disk space."""
+"""Inspect this machine: GPUs, Python, CMake, CUDA, disk space."""
 
 import re
 import shutil
@@ -14,10 +14,10 @@ from steps.compiler import Compiler
 from steps.process import Lacking, Missing, ask
 
 # Measured for the cpu lane with Python 3.11: docs/setup.md
-VENV_GB = 8  # 6.3 installed, the rest while pip unpacks
+VENV_GB = 8  # 6.3 installed, the rest temporary
 CACHE_GB = 5  # pip's own copies of the wheels, where the index is a remote one, and the build
 BUILD_GB = 1
-OLDEST_PYTHON = 10  # 3.10; launch/setup itself refuses older ones
+OLDEST_PYTHON = 10  # minor version; launch/setup itself rejects older ones
 CUDA_DEFAULT = Path("/usr/local/cuda")
 
 
@@ -25,11 +25,11 @@ CUDA_DEFAULT = Path("/usr/local/cuda")
 class Gpu:
     name: str
     driver: str
-    compute_capability: float | None  # None: the driver is too old to say
+    compute_capability: float | None  # None: the driver is too old to report it
 
 
 def list_gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that nvidia-smi lists; none without it, or without a driver."""
+    """The NVIDIA GPUs that nvidia-smi lists; empty without it or without a driver."""
     if shutil.which("nvidia-smi") is None:
         return []
     fields = ask(["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"])
@@ -47,7 +47,7 @@ def list_gpus() -> list[Gpu]:
 
 @dataclass(frozen=True)
 class Tools:
-    """What builds Horovod; the strings are part of the wheel's key."""
+    """The tools that build Horovod; the strings are part of the wheel's key."""
 
     cxx: Compiler
     cmake: str
@@ -56,12 +56,12 @@ class Tools:
 
 
 def check_python(lane) -> None:
-    """Python itself must be able to make a virtual environment and to compile against its headers."""
+    """Check that this Python can create a virtual environment and has its headers."""
     this = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
     if sys.version_info[1] > lane.python_newest:
         others = [f"python3.{minor}" for minor in range(lane.python_newest, OLDEST_PYTHON - 1, -1)]
         here = next((name for name in others if shutil.which(name)), None)
-        get = f"run `{here} launch/setup`" if here else f"install one, {others[0]} say, and run that"
+        get = f"run `{here} launch/setup`" if here else f"install one, such as {others[0]}, and run that"
         raise Missing(
             f"this is {this}; torch {lane.torch} of the {lane.name} lane has wheels for Python "
             f"3.{OLDEST_PYTHON} to 3.{lane.python_newest}: {get}"
@@ -80,7 +80,7 @@ def check_python(lane) -> None:
 
 
 def check_build_tools(lane, environ: Mapping[str, str]) -> Tools:
-    """Find what the Horovod build needs, before anything is downloaded; name all that is missing at once."""
+    """Find the tools of the Horovod build before anything is downloaded; reports all missing ones at once."""
     lacking = []  # (what was seen and wanted, Debian package)
     cxx = None
     try:
@@ -99,7 +99,7 @@ def check_build_tools(lane, environ: Mapping[str, str]) -> Tools:
     if lane.cuda_major is not None:
         cuda_home, nvcc = find_cuda(environ)
         if f"release {lane.cuda_major}." not in nvcc:
-            seen = f"{cuda_home}/bin/nvcc is {nvcc}" if nvcc else "no nvcc (CUDA_HOME names a toolkit)"
+            seen = f"{cuda_home}/bin/nvcc is {nvcc}" if nvcc else "no nvcc (set CUDA_HOME to the toolkit)"
             lacking.append((f"{seen}, wanted CUDA {lane.cuda_major}'s", f"cuda-toolkit-{lane.cuda_major}-0"))
     if lacking:
         raise Missing(
@@ -110,7 +110,7 @@ def check_build_tools(lane, environ: Mapping[str, str]) -> Tools:
 
 
 def find_cuda(environ: Mapping[str, str]) -> tuple[Path | None, str]:
-    """The CUDA toolkit's root and what its nvcc says of its version."""
+    """The CUDA toolkit's root and its nvcc's version."""
     home = environ.get("HOROVOD_CUDA_HOME") or environ.get("CUDA_HOME")
     nvcc = Path(home, "bin", "nvcc") if home else shutil.which("nvcc")
     if nvcc is None and (CUDA_DEFAULT / "bin" / "nvcc").exists():
@@ -122,7 +122,7 @@ def find_cuda(environ: Mapping[str, str]) -> tuple[Path | None, str]:
 
 
 def check_space(place) -> None:
-    """Enough room for what is still to be written, asked before the first byte is."""
+    """Check for enough disk space before anything is written."""
     wanted_gb = {place.venv: VENV_GB, place.cache: CACHE_GB}
     if place.was_done("packages"):
         wanted_gb = {place.cache: BUILD_GB}
@@ -136,7 +136,7 @@ def check_space(place) -> None:
         if free_gb < need_gb:
             names = " and ".join(str(folder) for folder, _ in folders)
             raise Missing(
-                f"{free_gb:.1f} GB free for {names}, wanted {need_gb:.0f} GB: free some, "
+                f"{free_gb:.1f} GB free for {names}, wanted {need_gb:.0f} GB: free some space, "
                 "or choose another place with --venv or XDG_CACHE_HOME"
             )
 

@@ -1,4 +1,4 @@
-"""Which MPI: the site's if there is one on PATH, else the one that pip has, else none."""
+"""Choose the MPI: the site's if there is one on PATH, else pip's, else none."""
 
 from dataclasses import asdict, dataclass
 
@@ -27,19 +27,19 @@ NO_MPI = Mpi("none")
 
 
 def choose(place: Place) -> Mpi:
-    """The site's MPI if it is on PATH and answers, else pip's."""
+    """The site's MPI if it is on PATH and works, else pip's."""
     mpicc = place.site_mpicc()
     if mpicc is not None:
         version = first_line(ask([mpicc.with_name("mpirun"), "--version"]))
         if version:
             say(f"MPI: {version}, the site's ({mpicc})")
             return Mpi("site", str(mpicc), version)
-        say(f"MPI: {mpicc} is there but its mpirun does not answer; taking pip's {PIP_MPI}")
+        say(f"MPI: {mpicc} exists but its mpirun does not work; using pip's {PIP_MPI}")
     return Mpi("pip")
 
 
 def installed_from_pip(place: Place) -> Mpi:
-    """What pip brought, as it answers; NO_MPI if it does not."""
+    """pip's MPI, NO_MPI if it does not work."""
     mpicc = place.bin / "mpicc"
     version = first_line(ask([place.bin / "mpirun", "--version"], env=place.child_env()))
     return Mpi("pip", str(mpicc), version) if version and mpicc.exists() else NO_MPI

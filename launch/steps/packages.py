@@ -1,4 +1,4 @@
-"""The virtual environment and what pip puts into it: names from setup.cfg, versions from the lane."""
+"""The virtual environment and its packages: names from setup.cfg, versions from the lane."""
 
 import re
 import sys
@@ -12,30 +12,28 @@ from steps.mpi import Mpi
 from steps.place import REPO, Place, digest, file_digest
 from steps.process import Failed, Missing, ask, run, say
 
-# What building Horovod asks for, beside the project's own requirements.
+# Build requirements of Horovod, besides the project's own requirements.
 BUILD_REQUIRES = ("setuptools", "wheel", "packaging", "cffi", "cloudpickle")
 
 
 def check_venv(place: Place) -> None:
-    """A folder of somebody's own work is not turned into a virtual environment."""
+    """Refuse a non-empty folder that is not a virtual environment."""
     if place.venv.exists() and not (place.venv / "pyvenv.cfg").exists() and any(place.venv.iterdir()):
         raise Missing(
-            f"{place.venv} is there and is no virtual environment: choose another folder with --venv"
+            f"{place.venv} exists and is not a virtual environment: choose another folder with --venv"
         )
 
 
 def make_venv(place: Place) -> None:
-    if not ask([place.python, "-m", "pip", "--version"]):  # none yet, or one that was interrupted
+    if not ask([place.python, "-m", "pip", "--version"]):  # missing or incomplete
         run("virtual environment", [sys.executable, "-m", "venv", place.venv], log=place.log("venv"))
     version = ask([place.python, "-c", "import sys; print(*sys.version_info[:2], sep='.')"])
     if version is None:
-        raise Missing(
-            f"{place.python} does not run; was its Python removed? Delete {place.venv} and run this again"
-        )
+        raise Missing(f"{place.python} does not run: delete {place.venv} and run this again")
 
 
 def requirements(setup_cfg: Path, extras: tuple[str, ...]) -> list[str]:
-    """The project's requirements but Horovod, which pip would build from the unpatched archive."""
+    """The project's requirements without Horovod, which pip would build from the unpatched archive."""
     parser = ConfigParser()
     parser.read(setup_cfg)
     lines = parser["options"]["install_requires"].splitlines()
@@ -46,7 +44,7 @@ def requirements(setup_cfg: Path, extras: tuple[str, ...]) -> list[str]:
 
 
 def install_requirements(place: Place, lane: Lane, chosen: Mpi) -> Mpi:
-    """Install everything but Horovod and the project, and return the MPI that is really there."""
+    """Install everything but Horovod and the project; returns the MPI that was installed."""
     wanted = [*BUILD_REQUIRES, *requirements(REPO / "setup.cfg", lane.extras)]
     pins = [file_digest(file) for file in sorted(lane.constraints.parent.glob("*.txt"))]
     inputs = digest(wanted, pins, lane.name, asdict(chosen))
@@ -63,7 +61,7 @@ def install_requirements(place: Place, lane: Lane, chosen: Mpi) -> Mpi:
         chosen_now = chosen
     options = []
     if chosen.source == "site":
-        options = ["--no-binary", "mpi4py"]  # compiled with the site's mpicc; the wheel guesses the library
+        options = ["--no-binary", "mpi4py"]  # built with the site's mpicc; the wheel guesses the library
     elif not chosen_now.there:
         wanted = [line for line in wanted if not line.startswith("mpi4py")]
     pip(place, "packages", "install", "-c", lane.constraints, *options, *wanted)
@@ -72,16 +70,16 @@ def install_requirements(place: Place, lane: Lane, chosen: Mpi) -> Mpi:
 
 
 def _install_pip_mpi(place: Place, lane: Lane) -> Mpi:
-    """Pip's MPI, or none: Gloo alone is a working installation, and the table says what is missing."""
+    """Install pip's MPI; on failure go without: Gloo suffices, and the table lists what is missing."""
     try:
         pip(place, "mpi", "install", "-c", lane.constraints, mpi.PIP_MPI)
     except Failed as fault:
-        say(f"{fault}; going on without MPI")
+        say(f"{fault}; continuing without MPI")
     return mpi.installed_from_pip(place)
 
 
 def install_project(place: Place) -> None:
-    """`owt` on the virtual environment's PATH, running from this checkout."""
+    """Install `owt` into the virtual environment, in editable mode from this checkout."""
     inputs = digest([file_digest(REPO / name) for name in ("setup.cfg", "pyproject.toml")], str(REPO))
     if place.is_done("project", inputs):
         return

@@ -1,7 +1,7 @@
-"""Apply patches to one source tree: every hunk exactly where it says in the release, or nothing is written.
+"""Apply patches to one source tree: every hunk exactly at its line, or nothing is written.
 
-`patch` would look around, shift and guess; here a guess would be a Horovod that nobody has tested. Each patch
-is made against the released source, so that it stands alone; together they are merged by that source's lines.
+`patch` would search for a matching place; that could give a Horovod that nobody has tested. Each patch is
+made against the released source, independent of the others; they are merged by that source's line numbers.
 """
 
 import re
@@ -28,9 +28,9 @@ class Hunk:
 
 
 def apply(patches: Iterable[Path], folder: Path) -> list[Path]:
-    """Change files in folder as the patches say (`-p1`, existing text files only); the files that changed.
+    """Apply the patches in folder (`-p1`, existing text files only); returns the changed files.
 
-    Raises Failed, with nothing written, if a patch does not fit its file or two patches want the same lines.
+    Raises Failed, with nothing written, if a patch does not match its file or two patches overlap.
     """
     hunks: dict[str, list[Hunk]] = {}
     for patch in patches:
@@ -46,10 +46,10 @@ def apply(patches: Iterable[Path], folder: Path) -> list[Path]:
 
 
 def _merged(target: Path, hunks: list[Hunk]) -> str:
-    """The text of a file with these hunks in it."""
+    """The text of a file with these hunks applied."""
     hunks = sorted(hunks, key=lambda hunk: hunk.start)
     if not target.is_file():
-        raise Failed(f"{hunks[0].patch}: {target} is not there")
+        raise Failed(f"{hunks[0].patch}: {target} does not exist")
     lines = target.read_text().splitlines(keepends=True)
     for one, other in zip(hunks, hunks[1:], strict=False):
         if other.start < one.end:
@@ -74,11 +74,11 @@ def _hunks(patch: Path) -> Iterator[Hunk]:
 
 
 def _sides(lines: Iterator[str], old_count: int, new_count: int) -> tuple[list[str], list[str]]:
-    """The lines before and after, taken from an iterator that stands behind the @@ line."""
+    """The old and new lines of a hunk, from an iterator just after the @@ line."""
     old, new = [], []
     while len(old) < old_count or len(new) < new_count:
         line = next(lines)
-        text = line[1:] or "\n"  # an editor may have cut the blank off an empty line of context
+        text = line[1:] or "\n"  # an editor may have stripped the blank of an empty context line
         if line[0] in " -\n":
             old.append(text)
         if line[0] in " +\n":

@@ -1,4 +1,4 @@
-"""Where set-up writes: the virtual environment, the user's cache, and the stamp that says what is done."""
+"""The folders that set-up writes to, virtual environment and cache, and the stamp of finished steps."""
 
 import fcntl
 import hashlib
@@ -15,17 +15,17 @@ REPO = Path(__file__).resolve().parents[2]
 LAUNCH = REPO / "launch"
 PATCHES = sorted((LAUNCH / "horovod").glob("*.patch"))
 
-# What a user may say about the Horovod build in the environment. It is kept in the stamp, so that a later run
-# without the variable (make test) does not build another Horovod.
+# Environment variables that change the Horovod build. They are kept in the stamp, so that a later run without
+# them (make test) does not build Horovod again.
 SETTINGS = ("CC", "CXX", "HOROVOD_BUILD_ARCH_FLAGS")
-GPU_SETTINGS = (  # nothing to the cpu lane: a `module load cuda` is no reason to build it again
+GPU_SETTINGS = (  # ignored by the cpu lane: a `module load cuda` must not rebuild it
     "CUDA_HOME",
     "HOROVOD_BUILD_CUDA_CC_LIST",
     "HOROVOD_CUDA_HOME",
     "HOROVOD_NCCL_HOME",
     "HOROVOD_NCCL_LINK",
 )
-# Of the caller's environment these would lead a child astray: another job's ranks, another Python's packages.
+# Prefixes removed from a child's environment: variables of another job's ranks or another Python.
 FOREIGN = (
     "HOROVOD_",
     "OMPI_",
@@ -49,7 +49,7 @@ def file_digest(path: Path) -> str:
 
 
 def patch_digest(patch: Path) -> str:
-    """Digest of what a patch does; its header may be reworded without a new build."""
+    """Digest of a patch's changes; a new header does not cause a new build."""
     _header, diff, rest = patch.read_text().partition("diff --git ")
     return hashlib.sha256((diff + rest).encode()).hexdigest()
 
@@ -77,7 +77,7 @@ class Place:
 
     def _write_stamp(self) -> None:
         if not (self.venv / "pyvenv.cfg").exists():
-            return  # kept in memory until the virtual environment is there
+            return  # kept in memory until the virtual environment exists
         beside = self.stamp_file.with_suffix(".new")
         beside.write_text(json.dumps(self.stamp, indent=1, sort_keys=True) + "\n")
         beside.replace(self.stamp_file)
@@ -86,11 +86,11 @@ class Place:
         return self.stamp.get("steps", {}).get(step) == inputs
 
     def was_done(self, step: str) -> bool:
-        """Whether the step succeeded the last time, with whatever inputs."""
+        """Whether the step succeeded last time, with any inputs."""
         return self.stamp.get("steps", {}).get(step) is not None
 
     def mark(self, step: str, inputs: str | None, **facts: object) -> None:
-        """Note that a step is done with these inputs (None: that it has to be done)."""
+        """Record that a step is done with these inputs (None: to be done)."""
         self.stamp.setdefault("steps", {})[step] = inputs
         self.stamp.update(facts)
         self._write_stamp()
@@ -105,18 +105,18 @@ class Place:
         return self.stamp.get("lane")
 
     def keep_settings(self, lane: str) -> None:
-        """Remember the lane and what the environment says; the old installation counts as unfinished now."""
+        """Record lane and settings; the installation counts as unfinished from now on."""
         self.stamp["lane"] = lane
         self.mark("all", None, settings=self.settings())
 
     def settings(self) -> dict[str, str]:
-        """What was said about the build, now or in an earlier run, as far as it concerns this lane."""
+        """The build settings of this lane, from the environment now or in an earlier run."""
         names = SETTINGS if self.lane_kept() == "cpu" else SETTINGS + GPU_SETTINGS
         said = {**self.stamp.get("settings", {}), **self.environ}
         return {name: said[name] for name in names if name in said}
 
     def inputs(self) -> str:
-        """Digest of all that an installation follows from and that can be read without running anything."""
+        """Digest of everything that an installation depends on, as far as files and variables show it."""
         files = [
             LAUNCH / "setup",
             *sorted((LAUNCH / "steps").glob("*.py")),
@@ -136,7 +136,7 @@ class Place:
         )
 
     def up_to_date(self, lane_asked: str | None) -> bool:
-        """Whether nothing is left to do; an MPI that came onto PATH is work, one that left it is not."""
+        """Whether nothing is left to do. A new MPI on PATH is work; one that has left PATH is not."""
         site = self.site_mpicc()
         return (
             lane_asked in (None, self.lane_kept())
@@ -160,17 +160,17 @@ class Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One set-up at a time for each user: a second one waits, and finds the wheel of the first."""
+        """One set-up per user at a time: a second one waits, then finds the first one's wheel."""
         self.cache.mkdir(parents=True, exist_ok=True)
         if not os.access(self.cache, os.W_OK):
-            raise Missing(f"{self.cache} is not writable: set XDG_CACHE_HOME to a folder that is")
+            raise Missing(f"{self.cache} is not writable: set XDG_CACHE_HOME to a writable folder")
         with (self.cache / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"another set-up is at work in {self.cache}; waiting for its end")
+                say(f"another set-up is using {self.cache}; waiting for it to end")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a set-up that was killed
+            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed set-up
             self.stamp = self._read_stamp()
             yield
 
@@ -184,14 +184,14 @@ class Place:
     # children
 
     def child_env(self) -> dict[str, str]:
-        """The caller's environment as a child of the virtual environment should see it."""
+        """The caller's environment, cleaned, with the virtual environment active."""
         env = {name: value for name, value in self.environ.items() if not name.startswith(FOREIGN)}
         env["PATH"] = os.pathsep.join([str(self.bin), env.get("PATH", os.defpath)])
         env["VIRTUAL_ENV"] = str(self.venv)
         return env
 
     def build_env(self) -> dict[str, str]:
-        """The same for pip and compilers: their temporary files go to the cache, not to a small /tmp."""
+        """The same for pip and compilers, with temporary files in the cache, because /tmp may be small."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         return {
             **self.child_env(),

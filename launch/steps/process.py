@@ -1,4 +1,4 @@
-"""Child processes: a log file for each, a sign of life on stderr, and none of them left behind."""
+"""Child processes: each has a log file, shows progress on stderr, and is never left behind."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ from pathlib import Path
 from steps import diagnosis
 from steps.progress import Progress
 
-PLAIN_EVERY_S = 20  # between two signs of life where stderr is no terminal
-STOP_GRACE_S = 10  # horovodrun ends its ranks on SIGTERM; after this long nobody is asked
+PLAIN_EVERY_S = 20  # between progress lines, if stderr is not a terminal
+STOP_GRACE_S = 10  # horovodrun ends its ranks on SIGTERM; SIGKILL follows after this long
 
 
 class Stopped(Exception):
-    """Set-up cannot go on; one line says what was seen, what was wanted and the fix."""
+    """Set-up cannot continue; the message has what was seen, what was wanted and the fix."""
 
     exit_code = 1
 
@@ -27,13 +27,13 @@ class Stopped(Exception):
 
 
 class Missing(Stopped):
-    """The machine lacks something that set-up may not install."""
+    """The machine lacks something that set-up cannot install."""
 
     exit_code = 2
 
 
 class Lacking(Missing):
-    """A tool that a Debian package brings."""
+    """A missing tool that a Debian package provides."""
 
     def __init__(self, seen: str, package: str):
         super().__init__(f"{seen}: apt-get install {package}")
@@ -41,7 +41,7 @@ class Lacking(Missing):
 
 
 class Failed(Stopped):
-    """A step was tried and did not succeed."""
+    """A step failed."""
 
 
 # Where commands run: `python -m` would import a random.py of the user's from the folder that setup starts in.
@@ -55,7 +55,7 @@ def say(line: str) -> None:
 def ask(
     argv: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout_s: float = 30
 ) -> str | None:
-    """What a command prints, or None if it is absent, fails or does not answer."""
+    """The output of a command, or None if it is missing, fails or times out."""
     try:
         done = subprocess.run(
             [str(word) for word in argv],
@@ -82,7 +82,7 @@ def run(
     cwd: Path = NEUTRAL,
     timeout_s: float | None = None,
 ) -> str:
-    """Run a command to its end, and return what it printed; Failed names the log and its likeliest line."""
+    """Run a command and return its output; Failed has the log and its most relevant line."""
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [str(word) for word in argv]
     with log.open("wb") as out:
@@ -107,10 +107,10 @@ def run(
                 stop(child)
     text = log.read_text(errors="replace")
     if timed_out:
-        raise Failed(f"{label}: no end after {timeout_s:.0f} s; {log}")
+        raise Failed(f"{label}: timed out after {timeout_s:.0f} s; log: {log}")
     if child.returncode != 0:
-        line = diagnosis.telling_line(text)
-        advice = f"; {found}" if (found := diagnosis.way_out(line)) else ""
+        line = diagnosis.error_line(text)
+        advice = f"; {found}" if (found := diagnosis.known_fix(line)) else ""
         raise Failed(f"{label} failed (exit {child.returncode}): {line}{advice}; log: {log}")
     say(f"{label}: done in {time.monotonic() - start:.0f} s")
     return text
@@ -118,7 +118,7 @@ def run(
 
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """Between a fork and the moment that we know the child, an interrupt would leave the child behind."""
+    """Delay signals until the child is known: an interrupt during the fork would leave it behind."""
     arrived = []
     handlers = {
         signum: signal.signal(signum, lambda number, _frame: arrived.append(number))
@@ -134,7 +134,7 @@ def interrupts_held_back() -> Iterator[None]:
 
 
 def stop(child: subprocess.Popen) -> None:
-    """End a child and its process group if it still runs."""
+    """End a child and its process group, if still running."""
     if child.poll() is not None:
         return
     for signum in (signal.SIGTERM, signal.SIGKILL):
@@ -149,7 +149,7 @@ def stop(child: subprocess.Popen) -> None:
 
 
 def _watch(child: subprocess.Popen, label: str, log: Path, start: float, timeout_s: float | None) -> bool:
-    """Wait for the child's end with a sign of life; False when the time is up first."""
+    """Wait for the child and show progress; False on a timeout."""
     on_terminal = sys.stderr.isatty()
     next_plain_s = PLAIN_EVERY_S
     progress = Progress()

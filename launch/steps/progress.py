@@ -1,9 +1,9 @@
-"""How far a long child is, read from its log: shares of the time that it takes, not of the files done."""
+"""The progress of a long child process, read from its log, as a share of its time."""
 
 import re
 
-# Of building Horovod on two cores: what the log shows first, and the share of the time that has passed then.
-# make's own percentages count files, and most of the time goes by between the last of them.
+# Of the Horovod build on two cores: a pattern in the log, and the share of the time that has passed then.
+# make's own percentages count files, and most of the time is spent on the last ones.
 MILESTONES = (
     (re.compile(r"Building wheel for horovod"), 0.04),
     (re.compile(r"Configuring done"), 0.23),
@@ -18,14 +18,14 @@ INSTALLING = re.compile(r"^Installing collected packages: (.*)$", re.MULTILINE)
 
 
 class Progress:
-    """What to show of one child beside the time that it has taken."""
+    """The progress of one child."""
 
     def __init__(self) -> None:
         self._passed = 0  # milestones
         self._at_s = 0.0  # when the last of them was seen
 
     def of(self, log: str, elapsed_s: float) -> str:
-        """Share and seconds left of a build, or what pip is doing; empty where the log does not tell."""
+        """Share and seconds left of a build, or pip's activity; empty if the log shows neither."""
         passed = sum(1 for pattern, _ in MILESTONES if pattern.search(log))
         if passed > self._passed:
             self._passed, self._at_s = passed, elapsed_s
@@ -37,7 +37,7 @@ class Progress:
         return doing[-1].strip() if doing else ""
 
     def _of_build(self, elapsed_s: float) -> str:
-        """Between two milestones the share grows as fast as it has so far, and stops before the next."""
+        """Between milestones the share grows at the rate so far, up to the next one."""
         share = MILESTONES[self._passed - 1][1]
         next_share = MILESTONES[min(self._passed, len(MILESTONES) - 1)][1]
         all_s = self._at_s / share

@@ -1,4 +1,4 @@
-"""The proof: two real ranks add up a tensor, under each launcher that this Horovod was built for."""
+"""Test an installation: an allreduce of two ranks under each launcher that this Horovod supports."""
 
 import json
 import os
@@ -10,24 +10,24 @@ from steps.place import LAUNCH, Place
 from steps.process import Failed, run
 
 RANKS = 2
-LIMIT_S = 120  # a rank takes some seconds to import torch; a hang takes for ever
+LIMIT_S = 120  # importing torch takes a rank some seconds
 
 
 def launchers(mpi: Mpi) -> dict[str, list[str]]:
-    """The ways to start ranks that must work here; the name says launcher and controller."""
+    """The launchers that must work here, by name of launcher and controller."""
     ways = {"horovodrun --gloo": ["horovodrun", "--gloo", "-np", str(RANKS)]}
     if mpi.there:
         ways["horovodrun --mpi"] = ["horovodrun", "--mpi", "-np", str(RANKS)]
-        # two slots whatever the number of cores
+        # two slots, whatever the number of cores
         here = ["--host", f"localhost:{RANKS}"] if mpi.is_open_mpi else []
         ways["mpirun"] = ["mpirun", "-np", str(RANKS), *here]
     return ways
 
 
 def prove(place: Place, mpi: Mpi) -> dict[str, dict]:
-    """Run the allreduce under each launcher; what the ranks said of themselves, by launcher."""
+    """Run the allreduce under each launcher; returns rank 0's report by launcher."""
     env = {**place.child_env(), "OMP_NUM_THREADS": "1"}
-    if os.getuid() == 0:  # for this proof alone; docs/setup.md says what root has to set for mpirun
+    if os.getuid() == 0:  # for this test only; for root and mpirun see docs/setup.md
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     proofs = {}
     for name, words in launchers(mpi).items():
@@ -58,12 +58,12 @@ def prove_one(
 
 
 def fault_in(ranks: list[dict], controller: str, place: Place, mpi: Mpi) -> str | None:
-    """What is wrong with the ranks' own words, if anything is."""
+    """The fault in the ranks' reports, if any."""
     if sorted(rank["rank"] for rank in ranks) != list(range(RANKS)):
-        return f"ranks {[rank['rank'] for rank in ranks]} answered, wanted 0 to {RANKS - 1}"
+        return f"ranks {[rank['rank'] for rank in ranks]} reported, wanted 0 to {RANKS - 1}"
     for rank in ranks:
         if rank["size"] != RANKS or not rank["sum_is_right"]:
-            return f"rank {rank['rank']} of {rank['size']}: the sum over the ranks is wrong"
+            return f"rank {rank['rank']} of {rank['size']}: wrong sum over the ranks"
         if rank["controller"] != controller:
             return f"rank {rank['rank']} ran under {rank['controller']}, wanted {controller}"
         if rank["mpi4py_size"] not in (None, RANKS):

@@ -1,4 +1,4 @@
-"""The table that set-up ends with."""
+"""The table that set-up prints at the end."""
 
 import json
 import os
@@ -61,12 +61,12 @@ print(json.dumps(found))
 
 
 def with_proofs(table: Rows, proofs: dict[str, dict]) -> Rows:
-    """The table with what was proved just now in it."""
+    """The table with the test results of this run."""
     facts = proofs["horovodrun --gloo"]
     operations = {"Gloo": facts["gloo_built"], "MPI": facts["mpi_built"], "NCCL": facts["nccl_built"]}
     proved = [
         ("operations", ", ".join(name for name, is_built in operations.items() if is_built)),
-        ("2 ranks added up", ", ".join(proofs)),
+        ("tested with 2 ranks", ", ".join(proofs)),
     ]
     kept = [tuple(row) for row in table if row[0] not in dict(proved)]
     at = next((i for i, row in enumerate(kept) if row[0] == "missing"), len(kept))
@@ -74,7 +74,7 @@ def with_proofs(table: Rows, proofs: dict[str, dict]) -> Rows:
 
 
 def missing(lane: Lane, mpi: Mpi, proofs: dict[str, dict], gpus: Sequence[Gpu]) -> list[str]:
-    """What would make this installation able to do more, and the package that gives it."""
+    """Optional parts that are missing, and the packages that provide them."""
     lines = []
     if not mpi.there:
         lines.append(
@@ -84,7 +84,7 @@ def missing(lane: Lane, mpi: Mpi, proofs: dict[str, dict], gpus: Sequence[Gpu]) 
         lines.append("ssh, for ranks on other hosts: apt-get install openssh-client")
     if lane.cuda_major and "NCCL" not in proofs:
         lines.append(
-            f"the proof of NCCL with 2 ranks wants 2 GPUs: torch sees {proofs['horovodrun --gloo']['gpus']}"
+            f"NCCL was not tested: 2 ranks need 2 GPUs, torch sees {proofs['horovodrun --gloo']['gpus']}"
         )
     for gpu in gpus[:1]:
         branch = gpu.driver.partition(".")[0]

@@ -111,5 +111,5 @@ def test_a_supervised_job_with_a_bad_configuration_is_not_started_again(start, i
     job = start([*SUPERVISE, "--", *HOROVODRUN, *command], launcher="none")
     done = job.finish(60)
     assert done.exit_code == 2
-    (line,) = [line for line in done.stderr.splitlines() if "not started again: " in line]
-    assert line.startswith("supervise: exit code 2, not started again: ") and "start 2" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "not restarted: " in line]
+    assert line.startswith("supervise: exit code 2, not restarted: ") and "start 2" not in done.stderr

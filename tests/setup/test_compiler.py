@@ -45,15 +45,13 @@ def test_another_installed_compiler_is_taken_and_said(path, capsys, gcc, default
     path(cxx=default, **others)
     assert chosen(gcc) == wanted
     said = capsys.readouterr().err
-    assert (
-        f"the default compiler is g++ {default}" in said and f"taking {wanted}"[:7] in said and wanted in said
-    )
+    assert f"the default compiler is g++ {default}" in said and "using " in said and wanted in said
 
 
 def test_a_compiler_newer_than_any_that_was_tried_is_tried_where_it_is_the_only_one(path, capsys):
     path(cxx=17)
     assert chosen() == "c++"
-    assert "g++ 17 is newer than any that was tried" in capsys.readouterr().err
+    assert "g++ 17 is newer than any tested version" in capsys.readouterr().err
 
 
 def test_a_compiler_that_cannot_work_is_refused_with_the_package_that_can(path):
@@ -79,7 +77,7 @@ def test_a_compiler_asked_for_may_have_a_launcher_before_it(path, tool):
 
 
 @pytest.mark.parametrize(
-    "asked, line", [("g++-99", "is no compiler that runs"), ("g++-9", r"is g\+\+ 9, wanted >= 10")]
+    "asked, line", [("g++-99", "is not a working compiler"), ("g++-9", r"is g\+\+ 9, wanted >= 10")]
 )
 def test_a_compiler_asked_for_that_cannot_work_is_refused(path, asked, line):
     path(cxx=12, gxx_9=9)

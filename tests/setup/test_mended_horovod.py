@@ -259,8 +259,8 @@ def test_mpirun_starts_ranks_and_mpi4py_sees_them(proofs_cache, built_mpi):
     "rank, fault",
     [
         ({}, None),
-        ({"sum_is_right": False}, "the sum over the ranks is wrong"),
-        ({"size": 1}, "the sum over the ranks is wrong"),
+        ({"sum_is_right": False}, "wrong sum over the ranks"),
+        ({"size": 1}, "wrong sum over the ranks"),
         ({"controller": "mpi"}, "ran under mpi, wanted gloo"),
         ({"mpi4py_size": 1}, "mpi4py sees 1 rank"),
         ({"libmpi": ["/a/libmpi.so.40", "/b/libmpi.so.40"]}, "two MPI libraries"),

@@ -136,7 +136,7 @@ def test_a_folder_that_is_no_virtual_environment_is_left_alone(set_up, tool, tmp
         tool(name, body)
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "thesis.tex").write_text("chapter 1")
-    assert "is there and is no virtual environment" in refused(set_up())
+    assert "exists and is not a virtual environment" in refused(set_up())
     assert [file.name for file in (tmp_path / "venv").iterdir()] == ["thesis.tex"]
 
 

@@ -50,7 +50,7 @@ def test_a_patch_that_does_not_apply_is_an_error_and_writes_nothing(patch, sourc
 
 
 def test_a_patch_without_its_file_is_an_error(patch, tmp_path):
-    with pytest.raises(process.Failed, match="is not there"):
+    with pytest.raises(process.Failed, match="does not exist"):
         patches.apply([patch], tmp_path)
 
 

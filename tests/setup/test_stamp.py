@@ -127,7 +127,7 @@ def test_a_second_set_up_waits_for_the_first(here, tool, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert "another set-up is at work" in second.stderr.readline()
+        assert "another set-up is using" in second.stderr.readline()
         assert second.poll() is None
     _, said = second.communicate(timeout=30)  # then its turn comes: this PATH has no compiler
     assert second.returncode == 2 and "no C++ compiler" in said

@@ -29,14 +29,14 @@ def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False)
         ([attempt()], ""),
         ([attempt(exit_code=0)], "done"),
         ([attempt(exit_code=2)], "configuration"),
-        ([attempt(exit_code=75)], "told to stop"),
-        ([attempt(exit_code=1, asked_to_stop=True)], "told to stop"),
-        ([attempt(last_step=0)], "before its first step"),
-        ([attempt(last_step=5), attempt(last_step=5)], "second time"),
+        ([attempt(exit_code=75)], "stopped by a signal"),
+        ([attempt(exit_code=1, asked_to_stop=True)], "stopped by a signal"),
+        ([attempt(last_step=0)], "before the first step"),
+        ([attempt(last_step=5), attempt(last_step=5)], "failed twice after step 5"),
         ([attempt(last_step=5), attempt(last_step=5, new_checkpoint=True)], ""),
         ([attempt(last_step=5), attempt(last_step=4)], ""),
         ([attempt(last_step=n) for n in (5, 6, 7)], ""),
-        ([attempt(last_step=n) for n in (5, 6, 7, 8)], "3 restarts did not help"),
+        ([attempt(last_step=n) for n in (5, 6, 7, 8)], "restart limit (3) reached"),
     ],
 )
 def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
@@ -50,9 +50,9 @@ def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
         ([attempt(exit_code=75)], 0, ""),
         ([attempt(exit_code=75, last_step=0)], 2, ""),
         ([attempt(exit_code=138, last_step=0, asked_to_stop=True)], 0, ""),
-        ([attempt(exit_code=75)], 3, "3 restarts"),
-        ([attempt()], 3, "3 restarts"),
-        ([attempt(last_step=0)], 0, "before its first step"),
+        ([attempt(exit_code=75)], 3, "limit (3) reached"),
+        ([attempt()], 3, "limit (3) reached"),
+        ([attempt(last_step=0)], 0, "before the first step"),
     ],
 )
 def test_a_queue_that_stops_a_job_starts_it_again_but_not_for_ever(attempts, restarts, why):
@@ -108,7 +108,7 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
 
 
 def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "LAST_WORD_GRACE_S", 0.5)
+    monkeypatch.setattr(supervisor, "OUTCOME_GRACE_S", 0.5)
     monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
     word = json.dumps({"exit_code": 2, "reason": "stalled"})
     script = f"echo '{word}' > $1/outcome.json; sleep 1000 & echo $! > $1/pid; wait"
