@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from horovod_owt.train.replica import MOMENTUM, Replica
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
 
 IMAGES = 40
-CONFIG = TrainConfig(model="alexnet-owt-bn", classes=3, image_size=63, fc_group_size="1")
+CONFIG = TrainConfig(model="alexnet-owt-bn", classes=3, image_size=63, fc_group_size=1)
 ROOT = World(0, 1, 0, 1, "here", torch.device("cpu"), 1)
 
 
@@ -138,9 +139,9 @@ def test_a_validation_is_owed_until_the_run_has_a_score_of_that_step(run_dir, va
         (
             dict(model="alexnet-owt"),
             IMAGES,
-            r"has classifier.2.bias of shape \(10,\); wanted .*alexnet-owt",
+            r"has classifier.2.bias of shape \(10,\); wanted none for alexnet-owt",
         ),
-        ({}, IMAGES + 1, f"made on {IMAGES} training images; wanted .*, this one has {IMAGES + 1}"),
+        ({}, IMAGES + 1, f"made on {IMAGES} training images; wanted .*; this one has {IMAGES + 1}"),
     ],
     ids=["classes", "model", "data"],
 )
@@ -170,8 +171,9 @@ def test_a_commit_brings_weights_and_place_back(monkeypatch):
     monkeypatch.setattr(Committed, "check_host_updates", lambda self: None)
     committed, made = Committed(), replica(2)
     wanted = tensors(made)
-    commit(made, Position(IMAGES, 7, 56), committed, {"run_dir": "runs/a"})
-    assert committed.step == 7 and committed.values["run_dir"] == "runs/a"
+    commit(made, Position(IMAGES, 7, 56), committed, Path("runs/a"))
+    assert (committed.last.step, committed.last.consumed) == (7, 56)
+    assert (committed.last.run_dir, committed.last.first_global_batch) == (Path("runs/a"), CONFIG.batch)
     for _, tensor, _ in made.parts():
         tensor.zero_()
     newcomer, position = replica(3), Position(IMAGES)
