@@ -2,8 +2,8 @@
 
 import re
 
-# Of building Horovod: what the log shows first, and the share of the time that has passed then, on two cores. make's
-# own percentages count files, and most of the time goes by between the last of them.
+# Of building Horovod on two cores: what the log shows first, and the share of the time that has passed then.
+# make's own percentages count files, and most of the time goes by between the last of them.
 MILESTONES = (
     (re.compile(r"Building wheel for horovod"), 0.04),
     (re.compile(r"Configuring done"), 0.23),
