@@ -113,7 +113,7 @@ def test_a_checkpoint_is_restored_to_the_bit(run_dir, resume, step):
 
 
 @pytest.mark.parametrize("resume", ["never", "auto"])
-def test_a_run_starts_anew_if_it_must_or_has_no_checkpoint(run_dir, resume):
+def test_a_run_starts_from_scratch_if_it_must_or_has_no_checkpoint(run_dir, resume):
     if resume == "auto":
         shutil.rmtree(run_dir / "checkpoints")
     made, position = replica(1), Position(IMAGES)

@@ -65,7 +65,7 @@ def test_one_node_meets_at_home_by_the_interface_that_the_user_named(network):
     assert all("HOROVOD_GLOO_IFACE" not in each and each["NCCL_SOCKET_IFNAME"] == "lo" for each in found)
 
 
-def test_nodes_of_one_host_are_told_apart(network):
+def test_nodes_of_one_host_get_different_names(network):
     assert words(met({"a": 1, "b": 1}, ["box", "box"]), "HOSTNAME") == [["box-0"], ["box-1"]]
 
 
