@@ -54,14 +54,29 @@ def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) 
         if durable:
             for path in [*scratch.rglob("*"), scratch]:
                 sync(path)
-        if replace and final.exists():
-            shutil.rmtree(final)
+        old = _hide(final) if replace and final.exists() else None
         os.replace(scratch, final)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     if durable:
         sync(final.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)  # what can't be deleted is no longer in the way
+
+
+def remove_folder(folder: Path) -> None:
+    """A folder goes in one instant: nobody sees half of it.
+
+    Raises OSError where it can't be removed, or not all of it; then the rest has a name that PARTIAL matches.
+    """
+    shutil.rmtree(_hide(folder))
+
+
+def _hide(folder: Path) -> Path:
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    os.replace(folder, hidden)
+    return hidden
 
 
 def sync(path: Path) -> None:

@@ -177,7 +177,7 @@ def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{shown}: ranks of an unknown launcher",
                 wanted="horovodrun, mpirun, torchrun or srun --mpi=pmix; for a run of one rank, no launcher",
-                fix=f"`owt launch hosts --hosts FILE -- DATA`, or unset {' '.join(seen)}",
+                fix=f"`owt launch hosts --hosts FILE -- DATA --run-dir DIR`, or unset {' '.join(seen)}",
             ).by_rank_0((rank or 0) if size_name else rank - 1)
 
 

@@ -122,11 +122,11 @@ def mpirun(
 
 
 def _run(launcher, train, ranks, hosts_file, interface, max_restarts, preflight, dry_run) -> None:
-    from horovod_owt.launch.command import ranks_here, run
+    from horovod_owt.launch.command import default_ranks, run
     from horovod_owt.launch.hosts import read_hosts
 
     _one_place(ranks, hosts_file)
-    hosts = read_hosts(hosts_file) if hosts_file else {"localhost": ranks or ranks_here()}
+    hosts = read_hosts(hosts_file) if hosts_file else {"localhost": ranks or default_ranks()}
     options = {"max_restarts": max_restarts, "preflight": preflight, "dry_run": dry_run}
     sys.exit(run(launcher, train, hosts, interface, **options))
 
@@ -185,14 +185,14 @@ def elastic(
     Example:  owt launch elastic --ranks 4 -- /data/imagenet --run-dir runs/first
               owt launch elastic --hosts HOSTS_FILE --min-ranks 8 -- /data/imagenet --run-dir runs/first
     """
-    from horovod_owt.launch.command import ranks_here
+    from horovod_owt.launch.command import default_ranks
     from horovod_owt.launch.elastic import ElasticJob, run
 
     _one_place(ranks, hosts)
     job = ElasticJob.on(
         train,
         interface=interface,
-        places=None if hosts else ranks or ranks_here(),
+        places=None if hosts else ranks or default_ranks(),
         hosts_file=hosts,
         min_ranks=min_ranks,
         max_ranks=max_ranks,

@@ -20,8 +20,10 @@ from horovod_owt.commands.options import PARALLEL_OPTION, RECIPE_OPTION, SET_OPT
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="Go on from the run folder's newest sound checkpoint, from none, or from the one at PATH.",
+    help="auto: from the run folder's newest sound checkpoint, if it has one. PATH: begin with that "
+    "checkpoint. never: begin with initial weights. A job that is started again resumes whatever this says.",
 )
+@click.option("--other-data", is_flag=True, help="Resume on another data set than the checkpoint's.")
 @PARALLEL_OPTION
 @SET_OPTION
 def train(
@@ -29,6 +31,7 @@ def train(
     run_dir: Path | None,
     recipe: str | None,
     resume: str,
+    other_data: bool,
     parallel: str | None,
     settings: tuple[str, ...],
 ) -> None:
@@ -51,8 +54,9 @@ def train(
 
     with loading():
         from horovod_owt.parallel.elastic import is_elastic
+        from horovod_owt.runs.opening import Resume
         from horovod_owt.train.elastic import train_elastic
         from horovod_owt.train.loop import train_rank
 
     to_the_end = train_elastic if is_elastic() else train_rank
-    to_the_end(request, run_dir=run_dir, resume=resume)
+    to_the_end(request, run_dir=run_dir, resume=Resume(resume, other_data))

@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,6 +52,10 @@ class DataSet:
 
     def fingerprint(self) -> str:
         """Counts, and a hash of names and labels: equal for all copies of a data set, folder or packed."""
+        return self._fingerprint
+
+    @cached_property  # a million names take a second
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for store in (self.train, self.val):
             digest.update("\0".join(store.classes).encode(errors="surrogateescape"))
@@ -58,6 +63,15 @@ class DataSet:
             digest.update(b"\0".join(map(store.name, range(len(store)))))
         counts = f"{len(self.train)} + {len(self.val)} images of {len(self.classes)} classes"
         return f"{counts}, sha256 {digest.hexdigest()[:12]}"
+
+    def identity(self) -> dict[str, Any]:
+        """The fingerprint, and what tells in which way another one differs: for the state of checkpoints."""
+        return {
+            "fingerprint": self.fingerprint(),
+            "train_images": len(self.train),
+            "val_images": len(self.val),
+            "classes": list(self.classes),
+        }
 
 
 def open_data_set(root: Path) -> DataSet:

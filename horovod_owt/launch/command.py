@@ -104,7 +104,7 @@ def show(command: Sequence[str], environment: Mapping[str, str]) -> int:
     return 0
 
 
-def ranks_here() -> int:
+def default_ranks() -> int:
     """The default number of ranks on this host: one per GPU, or two on CPU cores."""
     return visible_gpus() or min(2, len(os.sched_getaffinity(0)))
 

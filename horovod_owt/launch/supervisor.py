@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 import psutil
 
 from horovod_owt.errors import ConfigError, Preempted
-from horovod_owt.runs.attempts import Attempt, AttemptWatch, run_dir_of
+from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, run_dir_of
 from horovod_owt.topology import LAUNCHERS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -58,6 +60,7 @@ class Supervisor:
     def __init__(self, command: Sequence[str], *, max_restarts: int = 0, patient: bool = False) -> None:
         self._command, self._max_restarts, self._patient = list(command), max_restarts, patient
         self._run_dir = run_dir_of(command)
+        self._env = {JOB: secrets.token_hex(8), **os.environ}  # Slurm's requeues start us again, with a name
         self._job: subprocess.Popen | None = None
         self._asked_to_stop = False
 
@@ -91,7 +94,7 @@ class Supervisor:
         if self._asked_to_stop:  # between two attempts
             return watch.attempt(Preempted.exit_code, asked_to_stop=True)
         try:
-            self._job = subprocess.Popen(self._command, start_new_session=True)
+            self._job = subprocess.Popen(self._command, env=self._env, start_new_session=True)
         except OSError as error:
             raise ConfigError(f"{self._command[0]}: {error.strerror}") from None
         if self._asked_to_stop:  # while it was started

@@ -31,6 +31,7 @@ class Commit:
     scaler: dict[str, float]  # loss scale of fp16
     run_dir: Path
     first_global_batch: int  # of the job's first world
+    began_from: str = ""  # the --resume PATH of the run
 
 
 class Committed(State):

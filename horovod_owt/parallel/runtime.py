@@ -14,7 +14,7 @@ from horovod_owt.parallel.cores import use_own_cores
 from horovod_owt.parallel.device import Device, check_apart
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
 from horovod_owt.parallel.torchrun import join_torchrun
-from horovod_owt.topology import Launcher, place_on_box, read_topology
+from horovod_owt.topology import Launcher, Topology, place_on_box, read_topology
 from horovod_owt.versions import installed_versions
 
 
@@ -56,6 +56,8 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
     0.175 s for 244 MB on two ranks. Variables that the user has set are kept.
     """
     topology = read_topology()
+    if topology.launcher is Launcher.TORCHRUN:
+        join_torchrun(topology)
     # before Horovod and DALI start threads, which inherit the cores
     torch.set_num_threads(use_own_cores(topology, device))
     defaults = {
@@ -71,8 +73,6 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
         os.environ.setdefault(name, value)
     if topology.launcher is Launcher.NONE:
         _describe_lone_rank()
-    elif topology.launcher is Launcher.TORCHRUN:
-        join_torchrun(topology)
     sets = process_sets(topology.world_size, fc_group_size)
     try:
         hvd.init(process_sets=sets)
@@ -84,17 +84,22 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
             wanted="the same fc_group_size on every rank; `node` differs between hosts of different size",
             fix="--set fc_group_size=K with a number",
         ).on_every_rank() from None
+    _check_size(topology)
+    if device.gpu is not None:
+        torch.cuda.set_device(device.name)
+    return look_around(device, tuple(sets))
+
+
+def _check_size(topology: Topology) -> None:
+    """ConfigError where an MPI that is not the launcher's makes each rank a job of its own."""
     if (
-        hvd.size() != topology.world_size and topology.launcher is not Launcher.GLOO
+        topology.launcher is not Launcher.GLOO and hvd.size() != topology.world_size
     ):  # elastic ranks come and go
         raise ConfigError(
             f"{topology.launcher} started {topology.world_size} ranks, Horovod's MPI sees {hvd.size()}",
             wanted="the MPI that Horovod is built with",
-            fix="its mpirun first on PATH, or `owt launch hosts --hosts FILE -- DATA`",
+            fix="its mpirun first on PATH, or `owt launch hosts --hosts FILE -- DATA --run-dir DIR`",
         ).by_rank_0(topology.rank)
-    if device.gpu is not None:
-        torch.cuda.set_device(device.name)
-    return look_around(device, tuple(sets))
 
 
 def look_around(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:

@@ -17,7 +17,7 @@ from torch.distributed import rendezvous
 from horovod_owt.errors import RunError
 from horovod_owt.parallel.gloo import Node, place_environment, start_store, store_environment, use_interface
 from horovod_owt.parallel.interfaces import address_of, interface_between, interface_towards, source_address
-from horovod_owt.topology import Topology
+from horovod_owt.topology import LAUNCHERS, Launcher, Topology
 
 MEETING_LIMIT_S = 300  # until the slowest rank has loaded torch
 SERVER = "horovod_owt/server"
@@ -37,12 +37,12 @@ def join_torchrun(topology: Topology) -> None:
     Once a process. torch keeps the keys of each of torchrun's restarts apart, so no old address is found.
     """
     global _store
-    if "HOROVOD_RANK" in os.environ:
+    if LAUNCHERS[Launcher.GLOO].are_in(os.environ):
         return
     master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         _store = _torchruns_store(topology)
-        os.environ.update(meet(_store, topology, os.environ))
+        variables, interface = meet(_store, topology, os.environ)
     except RuntimeError as error:  # torch's DistError among them, which 2.0 does not have
         raise RunError(
             f"rank {topology.rank} on {topology.host} does not meet the others by torchrun's store "
@@ -50,6 +50,8 @@ def join_torchrun(topology: Topology) -> None:
             wanted="all ranks started, and TCP to that address",
             fix="see what torchrun said of the others; --master-addr or --rdzv-endpoint that all nodes reach",
         ) from None
+    os.environ.update(variables)
+    use_interface(os.environ, interface)
 
 
 def _torchruns_store(topology: Topology) -> Store:
@@ -60,8 +62,8 @@ def _torchruns_store(topology: Topology) -> Store:
     return store
 
 
-def meet(store: Store, topology: Topology, env: Mapping[str, str]) -> dict[str, str]:
-    """Horovod's variables for this rank, when all nodes have told of themselves."""
+def meet(store: Store, topology: Topology, env: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """Horovod's variables for this rank, and the interface that leads to the others; waits for all nodes."""
     node, node_count = int(env["GROUP_RANK"]), int(env["GROUP_WORLD_SIZE"])
     if topology.local_rank == 0:
         mine = {"host": topology.host, "ranks": topology.local_size}
@@ -77,10 +79,8 @@ def meet(store: Store, topology: Topology, env: Mapping[str, str]) -> dict[str, 
         port, _ = start_store(nodes)
         store.set(SERVER, json.dumps([address_of(interface), port]))
     address, port = json.loads(store.get(SERVER))
-    found = {**place_environment(nodes, node, topology.local_rank), **store_environment(address, port)}
-    added = dict(env)
-    use_interface(added, interface)
-    return found | {name: value for name, value in added.items() if name not in env}
+    place = place_environment(nodes, node, topology.local_rank)
+    return {**place, **store_environment(address, port)}, interface
 
 
 def _unique_nodes(told: list[dict]) -> list[Node]:

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import outcome_stamp, read_outcome
-from horovod_owt.runs.records import last_records, read_records, records_size
+from horovod_owt.runs.owner import elastic_driver
+from horovod_owt.runs.records import append_record, last_step, newest_records, records_size
 
 ATTEMPTS = "attempts.jsonl"
+JOB = "HOROVOD_OWT_JOB"  # a variable: the same name for each start of a job, by whoever starts it again
+
+
+def job_name(env: Mapping[str, str]) -> str:
+    """What all starts of this job have in common; empty for a command that nobody starts again."""
+    slurm = f"slurm-{env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else ""
+    return env.get(JOB) or slurm or elastic_driver(env)
+
+
+def is_same_job(name: str, env: Mapping[str, str]) -> bool:
+    """Whether this is another start of the job that `name` was the name of.
+
+    In a shell of salloc each command has the same SLURM_JOB_ID; only a requeue makes one a job's next start.
+    """
+    lone = JOB not in env and not elastic_driver(env) and not int(env.get("SLURM_RESTART_COUNT", 0))
+    return bool(name) and name == job_name(env) and not lone
 
 
 @dataclass(frozen=True)
@@ -55,23 +72,24 @@ class AttemptWatch:
         self._run_dir = run_dir
         self._records_before = records_size(run_dir)
         self._outcome_before = outcome_stamp(run_dir)
-        self._checkpoint_before = self._newest_checkpoint()
+        newest = self._newest_checkpoint()
+        self._checkpoint_before = _made_at(newest) if newest else None
 
     def attempt(self, launcher_code: int, *, asked_to_stop: bool) -> Attempt:
         exit_code = 128 - launcher_code if launcher_code < 0 else launcher_code
         outcome = {"exit_code": exit_code, "reason": _said_by_launcher(launcher_code)}
         if self.has_ended():
-            outcome |= read_outcome(self._run_dir)
+            outcome |= self._own_outcome()
         if launcher_code and not outcome["exit_code"]:  # done, and then a rank fell over
             outcome |= {"exit_code": exit_code}
         newest = self._newest_checkpoint()
-        steps = read_records(self._run_dir, "step", start=self._records_before)
+        step, _ = last_step(self._run_dir, start=self._records_before)
         return Attempt(
             exit_code=outcome["exit_code"],
             reason=outcome["reason"],
-            last_step=max((record["step"] for record in steps), default=0),
-            checkpoint=newest,
-            new_checkpoint=newest != self._checkpoint_before,
+            last_step=step or 0,
+            checkpoint=newest.name if newest else "",
+            new_checkpoint=newest is not None and _made_at(newest) != self._checkpoint_before,
             asked_to_stop=asked_to_stop,
         )
 
@@ -79,9 +97,21 @@ class AttemptWatch:
         """Whether the run has said how it ended, in this attempt."""
         return outcome_stamp(self._run_dir) != self._outcome_before
 
-    def _newest_checkpoint(self) -> str:
-        """Its folder's name. Whether it is sound, the run will see."""
-        return next((folder.name for folder in list_checkpoints(self._run_dir)), "")
+    def _own_outcome(self) -> dict[str, Any]:
+        """What the run says; the launcher's word has to do where that is damaged."""
+        try:
+            return read_outcome(self._run_dir)
+        except ConfigError as error:
+            return {"reason": error.saw}
+
+    def _newest_checkpoint(self) -> Path | None:
+        """Whether it is sound, the run will see."""
+        return next(iter(list_checkpoints(self._run_dir)), None)
+
+
+def _made_at(checkpoint: Path) -> tuple[str, int]:
+    """Differs for a checkpoint of the same step that was written again."""
+    return checkpoint.name, checkpoint.stat().st_mtime_ns
 
 
 def _said_by_launcher(code: int) -> str:
@@ -92,21 +122,20 @@ def append_attempt(run_dir: Path, attempt: Attempt, *, job_id: str, restarts: in
     """Keep it for the job's next start; raises OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
     record = {"job_id": job_id, "restarts": restarts, **dataclasses.asdict(attempt)}
-    with (run_dir / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append_record(run_dir / ATTEMPTS, record)
 
 
 def earlier_attempts(run_dir: Path, job_id: str) -> list[Attempt]:
-    """Of this job; what another job did in the folder does not count."""
+    """Of this job, the first one first; what another job did in the folder does not count."""
     fields = [field.name for field in dataclasses.fields(Attempt)]
-    return [
+    own = [
         Attempt(**{key: record[key] for key in fields})
-        for record in last_records(run_dir / ATTEMPTS)
-        if record["job_id"] == job_id
+        for record in newest_records(run_dir / ATTEMPTS)
+        if record.get("job_id") == job_id and record.keys() >= set(fields)
     ]
+    return own[::-1]
 
 
 def last_restarts(run_dir: Path) -> int | None:
     """How often the job that wrote here last had been started again; None if none did."""
-    records = last_records(run_dir / ATTEMPTS)
-    return records[-1]["restarts"] if records else None
+    return next((record.get("restarts") for record in newest_records(run_dir / ATTEMPTS)), None)

@@ -5,6 +5,9 @@
 Each is written beside its final place, fsynced and renamed; the manifest has a sha256 of each file.
 `checkpoints/best.json` names the step with the best validation; that one stays, however old. What the tensors
 mean is `train.checkpoint`'s to know.
+
+A run folder has a linear history, so the largest step is the newest checkpoint: a run that resumes from
+a step moves later ones aside (`resume_at`), and one that wants to go back gets another folder.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import RunError
-from horovod_owt.files import PARTIAL, atomic_folder, write_text
+from horovod_owt.files import PARTIAL, atomic_folder, remove_folder, write_text
+from horovod_owt.runs.records import validations
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 FILES = (MODEL, OPTIMIZER, STATE)
 MANIFEST = "MANIFEST.json"
 BEST = "best.json"
+ASIDE = ".damaged"  # behind a checkpoint's name: it is none any more
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -65,6 +70,13 @@ def find_fault(folder: Path) -> str:
     return ""
 
 
+def sound_checkpoint(folder: Path) -> Path:
+    """This checkpoint, if it is whole; raises RunError for one that is damaged or no checkpoint at all."""
+    if fault := find_fault(folder):
+        raise RunError(f"checkpoint {folder}: {fault}", wanted="a whole checkpoint", fix="--resume auto")
+    return folder
+
+
 def newest_sound(run_dir: Path) -> Path | None:
     """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
 
@@ -86,12 +98,37 @@ def newest_sound(run_dir: Path) -> Path | None:
     return None
 
 
+def resume_at(run_dir: Path, step: int) -> None:
+    """Let `step` be the newest of the run: later ones are damaged, or it would not resume there.
+
+    They are moved aside, each with a line that says so. Then best.json names a checkpoint that is there.
+    """
+    for folder in list_checkpoints(run_dir):
+        if step_of(folder) > step:
+            aside = folder.with_name(folder.name + ASIDE)
+            try:
+                if aside.exists():
+                    remove_folder(aside)
+                folder.rename(aside)
+                log.warning("checkpoint %s moved to %s", folder, aside.name)
+            except OSError as error:
+                log.warning("checkpoint %s not moved aside: %s", folder, error.strerror)
+    _elect_best(run_dir, upto=step)
+
+
 def read_best(run_dir: Path) -> dict[str, Any]:
-    """`step`, `epoch` and `top1` (percent) of the best validation so far; empty before the first."""
+    """`step`, `epoch` and `top1` (percent) of the best validation so far; empty before the first.
+
+    Empty, too, where the file is damaged; that is named in the log.
+    """
+    file = run_dir / CHECKPOINTS / BEST
     try:
-        best = json.loads((run_dir / CHECKPOINTS / BEST).read_text())
+        best = json.loads(file.read_text())
         return {"step": int(best["step"]), "epoch": float(best["epoch"]), "top1": float(best["top1"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged: %s", file, error)
         return {}
 
 
@@ -99,10 +136,30 @@ def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
     """Let the checkpoint of `step` be the best one if it is; OSError if that can't be written."""
     if top1 <= read_best(run_dir).get("top1", -1.0):
         return False
-    best = {"step": step, "epoch": epoch, "top1": top1}
-    (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
-    write_text(run_dir / CHECKPOINTS / BEST, json.dumps(best) + "\n")
+    _write_best(run_dir, {"step": step, "epoch": epoch, "top1": top1})
     return True
+
+
+def _write_best(run_dir: Path, best: dict[str, Any]) -> None:
+    write_text(run_dir / CHECKPOINTS / BEST, json.dumps(best) + "\n")
+
+
+def _elect_best(run_dir: Path, *, upto: int) -> None:
+    """Where best.json is damaged, or its checkpoint is not there: the best one of those that are."""
+    file = run_dir / CHECKPOINTS / BEST
+    folders = {step_of(folder): folder for folder in list_checkpoints(run_dir) if step_of(folder) <= upto}
+    if not file.exists() or (read_best(run_dir).get("step") in folders):
+        return
+    try:
+        scores = validations(run_dir, set(folders)).values()
+        if scores:
+            best = max(scores, key=lambda score: (score["top1"], -score["step"]))
+            _write_best(run_dir, {key: best[key] for key in ("step", "epoch", "top1")})
+        else:
+            file.unlink()
+        log.warning("%s named no checkpoint that is there: now %s", file, read_best(run_dir) or "none")
+    except OSError as error:
+        log.warning("%s not mended: %s", file, error.strerror)
 
 
 @contextmanager
@@ -122,12 +179,19 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     (folder / STATE).write_text(json.dumps(state, indent=1) + "\n")
 
 
-def drop_old(run_dir: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best."""
-    best = read_best(run_dir).get("step")
-    for old in list_checkpoints(run_dir)[keep:]:
+def drop_old(run_dir: Path, *, keep: int, newest: int) -> list[str]:
+    """Remove all up to step `newest` but the last `keep` of them and the best.
+
+    Returns what could not be removed, and why: that is no reason to end a run.
+    """
+    best, faults = read_best(run_dir).get("step"), []
+    for old in [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest][keep:]:
         if step_of(old) != best:
-            shutil.rmtree(old)
+            try:
+                remove_folder(old)
+            except OSError as error:
+                faults.append(f"old checkpoint {old} not deleted: {error.strerror or error}")
+    return faults
 
 
 def _sha256(path: Path) -> str:

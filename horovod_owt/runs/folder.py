@@ -1,83 +1,52 @@
 """The run folder: its configuration, its outcome, and where the stacks of its ranks go.
 
-    RUN/  config.json  metrics.jsonl  outcome.json  attempts.jsonl  checkpoints/  stacks/
+    RUN/  config.json  metrics.jsonl  outcome.json  attempts.jsonl  checkpoints/  owner/  stacks/
 
-`records`, `attempts` and `checkpoints` know the others. Only rank 0 writes, but for its own stacks each rank.
+`records`, `attempts`, `checkpoints` and `owner` know the others. Only rank 0 writes, but for its own stacks
+each rank.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import write_text
-from horovod_owt.runs.checkpoints import list_checkpoints
 
 log = logging.getLogger(__name__)
 
 CONFIG, OUTCOME, STACKS = "config.json", "outcome.json", "stacks"
 
-# A resumed run must keep what gives the weights their shape and the samples their order.
-FIXED_KEYS = ("model", "classes", "image_size", "seed")
 
-
-def open_run_folder(run_dir: Path | None, cfg: TrainConfig, *, resume: bool) -> Path:
-    """Make the run folder, or find it fit to be continued; `None` names a new one after model and time.
-
-    Raises ConfigError when it holds a run that is not to be continued, or cannot be with `cfg`.
-    """
-    run_dir = (run_dir or Path("runs") / f"{cfg.model}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
+    """What a file of JSON holds; FileNotFoundError if there is none, ConfigError where it is damaged."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"run folder {run_dir}: {error.strerror}",
-            wanted="a folder to write to",
-            fix="--run-dir ELSEWHERE",
-        ) from None
-    config_file = run_dir / CONFIG
-    if config_file.exists():
-        _check_continues(run_dir, _read_config(config_file), cfg, resume=resume)
-    write_text(config_file, json.dumps(cfg.to_dict(), indent=1) + "\n")
-    return run_dir
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-        if isinstance(config, dict):
-            return config
-        what = "holds no configuration"
+        found = json.loads(file.read_text())
+        if isinstance(found, dict):
+            return found
+        fault = "holds no JSON object"
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
-        what = f"is unreadable: {error}"
-    fix = "remove it: the next run writes it again"
-    raise ConfigError(f"{file} {what}", wanted="the run's configuration", fix=fix)
+        fault = f"is unreadable: {error}"
+    raise ConfigError(f"{file} {fault}", wanted=what, fix=fix)
 
 
-def _check_continues(run_dir: Path, before: dict[str, Any], cfg: TrainConfig, *, resume: bool) -> None:
-    if not list_checkpoints(run_dir):
-        return  # it never came to a checkpoint: start afresh
-    if not resume:
-        raise ConfigError(
-            f"run folder {run_dir} holds a run with checkpoints",
-            wanted="a new folder, as --resume never asks",
-            fix="--resume auto to continue it, or another --run-dir",
+def write_config(run_dir: Path, config: dict[str, Any]) -> None:
+    write_text(run_dir / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The configuration of the run's last start, empty if there is none; ConfigError where it is damaged."""
+    try:
+        return _read_object(
+            run_dir / CONFIG, what="the run's configuration", fix="remove it: the next run writes it again"
         )
-    now = cfg.to_dict()
-    for key in FIXED_KEYS:
-        if key in before and before[key] != now[key]:
-            raise ConfigError(
-                f"run folder {run_dir} was trained with {key}={before[key]}, now {key}={now[key]}",
-                wanted="the same to continue it",
-                fix=f"--set {key}={before[key]}, or another --run-dir",
-            )
+    except FileNotFoundError:
+        return {}
 
 
 def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
@@ -89,8 +58,14 @@ def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """How the run ended when it last did; raises FileNotFoundError where it has not yet."""
-    return json.loads((run_dir / OUTCOME).read_text())
+    """How the run ended when it last did, with `exit_code` and `reason` at least.
+
+    Raises FileNotFoundError where it has not yet, ConfigError where the file is damaged.
+    """
+    outcome = _read_object(run_dir / OUTCOME, what="how the run ended", fix="its ranks' logs tell that too")
+    if not isinstance(outcome.get("exit_code"), int):
+        raise ConfigError(f"{run_dir / OUTCOME} has no exit_code", wanted="how the run ended")
+    return {"reason": "", **outcome}
 
 
 def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:

@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-TAIL_BYTES = 1 << 16  # of a file: far more than one step's record
+BLOCK_BYTES = 1 << 16  # read at a time, from a file's end
 
 
 class MetricsLog:
@@ -28,7 +28,7 @@ class MetricsLog:
         """Raises ConfigError where the file can't be opened."""
         path = run_dir / METRICS
         try:
-            _drop_half_a_line(path)
+            drop_half_a_line(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             fix = "rights to write there, or another --run-dir"
@@ -57,51 +57,115 @@ class MetricsLog:
 
 
 def records_size(run_dir: Path) -> int:
-    """Bytes of metrics.jsonl, 0 where there is none: what `read_records` may start from later."""
-    file = run_dir / METRICS
-    return file.stat().st_size if file.exists() else 0
-
-
-def read_records(run_dir: Path, kind: str, *, start: int = 0) -> Iterator[dict[str, Any]]:
-    """The records of that kind from byte `start` on; none where the file cannot be read. No half lines."""
-    beginning = f'{{"kind": "{kind}"'.encode()
+    """Bytes of the whole lines of metrics.jsonl, 0 if there are none: `last_step` can look back to there."""
     try:
         with (run_dir / METRICS).open("rb") as file:
-            file.seek(start)
-            for line in file:
-                if line.startswith(beginning) and line.endswith(b"}\n"):
-                    yield json.loads(line)
-    except OSError:
-        return
+            return _end_of_lines(file, file.seek(0, os.SEEK_END))
+    except OSError:  # who asks for the records later is told
+        return 0
 
 
-def validated_steps(run_dir: Path) -> set[int]:
-    """The steps after which metrics.jsonl has a validation."""
-    return {record["step"] for record in read_records(run_dir, "validation")}
+def validations(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
+    """The validations of the states after `steps`, by step; those that the run has not are left out.
+
+    A run that resumed from an earlier step has taken back what was written of later ones before it did.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    wanted = set(steps)
+    for record in newest_records(run_dir / METRICS):
+        if record.get("kind") == "validation" and record.get("step") in wanted:
+            found[record["step"]] = record
+            wanted.discard(record["step"])
+        elif record.get("kind") == "run":
+            wanted = {step for step in wanted if step <= record.get("first_step", step)}
+        if not wanted:
+            break
+    return found
 
 
-def last_step(run_dir: Path) -> tuple[int | None, float | None]:
-    """The newest step in metrics.jsonl, and its images per second."""
-    steps = [record for record in last_records(run_dir / METRICS) if record["kind"] == "step"]
-    return (steps[-1]["step"], steps[-1].get("images_per_s")) if steps else (None, None)
+def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | None]:
+    """The last step that metrics.jsonl has behind byte `start`, and its images per second."""
+    for record in newest_records(run_dir / METRICS, start=start):
+        if record.get("kind") == "step" and isinstance(record.get("step"), int):
+            return record["step"], record.get("images_per_s")
+    return None, None
 
 
-def last_records(file: Path) -> list[dict[str, Any]]:
-    """Those at the end of a file of JSON lines, without a line that is only half there."""
+def newest_records(file: Path, *, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, from its end back to byte `start`; none where there is no file.
+
+    A damaged line is named in the log and passed over. So are, without a word, the zeros of a power cut and
+    half a line at the end, which may be one that is being written. Raises ConfigError where the file cannot
+    be read.
+    """
+    damaged = 0
     try:
-        with file.open("rb") as lines:
-            size = lines.seek(0, 2)
-            lines.seek(max(0, size - TAIL_BYTES))
-            tail = lines.read()
+        for line in _lines_backwards(file, start):
+            record = _parsed(line)
+            if record is not None:
+                yield record
+            elif not damaged:
+                damaged = 1
+                log.warning("%s: damaged line passed over: %s", file, _shown(line))
     except FileNotFoundError:
-        return []
-    whole = tail.split(b"\n")[1 if size > TAIL_BYTES else 0 : -1]
-    return [json.loads(line) for line in whole]
+        return
+    except OSError as error:
+        fix = "rights to read it, or a file system that is up"
+        raise ConfigError(f"{file}: {error.strerror}", wanted="a file of records", fix=fix) from None
 
 
-def _drop_half_a_line(path: Path) -> None:
-    """A run that was killed while its disk was full may have left one."""
-    if path.exists():
-        text = path.read_bytes()
-        if not text.endswith(b"\n"):
-            os.truncate(path, text.rfind(b"\n") + 1)
+def append_record(file: Path, record: dict[str, Any]) -> None:
+    """Add a line, behind whatever a crash left of the last one; raises OSError."""
+    drop_half_a_line(file)
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def drop_half_a_line(path: Path) -> None:
+    """Cut off what is behind the last line's end: a writer that was killed may have left it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = _end_of_lines(file, end)
+        if whole != end:
+            file.truncate(whole)
+
+
+def _end_of_lines(file: BinaryIO, end: int) -> int:
+    """Where the last whole line ends."""
+    while end:
+        begin = max(0, end - BLOCK_BYTES)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
+
+
+def _lines_backwards(path: Path, start: int) -> Iterator[bytes]:
+    """The whole lines of a file from byte `start` on that hold something, the last one first."""
+    with path.open("rb") as file:
+        end = _end_of_lines(file, file.seek(0, os.SEEK_END))
+        rest = b""  # of a line whose beginning is not yet read
+        while end > start:
+            begin = max(start, end - BLOCK_BYTES)
+            file.seek(begin)
+            rest, *lines = (file.read(end - begin) + rest).split(b"\n")
+            yield from (line for line in reversed(lines) if line.strip(b"\0"))
+            end = begin
+        if rest.strip(b"\0"):
+            yield rest
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:40])[1:] + (f" and {len(line) - 40} bytes more" if len(line) > 40 else "")

@@ -16,7 +16,7 @@ from horovod_owt.launch.command import check_folder_for_ssh
 from horovod_owt.launch.elastic import ElasticJob
 from horovod_owt.launch.supervisor import Supervisor, why_not_again
 from horovod_owt.parallel.interfaces import interface_between
-from horovod_owt.runs.attempts import AttemptWatch, append_attempt, earlier_attempts, find_run_dir
+from horovod_owt.runs.attempts import JOB, AttemptWatch, append_attempt, earlier_attempts, find_run_dir
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
 from horovod_owt.slurm.client import ask, find_jobs, start_ranks
 from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
@@ -159,6 +159,7 @@ def train(job: Ranks | ElasticRanks, command: list[str], max_restarts: int) -> i
     """Run one attempt of a training job, and requeue the job if another attempt can make progress."""
     run_dir = find_run_dir(command).absolute()
     leave_run_dir(job.allocation.job_id, run_dir)
+    os.environ[JOB] = f"slurm-{job.allocation.job_id}"
     watch = AttemptWatch(run_dir)
     code = job.run(command)
     last = watch.attempt(code, asked_to_stop=job.asked_to_stop)

@@ -6,18 +6,28 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from horovod_owt.errors import RunError
-from horovod_owt.runs.checkpoints import step_of
+from horovod_owt.runs.checkpoints import checkpoint_folder, drop_old, note_score, step_of
 from horovod_owt.train.checkpoint import Checkpoint, DiskError, write_checkpoint
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0  # between tries at the end of a run, when there is no next checkpoint to wait for
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint on disk."""
+
+    folder: Path
+    seconds: float
+    left_over: list[str]  # old ones that could not be deleted, and why
 
 
 class CheckpointWriter:
@@ -29,10 +39,12 @@ class CheckpointWriter:
     def __init__(self, run_dir: Path, *, keep: int, retries: int, record: Callable[..., None]) -> None:
         self._run_dir, self._keep, self._retries, self._record = run_dir, keep, retries, record
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[tuple[Path, float]] | None = None
+        self._pending: Future[Written] | None = None
         self._last: Checkpoint | None = None  # until it is on disk
         self._stall_s = 0.0
         self._failures = 0  # in a row
+        self._left_over: set[str] = set()  # that were told
+        self._score: dict[str, float] = {}  # of a checkpoint that may not yet be on disk
         self._fatal: RunError | None = None
 
     def write(self, checkpoint: Checkpoint, *, stall_s: float = 0.0) -> None:
@@ -48,6 +60,11 @@ class CheckpointWriter:
         """Record a write that has ended, without waiting and without raising."""
         if self._pending is not None and self._pending.done():
             self._finish_write(self._pending)
+
+    def score(self, *, step: int, epoch: float, top1: float) -> None:
+        """Let the checkpoint of `step` be the best one if it is, once the disk has taken it."""
+        self._score = {"step": step, "epoch": epoch, "top1": top1}
+        self._note_score()
 
     def settle(self) -> None:
         """Wait until nothing is being written.
@@ -72,7 +89,7 @@ class CheckpointWriter:
         self._thread.shutdown(wait=True)
         self.poll()
 
-    def _write(self, checkpoint: Checkpoint) -> tuple[Path, float]:
+    def _write(self, checkpoint: Checkpoint) -> Written:
         start = perf_counter()
         for name, tensor in (checkpoint.model | checkpoint.optimizer).items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -81,12 +98,13 @@ class CheckpointWriter:
                     wanted="finite weights for a checkpoint",
                     fix="a smaller lr, or --set clip_norm; the last checkpoint is finite",
                 )
-        folder = write_checkpoint(self._run_dir, checkpoint, keep=self._keep)
-        return folder, perf_counter() - start
+        folder = write_checkpoint(self._run_dir, checkpoint)
+        seconds = perf_counter() - start
+        return Written(folder, seconds, drop_old(self._run_dir, keep=self._keep, newest=step_of(folder)))
 
-    def _finish_write(self, pending: Future[tuple[Path, float]]) -> None:
+    def _finish_write(self, pending: Future[Written]) -> None:
         try:
-            folder, seconds = pending.result()
+            written = pending.result()
         except DiskError as error:
             self._failures += 1
             self._note_failure(str(error))
@@ -94,9 +112,25 @@ class CheckpointWriter:
             self._fatal = error
         else:
             self._last, self._failures = None, 0
-            log.info("checkpoint %s", folder)
-            self._record("checkpoint", step=step_of(folder), stall_ms=1e3 * self._stall_s, write_s=seconds)
+            log.info("checkpoint %s", written.folder)
+            step, stall_ms = step_of(written.folder), 1e3 * self._stall_s
+            self._record("checkpoint", step=step, stall_ms=stall_ms, write_s=written.seconds)
+            self._note_score()
+            for fault in written.left_over:
+                if fault not in self._left_over:
+                    log.warning(fault)
+                    self._record("fault", fault=fault)
+                self._left_over.add(fault)
         self._pending = None
+
+    def _note_score(self) -> None:
+        if not self._score or not checkpoint_folder(self._run_dir, self._score["step"]).is_dir():
+            return
+        try:
+            note_score(self._run_dir, **self._score)
+            self._score = {}
+        except OSError as error:
+            log.warning("the best checkpoint is not noted: %s", error.strerror)
 
     def _note_failure(self, fault: str) -> None:
         left = self._retries - self._failures

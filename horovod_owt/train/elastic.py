@@ -12,7 +12,8 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import elastic, runtime
 from horovod_owt.parallel.collectives import broadcast_object, on_root
 from horovod_owt.parallel.elastic import Committed
-from horovod_owt.runs.folder import open_run_folder
+from horovod_owt.runs.opening import Opened, Resume, open_run_folder
+from horovod_owt.runs.owner import Ownership
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.loop import Run
 from horovod_owt.train.prepare import Request
@@ -21,7 +22,7 @@ from horovod_owt.train.stop import StopRequest
 log = logging.getLogger(__name__)
 
 
-def train_elastic(request: Request, *, run_dir: Path | None, resume: str) -> None:
+def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> None:
     """Run one rank of an elastic job to its end.
 
     Raises ConfigError for a hybrid run, where a lost rank's part of the FC layers is lost with it.
@@ -33,18 +34,26 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: str) -> Non
             fix="--parallel data, or `owt launch supervise`, which restarts from the last checkpoint",
         ).on_every_rank()
     runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
-    with StopRequest() as stop:
+    opened: Opened | None = None
+    with StopRequest() as stop, Ownership() as ownership:
 
         def train(state: Committed) -> None:
+            nonlocal opened
             world = runtime.look_around(request.device)
+            if not world.is_root:
+                ownership.hand_over()  # before the ranks meet, and so before the new rank 0 takes it
             check_agreement(request, world)
             cfg = broadcast_object(request.cfg, "config")
+            opened = on_root(lambda: _open(opened.run_dir if opened else run_dir, cfg, state), "run_dir")
             if state.last:
-                where = state.last.run_dir
                 cfg = in_world_of(world.size, cfg, state.last.first_global_batch)
-            else:
-                where = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
-            Run(cfg, request, world, where, resume, {}, committed=state).train(stop)
+            Run(cfg, request, world, opened, {}, committed=state).train(stop)
+
+        def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
+            if not state.last:
+                return open_run_folder(where, cfg, request.folder.identity(), resume, ownership)
+            ownership.take(state.last.run_dir)
+            return Opened(state.last.run_dir, began_from=state.last.began_from)
 
         elastic.run(Committed(), train)
     runtime.shutdown()

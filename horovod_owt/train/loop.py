@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -17,14 +18,16 @@ from horovod_owt.parallel.collectives import broadcast_object, explain_lost_rank
 from horovod_owt.parallel.elastic import RESETS, Committed, why_regrouped
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
-from horovod_owt.runs.checkpoints import note_score
-from horovod_owt.runs.folder import open_run_folder, write_outcome
+from horovod_owt.runs.attempts import job_name
+from horovod_owt.runs.folder import write_outcome
+from horovod_owt.runs.opening import Opened, Resume, open_run_folder
+from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.records import MetricsLog
 from horovod_owt.schedule import learning_rate
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
-from horovod_owt.train.evaluate import Score, validate
+from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
@@ -36,7 +39,7 @@ from horovod_owt.train.watch import watched
 log = logging.getLogger(__name__)
 
 
-def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "auto") -> None:
+def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume) -> None:
     """Run one rank of training to its end.
 
     Raises OwtError for failures that a message explains; Preempted (exit 75) after a stop signal.
@@ -46,12 +49,13 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: str = "
         stall_limit_s=request.cfg.stall_limit_s,
         fc_group_size=request.cfg.fc_group_size,
     )
-    with explain_lost_ranks(), StopRequest() as stop:
+    with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
         check_agreement(request, world)
         cfg = broadcast_object(request.cfg, "config")
         cfg, predicted_step_ms = choose_parallel(cfg, world)
-        run_dir = on_root(lambda: open_run_folder(run_dir, cfg, resume=resume != "never"), "run_dir")
-        Run(cfg, request, world, run_dir, resume, predicted_step_ms).train(stop)
+        data = request.folder.identity()
+        opened = on_root(lambda: open_run_folder(run_dir, cfg, data, resume, ownership), "run_dir")
+        Run(cfg, request, world, opened, predicted_step_ms).train(stop)
     runtime.shutdown()
 
 
@@ -63,13 +67,12 @@ class Run:
         cfg: TrainConfig,
         request: Request,
         world: World,
-        run_dir: Path,
-        resume: str,
+        opened: Opened,
         predicted_step_ms: dict[str, float],
         committed: Committed | None = None,
     ) -> None:
         """`committed` is the state of an elastic job; a commit in it has precedence over checkpoints."""
-        self.cfg, self.world, self.run_dir = cfg, world, run_dir
+        self.cfg, self.world, self.run_dir = cfg, world, opened.run_dir
         self.predicted_step_ms = predicted_step_ms  # by strategy, if parallel=auto chose one
         self.data, self.folder = request.data, request.folder
         self.global_batch = cfg.global_batch(world.size)
@@ -79,7 +82,8 @@ class Run:
         if committed is not None and committed.last:
             self._owes_validation = restore_commit(self.replica, self.position, committed)
         else:
-            self._owes_validation = restore(self.replica, self.position, run_dir, resume)
+            self._owes_validation = restore(self.replica, self.position, opened.run_dir, opened.checkpoint)
+        self._began_from = opened.began_from
         self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
         self.total_steps = cfg.total_steps(
             self.position.num_samples,
@@ -87,7 +91,7 @@ class Run:
             step=self.position.step,
             consumed=self.position.consumed,
         )
-        self.metrics = MetricsLog(run_dir) if world.is_root else None
+        self.metrics = MetricsLog(self.run_dir) if world.is_root else None
         self.writer = self._make_writer() if world.is_root else None
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
@@ -175,7 +179,7 @@ class Run:
                 if epoch_over or last:
                     self._validate(stop)
                 if self._committed is not None and (position.step % cfg.commit_every == 0 or keep):
-                    commit(self.replica, position, self._committed, self.run_dir)
+                    commit(self.replica, position, self._committed, self.run_dir, self._began_from)
             self._finish_writing()
         if self.world.is_root and self._bad_images:
             log.info("%d bad images skipped; see the `fault` records", self._bad_images)
@@ -216,20 +220,21 @@ class Run:
         self._record("validation", epoch=position.epoch, step=position.step, **score.to_dict())
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
-            self._note_score(score)
-
-    def _note_score(self, score: Score) -> None:
-        position = self.position
-        try:
-            note_score(self.run_dir, step=position.step, epoch=position.epoch, top1=score.top1)
-        except OSError as error:
-            log.warning("the best checkpoint was not recorded: %s", error.strerror)
+            self.writer.score(step=position.step, epoch=position.epoch, top1=score.top1)
 
     def _checkpoint(self, *, validation_due: bool) -> None:
         """Copy the state; it is written while training continues."""
         start = perf_counter()
         on_root(self.writer.settle if self.writer else None, "checkpoint")
-        state = snapshot(self.replica, self.position, self._copies, validation_due=validation_due)
+        state = snapshot(
+            self.replica,
+            self.position,
+            self._copies,
+            validation_due=validation_due,
+            began_from=self._began_from,
+            job=job_name(os.environ),
+            data=self.folder.identity(),
+        )
         if self.writer is not None:
             self.writer.write(state, stall_s=perf_counter() - start)
 

@@ -14,8 +14,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
 from horovod_owt.parallel.elastic import Commit, Committed
-from horovod_owt.runs.checkpoints import newest_sound
-from horovod_owt.runs.records import validated_steps
+from horovod_owt.runs.records import validations
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
 from horovod_owt.train.replica import MOMENTUM, Replica
 
@@ -50,11 +49,12 @@ def room_for_copies(replica: Replica) -> dict[str, Tensor]:
 
 
 def snapshot(
-    replica: Replica, position: Position, copies: dict[str, Tensor], *, validation_due: bool
+    replica: Replica, position: Position, copies: dict[str, Tensor], *, validation_due: bool, **run: Any
 ) -> Checkpoint | None:
     """A copy of the run's state on rank 0, None on others. Every rank must call it.
 
     It is written to `copies`, from `room_for_copies`; `validation_due` tells a resumed run to validate first.
+    `run` is what else `runs.opening` needs to resume it.
     """
     whole = replica.gather()
     if not replica.world.is_root:
@@ -75,34 +75,29 @@ def snapshot(
             "scaler": replica.scaler_state(),
             "config": replica.cfg.to_dict(),
             "versions": runtime.versions(),
+            **run,
         },
     )
 
 
-def restore(replica: Replica, position: Position, run_dir: Path, resume: str) -> bool:
+def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Path | None) -> bool:
     """Resume from a checkpoint, if there is one: rank 0 reads and broadcasts it. Every rank must call it.
 
-    `resume` is auto (the newest valid checkpoint of the run), never, or the path of a checkpoint. Returns
-    whether that state is still to be validated.
+    Returns whether that state is still to be validated.
     """
-    if resume == "never":
+    if checkpoint is None:
         return False
     found: list[Checkpoint] = []
 
-    def read_on_root() -> dict[str, Any] | None:
-        path = newest_sound(run_dir) if resume == "auto" else Path(resume)
-        if path is None:
-            return None
-        found.append(read_checkpoint(path))
-        _check_fits(path, found[0], replica, position.num_samples)
-        log.info("resuming from %s", path)
+    def read_on_root() -> dict[str, Any]:
+        found.append(read_checkpoint(checkpoint))
+        _check_fits(checkpoint, found[0], replica)
+        log.info("resuming from %s", checkpoint)
         state = found[0].state
-        owed = state.get("validation_due", False) and state["step"] not in validated_steps(run_dir)
+        owed = state.get("validation_due", False) and not validations(run_dir, {state["step"]})
         return state | {"validation_due": owed}
 
     state = on_root(read_on_root, "resume")
-    if state is None:
-        return False
     saved = found[0].model | found[0].optimizer if found else {}  # on rank 0
     shapes = replica.whole_shapes()
     for name, tensor, part in replica.parts():
@@ -115,7 +110,9 @@ def restore(replica: Replica, position: Position, run_dir: Path, resume: str) ->
     return state["validation_due"]
 
 
-def commit(replica: Replica, position: Position, committed: Committed, run_dir: Path) -> None:
+def commit(
+    replica: Replica, position: Position, committed: Committed, run_dir: Path, began_from: str = ""
+) -> None:
     """Keep this state in the memory of every rank; if hosts changed, all ranks raise an elastic reset."""
     last, own_global_batch = committed.last, replica.cfg.global_batch(replica.world.size)
     state = Commit(
@@ -124,6 +121,7 @@ def commit(replica: Replica, position: Position, committed: Committed, run_dir: 
         scaler=replica.scaler_state(),
         run_dir=run_dir,
         first_global_batch=last.first_global_batch if last else own_global_batch,
+        began_from=began_from,
     )
     committed.commit_copy({name: tensor for name, tensor, _ in replica.parts()}, state)
 
@@ -138,7 +136,7 @@ def restore_commit(replica: Replica, position: Position, committed: Committed) -
     return False
 
 
-def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica, num_samples: int) -> None:
+def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica) -> None:
     ours = replica.whole_shapes()
     theirs = {name: tuple(t.shape) for name, t in (checkpoint.model | checkpoint.optimizer).items()}
     odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
@@ -147,10 +145,4 @@ def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica, num_sample
             f"checkpoint {path} has {odd[0]} of shape {theirs.get(odd[0])}",
             wanted=f"{ours.get(odd[0])} for {replica.cfg.model} with {replica.cfg.classes} classes",
             fix="--set the model and classes it was trained with",
-        )
-    if checkpoint.state["num_samples"] != num_samples:
-        raise ConfigError(
-            f"checkpoint {path} was made on {checkpoint.state['num_samples']} training images",
-            wanted=f"the same data set; this one has {num_samples}",
-            fix="use the data set it was trained on, or a new --run-dir",
         )

@@ -44,6 +44,10 @@ class Failed(Stopped):
     """A step failed."""
 
 
+# Where commands run: `python -m` would import a random.py of the user's from the folder that setup starts in.
+NEUTRAL = Path("/")
+
+
 def say(line: str) -> None:
     print(f"setup: {line}", file=sys.stderr, flush=True)
 
@@ -56,6 +60,7 @@ def ask(
         done = subprocess.run(
             [str(word) for word in argv],
             env=env,
+            cwd=NEUTRAL,
             timeout=timeout_s,
             text=True,
             errors="replace",
@@ -74,7 +79,7 @@ def run(
     *,
     log: Path,
     env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
+    cwd: Path = NEUTRAL,
     timeout_s: float | None = None,
 ) -> str:
     """Run a command and return its output; Failed has the log and its most relevant line."""

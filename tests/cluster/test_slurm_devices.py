@@ -52,7 +52,7 @@ def test_tasks_that_do_not_know_of_each_other_are_refused_and_lone_processes_are
     with pytest.raises(subprocess.CalledProcessError) as caught:
         slurm.run("srun", "--mpi=none", "--nodes=2", "owt", "train", "/no/data")
     assert caught.value.returncode == 2
-    assert caught.value.stderr.count("owt: 2 tasks of srun that do not know of each other; wanted") == 1
+    assert caught.value.stderr.count("owt: 2 srun tasks started without PMI; wanted") == 1
     alone = [sys.executable, "-c", "from horovod_owt.topology import rank_topology as r; print(r().launcher)"]
     for start in (["srun", "--ntasks=1"], ["salloc", "--nodes=2", "--ntasks=4"]):
         assert slurm.run(*start, *alone) == "none\n"

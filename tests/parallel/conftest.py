@@ -143,6 +143,17 @@ def narrow_net(monkeypatch):
     monkeypatch.setattr(alexnet_owt, "HIDDEN", 98)
 
 
+@pytest.fixture
+def narrow_owt(tmp_path) -> dict[str, str]:
+    """An environment whose `owt` is the narrow net."""
+    owt = tmp_path / "bin" / "owt"
+    owt.parent.mkdir()
+    launcher = f'case $1 in launch) exec {VENV_BIN / "owt"} "$@" ;; esac'  # loads no torch
+    owt.write_text(f'#!/bin/sh\n{launcher}\nexec {" ".join(map(str, NARROW))} "$@"\n')
+    owt.chmod(0o755)
+    return {"PATH": f"{owt.parent}{os.pathsep}{VENV_BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """A small image folder: 2 classes, 96 training and 26 validation images (no multiple of a batch here)."""

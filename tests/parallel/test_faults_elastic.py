@@ -1,6 +1,5 @@
 """Elastic jobs: ranks are killed, hosts come and go, and the run is what an undisturbed one is."""
 
-import os
 import signal
 
 import pytest
@@ -24,17 +23,6 @@ from horovod_owt.runs.checkpoints import list_checkpoints
 ELASTIC = [VENV_BIN / "owt", "launch", "elastic"]
 EXACT = settings(precision="fp64", dropout=0.0, epochs=1000, checkpoint_every=0, commit_every=3)
 PEAK_LR = 0.01  # of 8 images
-
-
-@pytest.fixture
-def narrow_owt(tmp_path) -> dict[str, str]:
-    """An environment whose `owt` is the narrow net."""
-    owt = tmp_path / "bin" / "owt"
-    owt.parent.mkdir()
-    launcher = f'case $1 in launch) exec {VENV_BIN / "owt"} "$@" ;; esac'  # loads no torch
-    owt.write_text(f'#!/bin/sh\n{launcher}\nexec {" ".join(map(str, NARROW))} "$@"\n')
-    owt.chmod(0o755)
-    return {"PATH": f"{owt.parent}{os.pathsep}{VENV_BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
 def worlds(run_dir) -> list[tuple[int, int]]:

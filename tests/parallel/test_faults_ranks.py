@@ -92,9 +92,11 @@ def test_a_supervised_job_resumes_from_its_checkpoint_after_a_kill(start, images
     assert steps[:resumed_at] == list(range(1, resumed_at + 1))
 
 
-def test_a_supervised_job_stops_at_a_checkpoint_on_a_signal_and_is_not_restarted(start, images, tmp_path):
-    command = [*NARROW, "train", images, "--run-dir", tmp_path, *SMALL]
-    job = start([*SUPERVISE, "--", *HOROVODRUN, *command], launcher="none")
+def test_a_launched_job_stops_at_a_checkpoint_on_a_signal_and_is_not_restarted(
+    start, images, tmp_path, narrow_owt
+):
+    options = ["--ranks", "2", "--max-restarts", "3", "--", images, "--run-dir", tmp_path, *SMALL]
+    job = start([VENV_BIN / "owt", "launch", "local", *options], launcher="none", **narrow_owt)
     wait_for(lambda: steps_done(tmp_path) >= 2)
     everyone = family(job)
     job.process.send_signal(signal.SIGTERM)

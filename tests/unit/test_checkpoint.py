@@ -2,22 +2,31 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from horovod_owt import files
 from horovod_owt.cli import cli
+from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, ProblemFound, RunError
+from horovod_owt.runs import checkpoints
 from horovod_owt.runs.checkpoints import (
     FILES,
     MANIFEST,
+    drop_old,
     find_fault,
     list_checkpoints,
     newest_sound,
     note_score,
     read_best,
+    resume_at,
+    sound_checkpoint,
 )
+from horovod_owt.runs.opening import Resume, open_run_folder
+from horovod_owt.runs.owner import Ownership
 from horovod_owt.train import checkpoint as module
 from horovod_owt.train import checkpoint_writer
 from horovod_owt.train.checkpoint import Checkpoint, DiskError, read_checkpoint, write_checkpoint
@@ -26,11 +35,19 @@ from horovod_owt.train.checkpoint_writer import CheckpointWriter
 
 def checkpoint(step: int) -> Checkpoint:
     values = torch.arange(6.0).view(2, 3) + step
-    return Checkpoint({"w": values}, {"momentum.w": -values}, {"step": step, "samples_consumed": 32 * step})
+    state = {"step": step, "samples_consumed": 32 * step, "num_samples": 96}
+    return Checkpoint({"w": values}, {"momentum.w": -values}, state)
+
+
+def open_folder(run_dir):
+    """As a run of these checkpoints does."""
+    data = {"fingerprint": "x", "train_images": 96, "val_images": 26, "classes": ["a", "b"]}
+    with Ownership() as ownership:
+        return open_run_folder(run_dir, TrainConfig(classes=2), data, Resume(), ownership)
 
 
 def test_what_was_written_is_read(tmp_path):
-    folder = write_checkpoint(tmp_path, checkpoint(7), keep=3)
+    folder = write_checkpoint(tmp_path, checkpoint(7))
     assert folder == tmp_path / "checkpoints" / "step-00000007"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, MANIFEST])
     back = read_checkpoint(folder)
@@ -41,7 +58,8 @@ def test_what_was_written_is_read(tmp_path):
 
 def test_the_newest_few_are_kept(tmp_path):
     for step in (9, 10, 11, 100):
-        write_checkpoint(tmp_path, checkpoint(step), keep=2)
+        write_checkpoint(tmp_path, checkpoint(step))
+        drop_old(tmp_path, keep=2, newest=step)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000100", "step-00000011"]
 
 
@@ -61,13 +79,14 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, name, damage):
-    older = write_checkpoint(tmp_path, checkpoint(1), keep=3)
-    newer = write_checkpoint(tmp_path, checkpoint(2), keep=3)
+    older = write_checkpoint(tmp_path, checkpoint(1))
+    newer = write_checkpoint(tmp_path, checkpoint(2))
     DAMAGE[damage](newer, name)
     assert newest_sound(tmp_path) == older
     assert str(newer) in caplog.text
     with pytest.raises(RunError, match="step-00000002"):
-        read_checkpoint(newer)
+        sound_checkpoint(newer)
+    assert sound_checkpoint(older) == older
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
@@ -75,7 +94,7 @@ def test_no_checkpoint_is_no_error(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path, checkpoint(1), keep=3)
+    write_checkpoint(tmp_path, checkpoint(1))
 
     def full_disk(tensors, path):
         path.write_bytes(b"half")
@@ -83,33 +102,34 @@ def test_a_write_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkey
 
     monkeypatch.setattr(module, "save_file", full_disk)
     with pytest.raises(DiskError, match="No space left on device"):
-        write_checkpoint(tmp_path, checkpoint(2), keep=1)
+        write_checkpoint(tmp_path, checkpoint(2))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert find_fault(tmp_path / "checkpoints" / "step-00000001") == ""
 
 
 def test_the_remains_of_a_killed_write_are_no_checkpoint_and_in_nobodys_way(tmp_path):
-    folder = write_checkpoint(tmp_path, checkpoint(1), keep=3)
+    folder = write_checkpoint(tmp_path, checkpoint(1))
     for step in (2, 3):
         shutil.copytree(folder, folder.with_name(f".step-0000000{step}.partial"))
     assert list_checkpoints(tmp_path) == [folder]
-    write_checkpoint(tmp_path, checkpoint(2), keep=3)
+    write_checkpoint(tmp_path, checkpoint(2))
     assert not list(folder.parent.glob(".*.partial"))
 
 
-def test_the_best_one_stays_however_old(tmp_path):
+def test_the_best_one_stays_however_old(tmp_path, caplog):
     for step, top1 in ((1, 10.0), (2, 30.0), (3, 30.0), (4, 20.0), (5, 5.0)):
-        write_checkpoint(tmp_path, checkpoint(step), keep=1)
+        write_checkpoint(tmp_path, checkpoint(step))
+        drop_old(tmp_path, keep=1, newest=step)
         assert note_score(tmp_path, step=step, epoch=step / 2, top1=top1) == (step in (1, 2))
     assert read_best(tmp_path) == {"step": 2, "epoch": 1.0, "top1": 30.0}
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000002"]
     (tmp_path / "checkpoints" / "best.json").write_text("{half")
-    assert read_best(tmp_path) == {}
+    assert read_best(tmp_path) == {} and "best.json is damaged" in caplog.text
 
 
 def test_damaged_ones_alone_are_not_taken_for_a_fresh_start(tmp_path):
     for step in (1, 2):
-        flip_a_byte(write_checkpoint(tmp_path, checkpoint(step), keep=3), "model.safetensors")
+        flip_a_byte(write_checkpoint(tmp_path, checkpoint(step)), "model.safetensors")
     with pytest.raises(RunError, match="none of 2 checkpoints is whole") as caught:
         newest_sound(tmp_path)
     assert "owt checkpoint verify" in caught.value.fix
@@ -121,7 +141,7 @@ def owt_checkpoint(*words):
 
 def test_the_list_has_the_newest_first_and_names_the_best(tmp_path):
     for step in (1, 2):
-        write_checkpoint(tmp_path, checkpoint(step), keep=3)
+        write_checkpoint(tmp_path, checkpoint(step))
         note_score(tmp_path, step=step, epoch=step / 2, top1=30.0 / step)
     newest, best = owt_checkpoint("list", tmp_path).stdout.splitlines()[1:]
     assert newest.split()[0] == "2" and "best" not in newest
@@ -134,7 +154,7 @@ def test_the_list_has_the_newest_first_and_names_the_best(tmp_path):
 
 
 def test_verify_names_each_damaged_one_and_ends_with_3(tmp_path):
-    sound, damaged = (write_checkpoint(tmp_path, checkpoint(step), keep=3) for step in (1, 2))
+    sound, damaged = (write_checkpoint(tmp_path, checkpoint(step)) for step in (1, 2))
     assert owt_checkpoint("verify", tmp_path).exit_code == 0
     flip_a_byte(damaged, "optimizer.safetensors")
     done = owt_checkpoint("verify", tmp_path)
@@ -214,10 +234,132 @@ def test_the_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, writer
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_do_not_reach_the_disk(tmp_path, writer, number):
-    write_checkpoint(tmp_path, checkpoint(1), keep=1)
+    write_checkpoint(tmp_path, checkpoint(1))
     bad = checkpoint(2)
     bad.optimizer["momentum.w"][1, 1] = number
     writer.write(bad)
     with pytest.raises(RunError, match="momentum.w is not finite after step 2"):
         writer.settle()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def counted(monkeypatch) -> list[str]:
+    """The files that were hashed."""
+    hashed, sha256 = [], checkpoints._sha256
+    monkeypatch.setattr(checkpoints, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    return hashed
+
+
+def test_a_resume_hashes_each_file_once(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, checkpoint(1))
+    hashed = counted(monkeypatch)
+    opened = open_folder(tmp_path)
+    assert read_checkpoint(opened.checkpoint).state["step"] == 1
+    assert sorted(hashed) == sorted(FILES)
+
+
+def log_runs(run_dir, *lines):
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"kind": kind, **values}) + "\n" for kind, values in lines)
+
+
+def test_what_is_later_than_the_step_of_a_resume_is_moved_aside(tmp_path, caplog):
+    """The best one too; then the best of those that are left is the best."""
+    scores = {1: 10.0, 2: 30.0, 3: 20.0, 6: 60.0}
+    for step, top1 in scores.items():
+        write_checkpoint(tmp_path, checkpoint(step))
+        note_score(tmp_path, step=step, epoch=step / 2, top1=top1)
+        log_runs(tmp_path, ("validation", {"step": step, "epoch": step / 2, "top1": top1}))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
+    resume_at(tmp_path, 3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000001"]
+    assert (tmp_path / "checkpoints" / "step-00000006.damaged").is_dir() and "moved to" in caplog.text
+    assert read_best(tmp_path) == {"step": 3, "epoch": 1.5, "top1": 20.0}
+    write_checkpoint(tmp_path, checkpoint(6))
+    resume_at(tmp_path, 3)  # again
+    assert len(list(tmp_path.glob("checkpoints/*.damaged"))) == 1
+    for step in (1, 3):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-0000000{step}")
+    resume_at(tmp_path, 0)
+    assert read_best(tmp_path) == {} and not (tmp_path / "checkpoints" / "best.json").exists()
+
+
+def test_a_damaged_best_json_is_made_anew_from_the_validations_that_count(tmp_path, caplog):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, checkpoint(step))
+    log_runs(tmp_path, ("validation", {"step": 1, "epoch": 0.5, "top1": 20.0}))
+    log_runs(tmp_path, ("validation", {"step": 2, "epoch": 1, "top1": 90.0}), ("run", {"first_step": 1}))
+    log_runs(tmp_path, ("validation", {"step": 2, "epoch": 1, "top1": 20.0}))
+    (tmp_path / "checkpoints" / "best.json").write_text("\0\0\0")
+    resume_at(tmp_path, 2)
+    assert read_best(tmp_path) == {"step": 1, "epoch": 0.5, "top1": 20.0} and "now {'step': 1" in caplog.text
+
+
+def test_what_a_run_writes_stays_although_a_later_one_could_not_be_moved(tmp_path, monkeypatch, caplog):
+    for step in (1, 6):
+        write_checkpoint(tmp_path, checkpoint(step))
+
+    def refuse(self, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    resume_at(tmp_path, 1)
+    assert "step-00000006 not moved aside: Operation not permitted" in caplog.text
+    write_checkpoint(tmp_path, checkpoint(2))
+    assert drop_old(tmp_path, keep=1, newest=2) == []
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000006", "step-00000002"]
+
+
+def test_an_old_one_that_cannot_be_deleted_is_told_once_and_no_reason_to_end(tmp_path, monkeypatch, caplog):
+    told = []
+    writer = CheckpointWriter(
+        tmp_path, keep=1, retries=0, record=lambda kind, **values: told.append((kind, values))
+    )
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(checkpoints, "remove_folder", refuse)
+    for step in (1, 2, 3):
+        writer.write(checkpoint(step))
+        writer.settle()
+    writer.close()
+    assert [values["step"] for kind, values in told if kind == "checkpoint"] == [1, 2, 3]
+    faults = [values["fault"] for kind, values in told if kind == "fault"]
+    assert faults == [
+        f"old checkpoint {tmp_path}/checkpoints/step-0000000{n} not deleted: Permission denied"
+        for n in (1, 2)
+    ]
+    assert caplog.text.count("not deleted") == 2
+
+
+def test_one_whose_files_stay_is_out_of_the_way_whole(tmp_path, monkeypatch):
+    """As with an immutable file, or one that is open on NFS."""
+    for step in (1, 2):
+        write_checkpoint(tmp_path, checkpoint(step))
+    monkeypatch.setattr(
+        files.shutil, "rmtree", lambda folder, **_: (_ for _ in ()).throw(OSError(16, "busy"))
+    )
+    (fault,) = drop_old(tmp_path, keep=1, newest=2)
+    assert "step-00000001 not deleted: busy" in fault
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert drop_old(tmp_path, keep=1, newest=2) == []
+
+
+def test_the_best_is_one_that_the_disk_has_taken(tmp_path, writer):
+    writer.write(checkpoint(1))
+    writer.score(step=1, epoch=0.5, top1=10.0)  # perhaps before it is written
+    writer.settle()
+    assert read_best(tmp_path)["step"] == 1
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    spoil(tmp_path)
+    writer.write(checkpoint(2))
+    writer.score(step=2, epoch=1.0, top1=90.0)
+    writer.settle()
+    writer.score(step=2, epoch=1.0, top1=90.0)  # or after
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    writer.write(checkpoint(3))
+    writer.score(step=3, epoch=1.5, top1=20.0)
+    writer.settle()
+    assert read_best(tmp_path) == {"step": 3, "epoch": 1.5, "top1": 20.0}

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_owt.cli import cli
-from horovod_owt.errors import ConfigError
+from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.runs.records import last_step
-from horovod_owt.slurm import batch, nodes
+from horovod_owt.slurm import batch, client, nodes, status
 from horovod_owt.slurm.allocation import Allocation, read_allocation
 from horovod_owt.slurm.batch import owt_args
+from horovod_owt.slurm.client import start_ranks
 from horovod_owt.slurm.commands import parse_jobs
 from horovod_owt.slurm.gloo_rank import horovod_environment
 from horovod_owt.slurm.launchers import choose_launcher, ranks_argv
@@ -158,10 +159,17 @@ def test_half_of_an_elastic_jobs_ranks_are_enough_unless_more_are_asked_for(monk
 
 def test_the_file_of_nodes_follows_slurm_while_it_answers(monkeypatch):
     """Away for a moment, as in a restart of slurmctld, it takes no node."""
-    answers, said = iter([["n1", "n2"], [], ["n2"]]), []
+    answers, said = iter([["n1", "n2"], RunError("slurmctld is away"), [], ["n2"]]), []
+
+    def answer(job_id: str) -> list[str]:
+        said_now = next(answers, [])
+        if isinstance(said_now, RunError):
+            raise said_now
+        return said_now
+
     monkeypatch.setattr(nodes, "POLL_S", 0.05)
     monkeypatch.setattr(nodes, "LEAVE_S", 0.05)
-    monkeypatch.setattr(nodes, "nodes_of", lambda job_id: next(answers, []))
+    monkeypatch.setattr(nodes, "nodes_of", answer)
     with nodes.nodes_file(ALLOCATION, said.append) as file:
         assert read_hosts(file) == {"n1": 2, "n2": 2}
         end = time.monotonic() + 10
@@ -224,6 +232,29 @@ def test_tasks_of_an_array_get_different_run_folders():
         for n in (1, 0)
     ]
     assert [job.job_id for job in parse_jobs("\n".join(tasks))] == ["7_1", "7_0"]
+
+
+def test_the_nodes_of_a_job_are_those_that_it_has_now(monkeypatch):
+    answers = {
+        "show job": RECORD.format(id=7, array="", state="RUNNING", code="0:0", space=""),
+        "hostnames n[1,3]": "n1\nn3\n",
+    }
+
+    def ask(argv: list[str]) -> str:
+        return next(said for words, said in answers.items() if words in " ".join(argv))
+
+    monkeypatch.setattr(nodes, "ask", ask)
+    monkeypatch.setattr(client, "ask", ask)
+    done = CliRunner().invoke(cli, ["job", "nodes", "7"], catch_exceptions=False)
+    assert done.stdout == "n1\nn3\n"
+
+
+def test_ranks_get_the_batch_processs_environment_whatever_sbatch_exported(monkeypatch):
+    monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
+    monkeypatch.setenv("SRUN_EXPORT_ENV", "NIL")
+    monkeypatch.setenv("OF_THE_JOB", "a")
+    check = 'test "$OF_THE_JOB$OF_THE_LAUNCHER/$SLURM_EXPORT_ENV$SRUN_EXPORT_ENV" = ab/'
+    assert start_ranks(["sh", "-c", check], {"OF_THE_LAUNCHER": "b"}).wait(20) == 0
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}
@@ -308,3 +339,15 @@ def test_the_last_step_is_found_in_a_long_log_with_half_a_line_at_its_end(tmp_pa
     lines = [json.dumps({"kind": "step", "step": n, "images_per_s": n / 2}) for n in range(1, 5001)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "validation"}', '{"kind": "st']))
     assert last_step(tmp_path) == (5000, 2500.0)
+
+
+def test_the_status_of_an_ended_job_comes_from_its_run_folder_damaged_or_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "find_jobs", lambda job_id: [])
+    (tmp_path / "outcome.json").write_text('{"exit_code": 75}')
+    for name in ("metrics.jsonl", "attempts.jsonl"):  # after a power cut
+        (tmp_path / name).write_text('{"kind": "step", "step": 3, "restarts": 2}\n\0\0\0\0\n')
+    found = status.job_status("7", tmp_path)
+    assert (found.state, found.step, found.restarts) == ("PREEMPTED", 3, 2)
+    (tmp_path / "outcome.json").write_text('{"exit_code": 7')
+    with pytest.raises(ConfigError, match="outcome.json is unreadable"):
+        status.job_status("7", tmp_path)

@@ -10,7 +10,13 @@ import pytest
 from horovod_owt.errors import ConfigError
 from horovod_owt.launch import supervisor
 from horovod_owt.launch.supervisor import why_not_again
-from horovod_owt.runs.attempts import Attempt, AttemptWatch, run_dir_of
+from horovod_owt.runs.attempts import (
+    Attempt,
+    AttemptWatch,
+    append_attempt,
+    earlier_attempts,
+    run_dir_of,
+)
 
 
 def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False) -> Attempt:
@@ -90,6 +96,12 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
     assert (hidden.exit_code, hidden.reason, hidden.last_step) == (2, "no such recipe", 9)
     assert hidden.new_checkpoint and hidden.checkpoint == "step-00000009"
 
+    folder = AttemptWatch(tmp_path)
+    assert not folder.attempt(1, asked_to_stop=False).new_checkpoint
+    (tmp_path / "checkpoints" / "step-00000009").rename(tmp_path / "damaged")
+    (tmp_path / "checkpoints" / "step-00000009").mkdir()
+    assert folder.attempt(1, asked_to_stop=False).new_checkpoint  # of the same step, made again
+
     outcome(exit_code=0, reason="done")
     assert folder.attempt(0, asked_to_stop=False).exit_code == 0
     assert folder.attempt(1, asked_to_stop=False).exit_code == 1
@@ -109,3 +121,21 @@ def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_a_damaged_record_of_an_attempt_is_passed_over(tmp_path, caplog):
+    for number in (1, 2):
+        append_attempt(tmp_path, attempt(last_step=number), job_id="7", restarts=number)
+        with (tmp_path / "attempts.jsonl").open("a") as file:
+            file.write('"job_id": 7\n{"job_id": "7"}\n{"job_')  # and half a line, which the next one cuts off
+    assert [each.last_step for each in earlier_attempts(tmp_path, "7")] == [1, 2]
+    assert earlier_attempts(tmp_path, "8") == []
+    assert "attempts.jsonl: damaged line passed over" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["{half", "[]", "{}", '{"exit_code": "one"}', ""])
+def test_where_the_outcome_is_damaged_the_launchers_word_counts(tmp_path, damage):
+    watch = AttemptWatch(tmp_path)
+    (tmp_path / "outcome.json").write_text(damage)
+    last = watch.attempt(3, asked_to_stop=False)
+    assert last.exit_code == 3 and str(tmp_path / "outcome.json") in last.reason

@@ -7,6 +7,7 @@ import pytest
 from torch.distributed import HashStore
 
 from horovod_owt.parallel import torchrun
+from horovod_owt.parallel.gloo import use_interface
 from horovod_owt.topology import Launcher, Topology
 
 
@@ -23,7 +24,7 @@ def network(monkeypatch):
     return servers
 
 
-def met(ranks_of: dict[str, int], hosts: list[str] | None = None, **env: str) -> list[dict[str, str]]:
+def met(ranks_of: dict[str, int], hosts: list[str] | None = None) -> list[dict[str, str]]:
     """What each rank's environment gets, by rank; nodes have names, in `hosts` those of their hosts."""
     store, places = HashStore(), []
     for node, ranks in enumerate(ranks_of.values()):
@@ -32,7 +33,6 @@ def met(ranks_of: dict[str, int], hosts: list[str] | None = None, **env: str) ->
             "GROUP_RANK": str(node),
             "GROUP_WORLD_SIZE": str(len(ranks_of)),
             "MASTER_ADDR": "head",
-            **env,
         }
         for local_rank in range(ranks):
             topology = Topology(
@@ -41,7 +41,9 @@ def met(ranks_of: dict[str, int], hosts: list[str] | None = None, **env: str) ->
             places.append((topology, variables))
     with ThreadPoolExecutor(len(places)) as pool:  # they wait for each other
         found = [pool.submit(torchrun.meet, store, *place) for place in places]
-        return [each.result(timeout=30) for each in found]
+        return [
+            variables | {"HOROVOD_GLOO_IFACE": way} for variables, way in (each.result(30) for each in found)
+        ]
 
 
 def words(found: list[dict[str, str]], *names: str) -> list[list[str]]:
@@ -59,10 +61,14 @@ def test_ranks_of_two_nodes_know_their_places_and_one_server(network):
     assert [[(node.host, node.ranks) for node in nodes] for nodes in network] == [[("head", 1), ("n2", 2)]]
 
 
-def test_one_node_meets_at_home_by_the_interface_that_the_user_named(network):
-    found = met({"head": 2}, HOROVOD_GLOO_IFACE="eth7")
-    assert words(found, "GLOO_RENDEZVOUS_ADDR") == [["127.0.0.1"]] * 2
-    assert all("HOROVOD_GLOO_IFACE" not in each and each["NCCL_SOCKET_IFNAME"] == "lo" for each in found)
+def test_one_node_meets_at_home(network):
+    assert words(met({"head": 2}), "GLOO_RENDEZVOUS_ADDR", "GLOO_IFACE") == [["127.0.0.1", "lo"]] * 2
+
+
+def test_the_interface_that_the_user_named_stays():
+    env = {"HOROVOD_GLOO_IFACE": "eth7"}
+    use_interface(env, "ib0")
+    assert env == {"HOROVOD_GLOO_IFACE": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
 
 
 def test_nodes_of_one_host_get_different_names(network):

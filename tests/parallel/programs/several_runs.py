@@ -17,6 +17,7 @@ from horovod_owt.commands.log import log_to_stderr  # noqa: E402
 from horovod_owt.errors import OwtError, Speaker  # noqa: E402
 from horovod_owt.parallel import runtime  # noqa: E402
 from horovod_owt.parallel.device import CPU  # noqa: E402
+from horovod_owt.runs.opening import Opened  # noqa: E402
 from horovod_owt.train.loop import Run  # noqa: E402
 from horovod_owt.train.prepare import prepare_alone  # noqa: E402
 from horovod_owt.train.stop import StopRequest  # noqa: E402
@@ -29,7 +30,7 @@ for run in json.loads(sys.argv[1]):
     run_dir = Path(run["run_dir"])
     run_dir.mkdir(exist_ok=True)
     try:
-        Run(request.cfg, request, world, run_dir, "auto", {}).train(StopRequest())
+        Run(request.cfg, request, world, Opened(run_dir), {}).train(StopRequest())
     except OwtError as error:
         assert error.speaker is Speaker.EVERY_RANK
 runtime.shutdown()

@@ -1,0 +1,170 @@
+"""What a run begins with: a folder that is its own, and the checkpoint that it resumes from.
+
+    --resume   in a folder without checkpoints   in one that has some
+    auto       initial weights                   the newest sound one
+    PATH       PATH                              the same, if the run began from PATH; else refused
+    never      initial weights                   the same, if this job wrote it; else refused
+
+So a job that is requeued or restarted resumes where it stopped, whatever its command says; and the
+history of a folder is linear: to go back, a run begins from the earlier checkpoint in another folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.errors import ConfigError
+from horovod_owt.runs.attempts import is_same_job
+from horovod_owt.runs.checkpoints import newest_sound, read_state, resume_at, sound_checkpoint, step_of
+from horovod_owt.runs.folder import read_config, write_config
+from horovod_owt.runs.owner import Ownership
+
+log = logging.getLogger(__name__)
+
+# A resumed run must keep what gives the weights their shape and the samples their order.
+FIXED_KEYS = ("model", "classes", "image_size", "seed")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a command asks for."""
+
+    how: str = "auto"  # auto, never or the path of a checkpoint
+    other_data: bool = False  # on another data set than the checkpoint's
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run folder to write to."""
+
+    run_dir: Path
+    checkpoint: Path | None = None  # to resume from, whole as its sha256 say; None: initial weights
+    began_from: str = ""  # the --resume PATH that the run in this folder began from
+
+
+def open_run_folder(
+    run_dir: Path | None,
+    cfg: TrainConfig,
+    data: Mapping[str, Any],
+    resume: Resume,
+    ownership: Ownership,
+) -> Opened:
+    """Make the run folder and own it, or find it fit to be resumed; `None` names a new one.
+
+    `data` is the data set's identity. Raises ConfigError when the folder is another process's, or holds a run
+    that is not to be resumed, or cannot be with `cfg` or `data`; RunError when its checkpoints are damaged.
+    """
+    try:
+        return _open(run_dir, cfg, data, resume, ownership)
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {run_dir or 'runs'}: {error.strerror}",
+            wanted="a folder to write to",
+            fix="--run-dir ELSEWHERE",
+        ) from None
+
+
+def _open(
+    run_dir: Path | None, cfg: TrainConfig, data: Mapping[str, Any], resume: Resume, ownership: Ownership
+) -> Opened:
+    if run_dir is None:
+        run_dir = _new_folder(Path("runs") / f"{cfg.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = run_dir.resolve()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    ownership.take(run_dir)
+    opened = _choose_checkpoint(run_dir, resume)
+    checkpoint = opened.checkpoint
+    own = checkpoint is not None and checkpoint.parent.parent == run_dir
+    if own:
+        _check_config(run_dir, cfg)
+    if checkpoint is not None:
+        _check_data(checkpoint, data, other_data=resume.other_data)
+    resume_at(run_dir, step_of(checkpoint) if own else 0)
+    write_config(run_dir, cfg.to_dict())
+    return opened
+
+
+def _new_folder(path: Path) -> Path:
+    """One that nobody has: runs that start in the same second get one each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))):
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+
+
+def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
+    path = "" if resume.how in ("auto", "never") else str(Path(resume.how).resolve())
+    own = newest_sound(run_dir)
+    if own is None:
+        return Opened(run_dir, sound_checkpoint(Path(path)) if path else None, path)
+    state = read_state(own)
+    began_from = state.get("began_from", "")
+    if resume.how == "never" and not is_same_job(state.get("job", ""), os.environ):
+        raise ConfigError(
+            f"run folder {run_dir} holds a run with checkpoints",
+            wanted="a new folder, as --resume never asks",
+            fix="--resume auto to resume it, or another --run-dir",
+        )
+    if path and path not in (began_from, str(own.resolve())):
+        raise ConfigError(
+            f"run folder {run_dir} has come to step {step_of(own)}, from {began_from or 'initial weights'}; "
+            f"--resume {resume.how} would go back",
+            wanted="a linear history in a run folder",
+            fix=f"--resume auto to go on from step {step_of(own)}, "
+            f"or another --run-dir to start from {resume.how}",
+        )
+    if path and path != str(own.resolve()):
+        log.info("--resume %s began this run: it resumes from its own newest checkpoint", resume.how)
+    return Opened(run_dir, own, path or began_from)
+
+
+def _check_config(run_dir: Path, cfg: TrainConfig) -> None:
+    before, now = read_config(run_dir), cfg.to_dict()
+    for key in FIXED_KEYS:
+        if key in before and before[key] != now[key]:
+            raise ConfigError(
+                f"run folder {run_dir} was trained with {key}={before[key]}, now {key}={now[key]}",
+                wanted="the same to continue it",
+                fix=f"--set {key}={before[key]}, or another --run-dir",
+            )
+
+
+def _check_data(checkpoint: Path, data: Mapping[str, Any], *, other_data: bool) -> None:
+    state = read_state(checkpoint)
+    differs = data_differences(state.get("data") or {"train_images": state["num_samples"]}, data)
+    if differs and other_data:
+        log.warning("checkpoint %s was made on another data set: %s", checkpoint, differs)
+    elif differs:
+        raise ConfigError(
+            f"checkpoint {checkpoint} was made on another data set: {differs}",
+            wanted="the same to resume from it",
+            fix="name that data set, or another --run-dir; --other-data resumes on this one",
+        )
+
+
+def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What two identities of data sets do not share, in words; what `before` lacks is not compared."""
+    found = []
+    for key, what in (("train_images", "training images"), ("val_images", "validation images")):
+        if before.get(key, now[key]) != now[key]:
+            found.append(f"it had {before[key]} {what}, this one has {now[key]}")
+    before_and_now = before.get("classes", now["classes"]), now["classes"]
+    classes = list(itertools.zip_longest(*before_and_now, fillvalue="none"))
+    odd = [(label, old, new) for label, (old, new) in enumerate(classes) if old != new]
+    if odd:
+        label, old, new = odd[0]
+        found.append(f"{len(odd)} of {len(classes)} labels mean another class, {label}: {old} was, {new} is")
+    if not found and before.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
+        found.append("file names, or the classes that they are in")
+    return "; ".join(found)
