@@ -97,7 +97,7 @@ def unbroken(slurm, images, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def test_a_preempted_job_and_a_warned_one_goes_on_as_if_nothing_had_been(slurm, images, unbroken, tmp_path):
+def test_a_preempted_job_and_a_warned_one_resume_with_the_same_losses(slurm, images, unbroken, tmp_path):
     """An urgent job takes its nodes, then it is warned by hand. Its name would trap a careless script."""
     name = 'it\'s "$(touch broken)" `x` \\ #1'
     owt = ["--run-dir", "my run", *settings(max_steps=STEPS, dropout=0.5)]
@@ -123,7 +123,7 @@ def test_a_preempted_job_and_a_warned_one_goes_on_as_if_nothing_had_been(slurm, 
     assert not (tmp_path / "broken").exists()
 
 
-def test_a_job_whose_first_node_is_killed_goes_on_on_the_others(slurm, images, tmp_path):
+def test_a_job_whose_first_node_is_killed_continues_on_the_others(slurm, images, tmp_path):
     """Slurm misses the node after SlurmdTimeout, and starts the job again where it can. Here by Gloo."""
     owt = ["--run-dir", "run", *settings(max_steps=STEPS, checkpoint_every=2, stall_limit_s=20)]
     job_id = submit(slurm, tmp_path, images, "--nodes=2", "--launcher=gloo", owt=owt)
@@ -143,7 +143,7 @@ def test_a_job_whose_first_node_is_killed_goes_on_on_the_others(slurm, images, t
     wait_for(lambda: slurm.states() == ["idle"] * 3)
 
 
-def test_an_elastic_job_goes_on_without_a_node_that_lost_its_power(slurm, images, tmp_path):
+def test_an_elastic_job_continues_without_a_node_that_lost_power(slurm, images, tmp_path):
     """Nothing says goodbye: not the node's kernel to the ranks, nor to ssh, nor to Slurm."""
     options = ["--kind=elastic", "--nodes=3", "--ntasks-per-node=1"]
     owt = ["--run-dir", "run", *settings(epochs=1000, max_steps=30, commit_every=2, stall_limit_s=20)]
@@ -249,7 +249,7 @@ def test_an_elastic_job_outlives_one_of_its_hosts(slurm, images, tmp_path):
     wait_for(lambda: slurm.states() == ["idle"] * 3)
 
 
-def test_a_script_without_its_job_says_what_it_wants(slurm, tmp_path):
+def test_a_script_outside_a_job_reports_what_it_needs(slurm, tmp_path):
     script = REPO / "slurm" / "train.sbatch"
     done = slurm.run("sh", "-c", f"{script.as_posix()!r} D 2>&1 || true", cwd=tmp_path)
     assert re.search("no SLURM_JOB_NODELIST in the environment; wanted a Slurm job", done)

@@ -114,7 +114,7 @@ def test_each_planted_fault_is_found_at_its_host_in_one_run(slurm, images, other
     assert "seen from n2" in saw(findings, "host names")
 
 
-def test_two_ranks_that_slurm_gave_one_gpu_are_told(slurm, tmp_path):
+def test_two_ranks_that_slurm_gave_one_gpu_are_reported(slurm, tmp_path):
     """--gres=gpu:1 shows both tasks of a node the same GPU; the driver is a fake, as nobody here has one."""
     program = REPO / "tests" / "parallel" / "programs" / "gpus.py"
     (tmp_path / "owt").write_text(f'#!/bin/sh\nexec python "{program}" "$@"\n')

@@ -7,7 +7,7 @@ import pytest
 from conftest import NARROW, SMALL, records
 
 
-def test_auto_prints_its_choice_with_both_predictions_and_goes_on_with_it(run, images, tmp_path):
+def test_auto_prints_its_choice_with_both_predictions_and_uses_it(run, images, tmp_path):
     more = ["--set", "max_steps=1"]
     done = run(
         [*NARROW, "train", images, "--run-dir", tmp_path, *SMALL, "--parallel", "auto", *more], limit_s=200

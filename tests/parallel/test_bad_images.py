@@ -150,7 +150,7 @@ def test_under_fail_every_rank_ends_with_the_name_of_the_file(run, images, tmp_p
         ("no good image", 0, "no good image in step 1: bad image {}: empty file"),
     ],
 )
-def test_a_run_that_must_not_go_on_says_why(trained, name, step, reason):
+def test_a_run_that_must_stop_reports_why(trained, name, step, reason):
     run_dir = trained[0] / name
     (outcome,) = records(run_dir, "outcome")
     assert (outcome["exit_code"], outcome["step"]) == (1, step)

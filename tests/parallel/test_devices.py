@@ -13,7 +13,7 @@ HOSTS = {"horovodrun": "localhost"}  # as horovodrun was told
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("horovodrun", 2), ("mpirun", 3), ("none", 1)])
-def test_rank_0_tells_the_devices_of_all(run, launcher, ranks):
+def test_rank_0_prints_the_devices_of_all(run, launcher, ranks):
     done = run([*OWT, "devices", "--json"], launcher=launcher, ranks=ranks, limit_s=60)
     rows = done.json()["devices"]
     assert [(row["rank"], row["device"]) for row in rows] == [(rank, "cpu") for rank in range(ranks)]

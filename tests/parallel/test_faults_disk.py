@@ -39,9 +39,7 @@ def fill(disk, leave: int) -> None:
         os.posix_fallocate(file.fileno(), 0, free - leave)
 
 
-def test_a_full_disk_is_put_up_with_for_some_intervals_and_the_next_run_goes_on(
-    start, run, images, small_disk
-):
+def test_a_full_disk_is_tolerated_for_some_intervals_and_the_next_run_resumes(start, run, images, small_disk):
     run_dir = small_disk / "run"
     command = [*NARROW, "train", images, "--run-dir", run_dir, *SMALL]
     command += settings(checkpoint_every=4, checkpoint_retries=2, keep_checkpoints=1)

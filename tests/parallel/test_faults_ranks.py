@@ -76,7 +76,7 @@ def test_a_stopped_rank_is_reported_and_ended_with_the_job(start, images, tmp_pa
     assert "synchronize" in (stacks / f"rank-000{1 - victim}.txt").read_text()
 
 
-def test_a_supervised_job_goes_on_from_its_checkpoint_after_a_kill(start, images, tmp_path):
+def test_a_supervised_job_resumes_from_its_checkpoint_after_a_kill(start, images, tmp_path):
     command = [*NARROW, "train", images, "--run-dir", tmp_path, *SMALL]
     command += settings(max_steps=12, checkpoint_every=2)
     job = start([*SUPERVISE, "--", *HOROVODRUN, *command], launcher="none")
@@ -92,7 +92,7 @@ def test_a_supervised_job_goes_on_from_its_checkpoint_after_a_kill(start, images
     assert steps[:resumed_at] == list(range(1, resumed_at + 1))
 
 
-def test_a_launched_job_ends_at_a_checkpoint_when_told_to_and_stays_ended(
+def test_a_launched_job_stops_at_a_checkpoint_on_a_signal_and_is_not_restarted(
     start, images, tmp_path, narrow_owt
 ):
     options = ["--ranks", "2", "--max-restarts", "3", "--", images, "--run-dir", tmp_path, *SMALL]

@@ -94,7 +94,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all_in_that_step(run, images,
     assert read_checkpoint(newest).state["step"] == 2  # checked by its sha256
 
 
-def test_ranks_that_differ_are_refused_with_a_table_of_who_has_what(run, images, tmp_path):
+def test_ranks_that_differ_are_refused_with_a_table_of_values_and_ranks(run, images, tmp_path):
     command = ["python", PROGRAMS / "disagree.py", "train", images, "--run-dir", tmp_path, *SMALL]
     done = run(command, ranks=3, exit_code=None)
     assert done.exit_code != 0

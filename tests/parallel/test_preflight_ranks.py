@@ -26,7 +26,7 @@ def test_preflight_looks_at_ranks_under_any_launcher(run, images, tmp_path, laun
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
-def test_a_rank_that_stands_still_is_named_with_the_question_and_nobody_hangs(run, tmp_path, launcher):
+def test_a_stopped_rank_is_named_with_the_check_and_no_other_rank_hangs(run, tmp_path, launcher):
     program = ["python", PROGRAMS / "deaf.py", "preflight", "--json", "--run-dir", tmp_path]
     done = run(program, ranks=3, launcher=launcher, exit_code=3, limit_s=90, OWT_TEST_DEAF_TO="limits")
     findings = {finding["check"]: finding for finding in done.json()["findings"]}

@@ -41,14 +41,14 @@ def test_the_default_compiler_is_taken_where_it_is_known_to_work(path, capsys):
         (K80, 12, {"gxx_11": 11, "gxx_10": 10}, "g++-11"),
     ],
 )
-def test_another_installed_compiler_is_taken_and_said(path, capsys, gcc, default, others, wanted):
+def test_another_installed_compiler_is_used_and_reported(path, capsys, gcc, default, others, wanted):
     path(cxx=default, **others)
     assert chosen(gcc) == wanted
     said = capsys.readouterr().err
     assert f"the default compiler is g++ {default}" in said and "using " in said and wanted in said
 
 
-def test_a_compiler_newer_than_any_that_was_tried_is_tried_where_it_is_the_only_one(path, capsys):
+def test_a_compiler_newer_than_any_tested_one_is_used_if_it_is_the_only_one(path, capsys):
     path(cxx=17)
     assert chosen() == "c++"
     assert "g++ 17 is newer than any tested version" in capsys.readouterr().err
@@ -85,7 +85,7 @@ def test_a_compiler_asked_for_that_cannot_work_is_refused(path, asked, line):
         compiler.choose(CPU, {"CXX": asked})
 
 
-def test_the_c_compiler_is_the_one_beside_it(path, tool):
+def test_the_c_compiler_is_the_one_next_to_it(path, tool):
     path(gxx_12=12)
     assert compiler.choose(CPU, {}).c_compiler is None
     tool("gcc-12", "true")

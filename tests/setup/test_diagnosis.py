@@ -80,12 +80,12 @@ def test_the_error_line_of_a_log(log, line):
         ("something nobody has seen", ""),
     ],
 )
-def test_the_way_out_of_a_known_failure(line, advice):
+def test_the_fix_of_a_known_failure(line, advice):
     assert advice in diagnosis.known_fix(line)
     assert bool(diagnosis.known_fix(line)) == bool(advice)
 
 
-def test_a_failed_step_ends_with_line_way_out_and_log(tmp_path):
+def test_a_failed_step_ends_with_line_fix_and_log(tmp_path):
     log = tmp_path / "build.log"
     script = "echo compiling; echo \"gloo/types.h:66:1: error: 'uint8_t' does not name a type\"; exit 2"
     with pytest.raises(process.Failed) as stop:

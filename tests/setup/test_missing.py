@@ -36,7 +36,7 @@ def test_a_missing_tool_is_named_with_its_package(set_up, tool, tmp_path, lackin
     assert not (tmp_path / "venv").exists()
 
 
-def test_all_that_is_missing_is_said_at_once(set_up):
+def test_all_that_is_missing_is_reported_at_once(set_up):
     line = refused(set_up())
     assert line.endswith("apt-get install g++ cmake make")
 
@@ -103,7 +103,7 @@ def test_a_python_too_old_for_anything_is_refused():
     assert "wanted >= 3.10" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_too_little_disk_space_is_said_before_anything_is_written(here, monkeypatch):
+def test_too_little_disk_space_is_reported_before_anything_is_written(here, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(20e9, 17e9, 3e9))
     with pytest.raises(Missing, match=r"3\.0 GB free for .*venv and .*horovod_owt, wanted 13 GB"):

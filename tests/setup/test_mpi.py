@@ -23,7 +23,7 @@ def test_a_compiler_wrapper_without_its_mpirun_is_no_mpi(here, tool):
     assert mpi.choose(here) == mpi.Mpi("pip")
 
 
-def test_an_mpirun_that_does_not_answer_is_no_mpi(here, tool, capsys):
+def test_an_mpirun_that_does_not_work_is_no_mpi(here, tool, capsys):
     tool("mpicc", "true")
     tool("mpirun", "echo 'error while loading shared libraries: libopen-rte.so.40'; exit 127")
     assert mpi.choose(here) == mpi.Mpi("pip")

@@ -10,7 +10,7 @@ import pytest
 from set_up_support import REPO, process
 
 
-def test_a_failure_names_the_log_and_the_line_that_says_why(tmp_path):
+def test_a_failure_names_the_log_and_the_line_with_the_cause(tmp_path):
     log = tmp_path / "build.log"
     script = "echo compiling; echo 'x.cc:3:1: error: no such thing'; echo 'make: *** [all] Error 2'; exit 2"
     with pytest.raises(process.Failed) as stop:

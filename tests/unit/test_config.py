@@ -29,7 +29,7 @@ def test_every_recipe_is_known_here():
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_resolves_to_what_its_file_says_and_to_defaults(name):
+def test_every_recipe_resolves_to_the_values_in_its_file_and_to_defaults(name):
     text = (resources.files("horovod_owt.recipes") / f"{name}.yaml").read_text()
     said, cfg = yaml.safe_load(text), resolve(name)
     assert said and cfg.to_dict() == TrainConfig().to_dict() | said

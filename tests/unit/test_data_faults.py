@@ -121,7 +121,7 @@ def test_no_sample_is_lost_repeated_or_changed_around_bad_ones(sound, damaged, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_goes_on_in_order_for_epochs(damaged, kind, monkeypatch):
+def test_training_continues_in_order_for_epochs(damaged, kind, monkeypatch):
     store, known = open_data_set(damaged).train, BadImages()
     read = []
     monkeypatch.setattr(

@@ -40,7 +40,7 @@ EXIF[0x0112] = 6  # rotated by 90 degrees; we want the stored size
         encoded()[:700],  # the header is all there
     ],
 )
-def test_the_header_tells_height_and_width(data):
+def test_the_header_has_height_and_width(data):
     assert image_size(data) == (37, 61)
 
 

@@ -83,7 +83,7 @@ def swap_in_another_folder(split):
 
 
 @pytest.mark.parametrize("change", [add, remove, rename, change_as_rsync_does, swap_in_another_folder])
-def test_a_changed_class_alone_is_listed_anew(split, listed, change):
+def test_only_a_changed_class_is_listed_again(split, listed, change):
     paths(split)
     change(split)
     listed.clear()

@@ -146,7 +146,7 @@ def test_damage_is_found_by_the_checksum(root, tmp_path):
         pack(tmp_path / "packed", tmp_path / "again", Form(), workers=1)
 
 
-def test_a_shard_cut_under_way_is_told(root, tmp_path):
+def test_a_shard_truncated_during_training_is_reported(root, tmp_path):
     pack(root / "folder", tmp_path / "packed", Form(), workers=1)
     store = open_data_set(tmp_path / "packed").val
     shard = tmp_path / "packed" / "val" / "shard-000000.tar"
@@ -276,7 +276,7 @@ def test_the_same_command_finds_its_work_done_until_the_source_changes(odd, tmp_
     assert tree(tmp_path / "packed") == before
 
 
-def test_a_disk_that_is_too_small_is_told_before_it_is_filled(root, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_it_is_filled(root, tmp_path, monkeypatch):
     real = os.statvfs
 
     class Nearly:
@@ -291,7 +291,7 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_filled(root, tmp_path, mo
     assert pack(root / "folder", tmp_path / "packed", Form(), workers=1)[1]  # the same command goes on
 
 
-def test_trouble_with_writing_is_told_and_the_same_command_goes_on(root, tmp_path, monkeypatch):
+def test_a_write_error_is_reported_and_the_same_command_continues(root, tmp_path, monkeypatch):
     real = os.fsync
 
     def full(descriptor):

@@ -181,7 +181,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("format", ["folder", "shards"])
-def test_a_kill_between_the_last_renames_is_mended(mini, tmp_path, format, monkeypatch):
+def test_a_kill_between_the_last_renames_is_recovered(mini, tmp_path, format, monkeypatch):
     """Dies before the first, second, ... call of os.replace, until none is left."""
     run(mini, tmp_path / "unbroken", Form(format))
     real, left = os.replace, 0

@@ -58,7 +58,7 @@ def test_a_passing_fault_is_waited_for_and_warned_of_once(root, kind, pauses, mo
 
 
 @pytest.mark.parametrize("kind", ["folder", "packed"])
-def test_a_lasting_fault_is_told_after_three_tries(root, kind, pauses, monkeypatch):
+def test_a_lasting_fault_is_raised_after_three_tries(root, kind, pauses, monkeypatch):
     store = open_data_set(root / kind).train
     failing(monkeypatch, codes := [errno.EIO] * 5)
     with pytest.raises(OSError) as caught:
@@ -76,7 +76,7 @@ def test_a_missing_file_is_not_waited_for(root, pauses, tmp_path):
     assert pauses == []
 
 
-def test_a_stale_shard_is_opened_anew(root, pauses, monkeypatch):
+def test_a_stale_shard_is_reopened(root, pauses, monkeypatch):
     store, opened, real = open_data_set(root / "packed").train, [], os.open
 
     def spy(path, *how, **more):

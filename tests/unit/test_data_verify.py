@@ -121,7 +121,7 @@ def test_packed_samples_have_the_faults_of_their_files_and_of_their_checksums(sp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_decoder_goes_on_after_what_it_refuses(kind):
+def test_a_decoder_continues_after_an_image_it_rejects(kind):
     decoder = make_decoder(kind, threads=2, device_id=None)
     good, bad = encoded(), without_tables()
     assert decoder.faults([bad, good, bad, good]).keys() == {0, 2}
@@ -129,7 +129,7 @@ def test_a_decoder_goes_on_after_what_it_refuses(kind):
     assert decoder.faults([bad]).keys() == {0}
 
 
-def test_what_is_known_of_ilsvrc2012_is_said():
+def test_known_oddities_of_ilsvrc2012_are_remarked():
     png, cmyk = (read_header(data) for data, _ in ODD.values())
     jpeg = read_header(encoded())
     assert len(ILSVRC2012_CMYK) == 22
@@ -190,6 +190,6 @@ def test_a_sample_is_drawn_by_its_seed_and_bad_images_are_left_out(spoilt):
     assert everything["bad_in_sample"] == len(bad) and everything["sampled"] == 40 - len(bad)
 
 
-def test_stats_speaks_to_people_and_to_programs(sound):
+def test_stats_prints_text_and_json(sound):
     assert "40 train, 10 val" in owt("stats", sound).stdout
     assert json.loads(owt("stats", sound, "--json", "--sample", "5").stdout)["sampled"] == 5

@@ -41,7 +41,7 @@ def test_without_a_gpu_a_rank_takes_the_cpu(box):
 
 
 @pytest.mark.parametrize("visible", ["", " ", "-1", "NoDevFiles", "none"])
-def test_who_is_to_see_no_gpu_takes_the_cpu_and_the_driver_is_not_asked(monkeypatch, visible):
+def test_a_rank_that_may_see_no_gpu_takes_the_cpu_and_the_driver_is_not_queried(monkeypatch, visible):
     monkeypatch.setattr(device, "list_gpus", lambda: pytest.fail("asked"))
     assert claims(2, {VISIBLE: visible})[1].name == "cpu"
 
@@ -245,7 +245,7 @@ def test_the_launchers_word_is_read(env, expected):
     assert rank_topology(env) == seen
 
 
-def test_tasks_that_srun_did_not_tell_of_each_other_are_refused_with_one_voice():
+def test_srun_tasks_without_pmi_are_refused_by_one_message():
     for rank in range(3):
         with pytest.raises(
             ConfigError, match="3 srun tasks started without PMI; .* fix: srun --mpi=pmix"
@@ -288,7 +288,7 @@ def test_a_world_size_without_a_rank_is_refused():
         rank_topology({"WORLD_SIZE": "4"})
 
 
-def test_ranks_are_unbound_by_horovodrun_and_by_whoever_says_so():
+def test_ranks_are_unbound_under_horovodrun_and_where_the_variable_is_set():
     mpirun = said(OPEN_MPI, 3, 4, 1, 2)
     assert [read_topology(env).unbound for env in (mpirun, {**mpirun, UNBOUND: "1"})] == [False, True]
     assert read_topology(said(HOROVODRUN, 5, 8, 1, 4)).unbound

@@ -22,14 +22,14 @@ def config(batch=32, accum_steps=1, elastic_batch="keep") -> TrainConfig:
     ("ranks", "batch", "accum_steps"),
     [(4, 32, 1), (2, 32, 2), (1, 32, 4), (8, 16, 1), (5, 26, 1), (3, 22, 2)],
 )
-def test_kept_the_global_batch_is_shared_anew(ranks, batch, accum_steps):
+def test_with_keep_the_global_batch_is_divided_among_the_new_ranks(ranks, batch, accum_steps):
     """128 images, and the nearest number that 3 or 5 ranks can share."""
     kept = in_world_of(ranks, config(), 128)
     assert (kept.batch, kept.accum_steps) == (batch, accum_steps)
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 256), st.integers(1, 4))
-def test_kept_the_global_batch_is_exact_where_it_can_be(before, now, batch, accum_steps):
+def test_with_keep_the_global_batch_is_exact_where_it_can_be(before, now, batch, accum_steps):
     cfg = config(batch, accum_steps)
     first = cfg.global_batch(before)
     kept = in_world_of(now, cfg, first)
@@ -39,7 +39,7 @@ def test_kept_the_global_batch_is_exact_where_it_can_be(before, now, batch, accu
         assert kept.peak_lr(now) == pytest.approx(cfg.peak_lr(before))
 
 
-def test_scaled_the_configuration_stays():
+def test_with_scale_the_configuration_is_unchanged():
     scaled = config(elastic_batch="scale")
     assert in_world_of(3, scaled, 128) is scaled
 

@@ -79,7 +79,7 @@ def nvml(monkeypatch):
     return install
 
 
-def test_a_gpu_is_what_the_driver_says(nvml):
+def test_a_gpu_is_described_as_the_driver_reports_it(nvml):
     opened = nvml(**K80)
     assert list_gpus() == [
         Gpu(0, "GPU-1", "Tesla K80", "0000:84:00.0", (3, 7), 12 << 30, "470.256.02", "11.4", ())

@@ -216,7 +216,7 @@ def test_a_silent_rank_is_reported_as_silent_once_a_limit(rank0):
         rank1.leave()
 
 
-def test_nobody_is_reported_while_ranks_compute(rank0):
+def test_no_rank_is_reported_while_ranks_compute(rank0):
     with rank0(report_s=0.2, give_up_s=0.4) as (_, port, token, calls), now.phase("validating"):
         rank1 = Rank1(port, token)
         assert rank1.is_admitted()

@@ -53,7 +53,7 @@ def test_mpirun_carries_what_ranks_need_and_no_secret():
     assert words_after(argv, "-x") == ["NCCL_DEBUG", "OMP_NUM_THREADS", "PATH"]
 
 
-def test_between_hosts_one_interface_is_told_to_everybody_and_on_a_box_none():
+def test_between_hosts_one_interface_is_set_for_all_libraries_and_on_one_host_none():
     env = Start(Launcher.MPIRUN, ["D"], {"n1": 1, "n2": 1}, "eth0").environment()
     assert env.pop(UNBOUND) == "1"
     assert env["NCCL_SOCKET_IFNAME"] == env["OMPI_MCA_btl_tcp_if_include"] == "eth0"

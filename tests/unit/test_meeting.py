@@ -78,7 +78,7 @@ def test_rank_0_hears_all_and_all_hear_rank_0(ranks):
     assert [word for _, word, _ in said] == [[0, "word"]] * 4 and said[0][2] == {}
 
 
-def test_a_rank_that_is_silent_is_named_with_its_host_and_the_question_and_the_others_go_on(ranks):
+def test_a_silent_rank_is_named_with_its_host_and_the_question_and_the_others_continue(ranks):
     released = threading.Event()
 
     def act(topology):
@@ -96,7 +96,7 @@ def test_a_rank_that_is_silent_is_named_with_its_host_and_the_question_and_the_o
     assert absent == {1: ("host1", "first")}
 
 
-def test_a_rank_that_never_comes_is_named_when_time_is_up(ranks):
+def test_a_rank_that_never_connects_is_named_when_time_is_up(ranks):
     def act(topology):
         with meet(topology, limit_s=1.0) as met:
             return met.gather(topology.rank, 5), met.absent

@@ -83,7 +83,7 @@ def test_fp16_compression_halves_the_gradients():
             assert halved[name] * (2 if "gradients" in name else 1) == whole[name]
 
 
-def test_groups_sum_their_parts_and_micro_steps_exchange_anew():
+def test_groups_sum_their_parts_and_every_micro_batch_is_exchanged():
     one_group, two_groups = sent(2, parallel="hybrid"), sent(4, parallel="hybrid")
     assert two_groups["fc gradients"] == fc_parameters(1000, group_size=2) * 4
     assert two_groups["features"] == one_group["features"]

@@ -28,12 +28,12 @@ def changed(pair=GOOD_PAIR, **values):
     return Pair(**{**pair.__dict__, **values})
 
 
-def test_ranks_are_told_by_host_in_spans():
+def test_ranks_are_listed_by_host_in_ranges():
     assert spans([7, 0, 1, 2, 9, 10]) == "0-2, 7, 9-10"
     assert who(on_hosts(*range(5), ranks_each=4)) == "h0 (ranks 0-3), h1 (rank 4)"
 
 
-def test_a_host_with_another_version_is_named_and_the_rest_is_told_once():
+def test_a_host_with_another_version_is_named_and_equal_ones_are_listed_once():
     answers = on_hosts(*[{"torch": "2.14.1", "python": "3.11"} for _ in range(6)], ranks_each=2)
     answers[4].value["torch"] = answers[5].value["torch"] = "2.13.0"
     del answers[1].value["python"]
@@ -90,14 +90,14 @@ def test_a_latency_counts_against_that_of_the_others():
     assert network.slow_pairs(pairs | {("b", "c"): changed(latency_s=2.1e-3)}) == [("b", "c")]
 
 
-def test_a_clock_that_is_off_is_told_against_that_of_rank_0():
+def test_a_clock_that_is_off_is_reported_against_that_of_rank_0():
     (good,) = network.judge_clocks(on_hosts(1e-3, -2e-3), "n0")
     assert good.ok and good.saw == "h1 +0.002 s against n0, the largest of 2"
     (bad,) = network.judge_clocks(on_hosts(1e-3, 7.0), "n0")
     assert (bad.ok, bad.hosts, bad.saw) == (False, ("h1",), "h1 -7 s against n0")
 
 
-def test_two_hosts_of_one_name_are_told():
+def test_two_hosts_with_one_name_are_reported():
     assert host.judge_addresses(on_hosts(["10.0.0.1"], ["10.0.0.2"])) == []
     (bad,) = host.judge_addresses([Answer(0, "clone", ["10.0.0.1"]), Answer(4, "clone", ["10.0.0.2"])])
     assert not bad.ok and "2 hosts are named clone: 10.0.0.1; 10.0.0.2" in bad.saw
@@ -201,7 +201,7 @@ def test_ranks_that_were_bound_to_a_core_each_have_enough():
     assert all(finding.ok for finding in host.judge_limits(answers, 2))
 
 
-def test_names_that_lead_nowhere_or_elsewhere_are_told_with_who_sees_it(monkeypatch):
+def test_names_that_do_not_resolve_or_resolve_elsewhere_are_reported_with_the_hosts(monkeypatch):
     addresses = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3", "n4": "10.0.0.9"}
 
     def getaddrinfo(name, *_):
@@ -319,7 +319,7 @@ def test_each_trouble_of_a_gpu_is_found_and_nothing_else(change, bad):
     assert {finding.check for finding in device.judge(answers) if not finding.ok} == set(bad)
 
 
-def test_a_gpu_that_its_driver_has_lost_is_told_beside_the_others_state():
+def test_a_gpu_that_its_driver_has_lost_is_reported_with_the_others_state():
     lost = {name: value for name, value in gpu_facts("GPU-1").items() if name != "health"} | {
         "lost": "fell off"
     }
@@ -327,7 +327,7 @@ def test_a_gpu_that_its_driver_has_lost_is_told_beside_the_others_state():
     assert {f.check: f.hosts for f in findings if not f.ok} == {"GPU answers": ("h1",), "PCIe width": ("h2",)}
 
 
-def test_ranks_that_share_a_gpu_are_told_from_those_on_cores_and_across_containers():
+def test_ranks_that_share_a_gpu_are_found_among_those_on_cores_and_across_containers():
     cores = {"name": "cpu", "uuid": "", "words": "cpu"}
     answers = on_hosts(gpu_facts("GPU-0"), gpu_facts("GPU-0"), cores) + [Answer(3, "h2", cores)]
     (shared,) = [f for f in device.judge(answers) if f.check == "device sharing"]

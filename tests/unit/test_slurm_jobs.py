@@ -226,7 +226,7 @@ def test_a_job_record_is_read_whatever_the_job_is_called(state, code, exit_code)
     assert json.loads(job.comment) == {"run_dir": "/runs/a b"}
 
 
-def test_tasks_of_an_array_are_told_apart():
+def test_tasks_of_an_array_get_different_run_folders():
     tasks = [
         RECORD.format(id=7 + n, array=f" ArrayJobId=7 ArrayTaskId={n}", state="RUNNING", code="0:0", space="")
         for n in (1, 0)
@@ -278,7 +278,7 @@ def test_slurms_counts_by_node():
     assert expand_counts("4(x2),8") == [4, 4, 8]
 
 
-def test_a_task_of_srun_knows_its_place_in_horovods_words():
+def test_a_task_of_srun_gets_horovods_variables():
     """Two nodes, with 3 and 1 ranks: this is the second rank of the first one."""
     env = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
     said = horovod_environment({**env, "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURMD_NODENAME": "n1"})

@@ -113,7 +113,7 @@ def test_a_checkpoint_is_restored_to_the_bit(run_dir, step):
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(made).items())
 
 
-def test_without_a_checkpoint_a_run_starts_anew(run_dir):
+def test_without_a_checkpoint_a_run_starts_from_scratch(run_dir):
     made, position = replica(1), Position(IMAGES)
     before = tensors(made)
     assert restore(made, position, run_dir, None) is False

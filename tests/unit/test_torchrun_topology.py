@@ -71,7 +71,7 @@ def test_the_interface_that_the_user_named_stays():
     assert env == {"HOROVOD_GLOO_IFACE": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
 
 
-def test_nodes_of_one_host_are_told_apart(network):
+def test_nodes_of_one_host_get_different_names(network):
     assert words(met({"a": 1, "b": 1}, ["box", "box"]), "HOSTNAME") == [["box-0"], ["box-1"]]
 
 

@@ -75,7 +75,7 @@ def test_a_report_is_a_warning_and_a_fault_with_the_step(under_watch, tmp_path, 
 
 
 @pytest.mark.parametrize("checkpoints", [[], ["step-00000008", "step-00000030"]])
-def test_a_job_that_is_given_up_says_why_and_how_to_go_on_and_ends_at_once(
+def test_a_job_ended_after_the_stall_limit_reports_why_and_how_to_resume(
     under_watch, tmp_path, capsys, checkpoints
 ):
     for name in checkpoints:
