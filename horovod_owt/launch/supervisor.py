@@ -60,7 +60,7 @@ class Supervisor:
     def __init__(self, command: Sequence[str], *, max_restarts: int = 0, patient: bool = False) -> None:
         self._command, self._max_restarts, self._patient = list(command), max_restarts, patient
         self._run_dir = run_dir_of(command)
-        self._env = {JOB: secrets.token_hex(8), **os.environ}  # Slurm's requeues start us again, with a name
+        self._env = {JOB: secrets.token_hex(8), **os.environ}  # in a Slurm job the batch process has set it
         self._job: subprocess.Popen | None = None
         self._asked_to_stop = False
 
@@ -114,7 +114,7 @@ class Supervisor:
             if ended_at is None and watch.has_ended():
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() > ended_at + OUTCOME_GRACE_S:
-                say(f"the launcher has not exited {OUTCOME_GRACE_S:.0f} s after outcome.json: killing it")
+                say(f"the launcher has not exited {OUTCOME_GRACE_S:.0f} s after the run ended: killing it")
                 self._job.kill()
 
     def _pass_on(self, number: int, _frame: object) -> None:

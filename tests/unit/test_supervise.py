@@ -130,7 +130,7 @@ def test_a_damaged_record_of_an_attempt_is_passed_over(tmp_path, caplog):
             file.write('"job_id": 7\n{"job_id": "7"}\n{"job_')  # and half a line, which the next one cuts off
     assert [each.last_step for each in earlier_attempts(tmp_path, "7")] == [1, 2]
     assert earlier_attempts(tmp_path, "8") == []
-    assert "attempts.jsonl: damaged line passed over" in caplog.text
+    assert "attempts.jsonl: damaged line skipped" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["{half", "[]", "{}", '{"exit_code": "one"}', ""])
