@@ -60,7 +60,9 @@ class Supervisor:
     def __init__(self, command: Sequence[str], *, max_restarts: int = 0, patient: bool = False) -> None:
         self._command, self._max_restarts, self._patient = list(command), max_restarts, patient
         self._run_dir = run_dir_of(command)
-        self._env = {JOB: secrets.token_hex(8), **os.environ}  # in a Slurm job the batch process has set it
+        self._job_name = os.environ.get(JOB) or secrets.token_hex(
+            8
+        )  # set by the batch process of a Slurm job
         self._job: subprocess.Popen | None = None
         self._asked_to_stop = False
 
@@ -94,7 +96,9 @@ class Supervisor:
         if self._asked_to_stop:  # between two attempts
             return watch.attempt(Preempted.exit_code, asked_to_stop=True)
         try:
-            self._job = subprocess.Popen(self._command, env=self._env, start_new_session=True)
+            self._job = subprocess.Popen(
+                self._command, env={**os.environ, JOB: self._job_name}, start_new_session=True
+            )
         except OSError as error:
             raise ConfigError(f"{self._command[0]}: {error.strerror}") from None
         if self._asked_to_stop:  # while it was started

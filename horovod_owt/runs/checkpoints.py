@@ -185,7 +185,8 @@ def drop_old(run_dir: Path, *, keep: int, newest: int) -> list[str]:
     Returns messages about those that could not be deleted, which must not end a run.
     """
     best, faults = read_best(run_dir).get("step"), []
-    for old in [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest][keep:]:
+    folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest]
+    for old in folders[keep:]:
         if step_of(old) != best:
             try:
                 remove_folder(old)

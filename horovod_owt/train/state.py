@@ -141,8 +141,10 @@ def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica) -> None:
     theirs = {name: tuple(t.shape) for name, t in (checkpoint.model | checkpoint.optimizer).items()}
     odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if odd:
+        name = odd[0]
+        seen = f"{name} of shape {theirs[name]}" if name in theirs else f"no {name}"
         raise ConfigError(
-            f"checkpoint {path} has {odd[0]} of shape {theirs.get(odd[0])}",
-            wanted=f"{ours.get(odd[0])} for {replica.cfg.model} with {replica.cfg.classes} classes",
+            f"checkpoint {path} has {seen}",
+            wanted=f"{ours.get(name, 'none')} for {replica.cfg.model} with {replica.cfg.classes} classes",
             fix="--set the model and classes it was trained with",
         )

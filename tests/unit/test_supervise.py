@@ -11,6 +11,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.launch import supervisor
 from horovod_owt.launch.supervisor import why_not_again
 from horovod_owt.runs.attempts import (
+    JOB,
     Attempt,
     AttemptWatch,
     append_attempt,
@@ -105,6 +106,21 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
     outcome(exit_code=0, reason="done")
     assert folder.attempt(0, asked_to_stop=False).exit_code == 0
     assert folder.attempt(1, asked_to_stop=False).exit_code == 1
+
+
+def test_each_start_of_a_job_has_its_name_and_another_job_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor.Supervisor, "_take_charge", lambda self: None)
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.0)
+    monkeypatch.delenv(JOB, raising=False)
+    step = json.dumps({"kind": "step", "step": 1})
+    script = f"echo ${JOB} >>$1/names; echo '{step}' >>$1/metrics.jsonl; exit 1"
+    command = ["sh", "-c", script, "job", str(tmp_path), "--run-dir", str(tmp_path)]
+    for name in (None, None, "slurm-7"):
+        if name:
+            monkeypatch.setenv(JOB, name)
+        supervisor.Supervisor(command, max_restarts=3).run()  # twice, as it comes no further
+    first, again, second, _, third, _ = (tmp_path / "names").read_text().splitlines()
+    assert first == again and first and second not in ("", first) and third == "slurm-7"
 
 
 def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(tmp_path, monkeypatch):
