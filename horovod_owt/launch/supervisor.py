@@ -23,7 +23,7 @@ OUTCOME_GRACE_S = 30.0  # for the launcher to exit after outcome.json; an elasti
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
-def why_not_again(
+def reason_not_to_restart(
     attempts: Sequence[Attempt], max_restarts: int, *, restarts: int | None = None, stop_is_final: bool = True
 ) -> str:
     """The reason not to restart after the last of these attempts; empty to restart.
@@ -77,7 +77,7 @@ class Supervisor:
         attempts: list[Attempt] = []
         while True:
             attempts.append(self._attempt())
-            end, last = why_not_again(attempts, self._max_restarts), attempts[-1]
+            end, last = reason_not_to_restart(attempts, self._max_restarts), attempts[-1]
             if end:
                 say(f"exit code {last.exit_code}, not restarted: {end}; reason: {last.reason}")
                 return last.exit_code

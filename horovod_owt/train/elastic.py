@@ -39,7 +39,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
 
         def train(state: Committed) -> None:
             nonlocal opened
-            world = runtime.look_around(request.device)
+            world = runtime.current_world(request.device)
             if not world.is_root:
                 ownership.hand_over()  # before the next collective, so before the new rank 0 takes it
             check_agreement(request, world)

@@ -9,7 +9,7 @@ import pytest
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.launch import supervisor
-from horovod_owt.launch.supervisor import why_not_again
+from horovod_owt.launch.supervisor import reason_not_to_restart
 from horovod_owt.runs.attempts import (
     JOB,
     Attempt,
@@ -41,7 +41,7 @@ def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False)
     ],
 )
 def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
-    said = why_not_again(attempts, max_restarts=3)
+    said = reason_not_to_restart(attempts, max_restarts=3)
     assert why in said and bool(why) == bool(said)
 
 
@@ -58,7 +58,7 @@ def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
 )
 def test_a_queue_that_stops_a_job_starts_it_again_but_not_for_ever(attempts, restarts, why):
     """Slurm counts the restarts: a start that it cut off left no attempt."""
-    said = why_not_again(attempts, max_restarts=3, restarts=restarts, stop_is_final=False)
+    said = reason_not_to_restart(attempts, max_restarts=3, restarts=restarts, stop_is_final=False)
     assert why in said and bool(why) == bool(said)
 
 
