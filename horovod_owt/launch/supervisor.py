@@ -19,7 +19,7 @@ from horovod_owt.topology import LAUNCHERS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0  # for ranks to exit after the launcher has
-OUTCOME_GRACE_S = 30.0  # for the launcher to exit after outcome.json; an elastic one waits ten minutes
+OUTCOME_GRACE_S = 30.0  # for the launcher to exit after the run has ended; an elastic one waits ten minutes
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
@@ -118,7 +118,9 @@ class Supervisor:
             if ended_at is None and watch.has_ended():
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() > ended_at + OUTCOME_GRACE_S:
-                say(f"the launcher has not exited {OUTCOME_GRACE_S:.0f} s after the run ended: killing it")
+                say(
+                    f"the launcher has not exited {OUTCOME_GRACE_S:.0f} s after the run has ended: killing it"
+                )
                 self._job.kill()
 
     def _pass_on(self, number: int, _frame: object) -> None:

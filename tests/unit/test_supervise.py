@@ -109,7 +109,7 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
 
 
 def test_each_start_of_a_job_has_its_name_and_another_job_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor.Supervisor, "_take_charge", lambda self: None)
+    monkeypatch.setattr(supervisor.Supervisor, "_set_up_process", lambda self: None)
     monkeypatch.setattr(supervisor, "GRACE_S", 0.0)
     monkeypatch.delenv(JOB, raising=False)
     step = json.dumps({"kind": "step", "step": 1})

@@ -61,4 +61,4 @@ def test_checkpoints_and_jobs_are_looked_at_and_a_job_is_supervised(light, tmp_p
     step = '{\\"kind\\": \\"step\\", \\"step\\": 5}'
     command = ["sh", "-c", f'echo "{step}" >>$2/metrics.jsonl; exit 3', "owt", "--run-dir", run_dir]
     done = light(supervise, *command)
-    assert done.returncode == 3 and "0 restarts did not help" in done.stderr, done.stderr
+    assert done.returncode == 3 and "restart limit (0) reached" in done.stderr, done.stderr
