@@ -62,11 +62,11 @@ def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) 
     if durable:
         sync(final.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # what can't be deleted is no longer in the way
+        shutil.rmtree(old, ignore_errors=True)  # already renamed, so leftovers do no harm
 
 
 def remove_folder(folder: Path) -> None:
-    """A folder goes in one instant: nobody sees half of it.
+    """Remove a folder atomically: it is renamed first.
 
     Raises OSError where it can't be removed, or not all of it; then the rest has a name that PARTIAL matches.
     """

@@ -1,4 +1,4 @@
-"""owt checkpoint: what a run has kept, and whether it is whole."""
+"""owt checkpoint: list and verify checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path))
 
 @click.group()
 def checkpoint() -> None:
-    """List or check the checkpoints of a run.
+    """List or verify the checkpoints of a run.
 
     \b
     Example:  owt checkpoint verify runs/first
@@ -29,7 +29,7 @@ def checkpoint() -> None:
 @RUN_DIR
 @JSON_OPTION
 def list_(run_dir: Path, as_json: bool) -> None:
-    """List the checkpoints of RUN_DIR, newest first: step, epoch, size, time, and which one is the best.
+    """List the checkpoints of RUN_DIR, newest first: step, epoch, size, time, and the best one.
 
     \b
     Example:  owt checkpoint list runs/first
@@ -50,7 +50,7 @@ def list_(run_dir: Path, as_json: bool) -> None:
 @RUN_DIR
 @JSON_OPTION
 def verify(run_dir: Path, as_json: bool) -> None:
-    """Compare every file of every checkpoint of RUN_DIR with its sha256. Exit code 3 if one is damaged.
+    """Verify every file of every checkpoint of RUN_DIR by its sha256. Exit code 3 if one is damaged.
 
     \b
     Example:  owt checkpoint verify runs/first
@@ -65,7 +65,7 @@ def verify(run_dir: Path, as_json: bool) -> None:
     if bad := sum(bool(row["fault"]) for row in rows):
         raise ProblemFound(
             f"{bad} of {len(rows)} checkpoints damaged",
-            fix="remove them or let them be: --resume auto passes them over",
+            fix="none needed: --resume auto skips damaged ones",
         )
 
 
@@ -78,7 +78,7 @@ def _folders(run_dir: Path) -> list[Path]:
 
 
 def _row(folder: Path, run_dir: Path) -> dict[str, Any]:
-    """What the names, sizes and state.json say; the files' content is not looked at."""
+    """A row from names, sizes and state.json; the tensors are not read."""
     try:
         epoch = float(read_state(folder)["epoch"])
     except (OSError, ValueError, KeyError, TypeError):

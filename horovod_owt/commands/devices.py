@@ -38,7 +38,7 @@ def devices(as_json: bool) -> None:
     instance, if the rank has one; NUMA is the node that the device is attached to.
     """
     from horovod_owt.errors import DeviceError, RunError
-    from horovod_owt.parallel.device import check_apart
+    from horovod_owt.parallel.device import check_not_shared
     from horovod_owt.parallel.meeting import meet
     from horovod_owt.topology import rank_topology
 
@@ -53,7 +53,7 @@ def devices(as_json: bool) -> None:
     click.echo(json.dumps({"devices": rows}) if as_json else _text(rows))
     if errors := dict.fromkeys(row["error"] for row in rows if "error" in row):
         raise DeviceError("; ".join(errors))
-    check_apart(
+    check_not_shared(
         {
             row["rank"]: (row["host"], row["uuid"], f"{row['name']} {row['uuid']} ({row['pci']})")
             for row in rows

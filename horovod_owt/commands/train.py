@@ -13,17 +13,19 @@ from horovod_owt.commands.options import PARALLEL_OPTION, RECIPE_OPTION, SET_OPT
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/MODEL-DATE-TIME.")
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Run folder.  [default: runs/MODEL-DATE-TIME]"
+)
 @RECIPE_OPTION
 @click.option(
     "--resume",
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="auto: from the run folder's newest sound checkpoint, if it has one. PATH: begin with that "
-    "checkpoint. never: begin with initial weights. A job that is started again resumes whatever this says.",
+    help="auto: from the run folder's newest valid checkpoint, if it has one. PATH: start from that "
+    "checkpoint. never: start from initial weights. A restarted job resumes in any case.",
 )
-@click.option("--other-data", is_flag=True, help="Resume on another data set than the checkpoint's.")
+@click.option("--other-data", is_flag=True, help="Allow resuming on another data set than the checkpoint's.")
 @PARALLEL_OPTION
 @SET_OPTION
 def train(
@@ -44,12 +46,12 @@ def train(
                torchrun --nproc-per-node 4 --no-python owt train /data/imagenet --run-dir runs/first
                horovodrun -np 8 owt train /data/imagenet --parallel hybrid --set fc_group_size=4
 
-    Ctrl-C, TERM, USR1 and USR2 end it after the current step, with a checkpoint and exit code 75.
+    Ctrl-C, TERM, USR1 and USR2 stop it after the current step, with a checkpoint and exit code 75.
     """
     log_to_stderr()
     from horovod_owt.train.prepare import prepare_alone
 
-    # nothing heavy is loaded before the input is known to be good
+    # validate the input before heavy modules are loaded
     request = prepare_alone(data, recipe, with_parallel(parallel, settings))
 
     with loading():

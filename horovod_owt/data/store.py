@@ -54,7 +54,7 @@ class DataSet:
         """Counts, and a hash of names and labels: equal for all copies of a data set, folder or packed."""
         return self._fingerprint
 
-    @cached_property  # a million names take a second
+    @cached_property  # takes a second for a million names
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for store in (self.train, self.val):
@@ -65,7 +65,7 @@ class DataSet:
         return f"{counts}, sha256 {digest.hexdigest()[:12]}"
 
     def identity(self) -> dict[str, Any]:
-        """The fingerprint, and what tells in which way another one differs: for the state of checkpoints."""
+        """The fingerprint, and details that show how another data set differs; stored in checkpoints."""
         return {
             "fingerprint": self.fingerprint(),
             "train_images": len(self.train),

@@ -23,7 +23,7 @@ OUTCOME_GRACE_S = 30.0  # for the launcher to exit after the run has ended; an e
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
-def why_not_again(
+def reason_not_to_restart(
     attempts: Sequence[Attempt], max_restarts: int, *, restarts: int | None = None, stop_is_final: bool = True
 ) -> str:
     """The reason not to restart after the last of these attempts; empty to restart.
@@ -60,7 +60,9 @@ class Supervisor:
     def __init__(self, command: Sequence[str], *, max_restarts: int = 0, patient: bool = False) -> None:
         self._command, self._max_restarts, self._patient = list(command), max_restarts, patient
         self._run_dir = run_dir_of(command)
-        self._job_name = os.environ.get(JOB) or secrets.token_hex(8)  # Slurm's requeues keep theirs
+        self._job_name = os.environ.get(JOB) or secrets.token_hex(
+            8
+        )  # set by the batch process of a Slurm job
         self._job: subprocess.Popen | None = None
         self._asked_to_stop = False
 
@@ -75,7 +77,7 @@ class Supervisor:
         attempts: list[Attempt] = []
         while True:
             attempts.append(self._attempt())
-            end, last = why_not_again(attempts, self._max_restarts), attempts[-1]
+            end, last = reason_not_to_restart(attempts, self._max_restarts), attempts[-1]
             if end:
                 say(f"exit code {last.exit_code}, not restarted: {end}; reason: {last.reason}")
                 return last.exit_code
@@ -116,7 +118,9 @@ class Supervisor:
             if ended_at is None and watch.has_ended():
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() > ended_at + OUTCOME_GRACE_S:
-                say(f"the launcher has not exited {OUTCOME_GRACE_S:.0f} s after the run has ended: killing it")
+                say(
+                    f"the launcher has not exited {OUTCOME_GRACE_S:.0f} s after the run has ended: killing it"
+                )
                 self._job.kill()
 
     def _pass_on(self, number: int, _frame: object) -> None:

@@ -128,7 +128,7 @@ def assign_device(topology: Topology, devices: Sequence[Device], env: Mapping[st
 
     Raises DeviceError when the host has more ranks than visible devices. A rank that sees a single device
     takes it: if CUDA_VISIBLE_DEVICES is set it may be the rank's own (`srun --gpus-per-task=1`), and only
-    `check_apart` can tell.
+    `check_not_shared` can tell.
     """
     if not devices:
         return CPU
@@ -151,7 +151,9 @@ def shares_devices(env: Mapping[str, str]) -> bool:
     return env.get(SHARED, "0") not in ("", "0")
 
 
-def check_apart(everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, str] = os.environ) -> None:
+def check_not_shared(
+    everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, str] = os.environ
+) -> None:
     """Raise DeviceError where ranks share a device and sharing is not allowed.
 
     `everyone` is by rank: host, device UUID (empty for a CPU), description of the device.

@@ -76,7 +76,7 @@ class Committed(State):
         """Nothing to undo: after a reset the run is built again from the last commit."""
 
 
-def why_regrouped(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
+def regroup_reason(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
     """The reason in one line: Horovod's own messages take several, and its interrupts have none."""
     if isinstance(reset, HostsUpdatedInterrupt):
         return "hosts joined or left"

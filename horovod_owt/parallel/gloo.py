@@ -1,4 +1,4 @@
-"""Horovod over Gloo without horovodrun: a rank's place in Horovod's words, and the store where ranks meet."""
+"""Horovod over Gloo without horovodrun: the variables of a rank, and the rendezvous server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Node:
-    """A host's part in a job; ranks are numbered host by host."""
+    """A host of a job; ranks are numbered host by host."""
 
     host: str  # unique in the job
     ranks: int
@@ -17,7 +17,7 @@ class Node:
 def place_environment(nodes: Sequence[Node], node: int, local_rank: int) -> dict[str, str]:
     """Horovod's variables for the `local_rank`-th rank of the `node`-th node.
 
-    `cross` ones count the nodes that have a rank with this local rank.
+    The CROSS variables count the nodes that have a rank with this local rank.
     """
     with_such_a_rank = [index for index, one in enumerate(nodes) if one.ranks > local_rank]
     return {
@@ -32,7 +32,7 @@ def place_environment(nodes: Sequence[Node], node: int, local_rank: int) -> dict
 
 
 def store_environment(address: str, port: int) -> dict[str, str]:
-    """Horovod's variables for every rank that is to meet the others at this store."""
+    """Horovod's variables for the address of the rendezvous server."""
     return {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
@@ -42,13 +42,13 @@ def store_environment(address: str, port: int) -> dict[str, str]:
 
 
 def use_interface(env: MutableMapping[str, str], interface: str) -> None:
-    """Gloo and NCCL talk by this one, unless the user named another."""
+    """Set the interface of Gloo and NCCL, unless the user has."""
     for name in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):
         env.setdefault(name, interface)
 
 
 def start_store(nodes: Sequence[Node]) -> tuple[int, Callable[[], None]]:
-    """Start Horovod's rendezvous server on this host; returns its port and what stops it."""
+    """Start Horovod's rendezvous server on this host; returns its port and a function that stops it."""
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
     from horovod.runner.http.http_server import RendezvousServer
 

@@ -11,7 +11,7 @@ import torch
 from horovod_owt.errors import ConfigError, DeviceError
 from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.cores import use_own_cores
-from horovod_owt.parallel.device import Device, check_apart
+from horovod_owt.parallel.device import Device, check_not_shared
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
 from horovod_owt.parallel.torchrun import join_torchrun
 from horovod_owt.topology import Launcher, Topology, place_on_box, read_topology
@@ -87,7 +87,7 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
     _check_size(topology)
     if device.gpu is not None:
         torch.cuda.set_device(device.name)
-    return look_around(device, tuple(sets))
+    return current_world(device, tuple(sets))
 
 
 def _check_size(topology: Topology) -> None:
@@ -102,7 +102,7 @@ def _check_size(topology: Topology) -> None:
         ).by_rank_0(topology.rank)
 
 
-def look_around(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
+def current_world(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
     """This rank's current place in the job; in an elastic job it changes whenever the ranks regroup."""
     local_rank, local_size = place_on_box() or (hvd.local_rank(), hvd.local_size())
     return World(
@@ -124,7 +124,7 @@ def check_devices(device: Device, world: World) -> None:
     """
     everyone = gather_objects((world.host, device.uuid, str(device)), "devices")
     try:
-        check_apart(dict(enumerate(everyone)))
+        check_not_shared(dict(enumerate(everyone)))
     except DeviceError as error:
         raise error.on_every_rank() from None
 

@@ -71,8 +71,8 @@ class OneWeirdTrick:
     A step: `begin_step`; for each micro-batch `convolve`, `classify`, `backward`; `finish`. Then each
     `parameter.grad` is the mean over the global batch. With fc_batch=local the classifier is updated within
     the step: `update_classifier` is called after each turn, when its gradients are the mean over the turn's
-    images. Images with a negative label contribute nothing, but the means count them until `leave_out` gets
-    their number.
+    images. Images with a negative label contribute nothing, but the means count them until
+    `exclude_bad_images` gets their number.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class OneWeirdTrick:
         return "data" if self.fc_group_size == 1 else "hybrid"
 
     @property
-    def beside_root(self) -> bool:
+    def in_root_group(self) -> bool:
         """Whether this rank shares its FC layers with rank 0."""
         return 0 in self._fc_group.ranks
 
     @property
-    def kept_dtype(self) -> torch.dtype:
+    def weight_dtype(self) -> torch.dtype:
         """The dtype of weights and gradients, whatever the passes compute in."""
         return self.conv_parameters[0].dtype
 
@@ -142,7 +142,7 @@ class OneWeirdTrick:
         starts = [consumed + rank * cfg.rank_batch() + micro_step * cfg.batch for rank in group.ranks]
         positions = np.concatenate([np.arange(start, start + len(labels)) for start in starts])
         keys = torch.from_numpy(sample_keys(cfg.seed, positions)).to(images.device)
-        kept = self.kept_dtype
+        kept = self.weight_dtype
         with self.autocast():
             features = self.model.convolve(images.to(kept)).to(kept)
         if cfg.dropout:
@@ -205,7 +205,7 @@ class OneWeirdTrick:
         self._fc_gradients.finish()
         self._conv_gradients.finish()
 
-    def leave_out(self, bad_images: int) -> None:
+    def exclude_bad_images(self, bad_images: int) -> None:
         """Rescale the mean over the global batch to its good images. Every rank calls it after `finish`."""
         images = self.cfg.global_batch(self.world.size)
         self.scale_gradients(images / (images - bad_images))

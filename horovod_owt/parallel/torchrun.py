@@ -1,7 +1,7 @@
-"""Ranks that torchrun started: they meet in torchrun's store, then become ranks of a Gloo job of Horovod.
+"""Ranks started by torchrun: they exchange addresses in torchrun's store and become ranks of a Gloo job.
 
-Each node says there how the others reach it and how many ranks it has; rank 0 starts Horovod's rendezvous
-server and leaves its address.
+Each node stores its address and number of ranks; rank 0 starts Horovod's rendezvous server and stores its
+address.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from horovod_owt.parallel.gloo import Node, place_environment, start_store, stor
 from horovod_owt.parallel.interfaces import address_of, interface_between, interface_towards, source_address
 from horovod_owt.topology import LAUNCHERS, Launcher, Topology
 
-MEETING_LIMIT_S = 300  # until the slowest rank has loaded torch
+MEETING_LIMIT_S = 300  # for the slowest rank to load torch
 SERVER = "horovod_owt/server"
-_store = None  # to be kept: it may be a server that the other ranks still read from
+_store = None  # kept alive: it may be the server that other ranks read from
 
 
 class Store(Protocol):
-    """What is needed of a torch.distributed.Store: `get` waits for the key."""
+    """The part of torch.distributed.Store that is used; `get` waits for the key."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -34,7 +34,7 @@ class Store(Protocol):
 def join_torchrun(topology: Topology) -> None:
     """Set this process's environment as horovodrun would have; raises RunError if the ranks do not meet.
 
-    Once a process. torch keeps the keys of each of torchrun's restarts apart, so no old address is found.
+    Once per process. torch separates the keys of torchrun's restarts, so no stale address is read.
     """
     global _store
     if LAUNCHERS[Launcher.GLOO].are_in(os.environ):
@@ -43,19 +43,19 @@ def join_torchrun(topology: Topology) -> None:
     try:
         _store = _torchruns_store(topology)
         variables, interface = meet(_store, topology, os.environ)
-    except RuntimeError as error:  # torch's DistError among them, which 2.0 does not have
+    except RuntimeError as error:  # includes torch's DistError, which 2.0 lacks
         raise RunError(
-            f"rank {topology.rank} on {topology.host} does not meet the others by torchrun's store "
+            f"rank {topology.rank} on {topology.host} cannot meet the others in torchrun's store "
             f"at {master}: {str(error).splitlines()[0]}",
             wanted="all ranks started, and TCP to that address",
-            fix="see what torchrun said of the others; --master-addr or --rdzv-endpoint that all nodes reach",
+            fix="see torchrun's output; use a --master-addr or --rdzv-endpoint that all nodes reach",
         ) from None
     os.environ.update(variables)
     use_interface(os.environ, interface)
 
 
 def _torchruns_store(topology: Topology) -> Store:
-    """Kept by torchrun itself, or by rank 0 on the port that torchrun chose: torch knows."""
+    """The store of torchrun itself, or of rank 0 on the port that torchrun chose."""
     limit = timedelta(seconds=MEETING_LIMIT_S)
     store, _, _ = next(rendezvous("env://", topology.rank, topology.world_size, timeout=limit))
     store.set_timeout(limit)
@@ -63,17 +63,17 @@ def _torchruns_store(topology: Topology) -> Store:
 
 
 def meet(store: Store, topology: Topology, env: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """Horovod's variables for this rank, and the interface that leads to the others; waits for all nodes."""
+    """Horovod's variables for this rank, and the interface to the other nodes; waits for all nodes."""
     node, node_count = int(env["GROUP_RANK"]), int(env["GROUP_WORLD_SIZE"])
     if topology.local_rank == 0:
         mine = {"host": topology.host, "ranks": topology.local_size}
         if node > 0:
             mine["address"] = source_address(env["MASTER_ADDR"])
         store.set(f"horovod_owt/node/{node}", json.dumps(mine))
-    told = [json.loads(store.get(f"horovod_owt/node/{number}")) for number in range(node_count)]
-    nodes = _unique_nodes(told)
-    # the first node's own address may be a loopback one to itself: it looks towards the others
-    others = [one["address"] for one in told[1:]]
+    entries = [json.loads(store.get(f"horovod_owt/node/{number}")) for number in range(node_count)]
+    nodes = _unique_nodes(entries)
+    # the first node may resolve its own address to loopback, so it uses its routes to the others
+    others = [one["address"] for one in entries[1:]]
     interface = interface_towards(env["MASTER_ADDR"]) if node else interface_between(others)
     if topology.rank == 0:
         port, _ = start_store(nodes)
@@ -83,10 +83,10 @@ def meet(store: Store, topology: Topology, env: Mapping[str, str]) -> tuple[dict
     return {**place, **store_environment(address, port)}, interface
 
 
-def _unique_nodes(told: list[dict]) -> list[Node]:
-    """Two nodes may be on one host, or in containers of one name; Horovod tells hosts by their names."""
-    hosts = [one["host"] for one in told]
+def _unique_nodes(entries: list[dict]) -> list[Node]:
+    """Nodes with unique host names, by which Horovod identifies hosts; several may run on one host."""
+    hosts = [one["host"] for one in entries]
     return [
         Node(host if hosts.count(host) == 1 else f"{host}-{number}", one["ranks"])
-        for number, (host, one) in enumerate(zip(hosts, told, strict=True))
+        for number, (host, one) in enumerate(zip(hosts, entries, strict=True))
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import DeviceError
-from horovod_owt.parallel.device import Device, check_apart
+from horovod_owt.parallel.device import Device, check_not_shared
 from horovod_owt.parallel.gpus import read_health
 from horovod_owt.preflight.findings import Answer, Finding, agreement, differing, grouped, hosts_of, who
 
@@ -64,7 +64,7 @@ def _judge_kinds(answers: Sequence[Answer]) -> Finding:
 
 def _judge_sharing(answers: Sequence[Answer]) -> Finding:
     try:
-        check_apart({a.rank: (a.host, a.value["uuid"], a.value["words"]) for a in answers}, os.environ)
+        check_not_shared({a.rank: (a.host, a.value["uuid"], a.value["words"]) for a in answers}, os.environ)
     except DeviceError as error:
         ranks = Counter(a.value["uuid"] for a in answers if a.value["uuid"])  # cores have none
         twos = [a for a in answers if ranks[a.value["uuid"]] > 1]

@@ -1,1 +1,1 @@
-"""The run folder as a format: who names, reads and writes its files. No torch here."""
+"""The run folder: the only package that names, reads and writes its files. Needs no torch."""

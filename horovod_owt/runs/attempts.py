@@ -1,4 +1,4 @@
-"""The attempts of a run: how each launch of it ended, and how far the run folder says that it came."""
+"""The attempts of a run: how each launch ended, and how far it got."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from horovod_owt.runs.owner import elastic_driver
 from horovod_owt.runs.records import append_record, last_step, newest_records, records_size
 
 ATTEMPTS = "attempts.jsonl"
-JOB = "HOROVOD_OWT_JOB"  # a variable: the same name for each start of a job, by whoever starts it again
+JOB = "HOROVOD_OWT_JOB"  # environment variable: a name that all restarts of a job share
 
 
 def job_name(env: Mapping[str, str]) -> str:
-    """What all starts of this job have in common; empty for a command that nobody starts again."""
+    """A name that all restarts of this job share; empty for a command that is never restarted."""
     slurm = f"slurm-{env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else ""
     return env.get(JOB) or slurm or elastic_driver(env)
 
 
 def is_same_job(name: str, env: Mapping[str, str]) -> bool:
-    """Whether this is another start of the job that `name` was the name of.
+    """Whether this is a restart of the job named `name`.
 
-    In a shell of salloc each command has the same SLURM_JOB_ID; only a requeue makes one a job's next start.
+    In an salloc shell all commands have the same SLURM_JOB_ID; only a requeue makes one a restart.
     """
     lone = JOB not in env and not elastic_driver(env) and not int(env.get("SLURM_RESTART_COUNT", 0))
     return bool(name) and name == job_name(env) and not lone
@@ -36,12 +36,12 @@ def is_same_job(name: str, env: Mapping[str, str]) -> bool:
 
 @dataclass(frozen=True)
 class Attempt:
-    """How one launch of the job ended, and how far the run folder says it came."""
+    """How one launch of the job ended, and how far it got according to the run folder."""
 
-    exit_code: int  # as outcome.json has it, or the launcher's
+    exit_code: int  # from outcome.json, else the launcher's
     reason: str
-    last_step: int  # 0 where it made none
-    checkpoint: str  # the newest one's folder, empty where there is none
+    last_step: int  # 0 if it made none
+    checkpoint: str  # folder of the newest one, empty if none
     new_checkpoint: bool
     asked_to_stop: bool = False  # by a signal to the supervisor
 
@@ -60,13 +60,13 @@ def run_dir_of(command: Sequence[str]) -> Path:
     run_dir = find_run_dir(command)
     if run_dir is None:
         raise ConfigError(
-            "no --run-dir in the command", wanted="a run folder to go on from", fix="--run-dir RUNS/NAME"
+            "no --run-dir in the command", wanted="a run folder to resume from", fix="--run-dir RUNS/NAME"
         )
     return run_dir
 
 
 class AttemptWatch:
-    """What the run's folder says of one attempt: what was there before it does not count."""
+    """Observes one attempt in its run folder, ignoring what earlier ones left."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -77,10 +77,10 @@ class AttemptWatch:
 
     def attempt(self, launcher_code: int, *, asked_to_stop: bool) -> Attempt:
         exit_code = 128 - launcher_code if launcher_code < 0 else launcher_code
-        outcome = {"exit_code": exit_code, "reason": _said_by_launcher(launcher_code)}
+        outcome = {"exit_code": exit_code, "reason": _launcher_reason(launcher_code)}
         if self.has_ended():
             outcome |= self._own_outcome()
-        if launcher_code and not outcome["exit_code"]:  # done, and then a rank fell over
+        if launcher_code and not outcome["exit_code"]:  # done, but a rank failed at exit
             outcome |= {"exit_code": exit_code}
         newest = self._newest_checkpoint()
         step, _ = last_step(self._run_dir, start=self._records_before)
@@ -94,39 +94,39 @@ class AttemptWatch:
         )
 
     def has_ended(self) -> bool:
-        """Whether the run has said how it ended, in this attempt."""
+        """Whether this attempt has written an outcome."""
         return outcome_stamp(self._run_dir) != self._outcome_before
 
     def _own_outcome(self) -> dict[str, Any]:
-        """What the run says; the launcher's word has to do where that is damaged."""
+        """The run's outcome; if it is damaged, the launcher's exit code stays."""
         try:
             return read_outcome(self._run_dir)
         except ConfigError as error:
             return {"reason": error.saw}
 
     def _newest_checkpoint(self) -> Path | None:
-        """Whether it is sound, the run will see."""
+        """Not verified: the run does that when it resumes."""
         return next(iter(list_checkpoints(self._run_dir)), None)
 
 
 def _made_at(checkpoint: Path) -> tuple[str, int]:
-    """Differs for a checkpoint of the same step that was written again."""
+    """A key that changes when the checkpoint of a step is written again."""
     return checkpoint.name, checkpoint.stat().st_mtime_ns
 
 
-def _said_by_launcher(code: int) -> str:
-    return f"the launcher ended by {signal.Signals(-code).name}" if code < 0 else f"the launcher said {code}"
+def _launcher_reason(code: int) -> str:
+    return f"launcher killed by {signal.Signals(-code).name}" if code < 0 else f"launcher exit code {code}"
 
 
 def append_attempt(run_dir: Path, attempt: Attempt, *, job_id: str, restarts: int) -> None:
-    """Keep it for the job's next start; raises OSError."""
+    """Record it for the job's next start; raises OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
     record = {"job_id": job_id, "restarts": restarts, **dataclasses.asdict(attempt)}
     append_record(run_dir / ATTEMPTS, record)
 
 
 def earlier_attempts(run_dir: Path, job_id: str) -> list[Attempt]:
-    """Of this job, the first one first; what another job did in the folder does not count."""
+    """The attempts of this job, oldest first, without those of other jobs in the folder."""
     fields = [field.name for field in dataclasses.fields(Attempt)]
     own = [
         Attempt(**{key: record[key] for key in fields})
@@ -137,5 +137,5 @@ def earlier_attempts(run_dir: Path, job_id: str) -> list[Attempt]:
 
 
 def last_restarts(run_dir: Path) -> int | None:
-    """How often the job that wrote here last had been started again; None if none did."""
+    """The restart count of the last job that wrote here; None if there is none."""
     return next((record.get("restarts") for record in newest_records(run_dir / ATTEMPTS)), None)

@@ -1,13 +1,13 @@
-"""Checkpoints as folders that are either whole or absent: names, manifest, listing, the newest sound one.
+"""Checkpoint folders, complete or absent: names, manifest, listing, finding the newest valid one.
 
     RUN/checkpoints/step-00001234/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
 
-Each is written beside its final place, fsynced and renamed; the manifest has a sha256 of each file.
-`checkpoints/best.json` names the step with the best validation; that one stays, however old. What the tensors
-mean is `train.checkpoint`'s to know.
+Each is written under a temporary name, fsynced and renamed; the manifest has the sha256 of each file.
+`checkpoints/best.json` names the step with the best validation, which is kept however old. The tensors
+themselves are read and written by `train.checkpoint`.
 
 A run folder has a linear history, so the largest step is the newest checkpoint: a run that resumes from
-a step moves later ones aside (`resume_at`), and one that wants to go back gets another folder.
+a step moves later ones aside (`resume_at`); to go back, a run needs another folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 FILES = (MODEL, OPTIMIZER, STATE)
 MANIFEST = "MANIFEST.json"
 BEST = "best.json"
-ASIDE = ".damaged"  # behind a checkpoint's name: it is none any more
+ASIDE = ".damaged"  # suffix of folders that are no longer checkpoints
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -41,7 +41,7 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first; whatever is not named like one is left out."""
+    """The run's checkpoint folders, newest first; other names are ignored."""
     folders = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name[5:].isdigit()]
     return sorted(folders, key=step_of, reverse=True)
 
@@ -52,17 +52,17 @@ def step_of(folder: Path) -> int:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json, unchecked; raises OSError or ValueError where it cannot be read."""
+    """state.json, not verified; raises OSError or ValueError if it cannot be read."""
     return json.loads((folder / STATE).read_text())
 
 
 def find_fault(folder: Path) -> str:
-    """What is wrong with a checkpoint, in a few words; empty if every file is as the manifest says."""
+    """The fault of a checkpoint in a few words; empty if every file matches the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())["sha256"]
         for name in FILES:
             if _sha256(folder / name) != manifest[name]:
-                return f"{name} is not what {MANIFEST} says"
+                return f"{name} does not match {MANIFEST}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -71,37 +71,37 @@ def find_fault(folder: Path) -> str:
 
 
 def sound_checkpoint(folder: Path) -> Path:
-    """This checkpoint, if it is whole; raises RunError for one that is damaged or no checkpoint at all."""
+    """This checkpoint, if valid; raises RunError if it is damaged or not a checkpoint."""
     if fault := find_fault(folder):
-        raise RunError(f"checkpoint {folder}: {fault}", wanted="a whole checkpoint", fix="--resume auto")
+        raise RunError(f"checkpoint {folder}: {fault}", wanted="an intact checkpoint", fix="--resume auto")
     return folder
 
 
 def newest_sound(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+    """The newest valid checkpoint; damaged ones are logged and skipped.
 
-    None where there are no checkpoints. Raises RunError where there are some and none is whole: to start
-    afresh in their place would hide what happened.
+    None if there are no checkpoints. Raises RunError if all are damaged: starting from scratch would hide
+    that.
     """
     folders = list_checkpoints(run_dir)
     for folder in folders:
         fault = find_fault(folder)
         if not fault:
             return folder
-        log.warning("checkpoint %s passed over: %s", folder, fault)
+        log.warning("checkpoint %s skipped: %s", folder, fault)
     if folders:
         raise RunError(
-            f"{run_dir}: none of {len(folders)} checkpoints is whole, the newest: {fault}",
-            wanted="a whole one to go on from",
-            fix="copy one back, or start anew with another --run-dir; `owt checkpoint verify` tells all",
+            f"{run_dir}: none of {len(folders)} checkpoints is intact, the newest: {fault}",
+            wanted="an intact one to resume from",
+            fix="restore one, or start with another --run-dir; `owt checkpoint verify` lists the faults",
         )
     return None
 
 
 def resume_at(run_dir: Path, step: int) -> None:
-    """Let `step` be the newest of the run: later ones are damaged, or it would not resume there.
+    """Make `step` the newest checkpoint of the run; later ones are damaged.
 
-    They are moved aside, each with a line that says so. Then best.json names a checkpoint that is there.
+    They are moved aside, each with a log line. Afterwards best.json names an existing checkpoint.
     """
     for folder in list_checkpoints(run_dir):
         if step_of(folder) > step:
@@ -112,14 +112,14 @@ def resume_at(run_dir: Path, step: int) -> None:
                 folder.rename(aside)
                 log.warning("checkpoint %s moved to %s", folder, aside.name)
             except OSError as error:
-                log.warning("checkpoint %s not moved aside: %s", folder, error.strerror)
+                log.warning("checkpoint %s could not be moved aside: %s", folder, error.strerror)
     _elect_best(run_dir, upto=step)
 
 
 def read_best(run_dir: Path) -> dict[str, Any]:
     """`step`, `epoch` and `top1` (percent) of the best validation so far; empty before the first.
 
-    Empty, too, where the file is damaged; that is named in the log.
+    Also empty if the file is damaged, which is logged.
     """
     file = run_dir / CHECKPOINTS / BEST
     try:
@@ -133,7 +133,7 @@ def read_best(run_dir: Path) -> dict[str, Any]:
 
 
 def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
-    """Let the checkpoint of `step` be the best one if it is; OSError if that can't be written."""
+    """Record the checkpoint of `step` as the best one if it is; raises OSError."""
     if top1 <= read_best(run_dir).get("top1", -1.0):
         return False
     _write_best(run_dir, {"step": step, "epoch": epoch, "top1": top1})
@@ -145,7 +145,7 @@ def _write_best(run_dir: Path, best: dict[str, Any]) -> None:
 
 
 def _elect_best(run_dir: Path, *, upto: int) -> None:
-    """Where best.json is damaged, or its checkpoint is not there: the best one of those that are."""
+    """If best.json is damaged or its checkpoint is missing, choose the best existing one."""
     file = run_dir / CHECKPOINTS / BEST
     folders = {step_of(folder): folder for folder in list_checkpoints(run_dir) if step_of(folder) <= upto}
     if not file.exists() or (read_best(run_dir).get("step") in folders):
@@ -157,17 +157,17 @@ def _elect_best(run_dir: Path, *, upto: int) -> None:
             _write_best(run_dir, {key: best[key] for key in ("step", "epoch", "top1")})
         else:
             file.unlink()
-        log.warning("%s named no checkpoint that is there: now %s", file, read_best(run_dir) or "none")
+        log.warning("%s named no existing checkpoint: now %s", file, read_best(run_dir) or "none")
     except OSError as error:
-        log.warning("%s not mended: %s", file, error.strerror)
+        log.warning("%s could not be repaired: %s", file, error.strerror)
 
 
 @contextmanager
 def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
-    """A folder to write FILES to: it gets its manifest and its name if the block succeeds."""
+    """A folder to write FILES to; manifest and final name are added if the block succeeds."""
     folder = checkpoint_folder(run_dir, step)
-    folder.parent.mkdir(exist_ok=True)  # not what is above: nothing takes a lost mount's place
-    for killed in folder.parent.glob(PARTIAL):  # writes that were, of this or another step
+    folder.parent.mkdir(exist_ok=True)  # not its parents: a lost mount must not be replaced by a folder
+    for killed in folder.parent.glob(PARTIAL):  # interrupted writes of any step
         shutil.rmtree(killed, ignore_errors=True)
     with atomic_folder(folder, durable=True, replace=True) as scratch:  # the same step, after a resume
         yield scratch
@@ -180,9 +180,9 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def drop_old(run_dir: Path, *, keep: int, newest: int) -> list[str]:
-    """Remove all up to step `newest` but the last `keep` of them and the best.
+    """Delete all checkpoints up to step `newest` except the last `keep` and the best.
 
-    Returns what could not be removed, and why: that is no reason to end a run.
+    Returns messages about those that could not be deleted, which must not end a run.
     """
     best, faults = read_best(run_dir).get("step"), []
     folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest]

@@ -1,9 +1,9 @@
-"""The run folder: its configuration, its outcome, and where the stacks of its ranks go.
+"""Files of a run folder: configuration, outcome, and stack dumps of the ranks.
 
     RUN/  config.json  metrics.jsonl  outcome.json  attempts.jsonl  checkpoints/  owner/  stacks/
 
-`records`, `attempts`, `checkpoints` and `owner` know the others. Only rank 0 writes, but for its own stacks
-each rank.
+The others belong to `records`, `attempts`, `checkpoints` and `owner`. Only rank 0 writes, except that each
+rank writes its own stacks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIG, OUTCOME, STACKS = "config.json", "outcome.json", "stacks"
 
 
 def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
-    """What a file of JSON holds; FileNotFoundError if there is none, ConfigError where it is damaged."""
+    """The object in a JSON file; raises FileNotFoundError if it is missing, ConfigError if it is damaged."""
     try:
         found = json.loads(file.read_text())
         if isinstance(found, dict):
@@ -40,7 +40,7 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The configuration of the run's last start, empty if there is none; ConfigError where it is damaged."""
+    """The configuration of the run's last start, empty if there is none; ConfigError if it is damaged."""
     try:
         return _read_object(
             run_dir / CONFIG, what="the run's configuration", fix="remove it: the next run writes it again"
@@ -50,7 +50,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
-    """How the run ended, on record: mpirun and horovodrun may return exit codes of their own."""
+    """Record how the run ended: mpirun and horovodrun may return exit codes of their own."""
     try:
         write_text(run_dir / OUTCOME, json.dumps(outcome) + "\n")
     except OSError as error:
@@ -58,18 +58,18 @@ def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """How the run ended when it last did, with `exit_code` and `reason` at least.
+    """The last outcome of the run, with at least `exit_code` and `reason`.
 
-    Raises FileNotFoundError where it has not yet, ConfigError where the file is damaged.
+    Raises FileNotFoundError if there is none yet, ConfigError if the file is damaged.
     """
-    outcome = _read_object(run_dir / OUTCOME, what="how the run ended", fix="its ranks' logs tell that too")
+    outcome = _read_object(run_dir / OUTCOME, what="how the run ended", fix="see the logs of its ranks")
     if not isinstance(outcome.get("exit_code"), int):
         raise ConfigError(f"{run_dir / OUTCOME} has no exit_code", wanted="how the run ended")
     return {"reason": "", **outcome}
 
 
 def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:
-    """Differs for each outcome that is written, as each is a new file; None where there is none."""
+    """A key that changes with each outcome, because each is a new file; None if there is none."""
     try:
         stat = (run_dir / OUTCOME).stat()
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:
 
 
 def stacks_folder(run_dir: Path) -> Path:
-    """Where ranks that are stuck write what each of their threads does."""
+    """The folder of the stack dumps of hung ranks."""
     return run_dir / STACKS
 
 

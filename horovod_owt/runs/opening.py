@@ -1,12 +1,12 @@
-"""What a run begins with: a folder that is its own, and the checkpoint that it resumes from.
+"""Open a run folder: take ownership, and choose the checkpoint to resume from.
 
     --resume   in a folder without checkpoints   in one that has some
-    auto       initial weights                   the newest sound one
-    PATH       PATH                              the same, if the run began from PATH; else refused
+    auto       initial weights                   the newest valid one
+    PATH       PATH                              the same, if the run started from PATH; else refused
     never      initial weights                   the same, if this job wrote it; else refused
 
-So a job that is requeued or restarted resumes where it stopped, whatever its command says; and the
-history of a folder is linear: to go back, a run begins from the earlier checkpoint in another folder.
+So a requeued or restarted job resumes where it stopped, whatever its command line; and the history of a
+folder is linear: to go back, start from the earlier checkpoint in another folder.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from horovod_owt.runs.owner import Ownership
 
 log = logging.getLogger(__name__)
 
-# A resumed run must keep what gives the weights their shape and the samples their order.
+# Keys that a resumed run must not change: they determine weight shapes and sample order.
 FIXED_KEYS = ("model", "classes", "image_size", "seed")
 
 
 @dataclass(frozen=True)
 class Resume:
-    """What a command asks for."""
+    """The resume options of a command."""
 
     how: str = "auto"  # auto, never or the path of a checkpoint
-    other_data: bool = False  # on another data set than the checkpoint's
+    other_data: bool = False  # allow another data set than the checkpoint's
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A run folder to write to."""
+    """A run folder that this process owns."""
 
     run_dir: Path
-    checkpoint: Path | None = None  # to resume from, whole as its sha256 say; None: initial weights
-    began_from: str = ""  # the --resume PATH that the run in this folder began from
+    checkpoint: Path | None = None  # to resume from, verified by sha256; None: initial weights
+    began_from: str = ""  # the --resume PATH that the run in this folder started from
 
 
 def open_run_folder(
@@ -57,10 +57,10 @@ def open_run_folder(
     resume: Resume,
     ownership: Ownership,
 ) -> Opened:
-    """Make the run folder and own it, or find it fit to be resumed; `None` names a new one.
+    """Create or reopen the run folder and take ownership; `None` creates a new one.
 
-    `data` is the data set's identity. Raises ConfigError when the folder is another process's, or holds a run
-    that is not to be resumed, or cannot be with `cfg` or `data`; RunError when its checkpoints are damaged.
+    `data` is the data set's identity. Raises ConfigError if another process owns the folder, or if its run
+    must not be resumed, or not with `cfg` or `data`; RunError if its checkpoints are damaged.
     """
     try:
         return _open(run_dir, cfg, data, resume, ownership)
@@ -93,7 +93,7 @@ def _open(
 
 
 def _new_folder(path: Path) -> Path:
-    """One that nobody has: runs that start in the same second get one each."""
+    """A new folder; runs that start in the same second get different ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))):
         try:
@@ -112,20 +112,20 @@ def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
     began_from = state.get("began_from", "")
     if resume.how == "never" and not is_same_job(state.get("job", ""), os.environ):
         raise ConfigError(
-            f"run folder {run_dir} holds a run with checkpoints",
-            wanted="a new folder, as --resume never asks",
+            f"run folder {run_dir} contains a run with checkpoints",
+            wanted="a new folder for --resume never",
             fix="--resume auto to resume it, or another --run-dir",
         )
     if path and path not in (began_from, str(own.resolve())):
         raise ConfigError(
-            f"run folder {run_dir} has come to step {step_of(own)}, from {began_from or 'initial weights'}; "
+            f"run folder {run_dir} is at step {step_of(own)}, begun from {began_from or 'initial weights'}; "
             f"--resume {resume.how} would go back",
             wanted="a linear history in a run folder",
-            fix=f"--resume auto to go on from step {step_of(own)}, "
+            fix=f"--resume auto to resume from step {step_of(own)}, "
             f"or another --run-dir to start from {resume.how}",
         )
     if path and path != str(own.resolve()):
-        log.info("--resume %s began this run: it resumes from its own newest checkpoint", resume.how)
+        log.info("this run started from --resume %s: resuming from its own newest checkpoint", resume.how)
     return Opened(run_dir, own, path or began_from)
 
 
@@ -135,7 +135,7 @@ def _check_config(run_dir: Path, cfg: TrainConfig) -> None:
         if key in before and before[key] != now[key]:
             raise ConfigError(
                 f"run folder {run_dir} was trained with {key}={before[key]}, now {key}={now[key]}",
-                wanted="the same to continue it",
+                wanted="the same value to resume",
                 fix=f"--set {key}={before[key]}, or another --run-dir",
             )
 
@@ -148,23 +148,23 @@ def _check_data(checkpoint: Path, data: Mapping[str, Any], *, other_data: bool) 
     elif differs:
         raise ConfigError(
             f"checkpoint {checkpoint} was made on another data set: {differs}",
-            wanted="the same to resume from it",
-            fix="name that data set, or another --run-dir; --other-data resumes on this one",
+            wanted="the same data set to resume",
+            fix="use that data set, or another --run-dir; --other-data resumes on this one",
         )
 
 
 def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What two identities of data sets do not share, in words; what `before` lacks is not compared."""
+    """A description of the differences of two data sets; keys missing in `before` are not compared."""
     found = []
     for key, what in (("train_images", "training images"), ("val_images", "validation images")):
         if before.get(key, now[key]) != now[key]:
-            found.append(f"it had {before[key]} {what}, this one has {now[key]}")
+            found.append(f"{before[key]} {what}, now {now[key]}")
     before_and_now = before.get("classes", now["classes"]), now["classes"]
     classes = list(itertools.zip_longest(*before_and_now, fillvalue="none"))
     odd = [(label, old, new) for label, (old, new) in enumerate(classes) if old != new]
     if odd:
         label, old, new = odd[0]
-        found.append(f"{len(odd)} of {len(classes)} labels mean another class, {label}: {old} was, {new} is")
+        found.append(f"{len(odd)} of {len(classes)} labels changed class, first {label}: {old}, now {new}")
     if not found and before.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
-        found.append("file names, or the classes that they are in")
+        found.append("other file names, or files in other classes")
     return "; ".join(found)

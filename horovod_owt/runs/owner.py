@@ -1,11 +1,11 @@
-"""One run at a time in a run folder: the process that owns it, and what becomes of the rights of a dead one.
+"""One run at a time in a run folder: a lock that works on network file systems and expires with its owner.
 
-    RUN/owner/00000003.json     the third owner; its file's time is renewed every few seconds
+    RUN/owner/00000003.json     the third owner; it renews the file's mtime every few seconds
 
-Each owner creates a file with the next number, which one process alone can do (O_EXCL, on NFS and Lustre too,
-where flock may be missing or hold for one host only). The highest number owns the folder. An owner that
-leaves says so in its file, which the next one removes: numbers never begin anew, so nobody can take away a
-lock that another has just taken over, as those might who remove a stale lock to make their own.
+Each owner creates a file with the next number, which only one process can do (O_EXCL, also on NFS and Lustre,
+where flock may be missing or local to a host). The highest number owns the folder. An owner that leaves marks
+its file, which the next one removes: numbers are never reused, so that no process can remove a lock that
+another has just taken over, as with a single stale lock file.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from horovod_owt.files import atomic_file
 log = logging.getLogger(__name__)
 
 OWNER = "owner"
-RENEW_S = 5.0  # between two renewals of an owner's file
-WATCH_S = 10.0  # whoever finds an owner looks at it for so long: it may be about to leave, or be alive
-STALE_S = 30.0  # an owner elsewhere that has not renewed its file for so long is gone
+RENEW_S = 5.0  # between renewals of an owner's file
+WATCH_S = 10.0  # how long an existing owner is observed: it may be leaving, or alive
+STALE_S = 30.0  # an owner on another host that has not renewed its file for this long is dead
 POLL_S = 0.25
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, in terms that hold on other hosts: what its file says."""
+    """A process, identified across hosts: the content of an owner file."""
 
     host: str
-    kernel: str  # boot and process namespace: where it is the same, process numbers mean the same
+    kernel: str  # boot id and PID namespace: if equal, PIDs are comparable
     pid: int
-    start_ticks: int  # of the process, after boot: process numbers come again
-    started: str  # the same for people, in this host's time
-    driver: str = ""  # of an elastic job, which has one owner after another
+    start_ticks: int  # start time of the process after boot, because PIDs are reused
+    started: str  # the same in local time, for messages
+    driver: str = ""  # of an elastic job, whose owner may change
     left: bool = False
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def this_process(env: Mapping[str, str]) -> Owner:
 
 
 def elastic_driver(env: Mapping[str, str]) -> str:
-    """The address of the process that starts an elastic job's ranks, the same for all of them; else empty."""
+    """The address of an elastic job's driver, the same on all its ranks; else empty."""
     if env.get("HOROVOD_ELASTIC") != "1":
         return ""
     return f"{env.get('HOROVOD_GLOO_RENDEZVOUS_ADDR')}:{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT')}"
@@ -71,8 +71,8 @@ def elastic_driver(env: Mapping[str, str]) -> str:
 class Ownership:
     """This process's right to write to a run folder, from `take` to the end of the `with` block.
 
-    `on_loss` is called, in a thread, when another process has taken the folder over: it held this one for
-    dead, as its host or its way to the file system stood still for more than STALE_S.
+    `on_loss` is called in a thread if another process has taken over the folder: it took this one for dead,
+    because the host or its file system access hung for more than STALE_S.
     """
 
     def __init__(self, on_loss: Callable[[str], None] | None = None) -> None:
@@ -90,9 +90,9 @@ class Ownership:
         self.leave()
 
     def take(self, run_dir: Path) -> None:
-        """Own the folder; waits up to STALE_S to find out whether an owner on another host is alive.
+        """Take ownership; waits up to STALE_S to find out whether an owner on another host is alive.
 
-        Raises ConfigError with host, process and time where it is, OSError where the file system refuses.
+        Raises ConfigError with its host, PID and start time if it is, OSError if the folder is not writable.
         """
         if self._file is not None:
             return
@@ -110,14 +110,14 @@ class Ownership:
         self._renewing.start()
 
     def hand_over(self) -> None:
-        """To the process that is rank 0 of this elastic job now; the folder has an owner all the while."""
+        """Hand over to the process that is now rank 0 of this elastic job, without releasing the folder."""
         if self._file is not None:
             self._file = None
             self._enough.set()
             self._renewing.join()
 
     def leave(self) -> None:
-        """Let the next one have the folder; does nothing where this process does not own it."""
+        """Release the folder; does nothing if this process does not own it."""
         file = self._file
         if file is None:
             return
@@ -126,8 +126,8 @@ class Ownership:
             left = {**json.loads(file.read_text()), "left": True}
             with atomic_file(file) as scratch:
                 scratch.write(json.dumps(left).encode())
-        except (OSError, ValueError) as error:  # a disk that refuses; the next one sees that we are gone
-            log.warning("%s not marked as left: %s", file, error)
+        except (OSError, ValueError) as error:  # disk error; the next owner sees that this process has ended
+            log.warning("cannot release %s: %s", file, error)
 
     def _renew(self, run_dir: Path, file: Path) -> None:
         folder = file.parent
@@ -137,21 +137,21 @@ class Ownership:
                 if last > _number(file):
                     self._on_loss(f"run folder {run_dir} was taken over by {_read(folder, last)}")
                     return
-                os.utime(file)  # the file server's time, where there is one
-            except OSError:  # a mount that is gone may come back; what can't be written is told elsewhere
+                os.utime(file)  # the file server's clock, if there is one
+            except OSError:  # a lost mount may come back; write errors are reported elsewhere
                 continue
 
 
 def _wait_for_turn(run_dir: Path, me: Owner) -> int:
-    """The last owner's number when it is gone, 0 if there was none; ConfigError for one that is alive."""
+    """The number of the last owner once it is gone, 0 if there is none; ConfigError if it is alive."""
     folder = run_dir / OWNER
-    watched, since, at_first = 0, 0.0, 0.0  # the owner's number, since when, and its last renewal before that
+    watched, since, at_first = 0, 0.0, 0.0  # the observed owner, since when, and its renewal time then
     while True:
         number = max(_numbers(folder), default=0)
         owner, renewed = _read(folder, number), _renewed(folder, number)
         if not number or (owner and owner.left):
             return number
-        if owner and (why := _why_over(owner, me)):
+        if owner and (why := _why_released(owner, me)):
             log.warning("run folder %s taken over from %s: %s", run_dir, owner, why)
             return number
         if number != watched:
@@ -161,25 +161,27 @@ def _wait_for_turn(run_dir: Path, me: Owner) -> int:
                 raise ConfigError(
                     f"run folder {run_dir} is in use by {owner}",
                     wanted="one run at a time in a folder",
-                    fix="wait for its end or stop it, or another --run-dir",
+                    fix="wait until it ends, stop it, or use another --run-dir",
                 )
             silent_s = _now(folder) - renewed
             if silent_s >= STALE_S:
-                who = owner or "a process that left no name"
-                log.warning("run folder %s taken over from %s: silent for %d s", run_dir, who, silent_s)
+                who = owner or "an unknown process"
+                log.warning(
+                    "run folder %s taken over from %s: no sign of life for %d s", run_dir, who, silent_s
+                )
                 return number
         time.sleep(POLL_S)
 
 
-def _why_over(owner: Owner, me: Owner) -> str:
-    """How it is known that an owner no longer is one; empty if it is not."""
+def _why_released(owner: Owner, me: Owner) -> str:
+    """The reason why an owner is known to be gone; empty if it may be alive."""
     if owner.kernel == me.kernel and _start_ticks(owner.pid) != owner.start_ticks:
         return "it has ended"
     return "another rank of this job is rank 0 now" if me.driver and owner.driver == me.driver else ""
 
 
 def _create(folder: Path, number: int, owner: Owner) -> Path | None:
-    """This owner's file; None where another process was first."""
+    """Create this owner's file; None if another process was first."""
     path = _path(folder, number)
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -188,10 +190,10 @@ def _create(folder: Path, number: int, owner: Owner) -> Path | None:
     try:
         with open(descriptor, "w") as file:
             file.write(json.dumps(asdict(owner)) + "\n")
-    except OSError:  # a full disk: others should not wait for an owner without a name
+    except OSError:  # a full disk: leave no owner file without content
         path.unlink(missing_ok=True)
         raise
-    if max(_numbers(folder)) > number:  # this one was long over when it was created
+    if max(_numbers(folder)) > number:  # this number was already superseded
         path.unlink(missing_ok=True)
         return None
     return path
@@ -210,7 +212,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _read(folder: Path, number: int) -> Owner | None:
-    """What an owner says of itself; None where it has not yet, or a crash kept it from doing so."""
+    """The content of an owner file; None if it is not written yet, or was lost in a crash."""
     try:
         return Owner(**json.loads(_path(folder, number).read_text()))
     except (OSError, ValueError, TypeError):
@@ -218,9 +220,9 @@ def _read(folder: Path, number: int) -> Owner | None:
 
 
 def _renewed(folder: Path, number: int) -> float | None:
-    """When an owner's file was renewed last, by the file system's clock; None where it is gone.
+    """When an owner's file was renewed last, by the file system's clock; None if it is gone.
 
-    The file is opened for it: an NFS client then asks the server, and does not answer from its cache.
+    The file is opened, so that an NFS client asks the server instead of using its cache.
     """
     try:
         with _path(folder, number).open("rb") as file:
@@ -246,15 +248,15 @@ def _kernel() -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks after boot; None for one that has ended, reaped or not."""
+    """Start time of a process in clock ticks after boot; None if it has ended, reaped or not."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else int(fields[18])  # proc(5): the 22nd of all
+    return None if state in "ZX" else int(fields[18])  # proc(5): field 22
 
 
 def _end_this_process(why: str) -> None:
-    """At once: what it would write now is another run's."""
+    """Exit at once: the folder now belongs to another run."""
     print(f"owt: {why}; this run ends", file=sys.stderr, flush=True)
     os._exit(1)

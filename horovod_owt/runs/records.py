@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl, one JSON object a line with its `kind`."""
+"""The records of a run: metrics.jsonl, one JSON object per line with a `kind`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from horovod_owt.errors import ConfigError
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-BLOCK_BYTES = 1 << 16  # read at a time, from a file's end
+BLOCK_BYTES = 1 << 16  # per read, from the end of the file
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line with its `kind`, handed to the system as soon as it is known.
+    """Writes `metrics.jsonl`: one JSON object per line with a `kind`, unbuffered.
 
-    While the disk refuses lines they are kept, and written when it takes them again.
+    Lines that cannot be written are kept in memory until they can.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Raises ConfigError where the file can't be opened."""
+        """Raises ConfigError if the file cannot be opened."""
         path = run_dir / METRICS
         try:
             drop_half_a_line(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            fix = "rights to write there, or another --run-dir"
+            fix = "make it writable, or use another --run-dir"
             raise ConfigError(f"{path}: {error.strerror}", wanted="a file to append to", fix=fix) from None
         self._unwritten = b""
         self._one_at_a_time = Lock()
@@ -46,29 +46,31 @@ class MetricsLog:
                 self._refused = False
             except OSError as error:
                 if not self._refused:
-                    log.warning("%s: %s; its lines are kept until it takes them", METRICS, error.strerror)
+                    log.warning(
+                        "%s: %s; lines are kept in memory until it is writable", METRICS, error.strerror
+                    )
                 self._refused = True
 
     def close(self) -> None:
         try:
             self._file.close()
-        except OSError as error:  # what a network file system says last
+        except OSError as error:  # late error of a network file system
             log.warning("%s: %s", METRICS, error.strerror)
 
 
 def records_size(run_dir: Path) -> int:
-    """Bytes of the whole lines of metrics.jsonl, 0 if there are none: `last_step` can look back to there."""
+    """Bytes of the complete lines of metrics.jsonl, 0 if there are none: a `start` for `last_step`."""
     try:
         with (run_dir / METRICS).open("rb") as file:
             return _end_of_lines(file, file.seek(0, os.SEEK_END))
-    except OSError:  # who asks for the records later is told
+    except OSError:  # reported when the records are read
         return 0
 
 
 def validations(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
-    """The validations of the states after `steps`, by step; those that the run has not are left out.
+    """The validations of the states after `steps`, by step, if there are any.
 
-    A run that resumed from an earlier step has taken back what was written of later ones before it did.
+    Records of later steps from before a run resumed at an earlier step do not count.
     """
     found: dict[int, dict[str, Any]] = {}
     wanted = set(steps)
@@ -84,7 +86,7 @@ def validations(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
 
 
 def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | None]:
-    """The last step that metrics.jsonl has behind byte `start`, and its images per second."""
+    """The last step in metrics.jsonl after byte `start`, and its images per second."""
     for record in newest_records(run_dir / METRICS, start=start):
         if record.get("kind") == "step" and isinstance(record.get("step"), int):
             return record["step"], record.get("images_per_s")
@@ -92,11 +94,10 @@ def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | Non
 
 
 def newest_records(file: Path, *, start: int = 0) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines, from its end back to byte `start`; none where there is no file.
+    """The objects in a file of JSON lines, from its end back to byte `start`; none if there is no file.
 
-    A damaged line is named in the log and passed over. So are, without a word, the zeros of a power cut and
-    half a line at the end, which may be one that is being written. Raises ConfigError where the file cannot
-    be read.
+    Damaged lines are skipped, with one warning. Zeros left by a power cut and an incomplete last line, which
+    may be being written, are skipped silently. Raises ConfigError if the file cannot be read.
     """
     damaged = 0
     try:
@@ -106,23 +107,23 @@ def newest_records(file: Path, *, start: int = 0) -> Iterator[dict[str, Any]]:
                 yield record
             elif not damaged:
                 damaged = 1
-                log.warning("%s: damaged line passed over: %s", file, _shown(line))
+                log.warning("%s: damaged line skipped: %s", file, _shown(line))
     except FileNotFoundError:
         return
     except OSError as error:
-        fix = "rights to read it, or a file system that is up"
+        fix = "check its permissions and the file system"
         raise ConfigError(f"{file}: {error.strerror}", wanted="a file of records", fix=fix) from None
 
 
 def append_record(file: Path, record: dict[str, Any]) -> None:
-    """Add a line, behind whatever a crash left of the last one; raises OSError."""
+    """Append a line, after removing an incomplete one left by a crash; raises OSError."""
     drop_half_a_line(file)
     with file.open("a") as lines:
         lines.write(json.dumps(record) + "\n")
 
 
 def drop_half_a_line(path: Path) -> None:
-    """Cut off what is behind the last line's end: a writer that was killed may have left it."""
+    """Truncate an incomplete last line, which a killed writer may have left."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -133,7 +134,7 @@ def drop_half_a_line(path: Path) -> None:
 
 
 def _end_of_lines(file: BinaryIO, end: int) -> int:
-    """Where the last whole line ends."""
+    """The end of the last complete line."""
     while end:
         begin = max(0, end - BLOCK_BYTES)
         file.seek(begin)
@@ -145,10 +146,10 @@ def _end_of_lines(file: BinaryIO, end: int) -> int:
 
 
 def _lines_backwards(path: Path, start: int) -> Iterator[bytes]:
-    """The whole lines of a file from byte `start` on that hold something, the last one first."""
+    """The complete, non-empty lines of a file from byte `start` on, last one first."""
     with path.open("rb") as file:
         end = _end_of_lines(file, file.seek(0, os.SEEK_END))
-        rest = b""  # of a line whose beginning is not yet read
+        rest = b""  # of a line whose start is not read yet
         while end > start:
             begin = max(start, end - BLOCK_BYTES)
             file.seek(begin)

@@ -14,7 +14,7 @@ from pathlib import Path
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch.command import check_folder_for_ssh
 from horovod_owt.launch.elastic import ElasticJob
-from horovod_owt.launch.supervisor import Supervisor, why_not_again
+from horovod_owt.launch.supervisor import Supervisor, reason_not_to_restart
 from horovod_owt.parallel.interfaces import interface_between
 from horovod_owt.runs.attempts import JOB, AttemptWatch, append_attempt, earlier_attempts, find_run_dir
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
@@ -58,7 +58,7 @@ def run_job(
         # a container's contents are not visible from here
         horovod_mpi=bool(container_image or apptainer) or horovod_has_mpi(),
     )
-    introduce(allocation, chosen, why)
+    log_start(allocation, chosen, why)
     job = Ranks(allocation, chosen, container_image, apptainer)
     if command[1] == "train":
         return train(job, command, max_restarts)
@@ -66,7 +66,7 @@ def run_job(
     return 128 - code if code < 0 else code  # as shells report a signal
 
 
-def introduce(allocation: Allocation, launcher: Launcher, why: str) -> None:
+def log_start(allocation: Allocation, launcher: Launcher, why: str) -> None:
     hosts, ranks = len(allocation.hosts), allocation.ranks_per_node
     interface = interface_between(list(allocation.hosts))
     say(
@@ -140,7 +140,7 @@ class ElasticRanks:
             )
         if len(allocation.hosts) > 1:
             check_folder_for_ssh(os.getcwd())
-        introduce(allocation, Launcher.GLOO, f"elastic, at least {self._min_ranks} ranks, by ssh")
+        log_start(allocation, Launcher.GLOO, f"elastic, at least {self._min_ranks} ranks, by ssh")
 
     def run(self, command: list[str]) -> int:
         with nodes_file(self.allocation, say) as hosts_file:
@@ -170,7 +170,7 @@ def train(job: Ranks | ElasticRanks, command: list[str], max_restarts: int) -> i
         say(f"WARNING {error.filename}: {error.strerror}")
     say(f"exit code {last.exit_code} after step {last.last_step}: {last.reason}")
     restarts = job.allocation.restarts
-    if why := why_not_again(attempts, max_restarts, restarts=restarts, stop_is_final=False):
+    if why := reason_not_to_restart(attempts, max_restarts, restarts=restarts, stop_is_final=False):
         say(f"not requeued: {why}")
     else:
         start = f"start {restarts + 2} of {max_restarts + 1}, from {last.checkpoint or 'the beginning'}"

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Met:
+class BadImage:
     """A bad image and the rank that read it."""
 
     path: str
@@ -37,7 +37,7 @@ class BadImageLog:
         self._store, self._world, self._record = store, world, record
         self._unnamed: dict[int, str] = {}
 
-    def noting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def collect(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches through, and collect their bad images."""
         for batch in batches:
             for index, fault in batch.bad_images().items():
@@ -45,7 +45,7 @@ class BadImageLog:
                     self._unnamed[index] = fault
             yield batch
 
-    def name(self, step: int) -> None:
+    def announce(self, step: int) -> None:
         """Announce the new bad images to all ranks: a warning, and a line in the metrics.
 
         Every rank must call it.
@@ -55,12 +55,12 @@ class BadImageLog:
                 log.warning("%s; skipped", image)
             self._record_fault(image, step)
 
-    def refuse(self, step: int, *, none_is_good: bool = False) -> RunError:
+    def fatal_error(self, step: int, *, none_is_good: bool = False) -> RunError:
         """The error that reports them and ends the run; every rank must call it and raise the result."""
-        met = self._gather()
-        for image in met:
+        images = self._gather()
+        for image in images:
             self._record_fault(image, step)
-        such = f"{met[0]}" if met else "all were reported before"
+        such = f"{images[0]}" if images else "all were reported before"
         if none_is_good:
             error = RunError(
                 f"no good image in step {step}: {such}",
@@ -68,22 +68,22 @@ class BadImageLog:
                 fix="check that the file system is mounted; `owt data verify` lists bad images",
             )
         else:
-            more = f" (and {len(met) - 1} more in step {step})" if met[1:] else ""
+            more = f" (and {len(images) - 1} more in step {step})" if images[1:] else ""
             fix = "replace or remove it, or --set bad_images=skip; `owt data verify` lists all bad images"
             error = RunError(f"{such}{more}", fix=fix)
         return error.on_every_rank()
 
-    def _record_fault(self, image: Met, step: int) -> None:
+    def _record_fault(self, image: BadImage, step: int) -> None:
         self._record("fault", path=image.path, fault=image.fault, rank=image.rank, step=step)
 
-    def _gather(self) -> list[Met]:
+    def _gather(self) -> list[BadImage]:
         """The bad images that any rank has read since the last call, in file order; equal on all ranks."""
         own = {index: (self._store.path(index), fault) for index, fault in self._unnamed.items()}
-        met: dict[int, Met] = {}
+        found: dict[int, BadImage] = {}
         for rank, theirs in enumerate(gather_objects(own, "bad images")):
             for index, (path, fault) in theirs.items():
-                met.setdefault(index, Met(path, fault, rank))
+                found.setdefault(index, BadImage(path, fault, rank))
                 self.known.add(index, fault)
-        self.known.named |= met.keys()
+        self.known.named |= found.keys()
         self._unnamed.clear()
-        return [met[index] for index in sorted(met)]
+        return [found[index] for index in sorted(found)]

@@ -42,9 +42,9 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The content of a checkpoint that `runs.checkpoints` found whole: its 490 MB are not hashed again.
+    """The content of a checkpoint that `runs.checkpoints` has verified: its 490 MB are not hashed again.
 
-    Raises RunError where it cannot be read.
+    Raises RunError if it cannot be read.
     """
     try:
         return Checkpoint(

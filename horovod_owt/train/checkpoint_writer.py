@@ -27,7 +27,7 @@ class Written:
 
     folder: Path
     seconds: float
-    left_over: list[str]  # old ones that could not be deleted, and why
+    left_over: list[str]  # messages about old ones that could not be deleted
 
 
 class CheckpointWriter:
@@ -43,8 +43,8 @@ class CheckpointWriter:
         self._last: Checkpoint | None = None  # until it is on disk
         self._stall_s = 0.0
         self._failures = 0  # in a row
-        self._left_over: set[str] = set()  # that were told
-        self._score: dict[str, float] = {}  # of a checkpoint that may not yet be on disk
+        self._left_over: set[str] = set()  # already reported
+        self._score: dict[str, float] = {}  # of a checkpoint that may not be on disk yet
         self._fatal: RunError | None = None
 
     def write(self, checkpoint: Checkpoint, *, stall_s: float = 0.0) -> None:
@@ -62,7 +62,7 @@ class CheckpointWriter:
             self._finish_write(self._pending)
 
     def score(self, *, step: int, epoch: float, top1: float) -> None:
-        """Let the checkpoint of `step` be the best one if it is, once the disk has taken it."""
+        """Record the checkpoint of `step` as the best one if it is, once it is on disk."""
         self._score = {"step": step, "epoch": epoch, "top1": top1}
         self._note_score()
 
@@ -130,7 +130,7 @@ class CheckpointWriter:
             note_score(self._run_dir, **self._score)
             self._score = {}
         except OSError as error:
-            log.warning("the best checkpoint is not noted: %s", error.strerror)
+            log.warning("the best checkpoint was not recorded: %s", error.strerror)
 
     def _note_failure(self, fault: str) -> None:
         left = self._retries - self._failures

@@ -39,9 +39,9 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
 
         def train(state: Committed) -> None:
             nonlocal opened
-            world = runtime.look_around(request.device)
+            world = runtime.current_world(request.device)
             if not world.is_root:
-                ownership.hand_over()  # before the ranks meet, and so before the new rank 0 takes it
+                ownership.hand_over()  # before the next collective, so before the new rank 0 takes it
             check_agreement(request, world)
             cfg = broadcast_object(request.cfg, "config")
             opened = on_root(lambda: _open(opened.run_dir if opened else run_dir, cfg, state), "run_dir")

@@ -15,7 +15,7 @@ from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
-from horovod_owt.parallel.elastic import RESETS, Committed, why_regrouped
+from horovod_owt.parallel.elastic import RESETS, Committed, regroup_reason
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.runs.attempts import job_name
@@ -80,9 +80,9 @@ class Run:
         self.position = Position(num_samples=len(self.folder.train))
         self._committed = committed
         if committed is not None and committed.last:
-            self._owes_validation = restore_commit(self.replica, self.position, committed)
+            self._validation_due = restore_commit(self.replica, self.position, committed)
         else:
-            self._owes_validation = restore(self.replica, self.position, opened.run_dir, opened.checkpoint)
+            self._validation_due = restore(self.replica, self.position, opened.run_dir, opened.checkpoint)
         self._began_from = opened.began_from
         self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
         self.total_steps = cfg.total_steps(
@@ -109,14 +109,14 @@ class Run:
         )
         try:
             with watch as heartbeat, nullcontext() if elastic else explain_lost_ranks(heartbeat.lost):
-                self._introduce()
-                if self._owes_validation:
+                self._record_start()
+                if self._validation_due:
                     self._validate(stop)
                 self._run_steps(stop)
         except RESETS as error:
             exit_code = None
             self._committed.regrouped = {
-                "fault": f"ranks regroup: {why_regrouped(error)}",
+                "fault": f"ranks regroup: {regroup_reason(error)}",
                 "step": self.position.step,
                 "world_size": self.world.size,
             }
@@ -141,7 +141,7 @@ class Run:
             cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
         )
         with batches, progress:
-            next_batch = bad_images.noting(batches).__next__
+            next_batch = bad_images.collect(batches).__next__
             while position.step < self.total_steps:
                 epoch_before, lr = int(position.epoch), self._learning_rate()
                 try:
@@ -155,7 +155,7 @@ class Run:
                 except FloatingPointError as error:
                     raise self._not_finite(error, lr) from None
                 except BadBatch:
-                    raise bad_images.refuse(
+                    raise bad_images.fatal_error(
                         position.step + 1, none_is_good=cfg.bad_images == "skip"
                     ) from None
                 position.step = now.step = position.step + 1
@@ -165,7 +165,7 @@ class Run:
                 progress.step(position.step, position.epoch, lr, report)
                 self._record_step(lr, report)
                 if report.any_unnamed:
-                    bad_images.name(position.step)
+                    bad_images.announce(position.step)
 
                 epoch_over = int(position.epoch) > epoch_before
                 last = position.step == self.total_steps
@@ -210,13 +210,13 @@ class Run:
         position, bad_images = self.position, self.bad_validation_images
         with validation_pipeline(self.cfg, self.folder, self.world, bad_images=bad_images.known) as batches:
             with now.phase("validating"):
-                score = validate(self.replica, bad_images.noting(batches), stop_asked=lambda: stop.asked)
+                score = validate(self.replica, bad_images.collect(batches), stop_asked=lambda: stop.asked)
         if score is None:
             raise self._stopped(stop)
         if score.bad_images:
             if self.cfg.bad_images == "fail":
-                raise bad_images.refuse(position.step)
-            bad_images.name(position.step)
+                raise bad_images.fatal_error(position.step)
+            bad_images.announce(position.step)
         self._record("validation", epoch=position.epoch, step=position.step, **score.to_dict())
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
@@ -258,7 +258,7 @@ class Run:
             self.run_dir, keep=cfg.keep_checkpoints, retries=cfg.checkpoint_retries, record=self._record
         )
 
-    def _introduce(self) -> None:
+    def _record_start(self) -> None:
         cfg, world = self.cfg, self.world
         if self._committed is not None and self._committed.regrouped:
             self._record("fault", **self._committed.regrouped)

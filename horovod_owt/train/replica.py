@@ -101,7 +101,7 @@ class Replica:
         strategy.finish()
         mean_loss, stops, bad, unnamed = facts.wait().tolist()
         if bad:
-            mean_loss = self._leave_out(round(bad), mean_loss)
+            mean_loss = self._exclude_bad_images(round(bad), mean_loss)
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"loss is {mean_loss}")
         grad_norm = self._clip() if self.cfg.clip_norm else None
@@ -127,7 +127,7 @@ class Replica:
 
             def logits(images: Tensor) -> Tensor:
                 with self.strategy.autocast():
-                    return model(images.to(self.strategy.kept_dtype)).float()
+                    return model(images.to(self.strategy.weight_dtype)).float()
 
             yield logits
 
@@ -150,7 +150,7 @@ class Replica:
 
         Every rank must call it. Tensors that are not split are live, not copies.
         """
-        return self.strategy.gather(self.parts()) if self.strategy.beside_root else {}
+        return self.strategy.gather(self.parts()) if self.strategy.in_root_group else {}
 
     def scaler_state(self) -> dict[str, float]:
         """The loss scale of fp16 in plain numbers; empty for other precisions."""
@@ -174,12 +174,12 @@ class Replica:
         if len(self._optimizers) > 1:
             self._optimizers[0].param_groups[0]["lr"] = lr * self.strategy.fc_update_share
 
-    def _leave_out(self, bad: int, loss: float) -> float:
+    def _exclude_bad_images(self, bad: int, loss: float) -> float:
         """Rescale gradients and loss to means over the good images of the global batch; returns that loss."""
         images = self.cfg.global_batch(self.world.size)
         if self.cfg.bad_images == "fail" or bad == images:
             raise BadBatch
-        self.strategy.leave_out(bad)
+        self.strategy.exclude_bad_images(bad)
         return loss * images / (images - bad)
 
     def _clip(self) -> float:

@@ -54,7 +54,7 @@ def snapshot(
     """A copy of the run's state on rank 0, None on others. Every rank must call it.
 
     It is written to `copies`, from `room_for_copies`; `validation_due` tells a resumed run to validate first.
-    `run` is what else `runs.opening` needs to resume it.
+    `run` has the further values that `runs.opening` needs to resume.
     """
     whole = replica.gather()
     if not replica.world.is_root:

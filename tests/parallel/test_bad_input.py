@@ -122,7 +122,7 @@ def test_a_finished_run_is_not_overwritten(run, images, tmp_path):
     command = [*NARROW, "train", images, "--run-dir", tmp_path, *SMALL]
     run([*command, "--set", "max_steps=1"], launcher="none")
     done = run([*command, "--resume", "never"], exit_code=None)
-    assert done.exit_code != 0 and "holds a run with checkpoints" in the_one_line(done)
+    assert done.exit_code != 0 and "contains a run with checkpoints" in the_one_line(done)
     other = run([*command, "--set", "seed=9"], launcher="none", exit_code=2)
     assert "seed=0, now seed=9" in the_one_line(other)
     assert len(records(tmp_path, "step")) == 1

@@ -130,7 +130,7 @@ def test_the_best_one_stays_however_old(tmp_path, caplog):
 def test_damaged_ones_alone_are_not_taken_for_a_fresh_start(tmp_path):
     for step in (1, 2):
         flip_a_byte(write_checkpoint(tmp_path, checkpoint(step)), "model.safetensors")
-    with pytest.raises(RunError, match="none of 2 checkpoints is whole") as caught:
+    with pytest.raises(RunError, match="none of 2 checkpoints is intact") as caught:
         newest_sound(tmp_path)
     assert "owt checkpoint verify" in caught.value.fix
 
@@ -158,7 +158,7 @@ def test_verify_names_each_damaged_one_and_ends_with_3(tmp_path):
     assert owt_checkpoint("verify", tmp_path).exit_code == 0
     flip_a_byte(damaged, "optimizer.safetensors")
     done = owt_checkpoint("verify", tmp_path)
-    fault = f"optimizer.safetensors is not what {MANIFEST} says"
+    fault = f"optimizer.safetensors does not match {MANIFEST}"
     assert done.stdout.splitlines() == [f"step-00000002  {fault}", "step-00000001  whole"]
     assert isinstance(done.exception, ProblemFound) and done.exception.exit_code == 3
     said = json.loads(owt_checkpoint("verify", tmp_path, "--json").stdout)
@@ -304,7 +304,7 @@ def test_what_a_run_writes_stays_although_a_later_one_could_not_be_moved(tmp_pat
 
     monkeypatch.setattr(Path, "rename", refuse)
     resume_at(tmp_path, 1)
-    assert "step-00000006 not moved aside: Operation not permitted" in caplog.text
+    assert "step-00000006 could not be moved aside: Operation not permitted" in caplog.text
     write_checkpoint(tmp_path, checkpoint(2))
     assert drop_old(tmp_path, keep=1, newest=2) == []
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000006", "step-00000002"]

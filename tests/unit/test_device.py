@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from horovod_owt.errors import ConfigError, DeviceError, Speaker
 from horovod_owt.parallel import device
-from horovod_owt.parallel.device import SHARED, check_apart, claim_device, visible_devices, visible_gpus
+from horovod_owt.parallel.device import SHARED, check_not_shared, claim_device, visible_devices, visible_gpus
 from horovod_owt.topology import UNBOUND, rank_topology, read_topology
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -179,20 +179,20 @@ def row(host: str, uuid: str) -> tuple[str, str, str]:
 def test_ranks_that_share_a_device_are_named_with_it_and_their_host():
     everyone = {0: row("gpu07", "GPU-1"), 1: row("gpu07", "GPU-1"), 2: row("gpu08", "GPU-2"), 3: row("n", "")}
     with pytest.raises(DeviceError) as caught:
-        check_apart({**everyone, 4: row("n", "")}, {})
+        check_not_shared({**everyone, 4: row("n", "")}, {})
     assert str(caught.value).startswith(
         "ranks 0, 1 on host gpu07 share Tesla K80 GPU-1 (0000:05:00.0); wanted a device for each rank"
     )
     with pytest.raises(DeviceError, match="ranks 0, 1 on hosts pod0, pod1 share"):
-        check_apart({0: row("pod0", "GPU-1"), 1: row("pod1", "GPU-1")}, {})
-    check_apart(everyone, {SHARED: "1"})
-    check_apart({rank: everyone[rank] for rank in (0, 2, 3)}, {})
+        check_not_shared({0: row("pod0", "GPU-1"), 1: row("pod1", "GPU-1")}, {})
+    check_not_shared(everyone, {SHARED: "1"})
+    check_not_shared({rank: everyone[rank] for rank in (0, 2, 3)}, {})
 
 
 def test_all_shared_devices_are_named():
     everyone = {rank: row("gpu07", f"GPU-{rank // 2}") for rank in range(4)}
     with pytest.raises(DeviceError, match="ranks 0, 1 on .* GPU-0 .*; ranks 2, 3 on .* GPU-1 "):
-        check_apart(everyone, {})
+        check_not_shared(everyone, {})
 
 
 OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")

@@ -65,7 +65,7 @@ def test_the_newest_sound_checkpoint_is_resumed_and_a_damaged_one_is_out_of_the_
     assert start(tmp_path).checkpoint == second
     assert list_checkpoints(tmp_path) == [second]
     damage(second)
-    with pytest.raises(RunError, match="none of 1 checkpoints is whole"):
+    with pytest.raises(RunError, match="none of 1 checkpoints is intact"):
         start(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_a_job_that_began_from_a_path_goes_on_from_its_own_newest_checkpoint(tmp
     assert start(tmp_path / "new") == again  # auto, and so a second requeue of either command goes on
     damage(base)
     assert start(tmp_path / "new", str(base)) == again
-    with pytest.raises(RunError, match="is not what"):
+    with pytest.raises(RunError, match="does not match"):
         start(tmp_path / "other", str(base))
 
 
@@ -91,7 +91,7 @@ def test_to_go_back_is_refused_with_the_way_to_do_it(tmp_path):
         with pytest.raises(ConfigError) as caught:
             start(tmp_path / "run", str(path))
         saw, wanted, fix = caught.value.args
-        assert "has come to step 6" in saw and "would go back" in saw
+        assert "is at step 6" in saw and "would go back" in saw
         assert f"another --run-dir to start from {path}" in fix and "--resume auto" in fix
     assert list_checkpoints(tmp_path / "run") == [newest, earlier]
     assert start(tmp_path / "new", str(earlier)).checkpoint == earlier
@@ -105,10 +105,10 @@ def test_never_means_never_before_this_job(tmp_path, monkeypatch):
     own = write(tmp_path, 3, job=job_name(os.environ))
     assert start(tmp_path, "never").checkpoint == own
     monkeypatch.setenv(JOB, "another")
-    with pytest.raises(ConfigError, match="holds a run with checkpoints; .*as --resume never asks"):
+    with pytest.raises(ConfigError, match="contains a run with checkpoints; .*for --resume never"):
         start(tmp_path, "never")
     monkeypatch.delenv(JOB)
-    with pytest.raises(ConfigError, match="holds a run with checkpoints"):
+    with pytest.raises(ConfigError, match="contains a run with checkpoints"):
         start(tmp_path, "never")
 
 
@@ -135,11 +135,11 @@ def test_a_job_is_known_by_whoever_starts_it_again(first, second, same):
 @pytest.mark.parametrize(
     ("now", "says"),
     [
-        ({"train_images": 7}, "it had 6 training images, this one has 7"),
-        ({"val_images": 9}, "it had 2 validation images, this one has 9"),
-        ({"classes": ["dog", "zebra"]}, "2 of 2 labels mean another class, 0: cat was, dog is"),
-        ({"classes": ["cat"]}, "1 of 2 labels mean another class, 1: dog was, none is"),
-        ({"fingerprint": "else"}, "file names, or the classes that they are in"),
+        ({"train_images": 7}, "6 training images, now 7"),
+        ({"val_images": 9}, "2 validation images, now 9"),
+        ({"classes": ["dog", "zebra"]}, "2 of 2 labels changed class, first 0: cat, now dog"),
+        ({"classes": ["cat"]}, "1 of 2 labels changed class, first 1: dog, now none"),
+        ({"fingerprint": "else"}, "other file names, or files in other classes"),
     ],
 )
 def test_another_data_set_is_refused_with_what_differs_unless_it_is_meant(tmp_path, caplog, now, says):
@@ -157,7 +157,7 @@ def test_another_data_set_is_refused_with_what_differs_unless_it_is_meant(tmp_pa
 def test_a_checkpoint_that_knows_only_how_many_images_it_saw_is_held_to_that(tmp_path):
     write(tmp_path, 3, data=None)
     assert start(tmp_path).checkpoint
-    with pytest.raises(ConfigError, match="it had 6 training images, this one has 8"):
+    with pytest.raises(ConfigError, match="6 training images, now 8"):
         start(tmp_path, data={**DATA, "train_images": 8})
 
 
@@ -170,7 +170,7 @@ def test_a_renamed_class_is_another_data_set_and_a_packed_copy_is_not(tmp_path):
     first = before["classes"][0]
     for split in ("train", "val"):
         (tmp_path / "d" / split / first).rename(tmp_path / "d" / split / "z")
-    assert f"0: {first} was" in data_differences(before, open_data_set(tmp_path / "d").identity())
+    assert f"0: {first}, now" in data_differences(before, open_data_set(tmp_path / "d").identity())
 
 
 @pytest.mark.parametrize(

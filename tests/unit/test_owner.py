@@ -107,7 +107,7 @@ def test_an_owner_elsewhere_that_is_silent_is_taken_over_and_not_before(tmp_path
     with Ownership() as mine:
         mine.take(tmp_path)
     assert time.monotonic() - began >= 0.4
-    assert "silent for 0 s" in caplog.text and files(tmp_path) == ["00000002.json"]
+    assert "no sign of life for 0 s" in caplog.text and files(tmp_path) == ["00000002.json"]
 
 
 def test_the_clock_is_the_file_systems_and_watching_still_comes_first(tmp_path):

@@ -57,7 +57,7 @@ def test_a_line_longer_than_a_block_is_one_line(metrics, monkeypatch):
 def test_a_damaged_line_is_named_and_passed_over(metrics, caplog, damage):
     metrics.write_bytes(line("step", step=3, images_per_s=5.0).encode() + damage)
     assert last_step(metrics.parent) == (3, 5.0)
-    assert f"{metrics}: damaged line passed over" in caplog.text and len(caplog.records) == 1
+    assert f"{metrics}: damaged line skipped" in caplog.text and len(caplog.records) == 1
 
 
 def test_lines_that_hold_nothing_are_no_damage(metrics, caplog):

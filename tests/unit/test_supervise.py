@@ -9,7 +9,7 @@ import pytest
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.launch import supervisor
-from horovod_owt.launch.supervisor import why_not_again
+from horovod_owt.launch.supervisor import reason_not_to_restart
 from horovod_owt.runs.attempts import (
     JOB,
     Attempt,
@@ -41,7 +41,7 @@ def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False)
     ],
 )
 def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
-    said = why_not_again(attempts, max_restarts=3)
+    said = reason_not_to_restart(attempts, max_restarts=3)
     assert why in said and bool(why) == bool(said)
 
 
@@ -58,7 +58,7 @@ def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
 )
 def test_a_queue_that_stops_a_job_starts_it_again_but_not_for_ever(attempts, restarts, why):
     """Slurm counts the restarts: a start that it cut off left no attempt."""
-    said = why_not_again(attempts, max_restarts=3, restarts=restarts, stop_is_final=False)
+    said = reason_not_to_restart(attempts, max_restarts=3, restarts=restarts, stop_is_final=False)
     assert why in said and bool(why) == bool(said)
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_record_of_an_attempt_is_passed_over(tmp_path, caplog):
             file.write('"job_id": 7\n{"job_id": "7"}\n{"job_')  # and half a line, which the next one cuts off
     assert [each.last_step for each in earlier_attempts(tmp_path, "7")] == [1, 2]
     assert earlier_attempts(tmp_path, "8") == []
-    assert "attempts.jsonl: damaged line passed over" in caplog.text
+    assert "attempts.jsonl: damaged line skipped" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["{half", "[]", "{}", '{"exit_code": "one"}', ""])

@@ -81,6 +81,6 @@ def test_ranks_that_do_not_meet_are_named_with_the_store(monkeypatch):
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}.items():
         monkeypatch.setitem(os.environ, name, str(value))
     monkeypatch.setattr(torchrun, "MEETING_LIMIT_S", 1)
-    with pytest.raises(torchrun.RunError, match="^rank 1 on n1 does not meet .* at 127.0.0.1:9: ") as caught:
+    with pytest.raises(torchrun.RunError, match="^rank 1 on n1 cannot meet .* at 127.0.0.1:9: ") as caught:
         torchrun.join_torchrun(Topology(Launcher.TORCHRUN, 1, 2, 0, 1, "n1"))
     assert "\n" not in str(caught.value)
