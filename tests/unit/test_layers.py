@@ -5,9 +5,9 @@ Imports are read from the sources, those in functions and under TYPE_CHECKING in
 
 import ast
 import gc
+import resource
 import subprocess
 import sys
-import time
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -218,14 +218,14 @@ def test_light_modules_load_nothing_heavy():
     assert not HEAVY & imported_after(code)
 
 
-@pytest.mark.alone
-def test_help_answers_in_half_a_second():
-    def seconds() -> float:
-        start = time.perf_counter()
+def test_help_takes_half_a_second_of_cpu_time():
+    def cpu_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "horovod_owt", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.5  # the best of five: the machine may be busy
+    assert min(cpu_seconds() for _ in range(5)) < 0.5  # the best of five: the machine may be busy
 
 
 def test_garbage_is_left_alone_while_modules_load_and_looked_for_again():
