@@ -42,7 +42,7 @@ def test_a_killed_rank_ends_all_and_is_named(start, images, tmp_path, launcher, 
     said = done.stdout + done.stderr
     host = records(tmp_path, "run")[0]["hosts"][victim]
     assert done.exit_code == 128 + signal.SIGKILL  # that of the first rank that failed
-    assert f"rank {victim} on {host} is gone" in said
+    assert f"lost rank {victim} on {host}: " in said
     by = {"horovodrun": "Exit code: 137", "mpirun": "signal 9", "torchrun": "SIGKILL"}
     assert by[launcher] in said
     assert outcome(tmp_path)["exit_code"] == 1
