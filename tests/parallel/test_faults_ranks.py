@@ -41,7 +41,8 @@ def test_a_killed_rank_ends_all_and_is_named(start, images, tmp_path, launcher, 
     done = end_within(job, everyone, GONE_WITHIN_S)
     said = done.stdout + done.stderr
     host = records(tmp_path, "run")[0]["hosts"][victim]
-    assert done.exit_code == 128 + signal.SIGKILL  # that of the first rank that failed
+    # that of the first rank that failed; torchrun knows one for all failures
+    assert done.exit_code == (1 if launcher == "torchrun" else 128 + signal.SIGKILL)
     assert f"lost rank {victim} on {host}: " in said
     by = {"horovodrun": "Exit code: 137", "mpirun": "signal 9", "torchrun": "SIGKILL"}
     assert by[launcher] in said
