@@ -22,7 +22,7 @@ def interface_towards(host: str) -> str:
 
 
 def source_address(host: str) -> str:
-    """The address of this host that `host` sees its packets come from; ConfigError as above.
+    """This host's address on the route to `host`; raises ConfigError as above.
 
     Nothing is sent: connecting a UDP socket only looks up the route.
     """

@@ -92,7 +92,7 @@ class Meeting:
         return values
 
     def broadcast(self, value: Any = None, limit_s: float = 60.0) -> Any:
-        """Rank 0's `value` (JSON's types) on every rank; raises RunError where rank 0 is silent so long."""
+        """Rank 0's `value` (JSON types) on every rank; raises RunError if rank 0 does not answer."""
         deadline = monotonic() + limit_s
         if not self.is_root:
             return self._with_root(lambda link: link.receive(deadline + GRACE_S))

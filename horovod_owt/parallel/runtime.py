@@ -91,14 +91,13 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
 
 
 def _check_size(topology: Topology) -> None:
-    """ConfigError where an MPI that is not the launcher's makes each rank a job of its own."""
-    if (
-        topology.launcher is not Launcher.GLOO and hvd.size() != topology.world_size
-    ):  # elastic ranks come and go
+    """Raise ConfigError if Horovod's MPI is not the launcher's: each rank would be a job of its own."""
+    # under Gloo the size may change: the job may be elastic
+    if topology.launcher is not Launcher.GLOO and hvd.size() != topology.world_size:
         raise ConfigError(
             f"{topology.launcher} started {topology.world_size} ranks, Horovod's MPI sees {hvd.size()}",
             wanted="the MPI that Horovod is built with",
-            fix="its mpirun first on PATH, or `owt launch hosts --hosts FILE -- DATA --run-dir DIR`",
+            fix="put its mpirun first on PATH, or use `owt launch hosts --hosts FILE -- DATA --run-dir DIR`",
         ).by_rank_0(topology.rank)
 
 

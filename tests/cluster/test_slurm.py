@@ -75,7 +75,7 @@ def test_a_job_submitted_by_hand_trains_on_two_nodes_to_the_end(slurm, images, t
     job_id = slurm.run(*argv, *SMALL, *settings(max_steps=4), cwd=tmp_path).strip()
     log, run_dir = tmp_path / "log", tmp_path / "runs" / "first"
     assert end_of(slurm, job_id, log) == "COMPLETED", log.read_text()
-    assert "2 nodes x 2 ranks, launcher pmix" in log.read_text() and "over eth0" in log.read_text()
+    assert "2 nodes x 2 ranks, launcher pmix" in log.read_text() and "interface eth0" in log.read_text()
     assert "WARNING 2 ranks share 1 CPU on a node" in log.read_text()
     assert records(run_dir, "run")[0]["hosts"] == ["n1", "n1", "n2", "n2"]
     assert len(losses(run_dir)) == 4

@@ -52,7 +52,7 @@ def test_a_full_disk_is_tolerated_for_some_intervals_and_the_next_run_resumes(st
     assert "not written: " in said and "No space left on device" in said
     assert "continuing; stops after 2 more failures" in said
     assert "continuing; stops after 1 more failure" in said
-    assert "nor 2 before it" in said and "a bug" not in said
+    assert "3 failures in a row" in said and "a bug" not in said
     (last,) = list_checkpoints(run_dir)
     assert find_fault(last) == ""
     assert not list((run_dir / "checkpoints").glob(".*.partial"))

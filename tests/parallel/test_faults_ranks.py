@@ -43,7 +43,7 @@ def test_a_killed_rank_ends_all_and_is_named(start, images, tmp_path, launcher, 
     host = records(tmp_path, "run")[0]["hosts"][victim]
     # that of the first rank that failed; torchrun knows one for all failures
     assert done.exit_code == (1 if launcher == "torchrun" else 128 + signal.SIGKILL)
-    assert f"rank {victim} on {host} is gone" in said
+    assert f"lost rank {victim} on {host}: " in said
     by = {"horovodrun": "Exit code: 137", "mpirun": "signal 9", "torchrun": "SIGKILL"}
     assert by[launcher] in said
     assert outcome(tmp_path)["exit_code"] == 1

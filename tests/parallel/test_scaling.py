@@ -62,7 +62,7 @@ BAD = {
     ("--steps", "0"): "--steps 0; wanted at least 1",
     ("--strategies", "data,modle"): "'modle'; wanted data or hybrid",
     ("--count-interface", "eth77"): "--count-interface eth77; wanted one of",
-    ("--against", "ddp", "--set", "model=alexnet-owt-bn"): "alexnet-owt, the net of torchvision",
+    ("--against", "ddp", "--set", "model=alexnet-owt-bn"): "alexnet-owt, which torchvision has too",
 }
 
 
