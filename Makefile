@@ -12,7 +12,7 @@ setup:
 	@$(PYTHON) launch/setup --venv $(VENV)
 
 quickstart: setup
-	@$(IN_VENV) launch/quickstart $(DATA) $(RUNS)
+	@$(IN_VENV) python launch/quickstart $(DATA) $(RUNS)
 
 test: setup
 	@$(IN_VENV) pytest
