@@ -4,9 +4,10 @@ VENV ?= .venv
 DATA ?= quickstart/data
 RUNS ?= quickstart/runs
 MINUTES ?= 30
+CELLS ?=
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: setup quickstart test soak lint docs clean
+.PHONY: setup quickstart test test-machines soak lint docs clean
 
 setup:
 	@$(PYTHON) launch/setup --venv $(VENV)
@@ -16,6 +17,10 @@ quickstart: setup
 
 test: setup
 	@$(IN_VENV) pytest
+
+# needs no set-up, but root and debootstrap: CELLS="debian-13 no-cmake"; `python3 tests/machines --list`
+test-machines:
+	@$(PYTHON) tests/machines $(CELLS)
 
 soak: setup
 	@$(IN_VENV) python tests/soak.py --minutes $(MINUTES)
