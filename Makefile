@@ -5,20 +5,25 @@ DATA ?= quickstart/data
 RUNS ?= quickstart/runs
 MINUTES ?= 30
 TOGETHER ?= 2
+CELLS ?=
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: setup quickstart test soak lint docs clean
+.PHONY: setup quickstart test test-machines soak lint docs clean
 
 setup:
 	@$(PYTHON) launch/setup --venv $(VENV)
 
 quickstart: setup
-	@$(IN_VENV) launch/quickstart $(DATA) $(RUNS)
+	@$(IN_VENV) python launch/quickstart $(DATA) $(RUNS)
 
 # First what may run side by side, a real job among it or two; then what measures time.
 test: setup
 	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m "not alone"
 	@$(IN_VENV) pytest -m alone
+
+# needs no set-up, but root and debootstrap: CELLS="debian-13 no-cmake"; `python3 tests/machines --list`
+test-machines:
+	@$(PYTHON) tests/machines $(CELLS)
 
 soak: setup
 	@$(IN_VENV) python tests/soak.py --minutes $(MINUTES)

@@ -1,5 +1,6 @@
 """The virtual environment and its packages: names from setup.cfg, versions from the lane."""
 
+import os
 import re
 import sys
 from configparser import ConfigParser
@@ -17,10 +18,21 @@ BUILD_REQUIRES = ("setuptools", "wheel", "packaging", "cffi", "cloudpickle")
 
 
 def check_venv(place: Place) -> None:
-    """Refuse a non-empty folder that is not a virtual environment."""
+    """Refuse a folder of the user's own files, or one that pip cannot write to or Python not load from."""
     if place.venv.exists() and not (place.venv / "pyvenv.cfg").exists() and any(place.venv.iterdir()):
         raise Missing(
             f"{place.venv} exists and is not a virtual environment: choose another folder with --venv"
+        )
+    there = next(folder for folder in (place.venv, *place.venv.parents) if folder.exists())
+    if not os.access(there, os.W_OK):
+        raise Missing(f"{there} is not writable: choose another folder with --venv")
+    if os.statvfs(there).f_flag & os.ST_NOEXEC:
+        raise Missing(
+            f"{there} is mounted noexec, no library loads from it: choose another folder with --venv"
+        )
+    if not os.access(REPO, os.W_OK):
+        raise Missing(
+            f"{REPO} is not writable, pip puts horovod_owt.egg-info there: copy it to a folder of yours"
         )
 
 

@@ -140,5 +140,32 @@ def test_a_folder_that_is_no_virtual_environment_is_left_alone(set_up, tool, tmp
     assert [file.name for file in (tmp_path / "venv").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    "options, venv, said",
+    [
+        ("ro", ".venv", "is not writable: choose another folder with --venv"),
+        ("noexec", ".venv", "is mounted noexec, no library loads from it: choose another folder"),
+        ("ro", "/tmp/owt", "is not writable, pip puts horovod_owt.egg-info there: copy it to"),
+    ],
+)
+def test_a_mount_that_serves_no_set_up_is_refused(tool, tmp_path, options, venv, said):
+    for name, body in GOOD.items():
+        tool(name, body)
+    checkout = tmp_path / "checkout"
+    shutil.copytree(REPO / "launch", checkout / "launch")
+    mount = f'mount --bind "$0" "$0" && mount -o remount,bind,{options} "$0" && cd "$0" && exec "$@"'
+    namespace = ["unshare", "--mount", "sh", "-c", mount, str(checkout)]
+    if os.getuid() != 0 or subprocess.run([*namespace, "true"], capture_output=True).returncode != 0:
+        pytest.skip("mounting needs root")
+    done = subprocess.run(
+        [*namespace, sys.executable, "launch/setup", "--venv", venv],
+        timeout=60,
+        env={"HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin:/usr/sbin:/sbin"},
+        capture_output=True,
+        text=True,
+    )
+    assert said in refused(done)
+
+
 def test_check_without_an_installation_is_refused(set_up):
     assert "run launch/setup first" in refused(set_up("--check"))
