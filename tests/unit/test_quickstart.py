@@ -1,0 +1,28 @@
+"""What launch/quickstart prints of the run that it has started."""
+
+import importlib.util
+import json
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "quickstart"
+
+
+def test_the_result_is_that_of_the_last_validation_and_of_all_steps(tmp_path, capsys):
+    step = {"kind": "step", "step_ms": 500.0, "images_per_s": 100.0}
+    records = [
+        {"kind": "run"},
+        step,
+        {"kind": "validation", "top1": 40.0, "correct_top1": 200, "images": 500},
+        {**step, "images_per_s": 300.0},
+        {"kind": "validation", "top1": 96.2, "correct_top1": 481, "images": 500},
+        {"kind": "outcome"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    loader = SourceFileLoader("quickstart", str(SCRIPT))
+    quickstart = importlib.util.module_from_spec(importlib.util.spec_from_loader("quickstart", loader))
+    loader.exec_module(quickstart)
+    assert quickstart.print_result(tmp_path, ranks=2, seconds=3.4) == 96.2
+    said = capsys.readouterr().out
+    assert "96.2 % (481 of 500 images)" in said and "200 images/s on 2 ranks" in said
+    assert "1 s in training steps, 3 s in all" in said
