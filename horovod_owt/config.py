@@ -92,8 +92,10 @@ class TrainConfig:
 
     def ranks_per_classifier(self) -> int:
         """How many ranks share the FC layers; `parallel` and `fc_group_size` must be resolved."""
-        assert self.parallel != "auto" and isinstance(self.fc_group_size, int)
-        return 1 if self.parallel == "data" else self.fc_group_size
+        if self.parallel == "data":
+            return 1
+        assert self.parallel == "hybrid" and isinstance(self.fc_group_size, int)
+        return self.fc_group_size
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up: linear scaling, Goyal et al. 2017, arXiv:1706.02677, section 2.1."""
