@@ -24,7 +24,7 @@ def test_bench_input_prints_one_json_document(run, images):
 
 
 def test_bench_input_under_a_launcher_is_refused_in_one_line(run, images):
-    ranks = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}
+    ranks = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "2"}
     done = run([*COMMAND, images], launcher="none", exit_code=2, **ranks)
     (line,) = [line for line in done.stderr.splitlines() if "owt:" in line]
     assert "under a launcher; wanted one process" in line

@@ -265,7 +265,7 @@ def test_mpirun_starts_ranks_and_mpi4py_sees_them(proofs_cache, built_mpi):
         ({"mpi4py_size": 1}, "mpi4py sees 1 rank"),
         ({"libmpi": ["/a/libmpi.so.40", "/b/libmpi.so.40"]}, "two MPI libraries"),
         ({"libmpi": ["/another/venv/lib/libmpi.so.40"]}, "Horovod loaded /another/venv"),
-        ({"rank": 0}, r"ranks \[0, 0\] answered"),
+        ({"rank": 0}, r"ranks \[0, 0\] reported"),
     ],
 )
 def test_the_proof_does_not_take_a_wrong_answer(rank, fault, here):
