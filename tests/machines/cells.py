@@ -64,7 +64,8 @@ def documented_packages(setup_md: Path = REPO / "docs" / "setup.md") -> tuple[st
 
 
 def whole_systems() -> Iterable[Cell]:
-    yield Cell("debian-13", "trixie", "as it comes", ("quickstart", "tests"))
+    yield Cell("debian-13", "trixie", "as it comes", ("quickstart",))
+    yield Cell("debian-13-tests", "trixie", "unit and set-up tests", ("tests",), start="debian-13")
     yield Cell("debian-13-root", "trixie", "as root", ("quickstart",), user="root")
     yield Cell("debian-12", "bookworm", "as it comes", ("quickstart",))
     yield Cell("debian-sid", "sid", "as it comes", ("quickstart",))
