@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-DEBIAN = "http://deb.debian.org/debian"
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
 APT_KEPT = re.compile(r"Acquire::(http|https|ftp|Retries|Check-)", re.IGNORECASE)
@@ -78,15 +77,15 @@ def named_paths(text: str) -> list[Path]:
     return found
 
 
-def debian_mirror() -> str:
-    """The mirror that this host's apt uses if it has Debian's packages, else Debian's own address."""
+def debian_mirror() -> str | None:
+    """The mirror that this host's apt uses if it has Debian's packages; None: debootstrap's default."""
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)", "Created-By: Packages"],
         capture_output=True,
         text=True,
     ).stdout
     found = re.search(r"^Debian (\S+/debian)/?$", listed, re.MULTILINE)
-    return found[1] if found else DEBIAN
+    return found[1] if found else None
 
 
 def apt_settings() -> str:

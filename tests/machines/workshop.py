@@ -89,7 +89,13 @@ class Workshop:
             if new is not None:
                 say(f"{suite}: debootstrap")
                 root = new / "written"
-                words = ["debootstrap", "--variant=minbase", suite, str(root), host.debian_mirror()]
+                words = [
+                    "debootstrap",
+                    "--variant=minbase",
+                    suite,
+                    str(root),
+                    *filter(None, [host.debian_mirror()]),
+                ]
                 must(run(f"{suite}: debootstrap", words, log=log), log)
                 (root / "etc" / "apt" / "apt.conf.d" / "90host").write_text(host.apt_settings())
                 # thrown away before any power cut: no file needs to be on the disk
