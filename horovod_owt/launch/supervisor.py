@@ -79,7 +79,10 @@ class Supervisor:
             attempts.append(self._attempt())
             end, last = reason_not_to_restart(attempts, self._max_restarts), attempts[-1]
             if end:
-                say(f"exit code {last.exit_code}, not restarted: {end}; reason: {last.reason}")
+                if last.exit_code != 0:
+                    say(f"exit code {last.exit_code}, not restarted: {end}; reason: {last.reason}")
+                elif len(attempts) > 1:
+                    say(f"done after {len(attempts)} starts")
                 return last.exit_code
             start = f"start {len(attempts) + 1} of {self._max_restarts + 1}"
             place = last.checkpoint or "the beginning: there is no checkpoint"

@@ -155,3 +155,11 @@ def test_where_the_outcome_is_damaged_the_launchers_word_counts(tmp_path, damage
     (tmp_path / "outcome.json").write_text(damage)
     last = watch.attempt(3, asked_to_stop=False)
     assert last.exit_code == 3 and str(tmp_path / "outcome.json") in last.reason
+
+
+@pytest.mark.parametrize(("script", "said"), [("exit 0", ""), ("exit 3", "not restarted: ")])
+def test_only_a_job_that_failed_is_commented_on(monkeypatch, capfd, tmp_path, script, said):
+    monkeypatch.setattr(supervisor.Supervisor, "_set_up_process", lambda self: None)
+    supervisor.Supervisor(["sh", "-c", script, "job", "--run-dir", str(tmp_path)]).run()
+    errors = capfd.readouterr().err
+    assert said in errors and bool(errors) == bool(said)
