@@ -242,7 +242,9 @@ def test_an_elastic_job_outlives_one_of_its_hosts(slurm, images, tmp_path):
         slurm.power_on("n2")
     first, second = records(run_dir, "run")
     assert (sorted(first["hosts"]), second["hosts"]) == (["n1", "n2"], ["n1"])  # rank 0 may be on either
-    *stalls, fault = records(run_dir, "fault")  # a stall is reported where its time comes before the regrouping
+    *stalls, fault = records(
+        run_dir, "fault"
+    )  # a stall is reported where its time comes before the regrouping
     assert "a rank was lost" in fault["fault"] and all("on n2" in stall["fault"] for stall in stalls)
     assert second["first_step"] % 2 == 0 and 0 <= fault["step"] - second["first_step"] <= 2
     assert sorted(dict(losses(run_dir))) == list(range(1, 61))

@@ -81,7 +81,7 @@ def show(workshop: Workshop, document: Path | None) -> int:
     if document is None:
         print(results.text(kept))
     else:
-        results.write_into(document, results.markdown(kept))
+        results.write_into(document, kept)
     return 0
 
 

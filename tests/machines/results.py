@@ -176,19 +176,26 @@ def text(results: Iterable[Result]) -> str:
     )
 
 
-def markdown(results: Sequence[Result]) -> str:
+def markdown(results: Sequence[Result], earlier: str = "") -> str:
+    """A table of one row a cell; a cell without a result here keeps its row of the `earlier` table."""
+
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(word.replace('|', chr(92) + '|') for word in cells)} |"
 
-    return "\n".join([line(HEAD), line(["---"] * len(HEAD)), *(line(row(result)) for result in results)])
+    rows = {old.split(" | ")[0].removeprefix("| "): old for old in earlier.splitlines()}
+    for result in results:
+        if result.exit_code is not None or result.cell not in rows:
+            rows[result.cell] = line(row(result))
+    return "\n".join([line(HEAD), line(["---"] * len(HEAD)), *(rows[result.cell] for result in results)])
 
 
-def write_into(document: Path, table: str) -> None:
-    """Put the table between the two marks of a document."""
+def write_into(document: Path, results: Sequence[Result]) -> None:
+    """Write the table between the two marks of a document, over that of earlier runs, also on other hosts."""
     before, begin, rest = document.read_text().partition(BEGIN)
-    _old, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{document} has no place for the table: lines {BEGIN} and {END} are wanted")
+    table = markdown(results, old)
     beside = document.with_name(f"{document.name}.new")
     beside.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
     beside.replace(document)

@@ -278,14 +278,20 @@ def test_a_bar_in_a_line_does_not_break_the_table():
     assert "1 (!)" in row and r"a \| b" in row
 
 
-def test_the_table_takes_its_place_in_the_document_and_no_more(tmp_path):
+def test_the_table_takes_its_place_in_the_document_and_keeps_the_rows_of_other_hosts(tmp_path):
+    first, second, *_ = CELLS
+    elsewhere = results.Result(second, "2026-11-25", "abc1234", True, 2, "seen on another host")
     document = tmp_path / "setup.md"
-    document.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
-    results.write_into(document, "| new |")
-    assert document.read_text() == f"before\n{results.BEGIN}\n\n| new |\n\n{results.END}\nafter\n"
+    document.write_text(f"before\n{results.BEGIN}\n{results.markdown([elsewhere])}\n{results.END}\nafter\n")
+    results.write_into(document, results.kept(tmp_path))
+    before, *table, after = document.read_text().split("\n\n")
+    assert before == f"before\n{results.BEGIN}" and after == f"{results.END}\nafter\n"
+    rows = "".join(table).splitlines()[2:]
+    assert len(rows) == len(CELLS) and f"| {first} " in rows[0] and "not run" in rows[0]
+    assert f"| {second} " in rows[1] and "seen on another host" in rows[1]
     document.write_text("no place")
     with pytest.raises(ValueError, match="has no place for the table"):
-        results.write_into(document, "| new |")
+        results.write_into(document, [])
     assert document.read_text() == "no place"
 
 
