@@ -10,6 +10,7 @@ import dataclasses
 import json
 import statistics
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.perf.layers import Net, net_of
 from horovod_owt.perf.machine import Machine, checked
 from horovod_owt.perf.plan import Job, predict_row
+from horovod_owt.runs.folder import read_config
+from horovod_owt.runs.records import METRICS, newest_records
 
 BENCHES = "the JSON of owt bench step, scaling or ceilings, or a run folder"
+RUN_STEPS = 1000  # of a run, the newest
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ def fit_steps(machine: Machine, steps: list[Measured], net: Net, *, source: str)
     Seconds are linear in the batch: a least-squares line, of relative errors, through what is left of each
     step when the machine's figures for the FC layers and the update are subtracted.
     """
-    points = []
+    points, several = [], len({step.cfg.rank_batch() for step in steps}) > 1
     for step in steps:
         rest_s = step.step_s - _without_convolutions(machine, step.cfg, net)
+        rest_s -= 0.0 if several else 1e-3 * machine["fixed_ms"] * step.cfg.accum_steps
         if rest_s <= 0:
             raise ConfigError(
                 f"{source}: a step of {step.cfg.rank_batch()} images takes {1e3 * step.step_s:.3g} ms, less "
@@ -64,17 +69,17 @@ def fit_steps(machine: Machine, steps: list[Measured], net: Net, *, source: str)
         points.append((step.cfg.rank_batch(), rest_s))
     slope, fixed_s = _line(points)
     values = {"conv_gflops": net.flops("conv") / slope / 1e9}
-    if fixed_s is not None:
-        values["fixed_ms"] = 1e3 * max(0.0, fixed_s)
+    if several:
+        values["fixed_ms"] = 1e3 * fixed_s
     if jitters := [step.jitter for step in steps if step.jitter is not None]:
         values["jitter"] = statistics.median(jitters)
     return machine.with_figures(f"measured: {source}", **values)
 
 
-def _line(points: list[tuple[int, float]]) -> tuple[float, float | None]:
+def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
     """Slope and intercept; a line through the origin when all batches are equal."""
     if len({batch for batch, _ in points}) == 1:
-        return statistics.fmean(s / batch for batch, s in points), None
+        return statistics.fmean(s / batch for batch, s in points), 0.0
     # weights 1/s^2: errors are relative
     total = sum(1 / s**2 for _, s in points)
     mean_x = sum(x / s**2 for x, s in points) / total
@@ -92,7 +97,7 @@ def _without_convolutions(machine: Machine, cfg: TrainConfig, net: Net) -> float
     """Seconds of a step on one rank but for the convolutions and the fixed time."""
     fast = machine.with_figures("none", conv_gflops=1e12, fixed_ms=0.0)
     cfg = dataclasses.replace(cfg, parallel="data", owt_scheme="a", fc_batch="global")
-    return predict_row(fast, Job(cfg, net, 1, 1, decodes=False)).step_s
+    return predict_row(fast, Job(cfg, net, 1, 1, decodes=False)).time.total_s
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -108,19 +113,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
-    """The steps of a run folder as a row; its first tenth warms up."""
+    """The compute of the run's newest steps, and its configuration."""
+    config = read_config(run_dir)
+    records = newest_records(run_dir / METRICS)
+    steps = list(islice((record for record in records if record.get("kind") == "step"), RUN_STEPS))
+    if not config or not steps:
+        missing = "steps" if config else "configuration"
+        raise ConfigError(f"the run {run_dir} has no {missing} yet", wanted="a run of some steps")
     try:
-        values = json.loads((run_dir / "config.json").read_text())
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines if line]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"cannot read the run {run_dir}: {error}", wanted=BENCHES) from None
-    steps = [record for record in records if record.get("kind") == "step"]
-    steps = steps[len(steps) // 10 :]
-    if not steps:
-        raise ConfigError(f"the run {run_dir} has no steps yet", wanted="a run of some steps")
-    busy = [s["step_ms"] - s.get("data_wait_ms", 0) - s.get("exposed_comm_ms", 0) for s in steps]
-    return {"config": values, "compute_ms": statistics.median(busy)}
+        busy = [s["step_ms"] - s.get("data_wait_ms", 0) - s.get("exposed_comm_ms", 0) for s in steps]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"steps of {run_dir} lack {error}", wanted=BENCHES) from None
+    return {"config": config, "compute_ms": statistics.median(busy)}
 
 
 def _steps_of(document: dict[str, Any], wanted: Net, path: Path) -> list[Measured]:

@@ -31,14 +31,14 @@ class Faults:
 
     @property
     def daly_s(self) -> float:
-        """The same, higher order (Daly 2006, equation 37)."""
+        """The same, higher order (Daly 2006)."""
         if self.checkpoint_s >= 2 * self.mtbf_s:
             return self.mtbf_s
         ratio = self.checkpoint_s / (2 * self.mtbf_s)
         return self.young_s * (1 + math.sqrt(ratio) / 3 + ratio / 9) - self.checkpoint_s
 
     def goodput(self, interval_s: float) -> float:
-        """Progress kept, per second, with a checkpoint after every `interval_s` of work (Daly 2006, eq. 20)."""
+        """Progress kept, per second, with a checkpoint after every `interval_s` of work (Daly 2006)."""
         period = math.expm1((interval_s + self.checkpoint_s) / self.mtbf_s)
         return interval_s / (self.mtbf_s * math.exp(self.restart_s / self.mtbf_s) * period)
 
