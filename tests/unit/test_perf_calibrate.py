@@ -99,7 +99,7 @@ def test_a_step_faster_than_the_rest_of_the_machine_is_refused(tmp_path):
 
 
 def test_a_run_without_steps_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"batch": 8}')
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="no steps yet"):
         calibrate(BASE, [tmp_path], NET)
