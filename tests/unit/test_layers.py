@@ -60,7 +60,7 @@ LIGHT_TOO = {
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
 TORCHLESS = {"perf", "runs", "launch", "slurm"}
-STARTERS = {"launch.horovodrun", "parallel.gloo", "parallel.store"}
+STARTERS = {"launch.horovodrun", "parallel.store"}
 
 
 class Import(NamedTuple):
