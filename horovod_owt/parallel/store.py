@@ -139,8 +139,8 @@ def start_store(nodes: Sequence[Node], ip: str) -> tuple[str, int, Callable[[], 
 def guard_launcher(interface: str) -> None:
     """Make horovodrun, in this process, start a `Store` on this interface, and tell its ranks the secret.
 
-    Ranks on this host get the secret, and whatever else is in the environment, by inheritance. Horovod's puts
-    it all on their shell's command line, which every user of the host can read; for other hosts it is on ssh's.
+    Ranks on this host inherit the secret and the rest of the environment. Horovod puts it all on the command
+    line of their shell, which every user of the host can read; for other hosts it still is on that of ssh.
     """
     ip = gloo_run.network.get_driver_ip([interface])  # which horovodrun tells its ranks
     run_command, rank_command = gloo_run.get_run_command, gloo_run._slot_info_to_command_fn
