@@ -74,18 +74,27 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
             )
         parts = meeting.gather(found.to_dict(), SHARE_TIMEOUT_S, "verify")
         whole = merged([part for _, part in sorted(parts.items())]) if parts else found
-        bad, done, stopped, lost = meeting.broadcast(
-            [len(whole.bad), whole.images, whole.stopped, sorted(meeting.absent)], SHARE_TIMEOUT_S
+        bad, unread, done, stopped, lost = meeting.broadcast(
+            [len(whole.bad), len(whole.unread), whole.images, whole.stopped, sorted(meeting.absent)],
+            SHARE_TIMEOUT_S,
         )
     if topology.rank == 0:
         seconds = time.perf_counter() - started
         click.echo(_json(whole) if as_json else _text(whole, images, kind, seconds))
     silent = f"no report from rank{'s'[: len(lost) > 1]} {', '.join(map(str, lost))}" if lost else ""
-    rest = f"stopped before the other {images - done}" if stopped else silent
+    rest = [
+        f"stopped before the other {images - done - unread}" if stopped else silent,
+        f"{unread} not read" if unread else "",
+    ]
+    rest = ", ".join(filter(None, rest))
     if bad:
         saw = f"bad images: {bad} of {done}" + (f" ({rest})" if rest else "")
         fix = "replace or remove them, or train with --set bad_images=skip"
         raise ProblemFound(saw, wanted="none", fix=fix).on_every_rank()
+    if unread:
+        saw = f"{unread} images could not be read, through no fault of theirs; of {done} others none is bad"
+        fix = "check the permissions, the disk, the mount or the file server, and verify again"
+        raise RunError(saw, wanted="to read all of them", fix=fix).on_every_rank()
     if stopped:
         raise RunError(f"stopped after {done} of {images} images, none of them bad").on_every_rank()
     if silent:
@@ -134,6 +143,7 @@ def _json(found) -> str:
     report = {
         "images": found.images,
         "bad": [{"path": bad.path, "fault": bad.text} for bad in found.bad],
+        "unread": [{"path": unread.path, "error": unread.text} for unread in found.unread],
         "remarks": [{"path": odd.path, "remark": odd.text} for odd in found.remarks],
     }
     return json.dumps(report | ({"stopped": True} if found.stopped else {}))
@@ -141,10 +151,12 @@ def _json(found) -> str:
 
 def _text(found, images: int, kind: str, seconds: float) -> str:
     lines = [f"bad     {bad.path}: {bad.text}" for bad in found.bad]
+    lines += [f"unread  {unread.path}: {unread.text}" for unread in found.unread]
     lines += [f"remark  {odd.path}: {odd.text}" for odd in found.remarks]
     of = f" of {images}" if found.stopped else ""
     lines.append(
         f"{found.images}{of} images decoded by {kind} in {seconds:.1f} s: "
         f"{len(found.bad)} bad, {len(found.remarks)} remarks"
+        + (f", {len(found.unread)} not read" if found.unread else "")
     )
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import numpy as np
 
 from horovod_owt.data import staging
 from horovod_owt.data.build import Form, Progress, make
+from horovod_owt.data.machine import fix_of, is_of_the_file, reason_of
 from horovod_owt.data.store import SPLITS, DataSet, open_data_set
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.errors import DataError
@@ -54,6 +55,6 @@ def _fingerprint(data: DataSet) -> str:
                 digest.update(np.ascontiguousarray(column, np.int64))
         except OSError as error:
             path = os.fsdecode(error.filename) if error.filename else store.path(0)
-            saw = f"cannot read {path}: {error.strerror}"
-            raise DataError(saw, fix="check the file and the disk it is on") from error
+            fix = "restore or remove the file" if is_of_the_file(error) else fix_of(error)
+            raise DataError(f"cannot read {path}: {reason_of(error)}", fix=fix) from error
     return digest.hexdigest()

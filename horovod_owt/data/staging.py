@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from horovod_owt.data.machine import fix_of, reason_of
 from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
 from horovod_owt.errors import DataError
 from horovod_owt.files import sync, write_text
@@ -69,9 +70,10 @@ def opened(out: Path, spec: dict) -> Iterator[Staging]:
             _claim(place)
             yield place
     except OSError as error:
-        saw = f"cannot write to {out}: {error.strerror or error}"
-        fix = "choose a writable folder with room, or free some: the same command continues"
-        raise DataError(saw, fix=fix) from error
+        source = Path(os.fsdecode(error.filename or b""))
+        outside = error.filename is not None and source.is_absolute() and out not in source.parents
+        saw = f"cannot read {source}" if outside else f"cannot write to {out}"
+        raise DataError(f"{saw}: {reason_of(error)}", fix=fix_of(error)) from error
 
 
 def _check(out: Path) -> None:
