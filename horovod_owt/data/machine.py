@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from contextlib import suppress
 
@@ -25,6 +26,21 @@ _FIXES = {
 }
 _FIXES[errno.EPERM] = _FIXES[errno.EACCES]
 _OTHER_FIX = "check the disk, the mount or the file server (`dmesg`, `df`); the same command continues"
+
+
+OPEN_FILES = 4096
+
+
+def allow_open_files() -> None:
+    """Raise the soft limit of open files to OPEN_FILES, as far as the hard one allows; a higher one is kept.
+
+    Not to the hard limit: where it is a billion, as in some containers, programs that close all descriptors
+    before they start another one take minutes.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def is_of_the_file(error: OSError | MemoryError) -> bool:
