@@ -12,7 +12,7 @@ import resource
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
+from horovod_owt.data.listing import LeftOut, images_below, scan
 from horovod_owt.data.machine import EXHAUSTED, is_of_the_file, machine_error
 from horovod_owt.data.retry import TRANSIENT, with_retries
 from horovod_owt.errors import DataError
@@ -85,6 +86,8 @@ class Index:
 class ShardStore:
     """Samples as byte ranges of a few large files. Thread-safe; a read is one pread."""
 
+    left_out: Sequence[LeftOut] = ()
+
     def __init__(self, files: list[Path], index: Index) -> None:
         self._paths, self._index = files, index
         self.classes = tuple(os.fsdecode(name) for name in index.classes)
@@ -112,7 +115,9 @@ class ShardStore:
                 raise DataError(f"{file} cannot be read: {error.strerror}", fix=again) from error
             if saw != wanted:
                 raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, as in {path.name}", fix=again)
-        return cls(files, index)
+        store = cls(files, index)
+        store.left_out = _beside(folder, {os.fsencode(file.name) for file in files})
+        return store
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -160,6 +165,17 @@ class ShardStore:
 
     def __reduce__(self):
         return ShardStore, (self._paths, self._index)
+
+
+def _beside(folder: Path, shards: set[bytes]) -> list[LeftOut]:
+    """Other shards than those of the index, and folders of images."""
+    found = []
+    for entry in scan(os.fsencode(folder)):
+        other_shard = entry.name.endswith(b".tar") and entry.name not in shards
+        images = images_below(entry.path) if entry.is_dir() else int(other_shard)
+        if images:
+            found.append(LeftOut(os.fsdecode(entry.path), f"not in {INDEX}", images))
+    return sorted(found)
 
 
 def open_files_limit() -> int:

@@ -51,6 +51,7 @@ def data_stats(
         "images": {"train": len(data.train), "val": len(data.val)},
         "bytes": {"train": _bytes(data.train), "val": _bytes(data.val)},
         "classes": _classes(store),
+        "left_out": sum(each.images for each in data.left_out),
         "sampled": len(seen),
         "bad_in_sample": bad,
         "seed": seed,

@@ -160,11 +160,15 @@ def packed(root, tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_files():
-    """Let this process open only so many files more."""
+    """Let this process open only so many files more, or one or two less."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def allow(more: int) -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + more, hard))
+        used, limit = set(map(int, os.listdir("/proc/self/fd"))), 0
+        while more:
+            more -= limit not in used
+            limit += 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
     yield allow
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
