@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from horovod_owt.filesystem import free_space
 from horovod_owt.parallel.interfaces import own_addresses
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, who
 from horovod_owt.topology import Topology
@@ -43,15 +44,21 @@ def judge_environment(answers: Sequence[Answer]) -> list[Finding]:
 
 def limits(topology: Topology) -> dict[str, Any]:
     """The resource limits of this process."""
-    shm = os.statvfs("/dev/shm")
     return {
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "infiniband": Path("/dev/infiniband").exists(),
-        "shm_bytes": shm.f_bavail * shm.f_frsize,
+        "shm_bytes": _shm_bytes(),
         "cores": sorted(os.sched_getaffinity(0)),
         "local_size": topology.local_size,
     }
+
+
+def _shm_bytes() -> int:
+    try:
+        return free_space(Path("/dev/shm"))[0] or 0
+    except FileNotFoundError:
+        return 0
 
 
 def judge_limits(answers: Sequence[Answer], world_size: int) -> list[Finding]:

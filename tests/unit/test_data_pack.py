@@ -290,13 +290,14 @@ def test_a_disk_that_is_too_small_is_reported_before_it_is_filled(root, tmp_path
 
     class Nearly:
         def __init__(self, path):
-            self.f_bavail, self.f_frsize, self.f_files, self.f_favail = 100, 4096, 0, 0
+            self.f_blocks = self.f_bavail = 100
+            self.f_frsize, self.f_files, self.f_favail = 4096, 0, 0
 
-    monkeypatch.setattr("horovod_owt.data.staging.os.statvfs", Nearly)
+    monkeypatch.setattr("horovod_owt.filesystem.os.statvfs", Nearly)
     with pytest.raises(DataError, match=r"on a disk with 0.4 MB free; wanted \d.\d MB; fix: free some"):
         pack(root / "folder", tmp_path / "packed", Form(), workers=1)
     assert not list((tmp_path / "packed").rglob("*.tar"))
-    monkeypatch.setattr("horovod_owt.data.staging.os.statvfs", real)
+    monkeypatch.setattr("horovod_owt.filesystem.os.statvfs", real)
     assert pack(root / "folder", tmp_path / "packed", Form(), workers=1)[1]  # the same command goes on
 
 
@@ -306,9 +307,9 @@ def test_a_write_error_is_reported_and_the_same_command_continues(root, tmp_path
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("horovod_owt.files.os.fsync", full)
+    monkeypatch.setattr("horovod_owt.filesystem.os.fsync", full)
     with pytest.raises(DataError, match="cannot write to .*packed: No space left on device; fix: "):
         pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)
-    monkeypatch.setattr("horovod_owt.files.os.fsync", real)
+    monkeypatch.setattr("horovod_owt.filesystem.os.fsync", real)
     assert pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)[1]
     assert tree(tmp_path / "packed") == tree(root / "packed")
