@@ -292,8 +292,6 @@ class Run:
             if self.folder.left_out:
                 log.warning("%s; `owt data verify` names them", left_out_text(self.folder.left_out))
             log.info("run folder %s", self.run_dir)
-            if world.size > 1 and world.device.type == "cpu" and runtime.uses_mpi():
-                log.info("on CPU cores `horovodrun --gloo` is faster: under MPI, waiting ranks spin")
             if self.position.step >= self.total_steps:
                 log.info("nothing left to do: all %d steps are done", self.position.step)
 

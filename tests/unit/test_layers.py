@@ -50,6 +50,7 @@ LIGHT_TOO = {
         "gpus",
         "interfaces",
         "meeting",
+        "mpi",
         "rendezvous",
     }.__contains__,
     "train": {"prepare"}.__contains__,
