@@ -66,7 +66,8 @@ def elastic_driver(env: Mapping[str, str]) -> str:
     """The address of an elastic job's driver, the same on all its ranks; else empty."""
     if env.get("HOROVOD_ELASTIC") != "1":
         return ""
-    return f"{env.get('HOROVOD_GLOO_RENDEZVOUS_ADDR')}:{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT')}"
+    address = env.get("HOROVOD_GLOO_RENDEZVOUS_ADDR", "").partition("/")[0]  # what follows is secret
+    return f"{address}:{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT')}"
 
 
 class Ownership:

@@ -52,10 +52,12 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume)
     )
     with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
         check_agreement(request, world)
-        cfg = broadcast_object(request.cfg, "config")
+        cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
         cfg, predicted_step_ms = choose_parallel(cfg, world)
         data = request.folder.identity()
-        opened = on_root(lambda: open_run_folder(run_dir, cfg, data, resume, ownership), "run_dir")
+        opened = on_root(
+            lambda: open_run_folder(run_dir, cfg, data, resume, ownership), "run_dir", kind=Opened
+        )
         Run(cfg, request, world, opened, predicted_step_ms).train(stop)
     runtime.shutdown()
 

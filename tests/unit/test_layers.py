@@ -44,13 +44,16 @@ LIGHT_TOO = {
     "data": lambda name: not name.startswith(("batch", "dali_", "pipeline_")),
     "parallel": {
         "activity",
+        "admission",
         "cores",
         "device",
         "gloo",
         "gpus",
         "interfaces",
+        "lines",
         "meeting",
         "mpi",
+        "objects",
         "rendezvous",
     }.__contains__,
     "train": {"prepare"}.__contains__,
@@ -58,7 +61,7 @@ LIGHT_TOO = {
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
 TORCHLESS = {"perf", "runs", "launch", "slurm"}
-STARTERS = {"launch.horovodrun", "parallel.gloo"}
+STARTERS = {"launch.horovodrun", "parallel.gloo", "parallel.store"}
 
 
 class Import(NamedTuple):
