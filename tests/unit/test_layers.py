@@ -41,7 +41,7 @@ ABOVE = {"cli": {"commands"}, "__main__": {"cli"}}
 # What loads on a login node, or in a moment: nothing heavy at the top of these, or of what they import there.
 LIGHT = {"", "commands", "perf", "runs", "launch", "slurm", "preflight"}
 LIGHT_TOO = {
-    "data": lambda name: not name.startswith(("batch", "dali_", "pipeline_")),
+    "data": lambda name: not name.startswith(("batch", "copies", "dali_", "nvjpeg", "pipeline_")),
     "parallel": {
         "activity",
         "admission",
