@@ -70,7 +70,7 @@ def format_plan(document: dict[str, Any], machine: Machine) -> str:
         *(_best(row) for row in document["best_by_nodes"]),
     ]
     if document.get("goodput"):
-        lines += ["", *format_goodput(document["goodput"])]
+        lines += ["", *format_goodput(document["goodput"], method["slow_node"])]
     if guesses := method["estimates"]:
         told = f"estimates of this machine, not measured: {', '.join(guesses)}"
         lines += textwrap.wrap(told, WIDTH)
@@ -87,7 +87,7 @@ def _best(row: dict[str, Any]) -> str:
     )
 
 
-def format_goodput(reports: list[dict[str, Any]]) -> list[str]:
+def format_goodput(reports: list[dict[str, Any]], slow: float) -> list[str]:
     """Failures, a line for each number of nodes."""
     head = ["nodes", "failure every", "Young", "Daly", "steps", "goodput", "if hourly"]
     head += ["one slow node", "without it"]
@@ -111,7 +111,7 @@ def format_goodput(reports: list[dict[str, Any]]) -> list[str]:
         "Young, Daly: best time between checkpoints; steps: the same, for checkpoint_every. A checkpoint "
         f"stops training for {duration(first['checkpoint_s'])}, a restart takes "
         f"{duration(first['restart_s'])}. One slow node: what the job loses if one computes "
-        f"{first['slow_factor']:g} times as long, and without that node."
+        f"{slow:g} times as long, and without that node."
     )
     return ["failures", *table(cells, left=frozenset()), *textwrap.wrap(told, WIDTH)]
 

@@ -72,6 +72,9 @@ def test_it_takes_less_than_a_second():
     [
         (["--machine", "bostonk80"], "fix: --machine boston-k80"),
         (["--network", "ib-fd"], "fix: --network ib-fdr"),
+        (["--figure", "link_gbs=3"], "fix: use link_gb_s"),
+        (["--figure", "link_gb_s=fast"], "link_gb_s=fast"),
+        (["--figure", "link_gb_s=-1"], "link_gb_s=-1"),
         (["--nodes", "0"], "--nodes 0"),
         (["--nodes", "two"], "--nodes two"),
         (["--set", "btch=3"], "unknown key 'btch'"),
@@ -98,6 +101,15 @@ def test_a_calibrated_machine_is_written_and_used(tmp_path):
     assert "measured with model=alexnet-owt" in refused(
         "--calibrate", str(file), "--set", "model=alexnet-owt-bn"
     )
+
+
+def test_a_slow_node_costs_nothing_where_all_wait_for_decoders():
+    words = ["--machine", "boston-k80", "--failures", "--json", "--parallel", "data"]
+    costs = [
+        json.loads(plan(*words, "--figure", f"decode_images_s={rate}"))["goodput"][0]["slow_node_costs"]
+        for rate in (100, 1e6)
+    ]
+    assert costs[0] == 0 and 0.1 < costs[1] < 0.2
 
 
 def test_a_plot_without_matplotlib_names_what_to_install(tmp_path, monkeypatch):
