@@ -45,7 +45,7 @@ class Name(NamedTuple):
 
 def build(name: Name, cfg: TrainConfig, world: World) -> Callable[[int], StepReport]:
     """The contender's training step, on one fixed batch of random images: no input pipeline."""
-    place, batch = world if name.ranks == world.size else _alone(world), _random_batch(cfg, world)
+    place, batch = world if name.ranks == world.size else _alone(world), random_batch(cfg, world)
     if name.strategy in PEERS:
         return DdpLoop(cfg, place, batch, tuned=name.strategy == "ddp-tuned").train_step
     if name.strategy == "data":
@@ -122,7 +122,8 @@ def _alone(world: World) -> World:
     return dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1, process_sets=())
 
 
-def _random_batch(cfg: TrainConfig, world: World) -> Batch:
+def random_batch(cfg: TrainConfig, world: World) -> Batch:
+    """A batch of random images and labels on the device, another one on each rank."""
     torch.manual_seed(cfg.seed + world.rank)
     images = torch.randn(cfg.batch, 3, cfg.image_size, cfg.image_size, device=world.device)
     return Batch(

@@ -76,6 +76,22 @@ def on_root(action: Callable[[], T] | None, name: str, *, kind: type | None = No
     return outcome
 
 
+def bare_collective(name: str, num_bytes: int, ranks: int, device: torch.device) -> Callable[[], object]:
+    """An allreduce, allgather, alltoall or broadcast to be timed, on a buffer of fp32 numbers.
+
+    A gather's result has `num_bytes`, so each rank sends a part of them.
+    """
+    part = torch.zeros(max(1, num_bytes // 4 // ranks), device=device)
+    whole = torch.zeros(part.numel() * ranks, device=device)
+    label = f"bare.{name}.{num_bytes}"
+    return {
+        "allreduce": lambda: hvd.allreduce_(whole, op=hvd.Sum, name=label),
+        "allgather": lambda: hvd.allgather(part, name=label),
+        "alltoall": lambda: hvd.alltoall(whole, name=label),
+        "broadcast": lambda: hvd.broadcast_(whole, root_rank=0, name=label),
+    }[name]
+
+
 def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
     """Rank 0's values on every rank; the other ranks' tensors give shape and dtype."""
     with now.waiting_in(name):
