@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "commands": {"data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "bench"},
     "recipes": set(),
 }
-ROOT = {"", "config", "errors", "files", "filesystem", "schedule", "text", "topology", "versions"}
+ROOT = {"", "config", "errors", "files", "filesystem", "private", "schedule", "text", "topology", "versions"}
 ABOVE = {"cli": {"commands"}, "__main__": {"cli"}}
 
 # What loads on a login node, or in a moment: nothing heavy at the top of these, or of what they import there.
@@ -61,7 +61,7 @@ LIGHT_TOO = {
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
 TORCHLESS = {"perf", "runs", "launch", "slurm"}
-STARTERS = {"launch.horovodrun", "parallel.gloo", "parallel.store"}
+STARTERS = {"launch.horovodrun", "parallel.store"}
 
 
 class Import(NamedTuple):
