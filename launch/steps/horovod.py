@@ -138,7 +138,7 @@ def build_wheel(
     shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(exist_ok=True)
     out.replace(kept)
-    shutil.rmtree(source)
+    shutil.rmtree(source, ignore_errors=True)  # what stays, the next set-up deletes
     return next(kept.glob("*.whl"))
 
 
