@@ -12,8 +12,9 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from horovod_owt.data.batch import MEAN, STD, Batch
-from horovod_owt.data.dali_decoder import decoder_options, find_refused, undecodable
+from horovod_owt.data.dali_decoder import check_machine, decoder_options, find_refused, undecodable
 from horovod_owt.data.feed import EncodedBatch, Feed
+from horovod_owt.data.machine import machine_error
 from horovod_owt.errors import RunError
 
 PREFETCH = 2  # batches that DALI decodes ahead
@@ -33,7 +34,8 @@ class DaliPipeline:
         self._feed, self._image_size = feed, image_size
         self._device_id, self._num_threads = device_id, num_threads
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
-        self._in_flight: deque[EncodedBatch] = deque()  # passed to DALI, result not taken yet
+        # passed to DALI, which reads the inputs where they are; result not taken yet
+        self._in_flight: deque[tuple[EncodedBatch, Inputs]] = deque()
         self._retry: deque[EncodedBatch] = deque()  # to be passed to DALI again, before the feed's next
         self._fault: RunError | None = None  # from the feed; raised after the batches before it
         self._closed = False
@@ -43,6 +45,12 @@ class DaliPipeline:
         return self
 
     def __next__(self) -> Batch:
+        try:
+            return self._next_batch()
+        except MemoryError as error:
+            raise machine_error(error, "DALI cannot decode a batch") from error
+
+    def _next_batch(self) -> Batch:
         while not self._closed:
             try:
                 if not self._started:
@@ -57,7 +65,7 @@ class DaliPipeline:
                 self._recover(error)
                 continue
             images = self._copied(decoded.as_tensor())
-            encoded = self._in_flight.popleft()
+            encoded, _ = self._in_flight.popleft()
             try:
                 self._pipe.release_outputs()
                 self._pipe.schedule_run()
@@ -95,8 +103,9 @@ class DaliPipeline:
         except RunError as fault:  # DALI finishes what is scheduled, then __next__ raises the fault
             self._fault = fault
             raise StopIteration from None
-        self._in_flight.append(encoded)
-        return _inputs(encoded, slice(None))
+        inputs = _inputs(encoded, slice(None))
+        self._in_flight.append((encoded, inputs))
+        return inputs
 
     def _copied(self, tensor) -> torch.Tensor:
         """Copy the batch to a torch tensor, on torch's stream: DALI reuses its buffers."""
@@ -109,8 +118,9 @@ class DaliPipeline:
 
         RunError if it decodes each of them alone, or if bad images are not to be skipped.
         """
-        self._pipe = None
-        in_flight = [*self._in_flight, *self._retry]
+        check_machine(error)
+        self._pipe = None  # ends its threads, before the memory that they read is freed
+        in_flight = [*(encoded for encoded, _ in self._in_flight), *self._retry]
         self._in_flight.clear()
         refused = [self._refused(encoded) for encoded in in_flight]
         if not any(refused):
@@ -147,6 +157,7 @@ def _graph(source, image_size: int, *, on_gpu: bool):
     jpegs, anchors, shapes, mirror = fn.external_source(
         source,
         num_outputs=4,
+        no_copy=True,  # a copy of 256 JPEGs would take the training thread some 5 ms
         dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
         ndim=[1, 1, 1, 0],
     )

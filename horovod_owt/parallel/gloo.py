@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
+from horovod_owt.parallel.interfaces import nccl_interface
+
 ADDRESS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 
 
@@ -50,5 +52,5 @@ def store_host(env: Mapping[str, str]) -> str:
 
 def use_interface(env: MutableMapping[str, str], interface: str) -> None:
     """Set the interface of Gloo and NCCL, unless the user has."""
-    for name in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):
-        env.setdefault(name, interface)
+    for name, value in {"HOROVOD_GLOO_IFACE": interface, **nccl_interface(interface)}.items():
+        env.setdefault(name, value)

@@ -20,6 +20,7 @@ from typing import Any
 
 from horovod_owt.errors import RunError
 from horovod_owt.parallel.lines import Lines, json_line
+from horovod_owt.parallel.mpi import sees_gpus, yield_when_idle
 from horovod_owt.parallel.objects import from_json, to_json
 from horovod_owt.parallel.rendezvous import Address, Rendezvous, connect_to_root
 from horovod_owt.topology import Launcher, Topology
@@ -203,6 +204,8 @@ def _by_store(text: str | None, deadline: float) -> str | None:
 
 def _by_mpi(text: str | None, deadline: float) -> str | None:
     """By an MPI broadcast, up to the deadline."""
+    if not sees_gpus():
+        yield_when_idle()  # the check may go on to time an allreduce with the same MPI
     from mpi4py import MPI
 
     buffer = bytearray((text or "").encode().ljust(ADDRESS_BYTES))

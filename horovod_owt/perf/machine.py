@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -169,6 +170,15 @@ def checked(key: str, value: Any, where: str) -> float:
         wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
         raise ConfigError(f"{where}: {key}={value}", wanted=f"{wanted}: {meaning}")
     return number
+
+
+def replace_figures(machine: Machine, settings: Iterable[str]) -> Machine:
+    """The machine with `key=value` settings; raises ConfigError."""
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        _refuse_unknown({key: value}, FIGURES, f"--figure {setting}")
+        machine = machine.with_figures("--figure", **{key: checked(key, value, "--figure")})
+    return machine
 
 
 def _mapping(value: Any, where: str) -> dict:

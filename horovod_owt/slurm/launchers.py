@@ -107,9 +107,6 @@ def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator
     if launcher is Launcher.MPIRUN:
         # for the srun that starts mpirun's daemons on each node: ranks inherit its cores
         environment["SRUN_CPUS_PER_TASK"] = str(allocation.cpus_per_node)
-    elif allocation.crowded:
-        # Open MPI spins while waiting; mpirun detects more ranks than CPUs, under srun it must be told.
-        environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
     yield {name: value for name, value in environment.items() if name not in os.environ}
 
 
