@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import socket
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +30,7 @@ from horovod_owt.bench.tcp_ring import TcpRing, open_server, pair_on_this_host, 
 from horovod_owt.config import TrainConfig
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
+from horovod_owt.parallel.interfaces import listening_addresses
 from horovod_owt.parallel.parts import measure_parts, time_classifier, time_each
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import DTYPES
@@ -146,11 +147,9 @@ def _ring(world: World) -> tuple[float, float]:
             large, small = run()
         messages = 2
     else:
-        address = socket.gethostbyname(socket.gethostname())
-        with open_server("") as server:
-            ports = gather_objects((world.host, address, server.getsockname()[1]), "ceilings.ports")
-            hosts = {host for host, _, _ in ports}
-            addresses = [("127.0.0.1" if len(hosts) == 1 else ip, port) for _, ip, port in ports]
+        ip, *_ = listening_addresses(os.environ, one_host=world.local_size >= world.size)
+        with open_server(ip) as server:
+            addresses = gather_objects(server.getsockname()[:2], "ceilings.addresses")
             ring = TcpRing(world.rank, addresses, server)
             mine = [
                 time_ring(ring, size // world.size * world.size, repeats=repeats)

@@ -15,6 +15,8 @@ from time import perf_counter
 
 import numpy as np
 
+from horovod_owt.parallel.admission import family_of
+
 LIMIT_S = 60.0
 
 
@@ -59,7 +61,7 @@ class TcpRing:
 
 
 def open_server(host: str = "127.0.0.1") -> socket.socket:
-    return socket.create_server((host, 0))
+    return socket.create_server((host, 0), family=family_of(host))
 
 
 def time_ring(ring: TcpRing, num_bytes: int, *, repeats: int) -> list[float]:
