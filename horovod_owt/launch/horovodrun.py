@@ -14,5 +14,6 @@ def run(words: Sequence[str]) -> None:
     from horovod.runner.util import remote
 
     remote.SSH_COMMAND_PREFIX += f" {ALIVE}"
-    sys.argv = ["horovodrun", *words]
+    # Its cache of ssh checks is a pickle in ~/.horovod, and without a writable home it ends.
+    sys.argv = ["horovodrun", "--disable-cache", *words]
     launch.run_commandline()
