@@ -210,10 +210,13 @@ def scan(folder: bytes) -> list[os.DirEntry[bytes]]:
 
 
 def cache_files(folder: Path) -> list[Path]:
-    """Places for the cache: next to the split folder, else below the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Places for the cache: next to the split folder, else below the user's cache folder, if there is one."""
+    beside = folder.parent / f".owt-index-{folder.name}.npz"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # no HOME, and no passwd entry either
+        return [beside]
     key = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
-    return [folder.parent / f".owt-index-{folder.name}.npz", home / "horovod_owt" / "listings" / f"{key}.npz"]
+    return [beside, Path(cache, "horovod_owt", "listings", f"{key}.npz")]
 
 
 def _read_cached(folder: Path) -> Listing | None:

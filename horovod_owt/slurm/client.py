@@ -64,4 +64,10 @@ def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen
     would otherwise inherit that setting.
     """
     whole = {name: value for name, value in os.environ.items() if name not in EXPORT_LIMITS}
-    return subprocess.Popen(argv, env={**whole, **env}, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        argv,
+        env={**whole, **env},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        restore_signals=False,  # SIGPIPE stays ignored
+    )

@@ -12,7 +12,7 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.data.listing import left_out_text
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.prefetch import FetchedEarly
-from horovod_owt.errors import OwtError, Preempted, RunError
+from horovod_owt.errors import OwtError, Preempted, RunError, explained
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
@@ -112,8 +112,9 @@ class Run:
             }
             raise
         except BaseException as error:
-            reason = str(error) or type(error).__name__
-            exit_code = error.exit_code if isinstance(error, OwtError) else 1
+            known = explained(error)
+            reason = str(known) if known else f"a bug: {type(error).__name__}, see the traceback in the log"
+            exit_code = known.exit_code if known else 1
             raise
         finally:
             self._close(exit_code, reason)

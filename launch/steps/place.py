@@ -54,17 +54,25 @@ def patch_digest(patch: Path) -> str:
     return hashlib.sha256((diff + rest).encode()).hexdigest()
 
 
+def cache_home(environ: Mapping[str, str]) -> Path:
+    """XDG_CACHE_HOME or ~/.cache; raises Missing for a user without a home, as in some containers."""
+    home = environ.get("HOME") or os.path.expanduser("~")
+    folder = Path(environ.get("XDG_CACHE_HOME") or Path(home, ".cache"))
+    if not folder.is_absolute():
+        raise Missing("no HOME and no passwd entry: set XDG_CACHE_HOME to a writable folder")
+    return folder
+
+
 class Place:
     """The folders of one installation and its stamp, `horovod_owt.json` in the virtual environment."""
 
     def __init__(self, venv: Path, environ: Mapping[str, str] = os.environ):
-        self.venv = venv.expanduser().absolute()
+        self.venv = Path(os.path.expanduser(venv)).absolute()
         self.environ = environ
         self.bin = self.venv / "bin"
         self.python = self.bin / "python"
         self.stamp_file = self.venv / "horovod_owt.json"
-        home = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home()) / ".cache")
-        self.cache = home / "horovod_owt"
+        self.cache = cache_home(environ) / "horovod_owt"
         self.stamp = self._read_stamp()
 
     # the stamp
