@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from horovod_owt.data.synthetic import write_synthetic
+from horovod_owt.filesystem import temporary_folder
 
 SYNTHETIC = {"classes": 10, "train_per_class": 20, "val_per_class": 1, "size": (300, 400)}  # ImageNet's sizes
 
@@ -18,7 +18,7 @@ def given_or_synthetic(data: Path | None) -> Iterator[Path]:
     if data is not None:
         yield data
         return
-    with tempfile.TemporaryDirectory(prefix="owt-bench-") as folder:
-        root = Path(folder) / "synthetic"
+    with temporary_folder("owt-bench-") as folder:
+        root = folder / "synthetic"
         write_synthetic(root, **SYNTHETIC, workers=1)
         yield root

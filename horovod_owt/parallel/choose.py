@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from horovod_owt.parallel.optimizer import build_optimizer
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import DTYPES, autocast
 from horovod_owt.parallel.traffic import Traffic, start_sum
+from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.network import FC6_IN, HIDDEN, conv_parameters, fc_layers, fc_parameters, share
-from horovod_owt.perf.predict import Communication, Compute, Prediction, predict
+from horovod_owt.perf.predict import Parts, Sum, step_time
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,10 @@ def choose_parallel(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Second
     if why_not:
         choice, predicted_ms, line = "data", {}, f"parallel auto: data ({why_not})"
     else:
-        prediction = _predict(cfg, world)
-        choice = prediction.faster
-        predicted_ms = {"data": 1e3 * prediction.data_s, "hybrid": 1e3 * prediction.hybrid_s}
-        line = _line(prediction, world.size)
+        seconds = _predict(cfg, world)
+        choice = "hybrid" if seconds["hybrid"] < seconds["data"] else "data"
+        predicted_ms = {strategy: 1e3 * s for strategy, s in seconds.items()}
+        line = _line(choice, seconds, world.size)
     if world.is_root:
         log.info("%s", line)
     return dataclasses.replace(cfg, parallel=choice), predicted_ms
@@ -65,9 +66,7 @@ def _why_not_hybrid(cfg: TrainConfig, world: World) -> str:
     return ""
 
 
-def _line(prediction: Prediction, ranks: int) -> str:
-    seconds = {"data": prediction.data_s, "hybrid": prediction.hybrid_s}
-    choice = prediction.faster
+def _line(choice: str, seconds: Seconds, ranks: int) -> str:
     (other,) = seconds.keys() - {choice}
     return (
         f"parallel auto: {choice} (predicted {seconds[choice]:.3g} s a step on {ranks} ranks; "
@@ -75,33 +74,28 @@ def _line(prediction: Prediction, ranks: int) -> str:
     )
 
 
-def _predict(cfg: TrainConfig, world: World) -> Prediction:
-    group_size = cfg.fc_group_size
-    on_cpu = world.device.type == "cpu"
+def _predict(cfg: TrainConfig, world: World) -> Seconds:
+    """Seconds of a step by strategy: the parts are measured, and added up as `owt plan` does."""
     convolutions = _convolutions(cfg, world)
-    classifiers = [_classifier(cfg, world, group_size=size) for size in (1, group_size)]
-    if not on_cpu:
-        torch.cuda.empty_cache()
-    gradients = conv_parameters() + fc_parameters(cfg.classes)
-    shard = fc_parameters(cfg.classes, group_size=group_size)
-    return predict(
-        Compute(
+    conv_sum = _sum_of_gradients(conv_parameters(), world.everyone, cfg, world)
+    net = net_of(cfg.model, classes=cfg.classes, image_size=cfg.image_size)
+    seconds = {}
+    for strategy, group_size in (("data", 1), ("hybrid", cfg.fc_group_size)):
+        classifier = _classifier(cfg, world, group_size=group_size)
+        shard = fc_parameters(cfg.classes, group_size=group_size)
+        parts = Parts(
             conv_forward_s=convolutions["forward"],
             conv_backward_s=convolutions["backward"],
-            data_classifier_s=classifiers[0]["passes"],
-            hybrid_classifier_s=classifiers[1]["passes"],
-            data_update_s=classifiers[0]["update"],
-            hybrid_update_s=classifiers[1]["update"],
-        ),
-        Communication(
-            all_gradients_s=_sum_of_gradients(gradients, world.everyone, cfg, world),
-            conv_gradients_s=_sum_of_gradients(conv_parameters(), world.everyone, cfg, world),
-            shard_gradients_s=_sum_of_gradients(shard, world.shard_group(group_size), cfg, world),
-            exchange_s=_exchange(cfg, world, world.fc_group(group_size)),
-        ),
-        accum_steps=cfg.accum_steps,
-        can_hide=not on_cpu,
-    )
+            classifier_s=classifier["passes"],
+            exchange_s=_exchange(cfg, world, world.fc_group(group_size)) if group_size > 1 else 0.0,
+            update_s=classifier["update"],
+            conv_sum=conv_sum,
+            fc_sum=_sum_of_gradients(shard, world.shard_group(group_size), cfg, world),
+        )
+        seconds[strategy] = step_time(parts, net, accum_steps=cfg.accum_steps).total_s
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return seconds
 
 
 def _convolutions(cfg: TrainConfig, world: World) -> Seconds:
@@ -162,24 +156,36 @@ def _classifier(cfg: TrainConfig, world: World, *, group_size: int) -> Seconds:
     return _time_together({"passes": passes, "update": optimizer.step}, world)
 
 
-def _sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world: World) -> float:
-    """Seconds to sum that many gradients over the group: a few pieces are timed, the total is scaled up."""
+def _sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world: World) -> Sum:
+    """Seconds to sum that many gradients over the group: a few pieces are timed, the total is scaled up.
+
+    On a CPU the seconds that this rank's threads spend in it are missing from its computation; the rest is
+    waiting for the network, and computation may go on.
+    """
     if group.is_alone:
-        return 0.0
+        return Sum()
     dtype = torch.float16 if cfg.compression == "fp16" else _kept(cfg)
     length = min(MAX_PIECE_ELEMENTS, -(-parameters // MIN_PIECES))
     pieces = [torch.zeros(length, device=world.device, dtype=dtype) for _ in range(PIECES)]
-    traffic = Traffic()
+    traffic, busy_s = Traffic(), []
 
     def send() -> None:
+        busy_s.append(-process_time())
         sums = [
             start_sum(piece, group, traffic, what="auto", name=f"auto.sum.{number}", in_place=True)
             for number, piece in enumerate(pieces)
         ]
         for piece in sums:
             piece.wait()
+        busy_s[-1] += process_time()
 
-    return _time_together({"sum": send}, world)["sum"] * parameters / (PIECES * length)
+    scale = parameters / (PIECES * length)
+    total_s = scale * _time_together({"sum": send}, world)["sum"]
+    if world.device.type == "cuda":
+        return Sum(wire_s=total_s)
+    mine_s = scale * median(busy_s) / world.threads  # threads share the cores that are left
+    cores_s = min(total_s, max(gather_objects(mine_s, "auto.busy")))
+    return Sum(busy_s=cores_s, wire_s=total_s - cores_s)
 
 
 def _exchange(cfg: TrainConfig, world: World, group: Group) -> float:

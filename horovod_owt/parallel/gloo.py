@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+
+ADDRESS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,18 @@ def place_environment(nodes: Sequence[Node], node: int, local_rank: int) -> dict
 
 
 def store_environment(address: str, port: int) -> dict[str, str]:
-    """Horovod's variables for the address of the rendezvous server."""
+    """Horovod's variables for the address of the rendezvous server, as `start_store` returns it."""
     return {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
+        ADDRESS: address,
         "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
     }
+
+
+def store_host(env: Mapping[str, str]) -> str:
+    """The IP address or host name in HOROVOD_GLOO_RENDEZVOUS_ADDR; KeyError if that is not set."""
+    return env[ADDRESS].partition("/")[0].partition(":")[0]
 
 
 def use_interface(env: MutableMapping[str, str], interface: str) -> None:
@@ -47,13 +54,17 @@ def use_interface(env: MutableMapping[str, str], interface: str) -> None:
         env.setdefault(name, interface)
 
 
-def start_store(nodes: Sequence[Node]) -> tuple[int, Callable[[], None]]:
-    """Start Horovod's rendezvous server on this host; returns its port and a function that stops it."""
+def start_store(nodes: Sequence[Node], ip: str) -> tuple[str, int, Callable[[], None]]:
+    """Start the rendezvous server on this address of this host.
+
+    Returns its address, with a secret for this job's ranks only, its port, and a function that stops it.
+    """
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
+
+    from horovod_owt.parallel.store import Store
 
     slots = ",".join(f"{node.host}:{node.ranks}" for node in nodes)
-    server = RendezvousServer()
+    server = Store(ip)
     port = server.start()
     server.init(get_host_assignments(parse_hosts(slots), sum(node.ranks for node in nodes)))
-    return port, server.stop
+    return server.address(ip, port), port, server.stop

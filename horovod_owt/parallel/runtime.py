@@ -14,7 +14,7 @@ from horovod_owt.parallel.cores import use_own_cores
 from horovod_owt.parallel.device import Device, check_not_shared
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
 from horovod_owt.parallel.mpi import yield_when_idle
-from horovod_owt.parallel.torchrun import join_torchrun
+from horovod_owt.parallel.torchrun import close_server, join_torchrun
 from horovod_owt.topology import Launcher, Topology, place_on_box, read_topology
 from horovod_owt.versions import installed_versions
 
@@ -87,6 +87,9 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
             fix="--set fc_group_size=K with a number",
         ).on_every_rank() from None
     _check_size(topology)
+    if topology.launcher is Launcher.TORCHRUN:
+        hvd.barrier()
+        close_server()
     if device.gpu is not None:
         torch.cuda.set_device(device.name)
     return current_world(device, tuple(sets))

@@ -170,6 +170,8 @@ class Place:
             except BlockingIOError:
                 say(f"another set-up is using {self.cache}; waiting for it to end")
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks, such as NFS without lockd
+                say(f"{self.cache} cannot be locked: run one set-up at a time")
             shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed set-up
             self.stamp = self._read_stamp()
             yield
