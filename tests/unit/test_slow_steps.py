@@ -8,7 +8,7 @@ import torch
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.parallel.runtime import World
-from horovod_owt.perf.compute import generous_step_s, step_flops
+from horovod_owt.perf.compute import generous_step_s
 from horovod_owt.train import slow_steps
 from horovod_owt.train.replica import StepReport
 from horovod_owt.train.slow_steps import SlowSteps, reasons
@@ -36,12 +36,11 @@ def own_cores(ranks: int, *, host: str = "n1", threads: int = 1) -> list[list]:
 SHARED = [["n1", [0, 1], 1] for _ in range(4)]
 
 
-def test_a_training_step_on_an_image_has_four_billion_operations():
-    """0.656 GMAC in the convolutions, 58.6 M in the FC layers; three passes of two operations each."""
-    step = step_flops(TrainConfig(classes=1000, batch=1))
-    assert step == pytest.approx(6 * (0.656e9 + 58.6e6), rel=0.01)
-    quarter = step_flops(TrainConfig(classes=1000, batch=8, accum_steps=2, image_size=112))
-    assert quarter == pytest.approx(16 * 6 * (0.656e9 / 4 + 58.6e6), rel=0.01)
+def test_the_expectation_is_above_what_was_measured_for_one_rank():
+    """docs/performance.md: 2078 ms for 32 images, 616 ms for 8, on a core of some 60 GFLOP/s."""
+    for batch, seconds in ((32, 2.078), (8, 0.616)):
+        cfg = TrainConfig(classes=1000, batch=batch)
+        assert seconds < generous_step_s(cfg, flops_per_s=60e9, threads=1) < 2.5 * seconds
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def watched(monkeypatch, caplog, places, *seconds: float) -> list[str]:
 
 def test_one_line_says_why_steps_are_slow(monkeypatch, caplog):
     (line,) = watched(monkeypatch, caplog, SHARED, *[60.0] * 20)
-    assert line.startswith("steps take 60.0 s, more than 10 times the 3.0 s expected of a rank with its own")
+    assert line.startswith("steps take 60.0 s, more than 10 times the 2.9 s expected of a rank with its own")
     assert line.endswith(": 4 ranks on n1 have 2 cores: start fewer, or give the job more cores")
 
 
