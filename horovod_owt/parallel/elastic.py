@@ -62,6 +62,17 @@ class Committed(State):
         self.last = commit
         self.check_host_updates()
 
+    def check_host_updates(self) -> None:
+        """Horovod's check, without its shortcut of not synchronising after hosts were only removed.
+
+        A host that joins before the ranks have regrouped starts with a `sync`, in which it would wait for
+        ranks that skip theirs: after a job fell below its minimum, for one, which then waits for hosts.
+        """
+        try:
+            super().check_host_updates()
+        except HostsUpdatedInterrupt:
+            raise HostsUpdatedInterrupt(skip_sync=False) from None
+
     def sync(self) -> None:
         """Broadcast the latest commit from a rank that has it; new ranks have none.
 

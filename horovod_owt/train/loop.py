@@ -34,6 +34,7 @@ from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
+from horovod_owt.train.slow_steps import SlowSteps, place
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
 from horovod_owt.train.stop import StopRequest
 from horovod_owt.train.watch import watched
@@ -99,10 +100,12 @@ class Run:
         try:
             with watch as heartbeat, nullcontext() if elastic else explain_lost_ranks(heartbeat.lost):
                 self._begin()
-                self._record_start()
+                places = gather_objects(place(self.world), "places")
+                self._record_start([host for host, *_ in places])
                 if self._validation_due:
                     self._validate(stop)
-                self._run_steps(stop)
+                slow_steps = SlowSteps(self.cfg, self.world, places) if self.world.is_root else None
+                self._run_steps(stop, slow_steps)
         except RESETS as error:
             exit_code = None
             self._committed.regrouped = {
@@ -141,7 +144,7 @@ class Run:
         )
         self.writer = self._make_writer() if self.world.is_root else None
 
-    def _run_steps(self, stop: StopRequest) -> None:
+    def _run_steps(self, stop: StopRequest, slow_steps: SlowSteps | None) -> None:
         cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
         progress = Progress(
             total_steps=self.total_steps,
@@ -180,6 +183,8 @@ class Run:
                     self.writer.poll()
                 position.consumed += self.global_batch
                 progress.step(position.step, position.epoch, lr, report)
+                if slow_steps is not None:
+                    slow_steps.step(report)
                 self._record_step(lr, report)
                 if report.any_unnamed:
                     bad_images.announce(position.step)
@@ -275,11 +280,10 @@ class Run:
             self.run_dir, keep=cfg.keep_checkpoints, retries=cfg.checkpoint_retries, record=self._record
         )
 
-    def _record_start(self) -> None:
+    def _record_start(self, hosts: list[str]) -> None:
         cfg, world = self.cfg, self.world
         if self._committed is not None and self._committed.regrouped:
             self._record("fault", **self._committed.regrouped)
-        hosts = gather_objects(world.host, "hosts")
         images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
         self._record(
             "run",
