@@ -1,16 +1,28 @@
-"""Atomic writes of files and folders: written under a temporary name, then renamed."""
+"""Atomic writes of files and folders: written under a temporary name, then renamed.
+
+What file systems refuse is handled by `filesystem`.
+"""
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-PARTIAL = ".*.partial"  # what a killed write leaves behind
+from horovod_owt.filesystem import (
+    hide_folder,
+    partial_file,
+    partial_folder,
+    remove_tree,
+    rename_file,
+    rename_folder,
+    sync,
+    sync_descriptor,
+    unlink_quietly,
+)
+from horovod_owt.text import encode
 
 
 @contextmanager
@@ -19,16 +31,16 @@ def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None
 
     `durable` syncs file and folder, so that after a power cut `path` is the complete file or the old one.
     """
-    scratch = (folder or path.parent) / f".{os.getpid()}-{secrets.token_hex(4)}.partial"
+    scratch = partial_file(folder or path.parent)
     try:
         with open(scratch, "xb") as file:
             yield file
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
-        os.replace(scratch, path)
+                sync_descriptor(file.fileno())
+        rename_file(scratch, path)
     except BaseException:
-        scratch.unlink(missing_ok=True)
+        unlink_quietly(scratch)
         raise
     if durable:
         sync(path.parent)
@@ -37,25 +49,27 @@ def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text atomically and durably: a reader sees the old text or the new one."""
     with atomic_file(path, durable=True) as file:
-        file.write(text.encode())
+        file.write(encode(text))
 
 
 @contextmanager
-def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    final: Path, *, durable: bool = False, replace: bool = False, last: str = ""
+) -> Iterator[Path]:
     """A temporary folder next to `final`: renamed to it if the block succeeds, removed if it fails.
 
     `durable` syncs everything, as above. `replace` deletes an existing `final`; without it, OSError if
-    `final` is anything but an empty folder.
+    `final` is anything but an empty folder. Where folders cannot be renamed, `final` is complete once it has
+    the file named `last`.
     """
-    scratch = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    scratch = partial_folder(final)
     scratch.mkdir()
     try:
         yield scratch
         if durable:
             for path in [*scratch.rglob("*"), scratch]:
                 sync(path)
-        old = _hide(final) if replace and final.exists() else None
-        os.replace(scratch, final)
+        old = _publish(scratch, final, replace=replace, last=last)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -65,24 +79,26 @@ def atomic_folder(final: Path, *, durable: bool = False, replace: bool = False) 
         shutil.rmtree(old, ignore_errors=True)  # already renamed, so leftovers do no harm
 
 
+def _publish(scratch: Path, final: Path, *, replace: bool, last: str) -> Path | None:
+    """Rename `scratch` to `final`; returns the new name of what was there, if it is to be deleted."""
+    old = hide_folder(final) if replace and final.exists() else None
+    if old == final:
+        remove_tree(final)
+    was_free = not final.exists()
+    try:
+        rename_folder(scratch, final, last=last)
+    except BaseException:
+        if was_free:
+            shutil.rmtree(final, ignore_errors=True)  # files that were moved one by one
+        if old not in (None, final):
+            rename_folder(old, final)
+        raise
+    return None if old == final else old
+
+
 def remove_folder(folder: Path) -> None:
-    """Remove a folder atomically: it is renamed first.
+    """Remove a folder atomically: it is renamed first, where that is possible.
 
     Raises OSError where it can't be removed, or not all of it; then the rest has a name that PARTIAL matches.
     """
-    shutil.rmtree(_hide(folder))
-
-
-def _hide(folder: Path) -> Path:
-    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    os.replace(folder, hidden)
-    return hidden
-
-
-def sync(path: Path) -> None:
-    """fsync a file, or the entries of a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    remove_tree(hide_folder(folder))

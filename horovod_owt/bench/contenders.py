@@ -124,6 +124,7 @@ def alone(world: World) -> World:
 
 
 def random_batch(cfg: TrainConfig, world: World) -> Batch:
+    """A batch of random images and labels on the device, another one on each rank."""
     torch.manual_seed(cfg.seed + world.rank)
     images = torch.randn(cfg.batch, 3, cfg.image_size, cfg.image_size, device=world.device)
     return Batch(

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from horovod_owt.data.synthetic import write_synthetic
+from horovod_owt.filesystem import temporary_folder
 
 SYNTHETIC = {"classes": 10, "train_per_class": 20, "val_per_class": 1, "size": (300, 400)}  # ImageNet's sizes
 
 
 @contextmanager
-def given_or_synthetic(data: Path | None) -> Iterator[Path]:
-    """The user's data set, or a temporary synthetic one for each rank."""
+def given_or_synthetic(data: Path | None, **spec: int) -> Iterator[Path]:
+    """The user's data set, or a temporary synthetic one for each rank; `spec` overrides SYNTHETIC."""
     if data is not None:
         yield data
         return
-    with tempfile.TemporaryDirectory(prefix="owt-bench-") as folder:
-        root = Path(folder) / "synthetic"
-        write_synthetic(root, **SYNTHETIC, workers=1)
+    with temporary_folder("owt-bench-") as folder:
+        root = folder / "synthetic"
+        write_synthetic(root, **(SYNTHETIC | spec), workers=1)
         yield root

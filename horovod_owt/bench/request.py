@@ -10,6 +10,7 @@ import psutil
 from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.parallel.device import Device
+from horovod_owt.perf.machine import Machine, load_machine
 from horovod_owt.topology import rank_topology, resolve_group_size
 from horovod_owt.train.prepare import choose_device
 
@@ -27,6 +28,7 @@ class Request:
     steps: int
     warmup: int
     interface: str | None  # whose bytes are counted
+    machine: Machine | None  # to predict the rows of
     device: Device
 
 
@@ -39,6 +41,7 @@ def prepare(
     steps: int,
     warmup: int,
     interface: str | None,
+    machine: str | None = None,
 ) -> Request:
     """Check the options before ranks connect; raises OwtError."""
     try:
@@ -54,6 +57,7 @@ def prepare(
             known = ", ".join(psutil.net_io_counters(pernic=True))
             raise ConfigError(f"--count-interface {interface}", wanted=f"one of {known}")
 
+        place = load_machine(machine) if machine else None
         topology = rank_topology()
         if topology.world_size == 1:
             wanted = tuple(word for word in wanted if word != "hybrid")
@@ -72,7 +76,7 @@ def prepare(
     except OwtError as error:
         error.on_every_rank()
         raise
-    return Request(cfg, wanted, against, steps, warmup, interface, device)
+    return Request(cfg, wanted, against, steps, warmup, interface, place, device)
 
 
 def refuse_unfit(cfg: TrainConfig, against: str) -> None:

@@ -89,6 +89,7 @@ def _summary(
             **method(cfg, world, warmup=warmup),
             "step_time": "of the slowest rank, with decoding in the background",
             "pipeline": cfg.pipeline,
+            "classes": cfg.classes,
         },
     }
     for name in reports.keys() - {"ours"}:

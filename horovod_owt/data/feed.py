@@ -13,6 +13,7 @@ from PIL import Image
 
 from horovod_owt.data import augment
 from horovod_owt.data.faults import BadImages, check_image, read_fault
+from horovod_owt.data.machine import is_of_the_file, machine_error
 from horovod_owt.data.order import SampleOrder, batch_positions, validation_slice
 from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.store import Store
@@ -84,7 +85,8 @@ class Feed:
     """An iterator of encoded batches over a store, prefetched by a thread until closed.
 
     With `bad_images` a bad image is replaced by another one, not counted, and listed in the batch's faults;
-    without, it is a RunError. Pipelines report images that they cannot decode to `without`.
+    without, it is a RunError. Pipelines report images that they cannot decode to `without`. An error of the
+    machine is a RunError in any case: a good image must not be left out for it.
     """
 
     def __init__(self, store: Store, batch: int, bad_images: BadImages | None = None) -> None:
@@ -144,7 +146,9 @@ class Feed:
             try:
                 data = self.store.read(index)
                 return np.frombuffer(data, np.uint8), check_image(data)[:2], ""
-            except OSError as error:
+            except (OSError, MemoryError) as error:
+                if not is_of_the_file(error):
+                    raise machine_error(error, f"cannot read {self.store.path(index)}") from error
                 fault = read_fault(error)
             except ValueError as error:
                 fault = str(error)

@@ -12,8 +12,9 @@ from nvidia.dali import Pipeline, fn, tensors, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from horovod_owt.data.batch import MEAN, STD, Batch
-from horovod_owt.data.dali_decoder import decoder_options, find_refused, undecodable
+from horovod_owt.data.dali_decoder import check_machine, decoder_options, find_refused, undecodable
 from horovod_owt.data.feed import EncodedBatch, Feed
+from horovod_owt.data.machine import machine_error
 from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.errors import RunError
 
@@ -47,6 +48,12 @@ class DaliPipeline:
         return self
 
     def __next__(self) -> Batch:
+        try:
+            return self._next_batch()
+        except MemoryError as error:
+            raise machine_error(error, "DALI cannot decode a batch") from error
+
+    def _next_batch(self) -> Batch:
         while not self._closed:
             try:
                 if not self._started:
@@ -118,6 +125,7 @@ class DaliPipeline:
 
         RunError if it decodes each of them alone, or if bad images are not to be skipped.
         """
+        check_machine(error)
         self._pipe = None  # ends its threads, before the memory that they read is freed
         in_flight = [*(encoded for encoded, _ in self._in_flight), *self._retry]
         self._in_flight.clear()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import resized_crop
 
 from horovod_owt.data.batch import MEAN, STD, Batch
 from horovod_owt.data.copies import host_buffer, upload
-from horovod_owt.data.faults import pillow_message
+from horovod_owt.data.decode import decoded
 from horovod_owt.data.feed import EncodedBatch, Feed
+from horovod_owt.data.machine import machine_error
 from horovod_owt.data.nvjpeg import GpuDecoder, nvjpeg_decoder
 from horovod_owt.data.prefetch import Prefetched
 
@@ -68,8 +67,8 @@ class TorchvisionPipeline:
         """Batches with their pixels (b, S, S, 3) uint8, on the host or decoded on the device."""
         for encoded in self._feed:
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                decoded = self._decode_batch(encoded)
-            yield decoded
+                batch = self._decode_batch(encoded)
+            yield batch
 
     def _decode_batch(self, encoded: EncodedBatch) -> tuple[EncodedBatch, Tensor]:
         shape = (len(encoded.jpegs), self._image_size, self._image_size, 3)
@@ -96,11 +95,13 @@ class TorchvisionPipeline:
 
         def decode(row: int) -> None:
             try:
-                with Image.open(io.BytesIO(encoded.jpegs[row])) as stored:
-                    image = stored.convert("RGB")
-            except Exception as error:  # Pillow's decoders may raise anything on malformed bytes
-                faults[row] = f"undecodable: {pillow_message(error)}"
+                image = decoded(encoded.jpegs[row].tobytes())
+            except ValueError as error:
+                faults[row] = f"undecodable: {error}"
                 return
+            except MemoryError as error:
+                path = self._feed.store.path(int(encoded.indices[row]))
+                raise machine_error(error, f"cannot decode {path}") from error
             window = encoded.windows[row].tolist()
             pixels = np.asarray(resized_crop(image, *window, size=[self._image_size] * 2))
             out[row] = pixels[:, ::-1] if encoded.flips[row] else pixels

@@ -6,17 +6,21 @@ never taken for a complete one. A note records what is being made; a command wit
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from horovod_owt.data.machine import fix_of, reason_of
 from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
 from horovod_owt.errors import DataError
-from horovod_owt.files import sync, write_text
+from horovod_owt.files import write_text
+from horovod_owt.filesystem import free_space, locked, remove_tree, rename_folder, sync
+
+log = logging.getLogger(__name__)
 
 NOTE = "owt-data.json"  # in a finished data set: what it was made from
 
@@ -35,8 +39,8 @@ class Staging:
         return read_json(self.out / NOTE)
 
     def split_is_done(self, split: str) -> bool:
-        """Whether this split has been moved to its place."""
-        return (self.out / split).is_dir()
+        """Whether this split has been moved to its place, all of it."""
+        return (self.out / split).is_dir() and not (self.folder / split).exists()
 
     def recall(self, name: str) -> dict | None:
         return read_json(self.folder / name)
@@ -48,10 +52,16 @@ class Staging:
         """Move the splits to their places and write the note, with `facts`."""
         for split in SPLITS:
             if not self.split_is_done(split):
-                os.replace(self.folder / split, self.out / split)
+                rename_folder(self.folder / split, self.out / split, merge=True)
         sync(self.out)
         write_json(self.out / NOTE, {**self.spec, **facts})
-        shutil.rmtree(self.folder)
+
+    def clean(self) -> None:
+        """Remove the folder, which a finished data set does not need."""
+        try:
+            remove_tree(self.folder)
+        except OSError as error:
+            log.warning("%s is not needed any more, but stays: %s", self.folder, error.strerror)
 
 
 @contextmanager
@@ -64,14 +74,21 @@ def opened(out: Path, spec: dict) -> Iterator[Staging]:
     place = Staging(out, spec)
     try:
         _check(out)
-        place.folder.mkdir(parents=True, exist_ok=True)
-        with _alone(place.folder, out):
-            _claim(place)
+        if place.finished:
+            _check_same(place, place.finished)
             yield place
+        else:
+            place.folder.mkdir(parents=True, exist_ok=True)
+            with _alone(place.folder, out):
+                _claim(place)
+                yield place
+        if place.finished:
+            place.clean()  # with the lock closed: NFS and FUSE keep deleted files while they are open
     except OSError as error:
-        saw = f"cannot write to {out}: {error.strerror or error}"
-        fix = "choose a writable folder with room, or free some: the same command continues"
-        raise DataError(saw, fix=fix) from error
+        file = Path(os.fsdecode(error.filename)) if error.filename else out
+        own = not file.is_absolute() or out in (file, *file.parents) or file in out.parents
+        saw = f"cannot write to {out}" if own else f"cannot read {file}"
+        raise DataError(f"{saw}: {reason_of(error)}", fix=fix_of(error)) from error
 
 
 def _check(out: Path) -> None:
@@ -90,26 +107,29 @@ def _check(out: Path) -> None:
 
 
 def _claim(place: Staging) -> None:
-    done = place.finished
-    if done:
-        shutil.rmtree(place.folder)  # made by `opened`, or left by a kill after the note was written
-    begun = done or place.recall("spec.json")
-    if begun is None:
-        if (place.out / NOTE).exists() or any((place.out / split).exists() for split in SPLITS):
-            raise DataError(f"unreadable {place.out / NOTE}", fix="choose another name, or remove the folder")
+    if place.finished:  # by another command, since it was checked
+        return _check_same(place, place.finished)
+    begun = place.recall("spec.json")
+    if begun is not None:
+        _check_same(place, begun)
+    elif (place.out / NOTE).exists() or any((place.out / split).exists() for split in SPLITS):
+        raise DataError(f"unreadable {place.out / NOTE}", fix="choose another name, or remove the folder")
+    else:
         place.remember("spec.json", place.spec)
-    elif differ := [key for key in place.spec if begun.get(key) != place.spec[key]]:
+    shutil.rmtree(place.scratch, ignore_errors=True)
+    place.scratch.mkdir(exist_ok=True)  # it stays where a killed command's open files linger
+
+
+def _check_same(place: Staging, begun: dict) -> None:
+    """Raise DataError if the folder belongs to another command."""
+    if differ := [key for key in place.spec if begun.get(key) != place.spec[key]]:
         shown = ", ".join(f"{key} {_short(begun.get(key))}, not {_short(place.spec[key])}" for key in differ)
-        state = "contains" if done else "is unfinished and belongs to"
+        state = "contains" if place.finished else "is unfinished and belongs to"
         raise DataError(
             f"{place.out} {state} another data set ({shown})",
             wanted="the same command, unchanged, or a new folder",
             fix="choose another name, or remove it",
         )
-    if done:
-        return
-    shutil.rmtree(place.scratch, ignore_errors=True)
-    place.scratch.mkdir()
 
 
 def _short(value: object) -> str:
@@ -119,14 +139,14 @@ def _short(value: object) -> str:
 
 @contextmanager
 def _alone(folder: Path, out: Path) -> Iterator[None]:
-    """Lock the folder against a second command; without effect on a file system without locks."""
-    with open(folder / "lock", "w") as lock:
+    """Lock the folder against a second command."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = stack.enter_context(locked(folder / "lock"))
         except BlockingIOError:
             raise DataError(f"{out} is being written by another command", fix="wait until it ends") from None
-        except OSError:
-            pass
+        if not held:
+            log.warning("%s is on a file system without locks: run one command at a time on it", out)
         yield
 
 
@@ -149,12 +169,11 @@ def size_text(count: int) -> str:
 
 def check_room(out: Path, needed_bytes: int, needed_files: int) -> None:
     """Raise DataError if the disk has no room for that."""
-    disk = os.statvfs(out)
-    free = disk.f_bavail * disk.f_frsize
+    free_bytes, free_files = free_space(out)
     fix = "free some space, or choose a folder on another disk"
-    if needed_bytes > free:
-        saw = f"{out} is on a disk with {size_text(free)} free"
+    if free_bytes is not None and needed_bytes > free_bytes:
+        saw = f"{out} is on a disk with {size_text(free_bytes)} free"
         raise DataError(saw, wanted=size_text(needed_bytes), fix=fix)
-    if disk.f_files and needed_files > disk.f_favail:  # 0: the file system has no limit
-        saw = f"{out} is on a disk with room for {disk.f_favail} more files"
+    if free_files is not None and needed_files > free_files:
+        saw = f"{out} is on a disk with room for {free_files} more files"
         raise DataError(saw, wanted=f"{needed_files} files", fix=f"{fix}, or use --format shards")

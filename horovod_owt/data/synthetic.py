@@ -22,6 +22,7 @@ from horovod_owt.data.workers import in_processes, usable_cores
 from horovod_owt.errors import DataError
 from horovod_owt.files import atomic_folder
 
+NOTE = "synthetic.json"  # what it was made from; written last
 CHUNK = 25  # images a worker draws before it reports back
 
 
@@ -225,7 +226,7 @@ def write_synthetic(
         return False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(out) as scratch:
+        with atomic_folder(out, last=NOTE) as scratch:
             for split in SPLITS:
                 for label in range(classes):
                     (scratch / split / class_name(label, classes)).mkdir(parents=True)
@@ -234,7 +235,7 @@ def write_synthetic(
                 done += written
                 if progress:
                     progress(done, spec.num_images)
-            (scratch / "synthetic.json").write_text(json.dumps(asdict(spec), indent=2) + "\n")
+            (scratch / NOTE).write_text(json.dumps(asdict(spec), indent=2) + "\n")
     except OSError as error:
         saw = f"cannot write {out}: {error.strerror or error}"
         raise DataError(saw, fix="choose a writable folder on a disk with room") from error
@@ -249,8 +250,8 @@ def _is_there_already(out: Path, spec: SyntheticSet) -> bool:
     found = sorted(entry.name for entry in out.iterdir())
     if not found:
         return False
-    if "synthetic.json" in found:
-        have = _read_note(out / "synthetic.json")
+    if NOTE in found:
+        have = _read_note(out / NOTE)
         want = json.loads(json.dumps(asdict(spec)))  # tuples become lists
         if have == want:
             return True

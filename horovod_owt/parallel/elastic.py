@@ -14,6 +14,10 @@ from horovod.common.elastic import State
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from torch import Tensor
 
+from horovod_owt.parallel.collectives import broadcast_object, gather_objects
+from horovod_owt.parallel.interfaces import ipv4_address_of
+from horovod_owt.parallel.store import listen_on
+
 RESETS = (HorovodInternalError, HostsUpdatedInterrupt)  # after these the ranks regroup
 
 
@@ -41,7 +45,7 @@ class Committed(State):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(hvd.broadcast_object, hvd.rank)
+        super().__init__(lambda value: broadcast_object(value, "elastic.hosts"), hvd.rank)
         self._device = device
         self.last: Commit | None = None
         self.tensors: dict[str, Tensor] = {}
@@ -63,17 +67,17 @@ class Committed(State):
 
         Through the host's memory: in a new world NCCL is not tried yet.
         """
-        steps = hvd.allgather_object(self.last.step if self.last else -1, name="elastic.steps")
+        steps = gather_objects(self.last.step if self.last else -1, "elastic.steps")
         root = steps.index(max(steps))
         if steps[root] < 0:
             return
-        shapes = {name: (tuple(t.shape), t.dtype, t.stride()) for name, t in self.tensors.items()}
-        self.last, shapes, self.regrouped = hvd.broadcast_object(
-            (self.last, shapes, self.regrouped), root_rank=root, name="elastic.values"
+        layouts = {name: _layout(tensor) for name, tensor in self.tensors.items()}
+        self.last, layouts, self.regrouped = broadcast_object(
+            (self.last, layouts, self.regrouped), "elastic.values", kind=Commit, root_rank=root
         )
-        for name, (shape, dtype, stride) in shapes.items():
+        for name, layout in layouts.items():
             if name not in self.tensors:
-                self.tensors[name] = torch.empty_strided(shape, stride, dtype=dtype, device=self._device)
+                self.tensors[name] = _empty(*layout, self._device)
             own = self.tensors[name].cpu().contiguous()
             self.tensors[name].copy_(hvd.broadcast(own, root, f"elastic.{name}"))
 
@@ -82,6 +86,15 @@ class Committed(State):
 
     def restore(self) -> None:
         """Nothing to undo: after a reset the run is built again from the last commit."""
+
+
+def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """Its shape, strides and dtype, as values that travel between ranks."""
+    return tuple(tensor.shape), tensor.stride(), str(tensor.dtype).removeprefix("torch.")
+
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device=device)
 
 
 def regroup_reason(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
@@ -93,4 +106,6 @@ def regroup_reason(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
 
 def run(state: Committed, train: Callable[[Committed], None]) -> None:
     """Call `train` in each world that the ranks form, until it returns. Horovod must be initialised."""
+    if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
+        listen_on(ipv4_address_of(interface))  # for the service by which the driver announces new hosts
     hvd.elastic.run(train)(state)

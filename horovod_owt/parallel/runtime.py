@@ -14,7 +14,8 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.cores import use_own_cores
 from horovod_owt.parallel.device import Device, check_not_shared, shares_devices
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
-from horovod_owt.parallel.torchrun import join_torchrun
+from horovod_owt.parallel.mpi import yield_when_idle
+from horovod_owt.parallel.torchrun import close_server, join_torchrun
 from horovod_owt.topology import Launcher, Topology, place_on_box, read_topology
 from horovod_owt.versions import installed_versions
 
@@ -71,7 +72,9 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(stall_limit_s) + 60),  # its default of 30 s is too short
     }
     defaults |= _background_thread_sleep(topology.world_size, fc_group_size, on_gpu=device.gpu is not None)
-    if device.gpu is not None:
+    if device.gpu is None:
+        yield_when_idle()
+    else:
         defaults |= _nccl_on_shared_device(device, topology, nccl_version(), os.environ)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -89,6 +92,9 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
             fix="--set fc_group_size=K with a number",
         ).on_every_rank() from None
     _check_size(topology)
+    if topology.launcher is Launcher.TORCHRUN:
+        hvd.barrier()
+        close_server()
     if device.gpu is not None:
         torch.cuda.set_device(device.name)
     return current_world(device, tuple(sets))
@@ -136,9 +142,9 @@ def _background_thread_sleep(world_size: int, fc_group_size: int, *, on_gpu: boo
     """How long Horovod's background thread sleeps between two polls, in ms.
 
     On CPU cores, at the default of 1 ms it takes 10 to 20 % of a core from compute. Our patch lets it sleep
-    until there is work; but ranks outside a process set delay its collectives while they sleep, and under MPI
-    waiting ranks spin. With a GPU cores are free, and tensors should not wait for the next poll: at 1 ms a
-    small allreduce takes 1.1 ms.
+    until there is work; but ranks outside a process set delay its collectives while they sleep, and MPI's
+    ranks poll while they wait. With a GPU cores are free, and tensors should not wait for the next poll: at
+    1 ms a small allreduce takes 1.1 ms.
     """
     nested = 1 < fc_group_size < world_size
     until_work = {}

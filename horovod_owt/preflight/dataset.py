@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from time import monotonic, sleep
@@ -16,6 +15,7 @@ import numpy as np
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.store import open_data_set
+from horovod_owt.filesystem import free_space, unlink_quietly
 from horovod_owt.perf.network import conv_parameters, fc_parameters
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of
 
@@ -83,8 +83,7 @@ def leave_token(run_dir: Path, token: str) -> str:
 
 
 def take_token(run_dir: Path, token: str) -> None:
-    with suppress(OSError):
-        (nearest_folder(run_dir) / f".owt-preflight-{token}").unlink()
+    unlink_quietly(nearest_folder(run_dir) / f".owt-preflight-{token}")
 
 
 def try_folder(run_dir: Path, token: str, rank: int) -> dict[str, Any]:
@@ -97,19 +96,23 @@ def try_folder(run_dir: Path, token: str, rank: int) -> dict[str, Any]:
     except OSError as error:
         error_text = error.strerror or str(error)
     finally:
-        with suppress(OSError):
-            own.unlink()
+        unlink_quietly(own)
     deadline = monotonic() + VISIBLE_S
     while not (seen := (folder / f".owt-preflight-{token}").exists()) and monotonic() < deadline:
         os.listdir(folder)  # makes NFS ask the server again
         sleep(0.1)
-    space = os.statvfs(folder)
+    free_bytes, _ = free_space(folder)
     return {
         "folder": str(folder),
         "error": error_text,
         "shared": seen,
-        "free_bytes": space.f_bavail * space.f_frsize,
+        "free_bytes": free_bytes,
     }
+
+
+def _or_inf(free_bytes: int | None) -> float:
+    """None: the file system does not say, so it is no reason to refuse the job."""
+    return float("inf") if free_bytes is None else free_bytes
 
 
 def judge_folder(answers: Sequence[Answer]) -> list[Finding]:
@@ -122,7 +125,7 @@ def judge_folder(answers: Sequence[Answer]) -> list[Finding]:
         Finding("run folder", not closed, saw, "writable", fix if closed else "", hosts_of(closed)),
         at_least(
             "room for checkpoints",
-            [Answer(a.rank, a.host, a.value["free_bytes"]) for a in answers],
+            [Answer(a.rank, a.host, _or_inf(a.value["free_bytes"])) for a in answers],
             KEPT * CHECKPOINT_BYTES,
             unit="GB free",
             scale=1e9,

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.parallel.interfaces import own_addresses
+from horovod_owt.filesystem import free_space
+from horovod_owt.parallel.interfaces import is_loopback, own_addresses, usable
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, who
 from horovod_owt.topology import Topology
 from horovod_owt.versions import code_digest, installed_versions
@@ -43,15 +44,21 @@ def judge_environment(answers: Sequence[Answer]) -> list[Finding]:
 
 def limits(topology: Topology) -> dict[str, Any]:
     """The resource limits of this process."""
-    shm = os.statvfs("/dev/shm")
     return {
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "infiniband": Path("/dev/infiniband").exists(),
-        "shm_bytes": shm.f_bavail * shm.f_frsize,
+        "shm_bytes": _shm_bytes(),
         "cores": sorted(os.sched_getaffinity(0)),
         "local_size": topology.local_size,
     }
+
+
+def _shm_bytes() -> int:
+    try:
+        return free_space(Path("/dev/shm"))[0] or 0
+    except FileNotFoundError:
+        return 0
 
 
 def judge_limits(answers: Sequence[Answer], world_size: int) -> list[Finding]:
@@ -150,11 +157,11 @@ def names(table: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 def _resolution_error(host: str, addresses: Sequence[str], here: set[str]) -> str:
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None, socket.AF_INET)}
+        found = usable({str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
     except OSError as error:
         return f"does not resolve: {error.strerror or error}"
     if here & set(addresses):  # this host: Debian's 127.0.1.1 is harmless
-        found = {address for address in found if not address.startswith("127.")}
+        found = {address for address in found if not is_loopback(address)}
         foreign = f"resolves to {', '.join(sorted(found))}, which is not an address of this host"
         return "" if found <= set(addresses) else foreign
     if not found & set(addresses):

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import RunError
-from horovod_owt.files import PARTIAL, atomic_folder, remove_folder, write_text
+from horovod_owt.files import atomic_folder, remove_folder, write_text
+from horovod_owt.filesystem import PARTIAL, rename_folder
 from horovod_owt.runs.records import validations
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def resume_at(run_dir: Path, step: int) -> None:
             try:
                 if aside.exists():
                     remove_folder(aside)
-                folder.rename(aside)
+                rename_folder(folder, aside)
                 log.warning("checkpoint %s moved to %s", folder, aside.name)
             except OSError as error:
                 log.warning("checkpoint %s could not be moved aside: %s", folder, error.strerror)
@@ -169,7 +170,7 @@ def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
     folder.parent.mkdir(exist_ok=True)  # not its parents: a lost mount must not be replaced by a folder
     for killed in folder.parent.glob(PARTIAL):  # interrupted writes of any step
         shutil.rmtree(killed, ignore_errors=True)
-    with atomic_folder(folder, durable=True, replace=True) as scratch:  # the same step, after a resume
+    with atomic_folder(folder, durable=True, replace=True, last=MANIFEST) as scratch:
         yield scratch
         sums = {name: _sha256(scratch / name) for name in FILES}
         (scratch / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")

@@ -24,6 +24,7 @@ from types import TracebackType
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import atomic_file
+from horovod_owt.filesystem import partial_file, renew, unlink_quietly
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def elastic_driver(env: Mapping[str, str]) -> str:
     """The address of an elastic job's driver, the same on all its ranks; else empty."""
     if env.get("HOROVOD_ELASTIC") != "1":
         return ""
-    return f"{env.get('HOROVOD_GLOO_RENDEZVOUS_ADDR')}:{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT')}"
+    address = env.get("HOROVOD_GLOO_RENDEZVOUS_ADDR", "").partition("/")[0]  # what follows is secret
+    return f"{address}:{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT')}"
 
 
 class Ownership:
@@ -104,7 +106,7 @@ class Ownership:
             self._file = _create(folder, number + 1, me)
         for older in _numbers(folder):
             if older < _number(self._file):
-                _path(folder, older).unlink(missing_ok=True)
+                unlink_quietly(_path(folder, older))
         self._enough.clear()
         self._renewing = Thread(target=self._renew, args=(run_dir, self._file), name="owner", daemon=True)
         self._renewing.start()
@@ -137,7 +139,7 @@ class Ownership:
                 if last > _number(file):
                     self._on_loss(f"run folder {run_dir} was taken over by {_read(folder, last)}")
                     return
-                os.utime(file)  # the file server's clock, if there is one
+                renew(file)
             except OSError:  # a lost mount may come back; write errors are reported elsewhere
                 continue
 
@@ -191,10 +193,10 @@ def _create(folder: Path, number: int, owner: Owner) -> Path | None:
         with open(descriptor, "w") as file:
             file.write(json.dumps(asdict(owner)) + "\n")
     except OSError:  # a full disk: leave no owner file without content
-        path.unlink(missing_ok=True)
+        unlink_quietly(path)
         raise
     if max(_numbers(folder)) > number:  # this number was already superseded
-        path.unlink(missing_ok=True)
+        unlink_quietly(path)
         return None
     return path
 
@@ -233,13 +235,14 @@ def _renewed(folder: Path, number: int) -> float | None:
 
 def _now(folder: Path) -> float:
     """The file system's clock."""
-    probe = folder / f".{socket.gethostname()}-{os.getpid()}.clock"
+    probe = partial_file(folder)
     try:
-        probe.write_bytes(b"")
-        os.utime(probe)
+        with open(probe, "xb") as file:
+            file.write(b"x")
+        renew(probe)
         return probe.stat().st_mtime
     finally:
-        probe.unlink(missing_ok=True)
+        unlink_quietly(probe)
 
 
 def _kernel() -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.filesystem import temporary_folder
 from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
+from horovod_owt.text import encode
 
 EXPORT_LIMITS = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")  # set by sbatch --export, read by srun
 LIMIT_S = 60.0  # for slurmctld to answer
@@ -17,9 +17,9 @@ LIMIT_S = 60.0  # for slurmctld to answer
 
 def submit(script: str) -> str:
     """Submit a script with sbatch; returns the job id."""
-    with tempfile.TemporaryDirectory(prefix="owt-job-") as folder:
-        file = Path(folder, "job.sbatch")  # sbatch copies it
-        file.write_text(script)
+    with temporary_folder("owt-job-") as folder:
+        file = folder / "job.sbatch"  # sbatch copies it
+        file.write_bytes(encode(script))
         return ask(sbatch_argv(file)).strip().partition(";")[0]  # ID, or ID;CLUSTER
 
 

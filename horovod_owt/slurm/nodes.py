@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from horovod_owt.errors import OwtError
 from horovod_owt.files import write_text
+from horovod_owt.filesystem import temporary_folder
 from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.client import ask, find_jobs
 from horovod_owt.slurm.commands import hostnames_argv
@@ -23,8 +23,8 @@ LEAVE_S = 40.0
 @contextmanager
 def nodes_file(allocation: Allocation, say: Callable[[str], None]) -> Iterator[Path]:
     """A file with a line HOST:SLOTS for each of the job's nodes, kept up to date during the block."""
-    with tempfile.TemporaryDirectory(prefix="owt-nodes-") as folder:
-        file, over = Path(folder, "hosts"), threading.Event()
+    with temporary_folder("owt-nodes-") as folder:
+        file, over = folder / "hosts", threading.Event()
         write_hosts(file, allocation.hosts, allocation.ranks_per_node)
         follower = threading.Thread(target=_follow, args=(allocation, file, over, say), daemon=True)
         follower.start()

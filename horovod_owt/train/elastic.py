@@ -45,8 +45,9 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             if not world.is_root:
                 ownership.hand_over()  # before the next collective, so before the new rank 0 takes it
             check_agreement(request, world)
-            cfg = broadcast_object(request.cfg, "config")
-            opened = on_root(lambda: _open(opened.run_dir if opened else run_dir, cfg, state), "run_dir")
+            cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
+            where = opened.run_dir if opened else run_dir
+            opened = on_root(lambda: _open(where, cfg, state), "run_dir", kind=Opened)
             if state.last:
                 cfg = in_world_of(world.size, cfg, state.last.first_global_batch)
             Run(cfg, request, world, opened, committed=state).train(stop)

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 
 from horovod_owt.config import TrainConfig
+from horovod_owt.data.listing import left_out_text
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.prefetch import FetchedEarly
 from horovod_owt.errors import OwtError, Preempted, RunError
@@ -52,9 +53,11 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume)
     )
     with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
         check_agreement(request, world)
-        cfg = broadcast_object(request.cfg, "config")
+        cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
         data = request.folder.identity()
-        opened = on_root(lambda: open_run_folder(run_dir, cfg, data, resume, ownership), "run_dir")
+        opened = on_root(
+            lambda: open_run_folder(run_dir, cfg, data, resume, ownership), "run_dir", kind=Opened
+        )
         Run(cfg, request, world, opened).train(stop)
     runtime.shutdown()
 
@@ -290,6 +293,7 @@ class Run:
             bytes_sent_per_step_expected=bytes_sent_per_step(cfg, world.size),
             **({"predicted_step_ms": self.predicted_step_ms} if self.predicted_step_ms else {}),
             **images,
+            left_out=sum(each.images for each in self.folder.left_out),
         )
         if world.is_root:
             ranks = f"{world.size} rank{'s'[: world.size > 1]} on {', '.join(dict.fromkeys(hosts))}"
@@ -300,9 +304,9 @@ class Run:
                 "%d training and %d validation images | global batch %d | peak lr %.2e",
                 *images.values(), self.global_batch, cfg.peak_lr(world.size),
             )  # fmt: skip
+            if self.folder.left_out:
+                log.warning("%s; `owt data verify` names them", left_out_text(self.folder.left_out))
             log.info("run folder %s", self.run_dir)
-            if world.size > 1 and world.device.type == "cpu" and runtime.uses_mpi():
-                log.info("on CPU cores `horovodrun --gloo` is faster: under MPI, waiting ranks spin")
             if self.position.step >= self.total_steps:
                 log.info("nothing left to do: all %d steps are done", self.position.step)
 

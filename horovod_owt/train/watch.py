@@ -26,23 +26,34 @@ REPORT_S = 60.0  # a collective that waits this long, or half the stall limit, i
 
 
 class Stacks:
-    """RUN/stacks/rank-0001.txt: stacks of a rank's threads, on SIGQUIT and when ranks wait too long."""
+    """RUN/stacks/rank-0001.txt: stacks of a rank's threads, on SIGQUIT and when ranks wait too long.
+
+    They go to stderr if the rank cannot write to the run folder, which only rank 0 needs for its work.
+    """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._path = stacks_file(run_dir, rank)
-        self._path.parent.mkdir(exist_ok=True)
-        self._file = self._path.open("a", buffering=1)
-        faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = self._path.open("a", buffering=1, errors="backslashreplace")
+        except OSError as error:
+            log.warning("%s: %s; stacks of this rank go to stderr", self._path, error.strerror)
+            self._file = None
+        faulthandler.register(signal.SIGQUIT, self._file or sys.stderr, all_threads=True)
 
     def dump(self, why: str) -> None:
-        self._file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
-        faulthandler.dump_traceback(self._file, all_threads=True)
+        file = self._file or sys.stderr
+        with suppress(OSError):  # a full disk must not end the heartbeat
+            file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def close(self) -> None:
         """Close the file; remove it if it is empty."""
         faulthandler.unregister(signal.SIGQUIT)
-        self._file.close()
+        if self._file is None:
+            return
         with suppress(OSError):
+            self._file.close()
             if self._path.stat().st_size == 0:
                 self._path.unlink()
             self._path.parent.rmdir()  # if it is empty

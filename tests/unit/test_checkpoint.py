@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -299,11 +298,12 @@ def test_what_a_run_writes_stays_although_a_later_one_could_not_be_moved(tmp_pat
     for step in (1, 6):
         write_checkpoint(tmp_path, checkpoint(step))
 
-    def refuse(self, target):
+    def refuse(source, target):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(Path, "rename", refuse)
-    resume_at(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("horovod_owt.filesystem.os.replace", refuse)
+        resume_at(tmp_path, 1)
     assert "step-00000006 could not be moved aside: Operation not permitted" in caplog.text
     write_checkpoint(tmp_path, checkpoint(2))
     assert drop_old(tmp_path, keep=1, newest=2) == []

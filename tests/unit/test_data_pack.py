@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from horovod_owt.data import shards
+from horovod_owt.data import retry, shards
 from horovod_owt.data.build import Form
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
+from horovod_owt.data.machine import is_of_the_file
 from horovod_owt.data.pack import pack
 from horovod_owt.data.resize import shrunk
+from horovod_owt.data.shards import ShardStore
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import DataError
@@ -146,14 +148,21 @@ def test_damage_is_found_by_the_checksum(root, tmp_path):
         pack(tmp_path / "packed", tmp_path / "again", Form(), workers=1)
 
 
-def test_a_shard_truncated_during_training_is_reported(root, tmp_path):
+def test_a_shard_truncated_or_lost_during_training_is_no_fault_of_an_image(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "PAUSES_S", ())
     pack(root / "folder", tmp_path / "packed", Form(), workers=1)
     store = open_data_set(tmp_path / "packed").val
     shard = tmp_path / "packed" / "val" / "shard-000000.tar"
     store.read(0)
     os.truncate(shard, 600)
-    with pytest.raises(OSError, match="the shard ends within the sample"):
+    with pytest.raises(OSError, match="the shard ends within the sample") as caught:
         [store.read(i) for i in range(len(store))]
+    assert not is_of_the_file(caught.value)
+    shard.unlink()
+    store = ShardStore([shard], store._index)
+    with pytest.raises(OSError, match="shard-000000.tar: No such file") as caught:
+        store.read(0)
+    assert not is_of_the_file(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -281,13 +290,14 @@ def test_a_disk_that_is_too_small_is_reported_before_it_is_filled(root, tmp_path
 
     class Nearly:
         def __init__(self, path):
-            self.f_bavail, self.f_frsize, self.f_files, self.f_favail = 100, 4096, 0, 0
+            self.f_blocks = self.f_bavail = 100
+            self.f_frsize, self.f_files, self.f_favail = 4096, 0, 0
 
-    monkeypatch.setattr("horovod_owt.data.staging.os.statvfs", Nearly)
+    monkeypatch.setattr("horovod_owt.filesystem.os.statvfs", Nearly)
     with pytest.raises(DataError, match=r"on a disk with 0.4 MB free; wanted \d.\d MB; fix: free some"):
         pack(root / "folder", tmp_path / "packed", Form(), workers=1)
     assert not list((tmp_path / "packed").rglob("*.tar"))
-    monkeypatch.setattr("horovod_owt.data.staging.os.statvfs", real)
+    monkeypatch.setattr("horovod_owt.filesystem.os.statvfs", real)
     assert pack(root / "folder", tmp_path / "packed", Form(), workers=1)[1]  # the same command goes on
 
 
@@ -297,9 +307,9 @@ def test_a_write_error_is_reported_and_the_same_command_continues(root, tmp_path
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("horovod_owt.files.os.fsync", full)
+    monkeypatch.setattr("horovod_owt.filesystem.os.fsync", full)
     with pytest.raises(DataError, match="cannot write to .*packed: No space left on device; fix: "):
         pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)
-    monkeypatch.setattr("horovod_owt.files.os.fsync", real)
+    monkeypatch.setattr("horovod_owt.filesystem.os.fsync", real)
     assert pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)[1]
     assert tree(tmp_path / "packed") == tree(root / "packed")

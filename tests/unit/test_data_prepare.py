@@ -193,7 +193,7 @@ def test_a_kill_between_the_last_renames_is_recovered(mini, tmp_path, format, mo
             raise Killed
         return real(source, target)
 
-    monkeypatch.setattr("horovod_owt.files.os.replace", replace)
+    monkeypatch.setattr("horovod_owt.filesystem.os.replace", replace)
     step = 2 if format == "shards" else 11
     for survived in range(0, 200, step):
         out = tmp_path / f"out-{survived}"

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from horovod_owt.files import PARTIAL, atomic_file, atomic_folder, write_text
+from horovod_owt.files import atomic_file, atomic_folder, write_text
+from horovod_owt.filesystem import PARTIAL
 
 
 class Stopped(BaseException):
