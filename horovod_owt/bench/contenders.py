@@ -45,7 +45,7 @@ class Name(NamedTuple):
 
 def build(name: Name, cfg: TrainConfig, world: World) -> Callable[[int], StepReport]:
     """The contender's training step, on one fixed batch of random images: no input pipeline."""
-    place, batch = world if name.ranks == world.size else _alone(world), random_batch(cfg, world)
+    place, batch = world if name.ranks == world.size else alone(world), random_batch(cfg, world)
     if name.strategy in PEERS:
         return DdpLoop(cfg, place, batch, tuned=name.strategy == "ddp-tuned").train_step
     if name.strategy == "data":
@@ -118,7 +118,8 @@ def _serve(
                 parent.send_signal(signal.SIGCONT)
 
 
-def _alone(world: World) -> World:
+def alone(world: World) -> World:
+    """This rank as a job of its own."""
     return dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1, process_sets=())
 
 

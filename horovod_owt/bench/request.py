@@ -71,7 +71,7 @@ def prepare(
             )
         cfg = dataclasses.replace(cfg, classes=cfg.classes or CLASSES, fc_group_size=group_size)
         if against:
-            _refuse_unfit_for_ddp(cfg)
+            refuse_unfit(cfg, against)
         device = choose_device(cfg, topology)
     except OwtError as error:
         error.on_every_rank()
@@ -79,11 +79,15 @@ def prepare(
     return Request(cfg, wanted, against, steps, warmup, interface, place, device)
 
 
-def _refuse_unfit_for_ddp(cfg: TrainConfig) -> None:
+def refuse_unfit(cfg: TrainConfig, against: str) -> None:
     """Raise ConfigError for settings that the baselines cannot match."""
     if cfg.model != "alexnet-owt":
-        raise ConfigError(f"model={cfg.model} against ddp", wanted="alexnet-owt, which torchvision has too")
+        raise ConfigError(
+            f"model={cfg.model} against {against}", wanted="alexnet-owt, which torchvision has too"
+        )
     if cfg.accum_steps > 1:
-        raise ConfigError(f"accum_steps={cfg.accum_steps} against ddp", wanted="1", fix="set batch instead")
+        raise ConfigError(
+            f"accum_steps={cfg.accum_steps} against {against}", wanted="1", fix="set batch instead"
+        )
     if cfg.precision not in ("fp32", "bf16"):
-        raise ConfigError(f"precision={cfg.precision} against ddp", wanted="fp32 or bf16")
+        raise ConfigError(f"precision={cfg.precision} against {against}", wanted="fp32 or bf16")

@@ -31,8 +31,9 @@ def bench() -> None:
 @click.option("--warmup", default=3, show_default=True, help="Untimed steps per contender before those.")
 @click.option(
     "--against",
-    type=click.Choice(["plain"]),
-    help="Compare with a hand-written Horovod loop on random tensors.",
+    type=click.Choice(["plain", "torch"]),
+    help="Compare with a hand-written Horovod loop (plain), or the same net in torch on each rank alone, "
+    "without Horovod (torch); both on random tensors.",
 )
 @JSON_OPTION
 def step(

@@ -32,9 +32,8 @@ def nvjpeg_decoder(device: torch.device) -> Decode | None:
     try:
         decode([torch.frombuffer(bytearray(sample.getvalue()), dtype=torch.uint8)])
     except Exception as error:  # no nvJPEG, or an older torchvision that takes one file at a time
-        log.warning(
-            "torchvision does not decode on this GPU, the CPU does: %s", str(error).partition("\n")[0]
-        )
+        reason = str(error).partition("\n")[0]
+        log.warning("JPEGs are decoded on the CPU, nvJPEG fails: %s", reason)
         return None
     return decode
 

@@ -8,18 +8,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn, tensors, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from horovod_owt.data.batch import MEAN, STD, Batch
 from horovod_owt.data.dali_decoder import check_machine, decoder_options, find_refused, undecodable
 from horovod_owt.data.feed import EncodedBatch, Feed
 from horovod_owt.data.machine import machine_error
+from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.errors import RunError
 
 PREFETCH = 2  # batches that DALI decodes ahead
 
-Inputs = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]  # bytes, anchors, shapes, mirror
+Inputs = tuple[list[tensors.TensorCPU], np.ndarray, np.ndarray, np.ndarray]  # bytes, anchors, shapes, mirror
 
 
 class DaliPipeline:
@@ -37,6 +38,8 @@ class DaliPipeline:
         # passed to DALI, which reads the inputs where they are; result not taken yet
         self._in_flight: deque[tuple[EncodedBatch, Inputs]] = deque()
         self._retry: deque[EncodedBatch] = deque()  # to be passed to DALI again, before the feed's next
+        # made by a thread: the training thread would take 1 to 2 ms for 256 images
+        self._ready = Prefetched(((e, _inputs(e, slice(None))) for e in feed), 1, "dali-inputs")
         self._fault: RunError | None = None  # from the feed; raised after the batches before it
         self._closed = False
         self._begin()
@@ -83,6 +86,7 @@ class DaliPipeline:
     def close(self) -> None:
         self._closed = True
         self._feed.close()
+        self._ready.close()
         self._pipe = None
 
     def _begin(self) -> None:
@@ -99,11 +103,14 @@ class DaliPipeline:
     def _next_inputs(self) -> Inputs:
         """Called by DALI for each batch it schedules."""
         try:
-            encoded = self._retry.popleft() if self._retry else next(self._feed)
+            if self._retry:
+                encoded = self._retry.popleft()
+                inputs = _inputs(encoded, slice(None))
+            else:
+                encoded, inputs = next(self._ready)
         except RunError as fault:  # DALI finishes what is scheduled, then __next__ raises the fault
             self._fault = fault
             raise StopIteration from None
-        inputs = _inputs(encoded, slice(None))
         self._in_flight.append((encoded, inputs))
         return inputs
 
@@ -145,7 +152,7 @@ class DaliPipeline:
 def _inputs(encoded: EncodedBatch, rows: slice) -> Inputs:
     anchors, shapes = np.split(encoded.windows[rows], 2, axis=1)
     return (
-        encoded.jpegs[rows],
+        [tensors.TensorCPU(jpeg) for jpeg in encoded.jpegs[rows]],  # views
         np.ascontiguousarray(anchors),
         np.ascontiguousarray(shapes),
         encoded.flips[rows].astype(np.int32),
