@@ -144,3 +144,23 @@ def test_the_page_shows_what_the_planner_prints():
         printed = plan(*words).splitlines()
         for line in output.splitlines():
             assert line == "..." or line in printed, f"owt plan {command}"
+
+
+def test_the_table_of_cpu_ranks_on_the_page_is_what_is_predicted():
+    from horovod_owt.config import TrainConfig
+    from horovod_owt.perf.layers import net_of
+    from horovod_owt.perf.machine import load_machine
+    from horovod_owt.perf.plan import Job, predict_row
+
+    row = re.compile(
+        r"^\| (\d+) \| (\d) (ranks?|hosts) \| (data|hybrid) \| (\d+) \| (\d+) \| (\S+) % \|$", re.M
+    )
+    rows = row.findall(PAGE.read_text())
+    assert len(rows) == 10
+    for batch, number, what, strategy, measured, predicted, off in rows:
+        cfg = TrainConfig(classes=1000, batch=int(batch), parallel=strategy, fc_group_size=2)
+        nodes, per_node = (2, 1) if what == "hosts" else (1, int(number))
+        job = Job(cfg, net_of("alexnet-owt"), nodes, per_node, decodes=False)
+        step_ms = 1e3 * predict_row(load_machine("cpu-2-cores"), job).step_s
+        assert round(step_ms) == int(predicted)
+        assert round(100 * (step_ms / int(measured) - 1)) == int(off)
