@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 
+from horovod_owt.bench.blocks import finish_queued_work
 from horovod_owt.bench.ddp_loop import LR, DdpLoop, torch_process_group
 from horovod_owt.bench.request import PEERS
 from horovod_owt.config import TrainConfig
@@ -96,6 +97,8 @@ def _serve(
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(world.threads)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)  # torch's NCCL and autograd take the current one
     parent, contenders = psutil.Process(os.getppid()), {}
     with torch_process_group(world, init_method):
         connection.send([])
@@ -107,6 +110,7 @@ def _serve(
                 if name not in contenders:
                     contenders[name] = build(name, cfg, world)
                 answer = [contenders[name](step) for step in steps]
+                finish_queued_work(world.device)
             except Exception:
                 answer = traceback.format_exc()
             connection.send(answer)

@@ -34,7 +34,8 @@ class DaliPipeline:
         self._feed, self._image_size = feed, image_size
         self._device_id, self._num_threads = device_id, num_threads
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
-        self._in_flight: deque[EncodedBatch] = deque()  # passed to DALI, result not taken yet
+        # passed to DALI, which reads the inputs where they are; result not taken yet
+        self._in_flight: deque[tuple[EncodedBatch, Inputs]] = deque()
         self._retry: deque[EncodedBatch] = deque()  # to be passed to DALI again, before the feed's next
         self._fault: RunError | None = None  # from the feed; raised after the batches before it
         self._closed = False
@@ -64,7 +65,7 @@ class DaliPipeline:
                 self._recover(error)
                 continue
             images = self._copied(decoded.as_tensor())
-            encoded = self._in_flight.popleft()
+            encoded, _ = self._in_flight.popleft()
             try:
                 self._pipe.release_outputs()
                 self._pipe.schedule_run()
@@ -102,8 +103,9 @@ class DaliPipeline:
         except RunError as fault:  # DALI finishes what is scheduled, then __next__ raises the fault
             self._fault = fault
             raise StopIteration from None
-        self._in_flight.append(encoded)
-        return _inputs(encoded, slice(None))
+        inputs = _inputs(encoded, slice(None))
+        self._in_flight.append((encoded, inputs))
+        return inputs
 
     def _copied(self, tensor) -> torch.Tensor:
         """Copy the batch to a torch tensor, on torch's stream: DALI reuses its buffers."""
@@ -117,8 +119,8 @@ class DaliPipeline:
         RunError if it decodes each of them alone, or if bad images are not to be skipped.
         """
         check_machine(error)
-        self._pipe = None
-        in_flight = [*self._in_flight, *self._retry]
+        self._pipe = None  # ends its threads, before the memory that they read is freed
+        in_flight = [*(encoded for encoded, _ in self._in_flight), *self._retry]
         self._in_flight.clear()
         refused = [self._refused(encoded) for encoded in in_flight]
         if not any(refused):
@@ -155,6 +157,7 @@ def _graph(source, image_size: int, *, on_gpu: bool):
     jpegs, anchors, shapes, mirror = fn.external_source(
         source,
         num_outputs=4,
+        no_copy=True,  # a copy of 256 JPEGs would take the training thread some 5 ms
         dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
         ndim=[1, 1, 1, 0],
     )

@@ -121,7 +121,7 @@ def time_sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world
     dtype = torch.float16 if cfg.compression == "fp16" else _kept(cfg)
     length = min(MAX_PIECE_ELEMENTS, -(-parameters // MIN_PIECES))
     pieces = [torch.zeros(length, device=world.device, dtype=dtype) for _ in range(PIECES)]
-    traffic, busy_s = Traffic(), []
+    traffic, busy_s = Traffic(world.device), []
 
     def send() -> None:
         busy_s.append(-process_time())
@@ -144,7 +144,7 @@ def time_sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world
 
 def _exchange(cfg: TrainConfig, world: World, group: Group) -> float:
     """Seconds of one micro-batch's transfers inside the fc_group, one after another as in scheme a."""
-    exchange, dtype = Exchange(group, Traffic()), DTYPES[cfg.precision]
+    exchange, dtype = Exchange(group, Traffic(world.device)), DTYPES[cfg.precision]
     rows, own = cfg.batch * group.size, share(HIDDEN, group.size, group.index)
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
