@@ -2,9 +2,9 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,14 +57,15 @@ def test_it_needs_neither_torch_nor_numpy():
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.alone
 def test_it_takes_less_than_a_second():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "horovod_owt", "plan", "--nodes", "1,2,4,8"], check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0
+    def cpu_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        words = ["plan", "--nodes", "1,2,4,8", "--failures"]
+        subprocess.run([sys.executable, "-m", "horovod_owt", *words], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cpu_seconds() for _ in range(3)) < 1.0  # of CPU: the machine may be busy
 
 
 @pytest.mark.parametrize(
