@@ -2,9 +2,9 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,14 +57,15 @@ def test_it_needs_neither_torch_nor_numpy():
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.alone
 def test_it_takes_less_than_a_second():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "horovod_owt", "plan", "--nodes", "1,2,4,8"], check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0
+    def cpu_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        words = ["plan", "--nodes", "1,2,4,8", "--failures"]
+        subprocess.run([sys.executable, "-m", "horovod_owt", *words], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cpu_seconds() for _ in range(3)) < 1.0  # of CPU: the machine may be busy
 
 
 @pytest.mark.parametrize(
@@ -144,3 +145,23 @@ def test_the_page_shows_what_the_planner_prints():
         printed = plan(*words).splitlines()
         for line in output.splitlines():
             assert line == "..." or line in printed, f"owt plan {command}"
+
+
+def test_the_table_of_cpu_ranks_on_the_page_is_what_is_predicted():
+    from horovod_owt.config import TrainConfig
+    from horovod_owt.perf.layers import net_of
+    from horovod_owt.perf.machine import load_machine
+    from horovod_owt.perf.plan import Job, predict_row
+
+    row = re.compile(
+        r"^\| (\d+) \| (\d) (ranks?|hosts) \| (data|hybrid) \| (\d+) \| (\d+) \| (\S+) % \|$", re.M
+    )
+    rows = row.findall(PAGE.read_text())
+    assert len(rows) == 10
+    for batch, number, what, strategy, measured, predicted, off in rows:
+        cfg = TrainConfig(classes=1000, batch=int(batch), parallel=strategy, fc_group_size=2)
+        nodes, per_node = (2, 1) if what == "hosts" else (1, int(number))
+        job = Job(cfg, net_of("alexnet-owt"), nodes, per_node, decodes=False)
+        step_ms = 1e3 * predict_row(load_machine("cpu-2-cores"), job).step_s
+        assert round(step_ms) == int(predicted)
+        assert round(100 * (step_ms / int(measured) - 1)) == int(off)
