@@ -129,7 +129,10 @@ class DaliPipeline:
         self._pipe = None  # ends its threads, before the memory that they read is freed
         in_flight = [*(encoded for encoded, _ in self._in_flight), *self._retry]
         self._in_flight.clear()
-        refused = [self._refused(encoded) for encoded in in_flight]
+        # With DALI 2 it is the first one, and the others need no test; older ones may fail when scheduling.
+        refused = [self._refused(in_flight[0]), *[{}] * (len(in_flight) - 1)]
+        if not refused[0]:
+            refused[1:] = map(self._refused, in_flight[1:])
         if not any(refused):
             paths = [self._feed.store.path(index) for encoded in in_flight for index in encoded.indices]
             raise RunError(
