@@ -47,8 +47,7 @@ what the planner says of four GK210:
 horovodrun --gloo -np 2 owt bench boston --batches 1000
 ```
 
-Without a data set of yours it makes a small synthetic one of 1000 classes. What it measured is in
-[Performance](performance.md).
+Without a data set of yours it draws a few synthetic JPEGs and deals them out to 1000 classes.
 """
 
 

@@ -13,12 +13,12 @@ SYNTHETIC = {"classes": 10, "train_per_class": 20, "val_per_class": 1, "size": (
 
 
 @contextmanager
-def given_or_synthetic(data: Path | None, **spec: int) -> Iterator[Path]:
-    """The user's data set, or a temporary synthetic one for each rank; `spec` overrides SYNTHETIC."""
+def given_or_synthetic(data: Path | None) -> Iterator[Path]:
+    """The user's data set, or a temporary synthetic one for each rank."""
     if data is not None:
         yield data
         return
     with temporary_folder("owt-bench-") as folder:
         root = folder / "synthetic"
-        write_synthetic(root, **(SYNTHETIC | spec), workers=1)
+        write_synthetic(root, **SYNTHETIC, workers=1)
         yield root

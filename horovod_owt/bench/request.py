@@ -57,7 +57,7 @@ def prepare(
             known = ", ".join(psutil.net_io_counters(pernic=True))
             raise ConfigError(f"--count-interface {interface}", wanted=f"one of {known}")
 
-        place = load_machine(machine) if machine else None
+        place = load_machine(machine, option="--predict") if machine else None
         topology = rank_topology()
         if topology.world_size == 1:
             wanted = tuple(word for word in wanted if word != "hybrid")

@@ -230,8 +230,8 @@ def boston(
     """Do again what Boston's report measured: mini-batches of 128 by AlexNet-OWT, on real JPEGs.
 
     Prints seconds a mini-batch, minutes for 1000 and the loss beside the report's 1.7, 32 and 6.9, and beside
-    what the planner says of four GK210. Without DATA each rank first draws 1000 synthetic JPEGs. Hybrid, as
-    fbcunn, on several ranks.
+    what the planner says of four GK210. Without DATA each rank first draws 200 synthetic JPEGs and
+    deals them out to 1000 classes. Hybrid, as fbcunn, on several ranks.
 
     \b
     Example:  horovodrun --gloo -np 2 owt bench boston --batches 1000

@@ -99,8 +99,8 @@ def machine_names() -> list[str]:
     )
 
 
-def load_machine(name_or_file: str) -> Machine:
-    """A machine of the package or a YAML file; raises ConfigError."""
+def load_machine(name_or_file: str, *, option: str = "--machine") -> Machine:
+    """A machine of the package or a YAML file; raises ConfigError, whose fix names the user's option."""
     if name_or_file in machine_names():
         text = (resources.files("horovod_owt.perf.machines") / f"{name_or_file}.yaml").read_text()
     elif Path(name_or_file).is_file():
@@ -112,7 +112,7 @@ def load_machine(name_or_file: str) -> Machine:
         raise ConfigError(
             f"machine {name_or_file!r} is neither a known machine nor a file",
             wanted=f"one of {', '.join(machine_names())} or a path",
-            fix=f"--machine {nearest(name_or_file, machine_names()) or machine_names()[0]}",
+            fix=f"{option} {nearest(name_or_file, machine_names()) or machine_names()[0]}",
         )
     try:
         document = yaml.safe_load(text)

@@ -41,6 +41,21 @@ def test_one_rank_times_a_ring_with_a_second_process():
     assert len(large) == 3 and len(small) == 2 and min(large + small) > 0
 
 
+def test_boston_has_a_thousand_classes_of_real_jpegs(tmp_path):
+    from horovod_owt.bench.boston import given_or_dealt_out
+    from horovod_owt.data.store import open_data_set
+
+    with pytest.MonkeyPatch.context() as patch:  # smaller images are drawn faster
+        patch.setattr("horovod_owt.bench.images.SYNTHETIC", SMALL)
+        with given_or_dealt_out(None) as root:
+            data = open_data_set(root)
+            assert len(data.classes) == len(data.train) == 1000
+            jpegs = {data.train.read(index) for index in range(20)}
+    assert len(jpegs) == 6 and all(jpeg.startswith(b"\xff\xd8") for jpeg in jpegs)
+    with given_or_dealt_out(tmp_path) as root:
+        assert root == tmp_path
+
+
 def test_sizes_of_collectives():
     assert sizes(1024, 20_000) == [1024, 4096, 16_384]
     assert sizes(1 << 10, 256 << 20)[-1] == 256 << 20
@@ -58,6 +73,7 @@ def test_bus_bandwidths_are_those_of_nccl_tests():
     }
 
 
+SMALL = {"classes": 2, "train_per_class": 3, "val_per_class": 1, "size": (32, 40)}
 VERSIONS = {"versions": {"torch": "2"}, "device": "cpu"}
 
 
