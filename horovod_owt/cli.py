@@ -16,10 +16,12 @@ from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
+from horovod_owt.commands.plan import plan
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
+from horovod_owt.text import tolerant_streams
 from horovod_owt.topology import read_topology
 
 # How long the other ranks of a host wait before they print an error that all ranks raised: by then the
@@ -46,16 +48,17 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, devices, preflight, bench, launch, job):
+for command in (data, train, checkpoint, devices, preflight, plan, bench, launch, job):
     cli.add_command(command)
 
 
 def main() -> None:
     """Run the command line. An OwtError is printed as one line and sets the exit code; a bug ends the job."""
+    survive_lost_readers()
+    tolerant_streams()
     # Huge pages for torch's large tensors: with 4 KB pages a step of 32 images on a CPU core takes 10 to 17 %
     # longer. Must be set before torch allocates; a value set by the user is kept.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    survive_lost_readers()
     topology = read_topology()
     alone = topology.world_size == 1
     who = "" if alone else f"[rank {topology.rank} {topology.host}] "

@@ -154,7 +154,7 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
         raise ConfigError(
             f"recipe {name_or_file!r} is neither a built-in recipe nor a file",
             wanted=f"one of {', '.join(recipe_names())} or a path",
-            fix=f"--recipe {_nearest(name_or_file, recipe_names()) or DEFAULT_RECIPE}",
+            fix=f"--recipe {nearest(name_or_file, recipe_names()) or DEFAULT_RECIPE}",
         )
     try:
         values = yaml.safe_load(text) or {}
@@ -174,7 +174,7 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
 def _typed(key: str, value: Any) -> Any:
     """`value` as the field's type. --set gives text, and so does YAML for numbers like 1e-4."""
     if key not in FIELDS:
-        near = _nearest(key, FIELDS)
+        near = nearest(key, FIELDS)
         fix = f"use {near}" if near else f"known keys: {', '.join(FIELDS)}"
         raise ConfigError(f"unknown key {key!r}", wanted="a config key", fix=fix)
     kind = FIELDS[key].type  # a string, because of the __future__ import
@@ -201,7 +201,7 @@ def _check(cfg: TrainConfig) -> None:
     for key, allowed in CHOICES.items():
         value = getattr(cfg, key)
         if value not in allowed:
-            fix = f"{key}={_nearest(value, allowed) or allowed[0]}"
+            fix = f"{key}={nearest(value, allowed) or allowed[0]}"
             raise ConfigError(f"{key}={value}", wanted=" or ".join(allowed), fix=fix)
     parse_schedule(cfg.schedule)  # raises ConfigError
     _check_hybrid(cfg)
@@ -293,5 +293,6 @@ def check_batch_norm(cfg: TrainConfig, world_size: int) -> None:
         )
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word most like this one; empty if none is."""
     return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), "")

@@ -24,6 +24,7 @@ from horovod_owt.filesystem import (
     sync_descriptor,
     unlink_quietly,
 )
+from horovod_owt.text import encode
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def read_user_text(path: Path, *, wanted: str) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text atomically and durably: a reader sees the old text or the new one."""
     with atomic_file(path, durable=True) as file:
-        file.write(text.encode())
+        file.write(encode(text))
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """One of each bad file, and of each that is odd but decodes."""
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 CLOUD = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
 
 
@@ -31,12 +33,28 @@ def of_size(height: int, width: int) -> bytes:
 
 
 def without_tables() -> bytes:
-    """A JPEG without its quantisation tables: header and end are sound, no decoder takes it."""
+    """A JPEG without its quantisation tables: size and end are sound, no decoder takes it."""
     jpeg = encoded()
     while b"\xff\xdb" in jpeg:
         start, end = segment(jpeg, 0xDB)
         jpeg = jpeg[:start] + jpeg[end:]
     return jpeg
+
+
+def undecodable() -> bytes:
+    """A PNG of sound chunks whose compressed pixels are junk: only decoding shows it."""
+    png = encoded("PNG")
+    start = png.index(b"IDAT")
+    body = b"IDAT" + b"\x78\x9c" + b"junk" * 200
+    return b"".join(
+        [
+            png[: start - 4],
+            (len(body) - 4).to_bytes(4, "big"),
+            body,
+            zlib.crc32(body).to_bytes(4, "big"),
+            PNG_END,
+        ]
+    )
 
 
 def with_stray_marker() -> bytes:
@@ -60,7 +78,8 @@ BAD = {
     "truncated png": (encoded("PNG")[:-200], "truncated"),
     "no height": (of_size(0, 120), "impossible size 120 x 0"),
     "bomb": (of_size(65000, 65000), "impossible size 65000 x 65000"),
-    "no tables": (without_tables(), "undecodable"),
+    "no tables": (without_tables(), "undecodable: no quantisation table"),
+    "junk in a png": (undecodable(), "undecodable"),
 }
 # they decode: kind -> the file, and what `owt data verify` remarks
 ODD = {

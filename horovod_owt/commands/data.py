@@ -15,6 +15,9 @@ from horovod_owt.commands.data_verify import verify
 @click.group()
 def data() -> None:
     """Create and check data sets."""
+    from horovod_owt.data.machine import allow_open_files
+
+    allow_open_files()
 
 
 data.add_command(prepare)

@@ -31,6 +31,7 @@ def stats(root: Path, sample: int, seed: int, as_json: bool) -> None:
     """
     from tqdm import tqdm
 
+    from horovod_owt.data.listing import left_out_text
     from horovod_owt.data.stats import data_stats
     from horovod_owt.data.store import open_data_set
 
@@ -38,10 +39,10 @@ def stats(root: Path, sample: int, seed: int, as_json: bool) -> None:
     total = min(sample, len(data.train))
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty(), desc="measuring") as bar:
         report = data_stats(data, sample=sample, seed=seed, progress=bar.update)
-    click.echo(json.dumps(report) if as_json else _text(report))
+    click.echo(json.dumps(report) if as_json else _text(report, left_out_text(data.left_out)))
 
 
-def _text(report: dict[str, Any]) -> str:
+def _text(report: dict[str, Any], left_out: str) -> str:
     images, file_bytes, classes = report["images"], report["bytes"], report["classes"]
     smallest, largest = classes["smallest"], classes["largest"]
     lines = [
@@ -52,6 +53,8 @@ def _text(report: dict[str, Any]) -> str:
         f"sample   {report['sampled']} training images, seed {report['seed']}; "
         f"{report['bad_in_sample']} bad ones skipped",
     ]
+    if report["left_out"]:
+        lines.insert(1, f"{left_out}; `owt data verify` names them")
     if report["sampled"]:
         for name in ("width", "height"):
             spread = report[name]

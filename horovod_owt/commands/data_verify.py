@@ -17,6 +17,7 @@ import click
 from horovod_owt.commands.options import JSON_OPTION
 
 if TYPE_CHECKING:
+    from horovod_owt.data.listing import LeftOut
     from horovod_owt.data.verify import Finding
 
 SHARE_TIMEOUT_S = 7 * 86400.0  # for other ranks to finish; a dead rank is noticed at once
@@ -45,9 +46,10 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
                horovodrun --gloo -np 4 owt data verify /data/imagenet
 
     Under a launcher the ranks share the images, and rank 0 prints the report. Unusual images that decode (a
-    PNG named .JPEG, a CMYK JPEG) are listed as remarks, not as bad. Ctrl-C ends it with a report of what was
-    found so far; mpirun leaves its ranks no time for that, so under a launcher bad images are also printed
-    to stderr at once.
+    PNG named .JPEG, a CMYK JPEG) are listed as remarks, not as bad; what looks like an image but is not read
+    (a .webp, a dangling link, a folder in a class folder) as left out. Ctrl-C ends it with a report of what
+    was found so far; mpirun leaves its ranks no time for that, so under a launcher bad images are also
+    printed to stderr at once.
     """
     from horovod_owt.commands.log import log_to_stderr
     from horovod_owt.data.pipeline import resolve_kind
@@ -74,18 +76,28 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
             )
         parts = meeting.gather(found.to_dict(), SHARE_TIMEOUT_S, "verify")
         whole = merged([part for _, part in sorted(parts.items())]) if parts else found
-        bad, done, stopped, lost = meeting.broadcast(
-            [len(whole.bad), whole.images, whole.stopped, sorted(meeting.absent)], SHARE_TIMEOUT_S
+        bad, unread, done, stopped, lost = meeting.broadcast(
+            [len(whole.bad), len(whole.unread), whole.images, whole.stopped, sorted(meeting.absent)],
+            SHARE_TIMEOUT_S,
         )
     if topology.rank == 0:
         seconds = time.perf_counter() - started
-        click.echo(_json(whole) if as_json else _text(whole, images, kind, seconds))
+        left_out = [each for store in stores.values() for each in store.left_out]
+        click.echo(_json(whole, left_out) if as_json else _text(whole, left_out, images, kind, seconds))
     silent = f"no report from rank{'s'[: len(lost) > 1]} {', '.join(map(str, lost))}" if lost else ""
-    rest = f"stopped before the other {images - done}" if stopped else silent
+    rest = [
+        f"stopped before the other {images - done - unread}" if stopped else silent,
+        f"{unread} not read" if unread else "",
+    ]
+    rest = ", ".join(filter(None, rest))
     if bad:
         saw = f"bad images: {bad} of {done}" + (f" ({rest})" if rest else "")
         fix = "replace or remove them, or train with --set bad_images=skip"
         raise ProblemFound(saw, wanted="none", fix=fix).on_every_rank()
+    if unread:
+        saw = f"{unread} images could not be read, through no fault of theirs; of {done} others none is bad"
+        fix = "check the permissions, the disk, the mount or the file server, and verify again"
+        raise RunError(saw, wanted="to read all of them", fix=fix).on_every_rank()
     if stopped:
         raise RunError(f"stopped after {done} of {images} images, none of them bad").on_every_rank()
     if silent:
@@ -130,21 +142,29 @@ def _bar(images: int, topology):
         yield show
 
 
-def _json(found) -> str:
+def _json(found, left_out: list[LeftOut]) -> str:
     report = {
         "images": found.images,
         "bad": [{"path": bad.path, "fault": bad.text} for bad in found.bad],
+        "unread": [{"path": unread.path, "error": unread.text} for unread in found.unread],
         "remarks": [{"path": odd.path, "remark": odd.text} for odd in found.remarks],
+        "left_out": [each._asdict() for each in left_out],
     }
     return json.dumps(report | ({"stopped": True} if found.stopped else {}))
 
 
-def _text(found, images: int, kind: str, seconds: float) -> str:
+def _text(found, left_out: list[LeftOut], images: int, kind: str, seconds: float) -> str:
     lines = [f"bad     {bad.path}: {bad.text}" for bad in found.bad]
+    lines += [f"unread  {unread.path}: {unread.text}" for unread in found.unread]
     lines += [f"remark  {odd.path}: {odd.text}" for odd in found.remarks]
+    for each in left_out:
+        count = f" ({each.images} images)" if each.images > 1 else ""
+        lines.append(f"left out  {each.path}: {each.reason}{count}")
     of = f" of {images}" if found.stopped else ""
     lines.append(
         f"{found.images}{of} images decoded by {kind} in {seconds:.1f} s: "
         f"{len(found.bad)} bad, {len(found.remarks)} remarks"
+        + (f", {len(found.unread)} not read" if found.unread else "")
+        + (f", {sum(each.images for each in left_out)} left out" if left_out else "")
     )
     return "\n".join(lines)

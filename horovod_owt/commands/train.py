@@ -49,8 +49,10 @@ def train(
     Ctrl-C, TERM, USR1 and USR2 stop it after the current step, with a checkpoint and exit code 75.
     """
     log_to_stderr()
+    from horovod_owt.data.machine import allow_open_files
     from horovod_owt.train.prepare import prepare_alone
 
+    allow_open_files()
     # validate the input before heavy modules are loaded
     request = prepare_alone(data, recipe, with_parallel(parallel, settings))
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from horovod_owt.data import tarball
 from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
+from horovod_owt.data.machine import fix_of, is_of_the_file, machine_error, reason_of
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.resize import shrunk
 from horovod_owt.data.shards import INDEX, Index, shard_name
@@ -172,8 +173,9 @@ def _image(store: Store, index: int, form: Form) -> tuple[bytes, str | None]:
     try:
         data = store.read(index)
     except OSError as error:
-        saw = f"cannot read {store.path(index)}: {error.strerror or error}"
-        raise DataError(saw, fix="check the file and the disk it is on") from error
+        saw = f"cannot read {store.path(index)}: {reason_of(error)}"
+        fix = "restore or remove the file" if is_of_the_file(error) else fix_of(error)
+        raise DataError(saw, fix=fix) from error
     if fault := store.check(index, data):
         raise DataError(f"{store.path(index)} is damaged: {fault}", fix="download or copy the file again")
     if form.short_side is None:
@@ -182,6 +184,8 @@ def _image(store: Store, index: int, form: Form) -> tuple[bytes, str | None]:
         return shrunk(data, form.short_side, png=store.name(index).lower().endswith(b".png")), None
     except ValueError as error:
         return data, f"{store.path(index)}: {error}"
+    except MemoryError as error:
+        raise machine_error(error, f"cannot downscale {store.path(index)}") from error
 
 
 def _image_tasks(split: _Split) -> list[tuple[int, int]]:

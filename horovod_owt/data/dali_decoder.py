@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -9,9 +10,14 @@ from typing import TypeVar
 import numpy as np
 from nvidia.dali import Pipeline, backend, fn, types
 
-from horovod_owt.data.faults import pillow_fault
+from horovod_owt.data.decode import pillow_fault
 
 T = TypeVar("T")
+
+# In DALI's messages, when the host or the GPU is short of memory or threads.
+_MACHINES = re.compile(
+    r"bad_alloc|out of memory|MemoryAllocation|can(?:'|no)t allocate|temporarily unavailable", re.I
+)
 
 
 def decoder_options(*, on_gpu: bool) -> dict:
@@ -35,10 +41,17 @@ def find_refused(build: Callable[[Callable[[], T]], Pipeline], inputs: Iterable[
         current.append(one)
         try:
             pipe.run()
-        except RuntimeError:
+        except RuntimeError as error:
+            check_machine(error)
             refused.append(number)
             pipe = None  # unusable after a failure
     return refused
+
+
+def check_machine(error: RuntimeError) -> None:
+    """Raise MemoryError if DALI failed for want of memory or threads, which says nothing about an image."""
+    if found := _MACHINES.search(str(error)):
+        raise MemoryError(found[0]) from error
 
 
 def undecodable(data: bytes) -> str:
@@ -62,7 +75,8 @@ class DaliDecoder:
         try:
             self._pipe.run()
             return {}
-        except RuntimeError:
+        except RuntimeError as error:
+            check_machine(error)
             self._pipe = None  # unusable after a failure, and does not say which image it was
         alone = ([image] for image in self._images)
         refused = find_refused(lambda source: self._build(source, 1), alone)

@@ -24,6 +24,7 @@ class FolderStore:
         self._folder = os.fsencode(folder)
         listing = list_split(Path(folder))
         self._class_names, self._names, self._counts = listing.classes, listing.names, listing.counts
+        self.left_out = listing.left_out(self._folder)
         self.classes = tuple(os.fsdecode(name) for name in self._class_names)
         self.labels = np.repeat(np.arange(len(self.classes), dtype=np.int64), self._counts)
 

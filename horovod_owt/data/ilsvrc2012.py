@@ -22,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from horovod_owt.data.arrays import Names
+from horovod_owt.data.machine import fix_of, reason_of
 from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.shards import Index, ShardStore
 from horovod_owt.data.store import first_few
@@ -67,7 +68,8 @@ def open_checked(path: Path, published: Published) -> BinaryIO:
     try:
         file = open(path, "rb", buffering=0)
     except OSError as error:
-        fix = "download it from image-net.org (needs an account)" if error.errno == errno.ENOENT else ""
+        missing = error.errno == errno.ENOENT
+        fix = "download it from image-net.org (needs an account)" if missing else fix_of(error)
         raise DataError(f"{path} cannot be read: {error.strerror}", fix=fix) from error
     size = os.fstat(file.fileno()).st_size
     if published.size not in (None, size):
@@ -170,8 +172,7 @@ def take_md5(
             fix = "download it again; for another release pass --checksums"
             raise DataError(f"{path} has md5 {found}", wanted=published.md5, fix=fix)
     except OSError as error:
-        saw = f"cannot read {path}: {error.strerror or error}"
-        raise DataError(saw, fix="check the disk it is on") from error
+        raise DataError(f"cannot read {path}: {reason_of(error)}", fix=fix_of(error)) from error
     finally:
         stream.close()
     if tar_error:
@@ -192,6 +193,8 @@ def read_devkit(path: Path) -> Devkit:
         with tarfile.open(path, "r:*") as archive:
             files = {name: _member(archive, name) for name in (META, GROUND_TRUTH)}
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"cannot read {path}: {error.strerror}", fix=fix_of(error)) from error
         raise DataError(f"{path} is not a devkit: {_first_line(error)}", wanted=wanted) from error
     from scipy.io import loadmat  # slow to import
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import numpy as np
 
 from horovod_owt.data import staging
 from horovod_owt.data.build import Form, Progress, make
+from horovod_owt.data.listing import left_out_text
+from horovod_owt.data.machine import fix_of, is_of_the_file, reason_of
 from horovod_owt.data.store import SPLITS, DataSet, open_data_set
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.errors import DataError
 from horovod_owt.files import real_path
+
+log = logging.getLogger(__name__)
 
 
 def pack(
@@ -26,6 +31,8 @@ def pack(
     form.check()
     _check_apart(source, out)
     data = open_data_set(source)
+    if data.left_out:
+        log.warning("%s; `owt data verify` names them", left_out_text(data.left_out))
     spec = {"made_by": "owt data pack", "source_sha256": _fingerprint(data), **form.spec()}
     with staging.opened(out, spec) as place:
         if done := place.finished:
@@ -46,7 +53,7 @@ def _fingerprint(data: DataSet) -> str:
     """Changes when an image is added, removed, renamed or written again."""
     digest = hashlib.sha256()
     for store in (data.train, data.val):
-        digest.update("\0".join(store.classes).encode(errors="surrogateescape") + b"\0\0")
+        digest.update(os.fsencode("\0".join(store.classes)) + b"\0\0")
         digest.update(np.ascontiguousarray(store.labels))
         for index in range(len(store)):
             digest.update(store.name(index) + b"\0")
@@ -55,6 +62,6 @@ def _fingerprint(data: DataSet) -> str:
                 digest.update(np.ascontiguousarray(column, np.int64))
         except OSError as error:
             path = os.fsdecode(error.filename) if error.filename else store.path(0)
-            saw = f"cannot read {path}: {error.strerror}"
-            raise DataError(saw, fix="check the file and the disk it is on") from error
+            fix = "restore or remove the file" if is_of_the_file(error) else fix_of(error)
+            raise DataError(f"cannot read {path}: {reason_of(error)}", fix=fix) from error
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from horovod_owt.data.jpeg import Header
+from horovod_owt.data.header import Header
 
 KINDS = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG"}
 CMYK = 4  # components

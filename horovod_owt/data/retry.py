@@ -10,12 +10,13 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 PAUSES_S = (0.5, 2.0)  # before the second and the third try
-# Errors of a network file system while its server is unreachable. ENOENT and EACCES are not transient.
+# Errors of a network file system while its server is unreachable, and of a host that is short of something
+# for a moment. ENOENT and EACCES are not transient.
 TRANSIENT = frozenset(
     getattr(errno, name)
     for name in (
         "EIO ESTALE ETIMEDOUT EAGAIN EINTR ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EHOSTDOWN "
-        "EHOSTUNREACH ENETDOWN ENETUNREACH EREMOTEIO ESHUTDOWN"
+        "EHOSTUNREACH ENETDOWN ENETUNREACH EREMOTEIO ESHUTDOWN EMFILE ENFILE ENOMEM"
     ).split()
     if hasattr(errno, name)
 )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
+from horovod_owt.data.listing import LeftOut, images_below, scan
+from horovod_owt.data.machine import EXHAUSTED, is_of_the_file, machine_error
 from horovod_owt.data.retry import TRANSIENT, with_retries
 from horovod_owt.errors import DataError
 
 INDEX = "index.npz"
 VERSION = 1
-OPEN_FILES = 256  # shards open at a time: the usual limit of a process is 1024 files
+OPEN_FILES = 256  # shards open at a time, at most
+OPEN_SHARE = 4  # and a quarter of what the process may open: sockets, libraries and checkpoints need the rest
 
 
 def shard_name(number: int) -> str:
@@ -82,6 +86,8 @@ class Index:
 class ShardStore:
     """Samples as byte ranges of a few large files. Thread-safe; a read is one pread."""
 
+    left_out: Sequence[LeftOut] = ()
+
     def __init__(self, files: list[Path], index: Index) -> None:
         self._paths, self._index = files, index
         self.classes = tuple(os.fsdecode(name) for name in index.classes)
@@ -96,16 +102,22 @@ class ShardStore:
         try:
             index = Index.read(path)
         except (*UNREADABLE, TypeError) as error:
+            if isinstance(error, OSError) and error.errno and not is_of_the_file(error):
+                raise machine_error(error, f"cannot read {path}") from error
             raise DataError(f"{path} cannot be used: {error}", fix=again) from error
         files = [folder / shard_name(number) for number in range(len(index.shard_bytes))]
         for file, wanted in zip(files, index.shard_bytes.tolist(), strict=True):
             try:
                 saw = os.stat(file).st_size
             except OSError as error:
+                if not is_of_the_file(error):
+                    raise machine_error(error, f"cannot read {file}") from error
                 raise DataError(f"{file} cannot be read: {error.strerror}", fix=again) from error
             if saw != wanted:
                 raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, as in {path.name}", fix=again)
-        return cls(files, index)
+        store = cls(files, index)
+        store.left_out = _beside(folder, {os.fsencode(file.name) for file in files})
+        return store
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -146,12 +158,30 @@ class ShardStore:
             ):  # a network file system may return less; a truncated file returns nothing
                 more = os.pread(descriptor, length - len(data), offset + len(data))
                 if not more:
-                    raise OSError(f"the shard ends within the sample, {length - len(data)} bytes missing")
+                    missing = length - len(data)
+                    raise OSError(errno.EIO, f"the shard ends within the sample, {missing} bytes missing")
                 data += more
         return data
 
     def __reduce__(self):
         return ShardStore, (self._paths, self._index)
+
+
+def _beside(folder: Path, shards: set[bytes]) -> list[LeftOut]:
+    """Other shards than those of the index, and folders of images."""
+    found = []
+    for entry in scan(os.fsencode(folder)):
+        other_shard = entry.name.endswith(b".tar") and entry.name not in shards
+        images = images_below(entry.path) if entry.is_dir() else int(other_shard)
+        if images:
+            found.append(LeftOut(os.fsdecode(entry.path), f"not in {INDEX}", images))
+    return sorted(found)
+
+
+def open_files_limit() -> int:
+    """Shards that may be open at a time."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(OPEN_FILES, soft // OPEN_SHARE))
 
 
 class _Files:
@@ -168,8 +198,7 @@ class _Files:
         with self._lock:
             file = self._open.get(number)
             if file is None:
-                self._make_room()
-                file = self._open[number] = _File(self._paths[number], int(self._sizes[number]))
+                file = self._open[number] = self._newly_opened(number)
             self._open.move_to_end(number)
             file.users += 1
         failed = False
@@ -186,11 +215,22 @@ class _Files:
                 if file.users == 0 and self._open.get(number) is not file:
                     file.close()
 
-    def _make_room(self) -> None:
-        while len(self._open) >= OPEN_FILES:
-            _, file = self._open.popitem(last=False)
-            if file.users == 0:  # otherwise its last user closes it
-                file.close()
+    def _newly_opened(self, number: int) -> _File:
+        while len(self._open) >= open_files_limit():
+            self._close_oldest()
+        try:
+            return _File(self._paths[number], int(self._sizes[number]))
+        except OSError as error:
+            if error.errno not in EXHAUSTED or not self._open:
+                raise
+        while self._open:  # something else has taken all that the process may open
+            self._close_oldest()
+        return _File(self._paths[number], int(self._sizes[number]))
+
+    def _close_oldest(self) -> None:
+        _, file = self._open.popitem(last=False)
+        if file.users == 0:  # otherwise its last user closes it
+            file.close()
 
     def __del__(self) -> None:
         for file in self._open.values():
@@ -200,10 +240,15 @@ class _Files:
 class _File:
     def __init__(self, path: Path, size: int) -> None:
         self.users = 0
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if is_of_the_file(error):  # of the shard, that is: no fault of the one image that is read
+                raise OSError(errno.ESTALE, f"{path.name}: {error.strerror}") from None
+            raise
         if (saw := os.fstat(self.descriptor).st_size) != size:
             self.close()
-            raise OSError(f"the file has {saw} bytes, {size} in {INDEX}")
+            raise OSError(errno.ESTALE, f"the file has {saw} bytes, {size} in {INDEX}")
 
     def close(self) -> None:
         os.close(self.descriptor)

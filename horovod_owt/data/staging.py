@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from horovod_owt.data.machine import fix_of, reason_of
 from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
 from horovod_owt.errors import DataError
 from horovod_owt.files import real_path, write_text
@@ -83,9 +85,10 @@ def opened(out: Path, spec: dict) -> Iterator[Staging]:
         if place.finished:
             place.clean()  # with the lock closed: NFS and FUSE keep deleted files while they are open
     except OSError as error:
-        saw = f"cannot write to {out}: {error.strerror or error}"
-        fix = "choose a writable folder with room, or free some: the same command continues"
-        raise DataError(saw, fix=fix) from error
+        file = Path(os.fsdecode(error.filename)) if error.filename else out
+        own = not file.is_absolute() or out in (file, *file.parents) or file in out.parents
+        saw = f"cannot write to {out}" if own else f"cannot read {file}"
+        raise DataError(f"{saw}: {reason_of(error)}", fix=fix_of(error)) from error
 
 
 def _check(out: Path) -> None:

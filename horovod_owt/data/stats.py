@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import io
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from horovod_owt.data.decode import decoded
 from horovod_owt.data.faults import check_image
+from horovod_owt.data.machine import is_of_the_file, machine_error
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.store import DataSet, Store
 from horovod_owt.data.workers import usable_cores
@@ -50,6 +51,7 @@ def data_stats(
         "images": {"train": len(data.train), "val": len(data.val)},
         "bytes": {"train": _bytes(data.train), "val": _bytes(data.val)},
         "classes": _classes(store),
+        "left_out": sum(each.images for each in data.left_out),
         "sampled": len(seen),
         "bad_in_sample": bad,
         "seed": seed,
@@ -63,7 +65,10 @@ def _bytes(store: Store) -> int:
     try:
         sizes, _ = store.sizes_and_times()
     except OSError as error:
-        saw = f"{error.filename} is listed but cannot be opened: {error.strerror}"
+        path = os.fsdecode(error.filename or b"")
+        if not is_of_the_file(error):
+            raise machine_error(error, f"cannot read {path}") from error
+        saw = f"{path} is listed but cannot be opened: {error.strerror}"
         raise DataError(saw, fix="`owt data verify` lists all bad images") from error
     return int(sizes.sum())
 
@@ -98,9 +103,12 @@ def _measure(store: Store, index: int) -> _Seen | None:
     try:
         data = store.read(index)
         header = check_image(data)
-        with Image.open(io.BytesIO(data)) as image:
-            counts = np.reshape(image.convert("RGB").histogram(), (3, 256))
-    except Exception:  # Pillow's decoders may raise anything on malformed bytes
+        counts = np.reshape(decoded(data).histogram(), (3, 256))
+    except ValueError:
         return None
+    except (OSError, MemoryError) as error:
+        if is_of_the_file(error):
+            return None
+        raise machine_error(error, f"cannot read {store.path(index)}") from error
     shares = counts / counts.sum(axis=1, keepdims=True)
     return _Seen(header.width, header.height, shares @ LEVELS, shares @ LEVELS**2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from horovod_owt.data.folder import FolderStore
-from horovod_owt.data.listing import LAYOUT, scan
+from horovod_owt.data.listing import LAYOUT, LeftOut, left_out_text, scan
 from horovod_owt.data.shards import INDEX, ShardStore, shard_name
 from horovod_owt.errors import DataError
 
@@ -26,6 +26,7 @@ class Store(Protocol):
 
     classes: tuple[str, ...]  # label -> class name
     labels: np.ndarray  # index -> label, int64
+    left_out: Sequence[LeftOut]  # what looks like images but is not read
 
     def __len__(self) -> int: ...
     def read(self, index: int) -> bytes: ...  # OSError, after retries of transient errors
@@ -50,6 +51,11 @@ class DataSet:
     def classes(self) -> tuple[str, ...]:
         return self.train.classes
 
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """What looks like images but is not read, of both splits."""
+        return [*self.train.left_out, *self.val.left_out]
+
     def fingerprint(self) -> str:
         """Counts, and a hash of names and labels: equal for all copies of a data set, folder or packed."""
         return self._fingerprint
@@ -58,7 +64,7 @@ class DataSet:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for store in (self.train, self.val):
-            digest.update("\0".join(store.classes).encode(errors="surrogateescape"))
+            digest.update(os.fsencode("\0".join(store.classes)))
             digest.update(store.labels.tobytes())
             digest.update(b"\0".join(map(store.name, range(len(store)))))
         counts = f"{len(self.train)} + {len(self.val)} images of {len(self.classes)} classes"
@@ -120,8 +126,10 @@ def _open_split(folder: Path) -> Store:
             raise DataError(f"{folder} has shards, but no {INDEX}", wanted="both", fix=fix)
         raise DataError(f"{folder} has no class folders", wanted=LAYOUT)
     if empty := store.empty_classes():
+        left_out = f"; {left_out_text(store.left_out)}" if store.left_out else ""
+        counts = f"{len(empty)} of {len(store.classes)} empty"
         raise DataError(
-            f"{folder}: no image in class {first_few(empty)} ({len(empty)} of {len(store.classes)} empty)",
+            f"{folder}: no image in class {first_few(empty)} ({counts}){left_out}",
             wanted="at least one .JPEG, .jpg or .png in each class",
             fix="fill or remove the folder, in train and in val",
         )

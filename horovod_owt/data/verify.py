@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from horovod_owt.data.faults import check_image, pillow_fault, read_fault
-from horovod_owt.data.jpeg import Header
+from horovod_owt.data.decode import pillow_fault
+from horovod_owt.data.faults import check_image, read_fault
+from horovod_owt.data.header import Header
+from horovod_owt.data.machine import EXHAUSTED, is_of_the_file, machine_error, reason_of
 from horovod_owt.data.order import validation_slice
 from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.remarks import remark
@@ -38,6 +40,7 @@ class Findings:
 
     images: int = 0
     bad: list[Finding] = field(default_factory=list)
+    unread: list[Finding] = field(default_factory=list)  # the machine could not read or decode them
     remarks: list[Finding] = field(default_factory=list)
     stopped: bool = False  # by Ctrl-C, before the end
 
@@ -84,7 +87,10 @@ def make_decoder(pipeline: str, *, threads: int, device_id: int | None) -> Decod
 def verify(
     stores: dict[str, Store], decoder: Decoder, *, rank: int, world_size: int, progress: Progress
 ) -> Findings:
-    """Check this rank's share of each split's images. Ctrl-C ends it with what was found so far."""
+    """Check this rank's share of each split's images. Ctrl-C ends it with what was found so far.
+
+    RunError if the machine has no more memory or open files, because then every later image would fail.
+    """
     found = Findings()
     try:
         for split, store in stores.items():
@@ -92,6 +98,8 @@ def verify(
             _verify_split(split, store, share, decoder, found, progress)
     except KeyboardInterrupt:
         found.stopped = True
+    except MemoryError as error:
+        raise machine_error(error, "cannot decode an image") from error
     return found
 
 
@@ -101,9 +109,10 @@ def merged(parts: Sequence[dict[str, Any]]) -> Findings:
     for part in parts:
         whole.images += part["images"]
         whole.bad += [Finding(**finding) for finding in part["bad"]]
+        whole.unread += [Finding(**finding) for finding in part["unread"]]
         whole.remarks += [Finding(**finding) for finding in part["remarks"]]
         whole.stopped |= part["stopped"]
-    for findings in (whole.bad, whole.remarks):
+    for findings in (whole.bad, whole.unread, whole.remarks):
         findings.sort(key=lambda finding: (finding.split, finding.index))
     return whole
 
@@ -116,8 +125,10 @@ def _verify_split(
 
     groups = Prefetched(_groups(store, share), 2, "read-groups")
     try:
-        for images, faults in groups:
+        for images, faults, unread in groups:
             known = len(found.bad)
+            for index, reason in unread.items():
+                note(index, reason, found.unread)
             refused = decoder.faults([image.data for image in images]) if images else {}
             for index, fault in faults.items():
                 note(index, fault, found.bad)
@@ -133,35 +144,44 @@ def _verify_split(
         groups.close()
 
 
-def _groups(store: Store, share: range) -> Iterator[tuple[list[_Read], dict[int, str]]]:
-    """Groups of images to decode together, and the faults of those already known bad (index -> fault)."""
+class _Unread(str):
+    """Why the machine could not read an image."""
 
-    def read(index: int) -> _Read | str:
+
+def _groups(store: Store, share: range) -> Iterator[tuple[list[_Read], dict[int, str], dict[int, str]]]:
+    """Groups of images to decode together, and those known bad or unread (index -> fault or reason)."""
+
+    def read(index: int) -> _Read | _Unread | str:
         try:
             data = store.read(index)
             if fault := store.check(index, data):
                 return f"differs from the image that was packed: {fault}"
             return _Read(index, data, check_image(data))
         except OSError as error:
-            return read_fault(error)
+            if is_of_the_file(error):
+                return read_fault(error)
+            if error.errno in EXHAUSTED:
+                raise machine_error(error, f"cannot read {store.path(index)}") from error
+            return _Unread(reason_of(error))
         except ValueError as error:
             return str(error)
 
     images: list[_Read] = []
     faults: dict[int, str] = {}
+    unread: dict[int, str] = {}
     pixels = 0
     with ThreadPoolExecutor(READERS, thread_name_prefix="read-image") as readers:
         for start in range(share.start, share.stop, GROUP):
             chunk = range(start, min(start + GROUP, share.stop))
             for index, seen in zip(chunk, readers.map(read, chunk), strict=True):
                 if isinstance(seen, str):
-                    faults[index] = seen
+                    (unread if isinstance(seen, _Unread) else faults)[index] = seen
                     continue
                 own = seen.header.height * seen.header.width
                 if images and (len(images) == GROUP or pixels + own > GROUP_PIXELS):
-                    yield images, faults
-                    images, faults, pixels = [], {}, 0
+                    yield images, faults, unread
+                    images, faults, unread, pixels = [], {}, {}, 0
                 images.append(seen)
                 pixels += own
-    if images or faults:
-        yield images, faults
+    if images or faults or unread:
+        yield images, faults, unread

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import horovod.torch as hvd
+import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from horovod_owt.errors import OwtError, RunError
 from horovod_owt.parallel.activity import now
+from horovod_owt.parallel.objects import from_json, to_json
 
 T = TypeVar("T")
+SHUT_DOWN = "Horovod has been shut down"
+LOST_SOMEBODY = "lost contact with another rank: it died, hung or exited"
 
 
 def sum_over_ranks(values: Tensor, name: str) -> Tensor:
@@ -22,16 +27,41 @@ def sum_over_ranks(values: Tensor, name: str) -> Tensor:
         return hvd.allreduce(values, op=hvd.Sum, name=name)
 
 
-def broadcast_object(value: T | None, name: str) -> T:
-    """Rank 0's `value` on every rank; the other ranks' argument is ignored."""
+def broadcast_object(value: T | None, name: str, *, kind: type | None = None, root_rank: int = 0) -> T:
+    """The root's `value` on every rank; the other ranks' argument is ignored.
+
+    It travels as JSON, see `objects`; `kind` is the class of the dataclasses in it.
+    """
     with now.waiting_in(name):
-        return hvd.broadcast_object(value, root_rank=0, name=name)
+        sent = _bytes_of(value) if hvd.rank() == root_rank else torch.empty(0, dtype=torch.uint8)
+        length = hvd.broadcast(torch.tensor([len(sent)]), root_rank, f"{name}.length")
+        if hvd.rank() != root_rank:
+            sent = torch.empty(int(length), dtype=torch.uint8)
+        text = hvd.broadcast(sent, root_rank, f"{name}.text")
+    return _object_in(text, kind)
 
 
-def on_root(action: Callable[[], T] | None, name: str) -> T:
+def gather_objects(value: T, name: str, *, kind: type | None = None) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank; as JSON, too."""
+    with now.waiting_in(name):
+        sent = _bytes_of(value)
+        lengths = hvd.allgather(torch.tensor([len(sent)]), name=f"{name}.lengths")
+        texts = hvd.allgather(sent, name=f"{name}.texts")
+    return [_object_in(text, kind) for text in texts.split(lengths.tolist())]
+
+
+def _bytes_of(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(to_json(value).encode()), dtype=torch.uint8)
+
+
+def _object_in(text: Tensor, kind: type | None) -> Any:
+    return from_json(text.numpy().tobytes().decode(), kind)
+
+
+def on_root(action: Callable[[], T] | None, name: str, *, kind: type | None = None) -> T:
     """Run `action` on rank 0 and broadcast its result; an OwtError is raised on every rank.
 
-    The other ranks' argument is ignored. They wait until rank 0 is done.
+    The other ranks' argument is ignored. They wait until rank 0 is done. `kind` as above.
     """
     outcome = None
     if hvd.rank() == 0:
@@ -40,16 +70,26 @@ def on_root(action: Callable[[], T] | None, name: str) -> T:
                 outcome = action()
         except OwtError as error:
             outcome = error
-    outcome = broadcast_object(outcome, name)
+    outcome = broadcast_object(outcome, name, kind=kind)
     if isinstance(outcome, OwtError):
         raise outcome.on_every_rank()
     return outcome
 
 
-def gather_objects(value: T, name: str) -> list[T]:
-    """Every rank's `value`, in rank order, on every rank."""
-    with now.waiting_in(name):
-        return hvd.allgather_object(value, name=name)
+def bare_collective(name: str, num_bytes: int, ranks: int, device: torch.device) -> Callable[[], object]:
+    """An allreduce, allgather, alltoall or broadcast to be timed, on a buffer of fp32 numbers.
+
+    A gather's result has `num_bytes`, so each rank sends a part of them.
+    """
+    part = torch.zeros(max(1, num_bytes // 4 // ranks), device=device)
+    whole = torch.zeros(part.numel() * ranks, device=device)
+    label = f"bare.{name}.{num_bytes}"
+    return {
+        "allreduce": lambda: hvd.allreduce_(whole, op=hvd.Sum, name=label),
+        "allgather": lambda: hvd.allgather(part, name=label),
+        "alltoall": lambda: hvd.alltoall(whole, name=label),
+        "broadcast": lambda: hvd.broadcast_(whole, root_rank=0, name=label),
+    }[name]
 
 
 def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
@@ -60,14 +100,28 @@ def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
 
 @contextmanager
 def explain_lost_ranks(who: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turn the error of a collective whose peer is gone into a RunError; `who` may name the peer."""
+    """Turn the error of a failed collective into a RunError; `who` may name a peer that is gone."""
     try:
         yield
     except HorovodInternalError as error:
-        lost = who()
-        raise RunError(
-            f"lost contact with {lost}: it died"
-            if lost
-            else "lost contact with another rank: it died, hung or exited",
-            fix="see its last output and the launcher's; --resume auto resumes from the last checkpoint",
-        ) from error
+        raise collective_error(error, who()) from error
+
+
+def collective_error(error: HorovodInternalError, lost: str) -> RunError:
+    """NCCL's own reason is quoted, and any other one where no lost rank is known.
+
+    The text that Horovod has for every shutdown is no reason.
+    """
+    reason = str(error).strip().partition("\n")[0]
+    if SHUT_DOWN in reason:
+        reason = ""
+    by_nccl = re.search("nccl|cuda", reason, re.IGNORECASE)
+    if by_nccl and not lost:
+        fix = "set NCCL_DEBUG=INFO and see what NCCL logs; run `owt preflight`"
+        return RunError(f"a collective failed: {reason}", fix=fix)
+    saw = f"lost contact with {lost}: it died" if lost else LOST_SOMEBODY
+    quoted = f" ({reason})" if reason and (by_nccl or not lost) else ""
+    return RunError(
+        saw + quoted,
+        fix="see its last output and the launcher's; --resume auto resumes from the last checkpoint",
+    )

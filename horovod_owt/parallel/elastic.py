@@ -14,6 +14,10 @@ from horovod.common.elastic import State
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from torch import Tensor
 
+from horovod_owt.parallel.collectives import broadcast_object, gather_objects
+from horovod_owt.parallel.interfaces import ipv4_address_of
+from horovod_owt.parallel.store import listen_on
+
 RESETS = (HorovodInternalError, HostsUpdatedInterrupt)  # after these the ranks regroup
 
 
@@ -35,10 +39,14 @@ class Commit:
 
 
 class Committed(State):
-    """The last commit of all ranks: plain values, and tensors by name in memory that is reused."""
+    """The last commit of all ranks: plain values, and tensors by name in memory that is reused.
 
-    def __init__(self) -> None:
-        super().__init__(hvd.broadcast_object, hvd.rank)
+    They stay on the device that computes: 490 MB over a GPU's bus at each commit would delay a step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(lambda value: broadcast_object(value, "elastic.hosts"), hvd.rank)
+        self._device = device
         self.last: Commit | None = None
         self.tensors: dict[str, Tensor] = {}
         self.regrouped: dict[
@@ -49,31 +57,55 @@ class Committed(State):
         """Keep a copy; if hosts joined or left since the last one, all ranks raise HostsUpdatedInterrupt."""
         for name, tensor in tensors.items():
             if name not in self.tensors:
-                self.tensors[name] = torch.empty_like(tensor, device="cpu")
+                self.tensors[name] = torch.empty_like(tensor)
             self.tensors[name].copy_(tensor)
         self.last = commit
         self.check_host_updates()
 
+    def check_host_updates(self) -> None:
+        """Horovod's check, without its shortcut of not synchronising after hosts were only removed.
+
+        A host that joins before the ranks have regrouped starts with a `sync`, in which it would wait for
+        ranks that skip theirs: after a job fell below its minimum, for one, which then waits for hosts.
+        """
+        try:
+            super().check_host_updates()
+        except HostsUpdatedInterrupt:
+            raise HostsUpdatedInterrupt(skip_sync=False) from None
+
     def sync(self) -> None:
-        """Broadcast the latest commit from a rank that has it; new ranks have none."""
-        steps = hvd.allgather_object(self.last.step if self.last else -1, name="elastic.steps")
+        """Broadcast the latest commit from a rank that has it; new ranks have none.
+
+        Through the host's memory: in a new world NCCL is not tried yet.
+        """
+        steps = gather_objects(self.last.step if self.last else -1, "elastic.steps")
         root = steps.index(max(steps))
         if steps[root] < 0:
             return
-        shapes = {name: (tuple(t.shape), t.dtype, t.stride()) for name, t in self.tensors.items()}
-        self.last, shapes, self.regrouped = hvd.broadcast_object(
-            (self.last, shapes, self.regrouped), root_rank=root, name="elastic.values"
+        layouts = {name: _layout(tensor) for name, tensor in self.tensors.items()}
+        self.last, layouts, self.regrouped = broadcast_object(
+            (self.last, layouts, self.regrouped), "elastic.values", kind=Commit, root_rank=root
         )
-        for name, (shape, dtype, stride) in shapes.items():
+        for name, layout in layouts.items():
             if name not in self.tensors:
-                self.tensors[name] = torch.empty_strided(shape, stride, dtype=dtype)
-            self.tensors[name].copy_(hvd.broadcast(self.tensors[name].contiguous(), root, f"elastic.{name}"))
+                self.tensors[name] = _empty(*layout, self._device)
+            own = self.tensors[name].cpu().contiguous()
+            self.tensors[name].copy_(hvd.broadcast(own, root, f"elastic.{name}"))
 
     def save(self) -> None:
         """Horovod's own commit is not used."""
 
     def restore(self) -> None:
         """Nothing to undo: after a reset the run is built again from the last commit."""
+
+
+def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """Its shape, strides and dtype, as values that travel between ranks."""
+    return tuple(tensor.shape), tensor.stride(), str(tensor.dtype).removeprefix("torch.")
+
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device=device)
 
 
 def regroup_reason(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
@@ -85,4 +117,6 @@ def regroup_reason(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
 
 def run(state: Committed, train: Callable[[Committed], None]) -> None:
     """Call `train` in each world that the ranks form, until it returns. Horovod must be initialised."""
+    if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
+        listen_on(ipv4_address_of(interface))  # for the service by which the driver announces new hosts
     hvd.elastic.run(train)(state)

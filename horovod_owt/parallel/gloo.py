@@ -1,9 +1,13 @@
-"""Horovod over Gloo without horovodrun: the variables of a rank, and the rendezvous server."""
+"""Horovod over Gloo without horovodrun: the variables of a rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+
+from horovod_owt.parallel.interfaces import nccl_interface
+
+ADDRESS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 
 
 @dataclass(frozen=True)
@@ -32,28 +36,21 @@ def place_environment(nodes: Sequence[Node], node: int, local_rank: int) -> dict
 
 
 def store_environment(address: str, port: int) -> dict[str, str]:
-    """Horovod's variables for the address of the rendezvous server."""
+    """Horovod's variables for the address of the rendezvous server, as `store.start_store` returns it."""
     return {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
+        ADDRESS: address,
         "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
     }
 
 
+def store_host(env: Mapping[str, str]) -> str:
+    """The IP address or host name in HOROVOD_GLOO_RENDEZVOUS_ADDR; KeyError if that is not set."""
+    return env[ADDRESS].partition("/")[0].partition(":")[0]
+
+
 def use_interface(env: MutableMapping[str, str], interface: str) -> None:
     """Set the interface of Gloo and NCCL, unless the user has."""
-    for name in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):
-        env.setdefault(name, interface)
-
-
-def start_store(nodes: Sequence[Node]) -> tuple[int, Callable[[], None]]:
-    """Start Horovod's rendezvous server on this host; returns its port and a function that stops it."""
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
-
-    slots = ",".join(f"{node.host}:{node.ranks}" for node in nodes)
-    server = RendezvousServer()
-    port = server.start()
-    server.init(get_host_assignments(parse_hosts(slots), sum(node.ranks for node in nodes)))
-    return port, server.stop
+    for name, value in {"HOROVOD_GLOO_IFACE": interface, **nccl_interface(interface)}.items():
+        env.setdefault(name, value)

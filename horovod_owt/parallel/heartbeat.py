@@ -2,13 +2,11 @@
 
 Rank 0 listens and every other rank keeps a connection to it; twice a second a thread at each end sends what
 its main thread is doing. The kernel closes the connections of a killed process, and a stopped one sends
-nothing. Messages are one JSON object per line; a token that only the job's ranks know authenticates a
-connection.
+nothing. Messages are one JSON object per line. Rank 0 stops listening once all ranks are connected.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import selectors
 import socket
@@ -20,14 +18,17 @@ from typing import Any
 
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.collectives import broadcast_object
-from horovod_owt.parallel.rendezvous import CONNECT_S, Rendezvous, abort_connections, connect, json_line
+from horovod_owt.parallel.lines import Lines, json_line
+from horovod_owt.parallel.rendezvous import Address, Rendezvous, abort_connections, connect_to_root
 from horovod_owt.parallel.runtime import World
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 SILENT_S = 3.0  # without a beat: the rank is stopped or its host unreachable
-GOODBYE_S = 2 * CONNECT_S  # to finish the beat in progress and to send the goodbye
+SEND_S = 5.0  # for the kernel to take a message
+LINE_BYTES = 1 << 16  # of a message
+GOODBYE_S = 2 * SEND_S  # to finish the beat in progress and to send the goodbye
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Peer:
     waiting: bool = False
     since: float = field(default_factory=monotonic)
     said_goodbye: bool = False
-    unread: bytes = b""
+    lines: Lines = field(default_factory=lambda: Lines(LINE_BYTES))
 
     def hear(self, beat: dict[str, Any]) -> None:
         self.heard = monotonic()
@@ -88,8 +89,11 @@ class Heartbeat:
         self._someone_lost, self._ending = threading.Event(), threading.Event()
         self._peers: dict[int, Peer] = {}
         self._selector = selectors.DefaultSelector()
-        self._rendezvous = Rendezvous(world.host, world.size) if world.is_root else None
-        self._address = broadcast_object(self._rendezvous and self._rendezvous.address, "heartbeat")
+        one_host = world.local_size >= world.size
+        self._rendezvous = Rendezvous(world.host, world.size, one_host=one_host) if world.is_root else None
+        self._address = broadcast_object(
+            self._rendezvous and self._rendezvous.address, "heartbeat", kind=Address
+        )
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
@@ -122,18 +126,16 @@ class Heartbeat:
             for peer in self._peers.values():
                 self._send(peer, {"bye": True})
                 peer.connection.close()
-            if self._rendezvous:
-                self._rendezvous.close()
+            self._stop_listening()
             self._selector.close()
 
     def _watch(self) -> None:
         next_beat, next_report = 0.0, self._report_s
         while not self._ending.is_set():
             for key, _ in self._selector.select(timeout=0.2):
-                if key.data is not None:
-                    self._listen(key.data)
-                elif peer := self._rendezvous.accept():
-                    self._keep(Peer(*peer))
+                if key.data is not None and self._peers.get(key.data.rank) is key.data:
+                    self._hear(key.data)
+            self._admit()
             if monotonic() >= next_beat:
                 next_beat = monotonic() + BEAT_S
                 for peer in list(self._peers.values()):
@@ -188,50 +190,74 @@ class Heartbeat:
         for peer in list(self._peers.values()):
             self._send(peer, {"dump": why})
 
+    def _admit(self) -> None:
+        if self._rendezvous:
+            for peer in self._rendezvous.admit():
+                self._keep(Peer(*peer))
+            if len(self._peers) == self._world.size - 1:
+                self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._rendezvous:
+            self._selector.unregister(self._rendezvous.listener)
+            self._rendezvous.close()
+            self._rendezvous = None
+
     def _connect(self) -> None:
         try:
-            connection = connect(self._address, self._world.rank, self._world.host)
+            connection = connect_to_root(self._address, self._world.rank, self._world.host)
         except OSError as error:
             raise OSError(f"{error}; if it dies or hangs it cannot be named") from None
         self._keep(Peer(0, self._address.host, connection))
 
     def _keep(self, peer: Peer) -> None:
-        peer.connection.settimeout(CONNECT_S)
+        if peer.rank in self._peers:  # it took its first connection for lost
+            self._forget(self._peers[peer.rank])
+        peer.connection.settimeout(SEND_S)
         if self._regroup_s is not None:  # beats guarantee unacknowledged data
             limit_ms = int(1e3 * self._regroup_s)
             peer.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
         self._peers[peer.rank] = peer
         self._selector.register(peer.connection, selectors.EVENT_READ, peer)
 
-    def _listen(self, peer: Peer) -> None:
+    def _forget(self, peer: Peer) -> None:
+        self._selector.unregister(peer.connection)
+        peer.connection.close()
+        del self._peers[peer.rank]
+
+    def _hear(self, peer: Peer) -> None:
         arrived, died = b"", "its process died"
         try:
             arrived = peer.connection.recv(65536)
+            for beat in peer.lines.feed(arrived):
+                self._obey(peer, beat)
         except ConnectionError:
             pass
         except OSError as error:
             died = f"its host does not answer ({error.strerror or error})"
-        *lines, peer.unread = (peer.unread + arrived).split(b"\n")
-        for line in lines:
-            beat = json.loads(line)
-            peer.hear(beat)
-            if "dump" in beat:
-                self._dump(str(beat["dump"]))
-            if "abort" in beat:
-                self._abort_collectives()
+        except (ValueError, KeyError, TypeError) as error:
+            arrived, died = b"", f"it sent no heartbeat but {error}"
         if not arrived:
-            self._selector.unregister(peer.connection)
-            peer.connection.close()
-            del self._peers[peer.rank]
+            self._forget(peer)
             if not peer.said_goodbye:
-                self._lost.append(peer)
-                log.error("lost %s: %s, last heard from after step %d", peer, died, peer.step)
-                self._on_death(self.lost(0.0))
-                if self._regroup_s is not None:
-                    for other in self._peers.values():
-                        self._send(other, {"abort": str(peer)})
-                    self._abort_collectives()
-                self._someone_lost.set()
+                self._lose(peer, died)
+
+    def _obey(self, peer: Peer, beat: dict[str, Any]) -> None:
+        peer.hear(beat)
+        if "dump" in beat:
+            self._dump(str(beat["dump"]))
+        if "abort" in beat:
+            self._abort_collectives()
+
+    def _lose(self, peer: Peer, died: str) -> None:
+        self._lost.append(peer)
+        log.error("lost %s: %s, last heard from after step %d", peer, died, peer.step)
+        self._on_death(self.lost(0.0))
+        if self._regroup_s is not None:
+            for other in self._peers.values():
+                self._send(other, {"abort": str(peer)})
+            self._abort_collectives()
+        self._someone_lost.set()
 
     def _abort_collectives(self) -> None:
         """Make this rank's collectives fail; not once it is leaving, perhaps for the job's next world."""

@@ -1,12 +1,23 @@
-"""Network interfaces: the one that reaches the other hosts, and this host's addresses."""
+"""Network interfaces: the one that reaches the other hosts, and this host's addresses, IPv4 and IPv6."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+from collections.abc import Mapping
 
 import psutil
 
 from horovod_owt.errors import ConfigError
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6)  # in this order, as horovodrun: Horovod's Gloo needs IPv4
+# Where the interface of a job is set, by horovodrun, by us or by the user.
+INTERFACE_VARIABLES = (
+    "HOROVOD_GLOO_IFACE",
+    "NCCL_SOCKET_IFNAME",
+    "OMPI_MCA_btl_tcp_if_include",
+    "PRTE_MCA_prte_if_include",
+)
 
 
 def interface_towards(host: str) -> str:
@@ -15,28 +26,39 @@ def interface_towards(host: str) -> str:
     Raises ConfigError when the name does not resolve or there is no route.
     """
     source = source_address(host)
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and a.address == source for a in addresses):
+    for name in psutil.net_if_addrs():
+        if source in addresses_of(name):
             return name
     raise ConfigError(f"no interface has the address {source}, by which {host} is reached")
 
 
 def source_address(host: str) -> str:
-    """This host's address on the route to `host`; raises ConfigError as above.
+    """This host's address on the route to `host`, IPv4 if there is one; raises ConfigError as above.
 
     Nothing is sent: connecting a UDP socket only looks up the route.
     """
     try:
-        address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)
-            return probe.getsockname()[0]
+        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+        return _source(sorted(found, key=lambda info: FAMILIES.index(info[0])))
     except OSError as error:
         raise ConfigError(
             f"no route from here to host {host}: {error.strerror or error}",
             wanted="a name that resolves, and a route",
             fix=f"check `getent hosts {host}` and `ip route get ADDRESS`, or pass --interface NAME",
         ) from None
+
+
+def _source(destinations: list[tuple]) -> str:
+    """The source address towards the first destination that has a route; raises the last one's OSError."""
+    for number, (family, _, _, _, address) in enumerate(destinations, start=1):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(address)
+                return str(probe.getsockname()[0])
+        except OSError:
+            if number == len(destinations):
+                raise
+    raise OSError("no address")
 
 
 def interface_between(hosts: list[str]) -> str:
@@ -67,16 +89,69 @@ def chosen_interface(asked: str | None, hosts: list[str]) -> str:
 def interface_environment(interface: str) -> dict[str, str]:
     """Variables that select the interface for Open MPI 4 and 5, and NCCL."""
     names = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include", "PRTE_MCA_prte_if_include")
-    return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), interface)
+    return {**dict.fromkeys(names, interface), **nccl_interface(interface)}
+
+
+def nccl_interface(interface: str) -> dict[str, str]:
+    """NCCL takes a name for a prefix: eth1 would be eth10 too. `=` asks for the very name."""
+    return {"NCCL_SOCKET_IFNAME": f"={interface}"}
+
+
+def listening_addresses(env: Mapping[str, str], *, one_host: bool) -> list[str]:
+    """Where a server for the ranks of this job listens.
+
+    Loopback if all are on this host; the address of the interface that is set, if it is set by its name; else
+    every address of this host that others may reach.
+    """
+    if one_host:
+        return [address_of("lo")]
+    here = psutil.net_if_addrs()
+    for name in (env.get(variable, "") for variable in INTERFACE_VARIABLES):
+        if name in here and addresses_of(name):
+            return [address_of(name)]
+    return [address for address in own_addresses() if not is_loopback(address)] or [address_of("lo")]
 
 
 def address_of(interface: str) -> str:
-    """Its first IPv4 address."""
-    (address,) = [a.address for a in psutil.net_if_addrs()[interface] if a.family == socket.AF_INET][:1]
+    """Its first address, IPv4 if it has one; raises ConfigError if it has none."""
+    found = addresses_of(interface)
+    if not found:
+        raise ConfigError(
+            f"interface {interface} has no address", wanted="an IPv4 or IPv6 address", fix="--interface NAME"
+        )
+    return found[0]
+
+
+def ipv4_address_of(interface: str) -> str:
+    """Its first IPv4 address; raises ConfigError if it has none."""
+    address = address_of(interface)
+    if ":" in address:
+        raise ConfigError(
+            f"interface {interface} has only the IPv6 address {address}",
+            wanted="an IPv4 address, which Horovod needs without MPI",
+            fix="--interface NAME of another network, or start the ranks by mpirun",
+        )
     return address
 
 
+def addresses_of(interface: str) -> list[str]:
+    """Its addresses that other hosts can use, IPv4 first: IPv6 addresses of one link only are left out."""
+    found = [a for a in psutil.net_if_addrs().get(interface, []) if a.family in FAMILIES]
+    ordered = sorted(found, key=lambda a: FAMILIES.index(a.family))
+    return [a.address for a in ordered if not ipaddress.ip_address(a.address).is_link_local]
+
+
+def usable(addresses: set[str]) -> set[str]:
+    """Those of a host's addresses that we use: IPv4 if there are any, else IPv6 beyond one link."""
+    beyond = {address for address in addresses if not ipaddress.ip_address(address).is_link_local}
+    return {address for address in beyond if ":" not in address} or beyond
+
+
 def own_addresses() -> list[str]:
-    """This host's IPv4 addresses, loopback last."""
-    found = [a.address for all_ in psutil.net_if_addrs().values() for a in all_ if a.family == socket.AF_INET]
-    return sorted(found, key=lambda address: address.startswith("127."))
+    """This host's addresses, loopback last."""
+    found = [address for interface in psutil.net_if_addrs() for address in addresses_of(interface)]
+    return sorted(found, key=is_loopback)
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback

@@ -12,19 +12,23 @@ import os
 import socket
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, closing, contextmanager
 from time import monotonic, sleep
 from typing import Any
 
 from horovod_owt.errors import RunError
-from horovod_owt.parallel.rendezvous import Address, Rendezvous, connect, json_line
+from horovod_owt.parallel.lines import Lines, json_line
+from horovod_owt.parallel.mpi import sees_gpus, yield_when_idle
+from horovod_owt.parallel.objects import from_json, to_json
+from horovod_owt.parallel.rendezvous import Address, Rendezvous, connect_to_root
 from horovod_owt.topology import Launcher, Topology
 
 CONNECT = "connect"  # in `Meeting.absent`, the question that ranks did not answer that never connected
 GRACE_S = 2.0  # for an answer in transit
 POLL_S = 0.05
+LINE_BYTES = 16 << 20  # of a value: what a rank may make rank 0 keep
 ADDRESS_BYTES = 4096  # of the MPI broadcast, whose size all ranks must know
 STORE_ADDRESS, STORE_PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -35,7 +39,8 @@ class Link:
     """JSON values over a connection, each with a deadline."""
 
     def __init__(self, host: str, connection: socket.socket) -> None:
-        self.host, self._connection, self._unread = host, connection, b""
+        self.host, self._connection = host, connection
+        self._lines, self._arrived = Lines(LINE_BYTES), deque[Any]()
 
     def send(self, value: Any, deadline: float) -> None:
         """Raises OSError when the other end is gone or does not read."""
@@ -43,16 +48,15 @@ class Link:
         self._connection.sendall(json_line(value))
 
     def receive(self, deadline: float) -> Any:
-        """Raises OSError when the other end is gone, TimeoutError (also an OSError) when it is silent."""
-        while b"\n" not in self._unread:
+        """Raises OSError when the other end is gone or silent, ValueError for a line that is no value."""
+        while not self._arrived:
             # data that has already arrived is read even after the deadline
             self._connection.settimeout(max(POLL_S, deadline - monotonic()))
             arrived = self._connection.recv(1 << 20)
             if not arrived:
                 raise ConnectionError(f"{self.host} is gone")
-            self._unread += arrived
-        line, _, self._unread = self._unread.partition(b"\n")
-        return json.loads(line)
+            self._arrived.extend(self._lines.feed(arrived))
+        return self._arrived.popleft()
 
     def close(self) -> None:
         self._connection.close()
@@ -120,16 +124,12 @@ class Meeting:
             ) from None
 
     def _assemble(self, rendezvous: Rendezvous, limit_s: float) -> None:
-        """Accept connections until all ranks are connected or time is up."""
+        """Admit connections until all ranks are connected or time is up."""
         deadline = monotonic() + limit_s
-        while len(self._links) < self.size - 1 and monotonic() < deadline:
-            rendezvous.listener.settimeout(max(POLL_S, deadline - monotonic()))
-            try:
-                peer = rendezvous.accept()
-            except OSError:
-                break
-            if peer:
-                rank, host, connection = peer
+        while len(self._links) < self.size - 1 and (left_s := deadline - monotonic()) > 0:
+            for rank, host, connection in rendezvous.admit(min(left_s, 1.0)):
+                if rank in self._links:  # it took its first connection for lost
+                    self._links[rank].close()
                 self._links[rank] = Link(host, connection)
         for rank in set(range(1, self.size)) - self._links.keys():
             self.absent[rank] = ("", CONNECT)
@@ -147,14 +147,14 @@ def meet(topology: Topology, *, limit_s: float = 60.0) -> Iterator[Meeting]:
         if topology.world_size > 1:
             deadline = monotonic() + limit_s
             if meeting.is_root:
-                rendezvous = Rendezvous(topology.host, topology.world_size)
-                stack.callback(rendezvous.close)
-                _exchange_address(topology, rendezvous.address, deadline)
-                meeting._assemble(rendezvous, deadline - monotonic())
+                one_host = topology.local_size >= topology.world_size
+                with closing(Rendezvous(topology.host, topology.world_size, one_host=one_host)) as rendezvous:
+                    _exchange_address(topology, rendezvous.address, deadline)
+                    meeting._assemble(rendezvous, deadline - monotonic())
             else:
                 address = _exchange_address(topology, None, deadline)
                 try:
-                    connection = connect(address, topology.rank, topology.host)
+                    connection = connect_to_root(address, topology.rank, topology.host)
                 except OSError as error:
                     raise RunError(
                         f"rank {topology.rank} on {topology.host} cannot reach {address.host}: {error}",
@@ -174,14 +174,14 @@ def _exchange_address(topology: Topology, address: Address | None, deadline: flo
 
         join_torchrun(topology)
     exchange = _by_store if STORE_ADDRESS in os.environ else _by_mpi
-    text = exchange(address and json.dumps(asdict(address)), deadline)
+    text = exchange(address and to_json(address), deadline)
     if text is None:
         raise RunError(
             f"rank {topology.rank} on {topology.host} has no address of rank 0",
             wanted="all ranks started together",
             fix="see the launcher's output about rank 0 and its host",
         )
-    return Address(**json.loads(text))
+    return from_json(text, Address)
 
 
 def _by_store(text: str | None, deadline: float) -> str | None:
@@ -204,6 +204,8 @@ def _by_store(text: str | None, deadline: float) -> str | None:
 
 def _by_mpi(text: str | None, deadline: float) -> str | None:
     """By an MPI broadcast, up to the deadline."""
+    if not sees_gpus():
+        yield_when_idle()  # the check may go on to time an allreduce with the same MPI
     from mpi4py import MPI
 
     buffer = bytearray((text or "").encode().ljust(ADDRESS_BYTES))

@@ -1,75 +1,56 @@
-"""TCP connections to rank 0, independent of Horovod; a token admits only the ranks of its job."""
+"""TCP connections of all ranks to rank 0, independent of Horovod, for the ranks of this job only."""
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import socket
 import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from horovod_owt.parallel.interfaces import own_addresses
-
-CONNECT_S = 5.0  # to try one address, and to receive a hello
+from horovod_owt.parallel.admission import Listener, Place, connect, new_key
+from horovod_owt.parallel.interfaces import listening_addresses
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where rank 0 listens, and the token it expects; only ranks of this job may know it."""
+    """Where rank 0 listens, and the key that it expects; only ranks of this job may know it."""
 
-    token: str
-    ips: tuple[str, ...]
-    port: int
+    key: str
+    places: tuple[Place, ...]
     host: str
 
 
 class Rendezvous:
-    """Rank 0's listening socket; its owner closes it."""
+    """Rank 0's listener; it is closed once all ranks are connected, or by its owner.
 
-    def __init__(self, host: str, ranks: int) -> None:
-        self.listener = socket.create_server(("", 0), backlog=ranks)
-        port = self.listener.getsockname()[1]
-        self.address = Address(secrets.token_hex(16), tuple(own_addresses()), port, host)
+    It listens on loopback if all ranks are on this host, else on the job's interface if that is known.
+    """
 
-    def accept(self) -> tuple[int, str, socket.socket] | None:
-        """The next peer: its rank, host and connection. None for one without the token."""
-        connection, _ = self.listener.accept()
-        connection.settimeout(CONNECT_S)
-        try:
-            hello = json.loads(connection.makefile("rb").readline(1000))
-            if secrets.compare_digest(hello["token"], self.address.token):
-                connection.sendall(b"\n")
-                return int(hello["rank"]), str(hello["host"]), connection
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        connection.close()
-        return None
+    def __init__(self, host: str, ranks: int, *, one_host: bool, env: Mapping[str, str] = os.environ) -> None:
+        self.listener = Listener(listening_addresses(env, one_host=one_host), new_key())
+        self.address = Address(self.listener.key, self.listener.places, host)
+        self._ranks = ranks
+
+    def admit(self, wait_s: float = 0.0) -> Iterator[tuple[int, str, socket.socket]]:
+        """Rank, host and connection of those who have connected since the last call."""
+        for hello, connection in self.listener.admit(wait_s):
+            rank, host = hello.get("rank"), hello.get("host")
+            if type(rank) is int and 0 < rank < self._ranks and isinstance(host, str):
+                yield rank, host, connection
+            else:
+                connection.close()
 
     def close(self) -> None:
         self.listener.close()
 
 
-def connect(address: Address, rank: int, host: str) -> socket.socket:
-    """An authenticated connection to rank 0; raises OSError if no address answers."""
-    local = host == address.host
-    for ip in (ip for ip in address.ips if local or not ip.startswith("127.")):
-        try:
-            connection = socket.create_connection((ip, address.port), timeout=CONNECT_S)
-            connection.sendall(json_line({"token": address.token, "rank": rank, "host": host}))
-            if connection.recv(1) == b"\n":
-                return connection
-            connection.close()  # another host may have the same address, such as a bridge's
-        except OSError:
-            continue
-    where = ", ".join(address.ips)
-    raise OSError(f"rank 0 does not answer at {where}, port {address.port}")
-
-
-def json_line(message: dict[str, Any]) -> bytes:
-    """A message on the wire: one JSON object and a newline."""
-    return json.dumps(message).encode() + b"\n"
+def connect_to_root(address: Address, rank: int, host: str) -> socket.socket:
+    """A connection to rank 0, each side sure of the other; raises OSError if no address answers."""
+    try:
+        return connect(address.places, address.key, {"rank": rank, "host": host})
+    except OSError as error:
+        raise OSError(f"rank 0 does not answer: {error}") from None
 
 
 def abort_connections(*, keep: set[int]) -> None:

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Protocol
 
 from torch.distributed import rendezvous
 
 from horovod_owt.errors import RunError
-from horovod_owt.parallel.gloo import Node, place_environment, start_store, store_environment, use_interface
-from horovod_owt.parallel.interfaces import address_of, interface_between, interface_towards, source_address
+from horovod_owt.parallel.gloo import Node, place_environment, store_environment, use_interface
+from horovod_owt.parallel.interfaces import (
+    interface_between,
+    interface_towards,
+    ipv4_address_of,
+    source_address,
+)
+from horovod_owt.parallel.store import start_store
 from horovod_owt.topology import LAUNCHERS, Launcher, Topology
 
 MEETING_LIMIT_S = 300  # for the slowest rank to load torch
 SERVER = "horovod_owt/server"
 _store = None  # kept alive: it may be the server that other ranks read from
+_stop_server: Callable[[], None] | None = None  # on rank 0
 
 
 class Store(Protocol):
@@ -76,11 +83,18 @@ def meet(store: Store, topology: Topology, env: Mapping[str, str]) -> tuple[dict
     others = [one["address"] for one in entries[1:]]
     interface = interface_towards(env["MASTER_ADDR"]) if node else interface_between(others)
     if topology.rank == 0:
-        port, _ = start_store(nodes)
-        store.set(SERVER, json.dumps([address_of(interface), port]))
+        global _stop_server
+        *server, _stop_server = start_store(nodes, ipv4_address_of(interface))
+        store.set(SERVER, json.dumps(server))
     address, port = json.loads(store.get(SERVER))
     place = place_environment(nodes, node, topology.local_rank)
     return {**place, **store_environment(address, port)}, interface
+
+
+def close_server() -> None:
+    """Stop rank 0's rendezvous server, which is not needed once all ranks have started Horovod."""
+    if _stop_server is not None:
+        _stop_server()
 
 
 def _unique_nodes(entries: list[dict]) -> list[Node]:

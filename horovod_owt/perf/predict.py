@@ -1,66 +1,83 @@
-"""Predict the time of a step under each strategy from measurements of its parts."""
+"""The time of a step from the times of its parts, however these were found.
+
+`owt plan` computes the parts from a machine's figures, `--parallel auto` measures them; both add them up
+here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from horovod_owt.perf.layers import Net
 
-@dataclass(frozen=True)
-class Compute:
-    """Seconds of one rank's computation, measured while all ranks compute."""
-
-    conv_forward_s: float  # of a micro-batch
-    conv_backward_s: float  # of a micro-batch; gradient sums may overlap with it
-    data_classifier_s: float  # whole layers, own images: forward and backward
-    hybrid_classifier_s: float  # a K-th of each layer, all images of the group
-    data_update_s: float  # of the classifier's weights
-    hybrid_update_s: float
+FC_BACKWARD = 2 / 3  # of a classifier's arithmetic: the gradients of weights and inputs
 
 
 @dataclass(frozen=True)
-class Communication:
-    """Seconds on the network, with nothing else running."""
+class Sum:
+    """Seconds to sum a buffer of gradients over ranks, with nothing else running."""
 
-    all_gradients_s: float  # data: summed over all ranks
-    conv_gradients_s: float  # hybrid: summed over all ranks
-    shard_gradients_s: float  # hybrid: the classifier's, summed over the groups; 0 for one group
-    exchange_s: float  # hybrid: of a micro-batch, inside the fc_group
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predicted seconds of a step under each strategy."""
-
-    data_s: float
-    hybrid_s: float
+    busy_s: float = 0.0  # a CPU rank's own cores move bytes: it cannot compute meanwhile
+    wire_s: float = 0.0  # the rest, which overlaps with the backward pass
 
     @property
-    def faster(self) -> str:
-        return "hybrid" if self.hybrid_s < self.data_s else "data"
+    def total_s(self) -> float:
+        return self.busy_s + self.wire_s
 
 
-def predict(
-    compute: Compute, communication: Communication, *, accum_steps: int, can_hide: bool
-) -> Prediction:
+@dataclass(frozen=True)
+class Parts:
+    """What a step of one strategy is made of, on the slowest rank."""
+
+    conv_forward_s: float  # of a micro-batch
+    conv_backward_s: float  # of a micro-batch
+    classifier_s: float  # of a micro-batch: this rank's part of the FC layers, forward and backward
+    exchange_s: float  # of a micro-batch: transfers inside the fc_group that the next layer waits for
+    update_s: float
+    conv_sum: Sum
+    fc_sum: Sum
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step: they add up."""
+
+    compute_s: float
+    exchange_s: float
+    exposed_s: float  # of the sums of gradients: what the backward pass does not hide
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.exchange_s + self.exposed_s
+
+
+def step_time(parts: Parts, net: Net, *, accum_steps: int = 1, overlap: float = 1.0) -> StepTime:
     """A step is its compute plus its exposed communication.
 
-    On GPUs, gradient sums overlap with the last backward pass of the convolutions. CPU ranks move the bytes
-    with the cores that they compute on, so nothing overlaps there. The exchange inside an fc_group never
-    does: the next layer waits for it. (Scheme b overlaps a part of it; that is not modelled.)
+    A layer's gradients are sent as soon as the last backward pass has computed them, one buffer after
+    another, so the FC layers' are hidden by the convolutions' backward pass and the first convolution's by
+    nothing. `overlap` is the share of what could be hidden that the software does hide.
     """
-    convolutions_s = accum_steps * (compute.conv_forward_s + compute.conv_backward_s)
-    behind_s = compute.conv_backward_s if can_hide else 0.0
-
-    def exposed(sums_s: float) -> float:
-        return max(0.0, sums_s - behind_s)
-
-    return Prediction(
-        data_s=convolutions_s
-        + accum_steps * compute.data_classifier_s
-        + compute.data_update_s
-        + exposed(communication.all_gradients_s),
-        hybrid_s=convolutions_s
-        + accum_steps * (compute.hybrid_classifier_s + communication.exchange_s)
-        + compute.hybrid_update_s
-        + exposed(communication.conv_gradients_s + communication.shard_gradients_s),
+    micro_batch_s = parts.conv_forward_s + parts.conv_backward_s + parts.classifier_s
+    busy_s = parts.conv_sum.busy_s + parts.fc_sum.busy_s
+    wire_s = parts.conv_sum.wire_s + parts.fc_sum.wire_s
+    hidden_s = overlap * (wire_s - _left_after_backward(parts, net))
+    return StepTime(
+        compute_s=accum_steps * micro_batch_s + parts.update_s,
+        exchange_s=accum_steps * parts.exchange_s,
+        exposed_s=busy_s + wire_s - hidden_s,
     )
+
+
+def _left_after_backward(parts: Parts, net: Net) -> float:
+    """Seconds of wire time left when the backward pass is done; the layers go last to first."""
+    seconds = {"conv": parts.conv_backward_s, "fc": FC_BACKWARD * parts.classifier_s}
+    sums = {"conv": parts.conv_sum.wire_s, "fc": parts.fc_sum.wire_s}
+    layers = net.layers()
+    flops = {kind: sum(layer.backward_flops for layer in layers if layer.kind == kind) for kind in seconds}
+    numbers = {kind: net.parameters(kind) for kind in seconds}
+    computed_s = sent_s = 0.0
+    for layer in reversed(layers):
+        computed_s += seconds[layer.kind] * layer.backward_flops / flops[layer.kind]
+        sent_s = max(sent_s, computed_s) + sums[layer.kind] * layer.parameters / numbers[layer.kind]
+    return max(0.0, sent_s - computed_s)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.filesystem import free_space
-from horovod_owt.parallel.interfaces import own_addresses
+from horovod_owt.parallel.interfaces import is_loopback, own_addresses, usable
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, who
 from horovod_owt.topology import Topology
 from horovod_owt.versions import code_digest, installed_versions
@@ -157,11 +157,11 @@ def names(table: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 def _resolution_error(host: str, addresses: Sequence[str], here: set[str]) -> str:
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None, socket.AF_INET)}
+        found = usable({str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
     except OSError as error:
         return f"does not resolve: {error.strerror or error}"
     if here & set(addresses):  # this host: Debian's 127.0.1.1 is harmless
-        found = {address for address in found if not address.startswith("127.")}
+        found = {address for address in found if not is_loopback(address)}
         foreign = f"resolves to {', '.join(sorted(found))}, which is not an address of this host"
         return "" if found <= set(addresses) else foreign
     if not found & set(addresses):

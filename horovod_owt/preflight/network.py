@@ -43,7 +43,7 @@ def interface(table: Mapping[str, Sequence[str]], net: Path = Path("/sys/class/n
 
 def _resolves(host: str) -> bool:
     try:
-        socket.getaddrinfo(host, None, socket.AF_INET)
+        socket.getaddrinfo(host, None)
     except OSError:
         return False
     return True
@@ -117,10 +117,10 @@ def _usual(pairs: Pairs) -> tuple[float, float]:
     return median(rates), median(latencies_s)
 
 
-def measure(peer: str, place: Sequence[Any]) -> tuple[str, dict[str, float]]:
+def measure(peer: str, place: Sequence[Any], key: str) -> tuple[str, dict[str, float]]:
     """Measure the pair of this host and `peer`, which listens at `place` (address, port)."""
     try:
-        return peer, asdict(wire.measure(*place))
+        return peer, asdict(wire.measure(*place, key))
     except OSError as error:
         raise RunError(
             f"{peer} is not reachable at {place[0]}: {error}",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import secrets
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from horovod_owt.parallel.admission import Listener, new_key
 from horovod_owt.parallel.device import Device, claim_device
 from horovod_owt.parallel.interfaces import own_addresses
 from horovod_owt.parallel.meeting import meet
@@ -89,25 +89,25 @@ def check_network(inquiry: Inquiry, claimed: list[Device]) -> None:
     addresses = inquiry.broadcast({answer.host: answer.value["address"] for answer in interfaces})
     if inquiry.topology.world_size == 1:
         return
-    address = addresses.get(inquiry.topology.host)
+    address, key = addresses.get(inquiry.topology.host), inquiry.broadcast(new_key())
     with ExitStack() as stack:
-        port = (lambda: stack.enter_context(wire.answering(address))) if address else None
+        port = (lambda: stack.enter_context(wire.answering(address, key))) if address else None
         ports = inquiry.ask("open ports", port, LOCAL_S, each_host=True)
         where = inquiry.broadcast({answer.host: [addresses[answer.host], answer.value] for answer in ports})
-        check_clocks(inquiry, where)
-        check_pairs(inquiry, where)
-    check_ring(inquiry, address, claimed)
+        check_clocks(inquiry, where, key)
+        check_pairs(inquiry, where, key)
+    check_ring(inquiry, address, key, claimed)
 
 
-def check_clocks(inquiry: Inquiry, where: dict[str, list]) -> None:
+def check_clocks(inquiry: Inquiry, where: dict[str, list], key: str) -> None:
     root = inquiry.broadcast(inquiry.topology.host)
     other = root in where and inquiry.topology.host != root
-    offset = (lambda: wire.ping(*where[root])[1]) if other else None
+    offset = (lambda: wire.ping(*where[root], key)[1]) if other else None
     judge = functools.partial(network.judge_clocks, root=root)
     inquiry.check("clocks", offset, judge, NETWORK_S, each_host=True)
 
 
-def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
+def check_pairs(inquiry: Inquiry, where: dict[str, list], key: str) -> None:
     """Measure in rounds, each host in one pair at a time; slow pairs are measured twice more."""
     rounds = list(network.rounds(sorted(where)))
     rounds = rounds[:: max(1, -(-len(rounds) // MOST_ROUNDS))]
@@ -115,7 +115,7 @@ def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
 
     def measure(round_: Sequence[tuple[str, str]]) -> None:
         peer = dict(round_).get(inquiry.topology.host)
-        probe = functools.partial(network.measure, peer, where[peer]) if peer else None
+        probe = functools.partial(network.measure, peer, where[peer], key) if peer else None
         for answer in inquiry.ask("pairs", probe, NETWORK_S, each_host=True):
             other, found = answer.value
             pair = answer.host, other
@@ -133,11 +133,11 @@ def check_pairs(inquiry: Inquiry, where: dict[str, list]) -> None:
         inquiry.find(*network.judge_pairs(pairs, len(where) * (len(where) - 1) // 2))
 
 
-def check_ring(inquiry: Inquiry, address: str | None, claimed: list[Device]) -> None:
+def check_ring(inquiry: Inquiry, address: str | None, key: str, claimed: list[Device]) -> None:
     """All ranks at once, by plain TCP, then by Horovod; only if every rank is ready for it."""
     rank, size = inquiry.topology.rank, inquiry.topology.world_size
-    with socket.create_server((address or "", 0)) as listener:
-        place = [address, listener.getsockname()[1]] if address and claimed else None
+    with Listener([address] if address else [], key) as listener:
+        place = listener.places[0] if address and claimed else None
         places = inquiry.ask("ring addresses", lambda: place, LOCAL_S)
         ring = [answer.value for answer in places if answer.value]
         ring = inquiry.broadcast(ring if len(ring) == size else [])

@@ -1,4 +1,7 @@
-"""Plain TCP between two ranks: latency, bandwidth, clock offset."""
+"""Plain TCP between two ranks: latency, bandwidth, clock offset.
+
+`key` is known to the ranks of the job only; a server serves no others.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,19 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from time import perf_counter, time
+from time import monotonic, perf_counter, time
+
+from horovod_owt.parallel.admission import Listener, Place, connect
 
 PINGS = 40
 STREAM_S = 0.3  # duration of the bandwidth test in each direction
 BLOCK = bytes(1 << 20)
 LIMIT_S = 8.0  # timeout to connect, and of each send and receive
-PING, UP, DOWN = b"P", b"U", b"D"  # first byte of a connection: its purpose
+PING, UP, DOWN, RING = "ping", "up", "down", "ring"  # purposes of a connection
+STOP_S = 0.2  # until a server that is no longer needed stops
 CLOCK = struct.Struct("!d")
 RATE = struct.Struct("!d")
 
@@ -29,35 +36,37 @@ class Pair:
 
 
 @contextmanager
-def answering(address: str) -> Iterator[int]:
+def answering(address: str, key: str) -> Iterator[int]:
     """A port at `address` that serves `measure`, for as long as the block lasts."""
-    with socket.create_server((address, 0)) as listener:
-        threading.Thread(target=_serve, args=(listener,), daemon=True, name="wire").start()
+    stop = threading.Event()
+    with Listener([address], key) as listener:
+        server = threading.Thread(target=_serve, args=(listener, stop), daemon=True, name="wire")
+        server.start()
         try:
-            yield listener.getsockname()[1]
+            yield listener.places[0].port
         finally:
-            with suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() does not
+            stop.set()
+            server.join(LIMIT_S)
 
 
-def measure(address: str, port: int) -> Pair:
+def measure(address: str, port: int, key: str) -> Pair:
     """Measure latency, then bandwidth to and from the other host; raises OSError."""
-    latency_s, _ = ping(address, port)
-    with _connect(address, port, UP) as connection:
+    latency_s, _ = ping(address, port, key)
+    with _connect(address, port, key, UP) as connection:
         _send_for(connection, STREAM_S)
         (up,) = RATE.unpack(_exactly(connection, RATE.size))
-    with _connect(address, port, DOWN) as connection:
+    with _connect(address, port, key, DOWN) as connection:
         down = _receive_rate(connection)
     return Pair(latency_s, up, down)
 
 
-def ping(address: str, port: int) -> tuple[float, float]:
+def ping(address: str, port: int, key: str) -> tuple[float, float]:
     """Half the round trip of the fastest ping, and the other host's clock minus ours from that ping.
 
     Computed as NTP does; the offset's error is at most that half. Raises OSError.
     """
     best = (float("inf"), 0.0)
-    with _connect(address, port, PING) as connection:
+    with _connect(address, port, key, PING) as connection:
         for _ in range(PINGS):
             sent, start = time(), perf_counter()
             connection.sendall(b".")
@@ -67,36 +76,47 @@ def ping(address: str, port: int) -> tuple[float, float]:
     return best
 
 
-def ring_rate(listener: socket.socket, following: tuple[str, int]) -> float:
+def ring_rate(listener: Listener, following: tuple[str, int]) -> float:
     """Bytes per second received from the previous rank while sending to the next one at full speed.
 
     The previous rank connects to `listener`. With all ranks at once, this is the bandwidth of a ring on these
     links and cores; Horovod's allreduce sends the same way.
     """
-    with socket.create_connection(following, timeout=LIMIT_S) as after:
-        listener.settimeout(LIMIT_S)
-        before, _ = listener.accept()
-        with before:
+    with ThreadPoolExecutor(1) as sender:
+        sending = sender.submit(_send_along, *following, listener.key)
+        with _first(listener, RING) as before:
             before.settimeout(LIMIT_S)
-            sender = threading.Thread(target=_send_for, args=(after, 2 * STREAM_S), daemon=True)
-            sender.start()
             rate = _receive_rate(before)
-            sender.join(LIMIT_S)
-            return rate
+        sending.result(LIMIT_S)
+        return rate
 
 
-def _serve(listener: socket.socket) -> None:
-    with suppress(OSError):
-        while True:
-            connection, _ = listener.accept()
+def _send_along(address: str, port: int, key: str) -> None:
+    with _connect(address, port, key, RING) as after:
+        _send_for(after, 2 * STREAM_S)
+
+
+def _first(listener: Listener, purpose: str) -> socket.socket:
+    """The first connection for this purpose; raises OSError if there is none in time."""
+    deadline = monotonic() + LIMIT_S
+    while monotonic() < deadline:
+        for hello, connection in listener.admit(STOP_S):
+            if hello.get("for") == purpose:
+                return connection
+            connection.close()
+    raise TimeoutError("the previous rank has not connected")
+
+
+def _serve(listener: Listener, stop: threading.Event) -> None:
+    while not stop.is_set():
+        for hello, connection in listener.admit(STOP_S):
             with connection, suppress(OSError):
                 connection.settimeout(LIMIT_S)
-                _answer(connection)
+                _answer(connection, hello.get("for"))
 
 
-def _answer(connection: socket.socket) -> None:
+def _answer(connection: socket.socket, purpose: object) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    purpose = _exactly(connection, 1)
     if purpose == PING:
         for _ in range(PINGS):
             _exactly(connection, 1)
@@ -107,10 +127,10 @@ def _answer(connection: socket.socket) -> None:
         _send_for(connection, STREAM_S)
 
 
-def _connect(address: str, port: int, purpose: bytes) -> socket.socket:
-    connection = socket.create_connection((address, port), timeout=LIMIT_S)
+def _connect(address: str, port: int, key: str, purpose: str) -> socket.socket:
+    connection = connect([Place(address, port)], key, {"for": purpose}, LIMIT_S)
+    connection.settimeout(LIMIT_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.sendall(purpose)
     return connection
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.parallel.gloo import Node, place_environment, use_interface
+from horovod_owt.parallel.gloo import Node, place_environment, store_host, use_interface
 from horovod_owt.parallel.interfaces import interface_towards
 from horovod_owt.topology import expand_counts
 
@@ -25,7 +25,7 @@ def horovod_environment(env: Mapping[str, str]) -> dict[str, str]:
 def become_rank(command: Sequence[str]) -> None:
     """Exec `command`. Each host finds its own interface, because names differ between hosts."""
     try:
-        interface = interface_towards(os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"])
+        interface = interface_towards(store_host(os.environ))
         os.environ.update(horovod_environment(os.environ))
     except KeyError as error:
         raise ConfigError(

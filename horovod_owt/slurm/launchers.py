@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.parallel.gloo import Node, start_store, store_environment
-from horovod_owt.parallel.interfaces import address_of, interface_between, interface_environment
+from horovod_owt.parallel.gloo import Node, store_environment
+from horovod_owt.parallel.interfaces import interface_between, interface_environment, ipv4_address_of
 from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.spec import AUTO
 from horovod_owt.topology import UNBOUND, Launcher
@@ -107,17 +107,17 @@ def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator
     if launcher is Launcher.MPIRUN:
         # for the srun that starts mpirun's daemons on each node: ranks inherit its cores
         environment["SRUN_CPUS_PER_TASK"] = str(allocation.cpus_per_node)
-    elif allocation.crowded:
-        # Open MPI spins while waiting; mpirun detects more ranks than CPUs, under srun it must be told.
-        environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
     yield {name: value for name, value in environment.items() if name not in os.environ}
 
 
 @contextmanager
 def rendezvous(allocation: Allocation) -> Iterator[dict[str, str]]:
     """Run Horovod's rendezvous server for ranks without MPI, on this host."""
-    port, stop = start_store([Node(host, allocation.ranks_per_node) for host in allocation.hosts])
+    from horovod_owt.parallel.store import start_store  # loads Horovod
+
+    nodes = [Node(host, allocation.ranks_per_node) for host in allocation.hosts]
+    address, port, stop = start_store(nodes, ipv4_address_of(interface_between(list(allocation.hosts))))
     try:
-        yield store_environment(address_of(interface_between(list(allocation.hosts))), port)
+        yield store_environment(address, port)
     finally:
         stop()

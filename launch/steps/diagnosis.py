@@ -8,6 +8,9 @@ ERROR_LINES = (  # in this order: a full disk and a killed compiler cause furthe
     re.compile(r"^[^\s:]+:\d+:(\d+:)? (fatal )?error: "),
     re.compile(r"^\S*(c\+\+|g\+\+|gcc|cc1plus|clang|nvcc)\S*: .*error: "),
     re.compile(r"undefined reference to|multiple definition of|cannot find -l"),
+    re.compile(
+        r"^(?:\S+ )*?(?:Could NOT find|Could not find|Unable to find) "
+    ),  # CMake; what follows is less plain
     re.compile(r"^CMake Error"),
     re.compile(r"\berror:|^ERROR|Error:"),
 )
@@ -34,6 +37,10 @@ FIXES = (  # (pattern in the error line, fix)
         "|is not a member of 'std'|Compatibility with CMake",
         "the compiler or CMake may be newer than any tested version (listed in docs/setup.md); "
         "use an older compiler: CXX=g++-14 launch/setup",
+    ),
+    (
+        "NOT find CUDAToolkit|find cudart",
+        "the CUDA toolkit is not whole: launch/setup --lane cuda --cuda-from-pip, or another CUDA_HOME",
     ),
     (
         "cannot execute|Permission denied",

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from steps import patches
 from steps.lanes import Lane
-from steps.machine import Gpu, Tools, build_cpu_flags
+from steps.machine import Gpu, build_cpu_flags
 from steps.mpi import Mpi
 from steps.packages import pip
 from steps.place import PATCHES, Place, digest, file_digest, patch_digest
 from steps.process import Failed, ask, run, say
+from steps.tools import Tools
 
 VERSION = "0.28.1"  # the last release, June 2023
 SDIST = f"horovod-{VERSION}.tar.gz"
@@ -205,8 +206,8 @@ def build_settings(
         return {**settings, "HOROVOD_WITHOUT_CUDA": "1", **place.settings()}
     settings |= {
         "HOROVOD_GPU_OPERATIONS": "NCCL",
-        "HOROVOD_CUDA_HOME": str(tools.cuda_home),
-        "CUDA_HOME": str(tools.cuda_home),
+        "HOROVOD_CUDA_HOME": str(tools.cuda.root),
+        "CUDA_HOME": str(tools.cuda.root),
         "HOROVOD_NCCL_HOME": str(nccl_home(place, lane)),
         "HOROVOD_NCCL_LINK": "SHARED",
     }

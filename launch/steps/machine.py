@@ -1,24 +1,20 @@
-"""Inspect this machine: GPUs, Python, CMake, CUDA, disk space."""
+"""Inspect this machine: GPUs, Python, disk space."""
 
 import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from steps import compiler
-from steps.compiler import Compiler
-from steps.process import Lacking, Missing, ask
+from steps.process import Missing, ask
 
 # Measured for the cpu lane with Python 3.11: docs/setup.md
 VENV_GB = 8  # 6.3 installed, the rest temporary
 CACHE_GB = 5  # pip's own copies of the wheels, where the index is a remote one, and the build
 BUILD_GB = 1
 OLDEST_PYTHON = 10  # minor version; launch/setup itself rejects older ones
-CUDA_DEFAULT = Path("/usr/local/cuda")
 
 
 @dataclass(frozen=True)
@@ -26,6 +22,20 @@ class Gpu:
     name: str
     driver: str
     compute_capability: float | None  # None: the driver is too old to report it
+
+    @property
+    def capability(self) -> float:
+        """Drivers that do not report the compute capability (before 510) are taken for Kepler's."""
+        return self.compute_capability or 3.7
+
+    @property
+    def branch(self) -> int:
+        """The driver's branch: 535 of 535.183.01."""
+        return int(re.match(r"\d*", self.driver)[0] or 0)
+
+    def __str__(self) -> str:
+        seen = f" of compute capability {self.compute_capability}" if self.compute_capability else ""
+        return f"{self.name}{seen}, driver {self.driver}"
 
 
 def list_gpus() -> list[Gpu]:
@@ -43,16 +53,6 @@ def list_gpus() -> list[Gpu]:
             known = re.fullmatch(r"\d+\.\d+", capability)
             gpus.append(Gpu(words[0], words[1], float(capability) if known else None))
     return gpus
-
-
-@dataclass(frozen=True)
-class Tools:
-    """The tools that build Horovod; the strings are part of the wheel's key."""
-
-    cxx: Compiler
-    cmake: str
-    cuda_home: Path | None = None
-    nvcc: str = ""  # its last line
 
 
 def check_python(lane) -> None:
@@ -77,48 +77,6 @@ def check_python(lane) -> None:
             f"{this} at {sys.executable} lacks {' and '.join(what for what, _ in lacking)}: "
             f"apt-get install {' '.join(package for _, package in lacking)}"
         )
-
-
-def check_build_tools(lane, environ: Mapping[str, str]) -> Tools:
-    """Find the tools of the Horovod build before anything is downloaded; reports all missing ones at once."""
-    lacking = []  # (what was seen and wanted, Debian package)
-    cxx = None
-    try:
-        cxx = compiler.choose(lane.gcc, environ)
-    except Lacking as fault:
-        lacking.append((fault.seen, fault.package))
-    cmake = (ask(["cmake", "--version"]) or "").partition("\n")[0]
-    found = re.search(r"(\d+)\.(\d+)", cmake)
-    if not found:
-        lacking.append(("no CMake", "cmake"))
-    elif (int(found[1]), int(found[2])) < (3, 13):
-        lacking.append((f"{cmake}, wanted >= 3.13", "cmake"))
-    if shutil.which("make") is None:
-        lacking.append(("no make", "make"))
-    cuda_home, nvcc = None, ""
-    if lane.cuda_major is not None:
-        cuda_home, nvcc = find_cuda(environ)
-        if f"release {lane.cuda_major}." not in nvcc:
-            seen = f"{cuda_home}/bin/nvcc is {nvcc}" if nvcc else "no nvcc (set CUDA_HOME to the toolkit)"
-            lacking.append((f"{seen}, wanted CUDA {lane.cuda_major}'s", f"cuda-toolkit-{lane.cuda_major}-0"))
-    if lacking:
-        raise Missing(
-            f"{'; '.join(what for what, _ in lacking)}: "
-            f"apt-get install {' '.join(package for _, package in lacking)}"
-        )
-    return Tools(cxx, cmake, cuda_home, nvcc)
-
-
-def find_cuda(environ: Mapping[str, str]) -> tuple[Path | None, str]:
-    """The CUDA toolkit's root and its nvcc's version."""
-    home = environ.get("HOROVOD_CUDA_HOME") or environ.get("CUDA_HOME")
-    nvcc = Path(home, "bin", "nvcc") if home else shutil.which("nvcc")
-    if nvcc is None and (CUDA_DEFAULT / "bin" / "nvcc").exists():
-        nvcc = CUDA_DEFAULT / "bin" / "nvcc"
-    if nvcc is None:
-        return None, ""
-    release = re.search(r"release [\d.]+", ask([nvcc, "--version"]) or "")
-    return Path(nvcc).resolve().parents[1], release[0] if release else ""
 
 
 def check_space(place) -> None:

@@ -169,10 +169,9 @@ class Place:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One set-up per user at a time: a second one waits, then finds the first one's wheel."""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.cache, os.W_OK):
-            raise Missing(f"{self.cache} is not writable: set XDG_CACHE_HOME to a writable folder")
-        with (self.cache / "lock").open("w") as lock:
+        self._own_cache()
+        lock_file = os.open(self.cache / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with open(lock_file, "r+b") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -183,6 +182,25 @@ class Place:
             shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed set-up
             self.stamp = self._read_stamp()
             yield
+
+    def _own_cache(self) -> None:
+        """Create the cache for this user alone: set-up installs the wheels that it finds there."""
+        try:
+            self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.cache.stat()
+        except OSError as error:
+            raise Missing(
+                f"{self.cache}: {error.strerror}: set XDG_CACHE_HOME to a writable folder"
+            ) from None
+        if {found.st_uid, self.cache.lstat().st_uid} != {os.geteuid()}:
+            raise Missing(
+                f"{self.cache} belongs to user {found.st_uid}, wanted one of user {os.geteuid()}: "
+                "set XDG_CACHE_HOME to a folder of your own"
+            )
+        if not os.access(self.cache, os.W_OK):
+            raise Missing(f"{self.cache} is not writable: set XDG_CACHE_HOME to a writable folder")
+        if found.st_mode & 0o022:
+            self.cache.chmod(found.st_mode & 0o755)
 
     @property
     def scratch(self) -> Path:

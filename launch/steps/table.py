@@ -3,17 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
 
 from steps.horovod import Build
 from steps.lanes import Lane
-from steps.machine import Gpu, Tools
 from steps.mpi import Mpi
 from steps.place import PATCHES, Place
 from steps.process import ask
+from steps.tools import Tools
 
 Rows = list[tuple[str, str]]
-OLDEST_DRIVER = {13: 580, 11: 450}  # CUDA major -> NVIDIA driver branch that runs it
 
 
 def rows(
@@ -23,16 +21,14 @@ def rows(
     mpi: Mpi,
     build: Build,
     proofs: dict[str, dict],
-    gpus: Sequence[Gpu],
 ) -> Rows:
-    names = ("torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda110", "mpi4py")
+    names = ("torch", "torchvision", lane.dali, "mpi4py")
     versions = json.loads(ask([place.python, "-c", VERSIONS, *names]) or "{}")
-    dali = versions.get("nvidia-dali-cuda130") or versions.get("nvidia-dali-cuda110") or "-"
     table = [
         ("lane", lane.name),
         ("Python", versions.get("python", "-")),
         ("torch, torchvision", f"{versions.get('torch', '-')}, {versions.get('torchvision', '-')}"),
-        ("DALI", dali),
+        ("DALI", versions.get(lane.dali, "-")),
         (
             "MPI, mpi4py",
             f"{mpi.version} from {mpi.source}, {versions.get('mpi4py', '-')}" if mpi.there else "none",
@@ -44,7 +40,7 @@ def rows(
         table.append(
             ("as root, for mpirun", "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
         )
-    return with_proofs(table, proofs) + [("missing", line) for line in missing(lane, mpi, proofs, gpus)]
+    return with_proofs(table, proofs) + [("missing", line) for line in missing(lane, mpi, proofs)]
 
 
 VERSIONS = """
@@ -73,7 +69,7 @@ def with_proofs(table: Rows, proofs: dict[str, dict]) -> Rows:
     return kept[:at] + proved + kept[at:]
 
 
-def missing(lane: Lane, mpi: Mpi, proofs: dict[str, dict], gpus: Sequence[Gpu]) -> list[str]:
+def missing(lane: Lane, mpi: Mpi, proofs: dict[str, dict]) -> list[str]:
     """Optional parts that are missing, and the packages that provide them."""
     lines = []
     if not mpi.there:
@@ -86,12 +82,6 @@ def missing(lane: Lane, mpi: Mpi, proofs: dict[str, dict], gpus: Sequence[Gpu]) 
         lines.append(
             f"NCCL was not tested: 2 ranks need 2 GPUs, torch sees {proofs['horovodrun --gloo']['gpus']}"
         )
-    for gpu in gpus[:1]:
-        branch = gpu.driver.partition(".")[0]
-        oldest = OLDEST_DRIVER.get(lane.cuda_major, 0)
-        if branch.isdigit() and int(branch) < oldest:
-            cuda = f"CUDA {lane.cuda_major} (>= {oldest}, here {gpu.driver})"
-            lines.append(f"an NVIDIA driver for {cuda}: apt-get install nvidia-driver")
     return lines
 
 

@@ -164,7 +164,7 @@ def be_host_on(cores: set[int]) -> None:
 
 
 def cores_of(name: str) -> set[int]:
-    """Every other one: under MPI, ranks of two hosts on one core would wait for each other's spinning."""
+    """Every other one, so that hosts side by side share no core where the machine has enough."""
     cores = sorted(os.sched_getaffinity(0))
     return set(cores[NODES.index(name) % 2 :: 2] or cores)
 
@@ -226,7 +226,6 @@ class Cluster:
             "PATH": self._path,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "OMP_NUM_THREADS": "1",
-            "OMPI_MCA_mpi_yield_when_idle": "1",  # mpirun says so itself where ranks outnumber cores
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_files import BAD, ODD, encoded, spoil, without_tables
+from bad_files import BAD, ODD, encoded, spoil, undecodable
 from conftest import NARROW, OWT, PROGRAMS, SMALL, launch, outcome, records
 from safetensors.torch import load_file
 from test_bad_input import WITHOUT_ROOTS_RIGHTS
@@ -35,11 +35,11 @@ def spoilt(images, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     root = shutil.copytree(images, tmp_path_factory.mktemp("spoilt") / "data")
     train, val = (sorted(map(str, (root / split).rglob("*.JPEG"))) for split in ("train", "val"))
     bad = spoil(train[5 : 5 + 6 * len(BAD) : 6])
-    (unreadable, missing_tables, *odd), truncated = train[2:9:2], val[7]
+    (unreadable, junk, *odd), truncated = train[2:9:2], val[7]
     Path(unreadable).chmod(0)
     bad[unreadable] = "unreadable: Permission denied"
-    Path(missing_tables).write_bytes(without_tables())
-    bad[missing_tables] = "undecodable"
+    Path(junk).write_bytes(undecodable())
+    bad[junk] = "undecodable"
     Path(truncated).write_bytes(encoded()[:-700])
     bad[truncated] = "truncated"
     for path, (data, _) in zip(odd, ODD.values(), strict=True):
@@ -55,7 +55,7 @@ def trained(spoilt, images, tmp_path_factory):
     """A folder of runs by name, all of one job of two ranks, and what was said."""
     out = tmp_path_factory.mktemp("runs")
     bad_val, no_good = (shutil.copytree(images, out / name) for name in ("bad val", "no good"))
-    sorted((bad_val / "val").rglob("*.JPEG"))[-1].write_bytes(without_tables())
+    sorted((bad_val / "val").rglob("*.JPEG"))[-1].write_bytes(undecodable())
     for path in (no_good / "train").rglob("*.JPEG"):
         path.write_bytes(b"")
     skip = dict(bad_images="skip", max_steps=STEPS)
@@ -132,7 +132,7 @@ def test_the_good_images_are_trained_on_as_one_process_would(spoilt, trained, na
 def test_under_fail_every_rank_ends_with_the_name_of_the_file(run, images, tmp_path):
     root = shutil.copytree(images, tmp_path / "data")
     for path in sorted((root / "train").rglob("*.JPEG"))[3::4]:
-        path.write_bytes(without_tables())
+        path.write_bytes(undecodable())
     argv = [*NARROW, "train", root, "--run-dir", tmp_path / "run", *SMALL, *settings(**COMMON)]
     done = run(argv, launcher="mpirun", exit_code=1, limit_s=100)  # fail is the default
     (line,) = [line for line in done.stderr.splitlines() if "owt:" in line]
@@ -166,7 +166,7 @@ def verified(run, root: Path, *more: str, launcher: str = "none", exit_code: int
 def test_verify_lists_every_bad_file_alone_and_over_ranks(run, spoilt):
     root, bad = spoilt
     report = verified(run, root, "--pipeline", "torchvision")
-    assert set(report) == {"images", "bad", "remarks"} and report["images"] == 96 + 26
+    assert set(report) == {"images", "bad", "remarks", "unread", "left_out"} and report["images"] == 96 + 26
     assert [line["path"] for line in report["bad"]] == sorted(bad)
     assert all(bad[line["path"]] in line["fault"] for line in report["bad"])
     wanted = {remark for _, remark in ODD.values()}
@@ -182,4 +182,4 @@ def test_verify_lists_every_bad_file_alone_and_over_ranks(run, spoilt):
 
 def test_verify_of_good_files_is_quiet(run, images):
     report = verified(run, images, "--pipeline", "torchvision", exit_code=0)
-    assert report == {"images": 96 + 26, "bad": [], "remarks": []}
+    assert report == {"images": 96 + 26, "bad": [], "remarks": [], "unread": [], "left_out": []}

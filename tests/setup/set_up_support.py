@@ -9,9 +9,33 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "launch"))
 
-from steps import horovod, lanes, machine, mpi, packages, patches, place, process, proof  # noqa: E402
+from steps import (  # noqa: E402
+    horovod,
+    lanes,
+    machine,
+    mpi,
+    packages,
+    patches,
+    place,
+    process,
+    proof,
+    toolkit,
+    tools,
+)
 
-__all__ = ["horovod", "lanes", "machine", "mpi", "packages", "patches", "place", "process", "proof"]
+__all__ = [
+    "horovod",
+    "lanes",
+    "machine",
+    "mpi",
+    "packages",
+    "patches",
+    "place",
+    "process",
+    "proof",
+    "toolkit",
+    "tools",
+]
 
 
 def installed() -> place.Place:

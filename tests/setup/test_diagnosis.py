@@ -16,6 +16,18 @@ make[2]: *** [CMakeFiles/pytorch.dir/build.make:76: a.cc.o] Error 1
 ERROR: Failed building wheel for horovod
 """
 
+CUDA = """\
+$ pip wheel
+CMake Error: try_compile of a CUDA program failed
+-- Using CUDA from torch
+CMake Error at /usr/share/cmake-3.25/Modules/FindPackageHandleStandardArgs.cmake:230 (message):
+  Could NOT find CUDAToolkit (missing: CUDAToolkit_INCLUDE_DIR CUDA_CUDART)
+  (found version "13.0.88")
+Call Stack (most recent call first):
+-- Configuring incomplete, errors occurred!
+subprocess.CalledProcessError: Command '['cmake', '/x/horovod-0.28.1']' returned non-zero exit status 1.
+"""
+
 
 @pytest.mark.parametrize(
     "log, line",
@@ -37,6 +49,7 @@ ERROR: Failed building wheel for horovod
             "$ pip\nCMake Error at CMakeLists.txt:1 (find_package):\n  Could not find MPI\n",
             "Could not find MPI",
         ),
+        (CUDA, "Could NOT find CUDAToolkit (missing: CUDAToolkit_INCLUDE_DIR CUDA_CUDART)"),
         ("$ pip\nerror: subprocess-exited-with-error\nERROR: No matching distribution\n", "No matching dist"),
         (
             "$ pip\nx.o: undefined reference to `gloo::f()'\ncollect2: error: ld returned 1\n",
@@ -51,6 +64,7 @@ ERROR: Failed building wheel for horovod
         "killed",
         "compiler",
         "cmake",
+        "cuda toolkit",
         "pip",
         "linker",
         "last line",
@@ -76,6 +90,7 @@ def test_the_error_line_of_a_log(log, line):
         ),
         ("gloo/types.h:66:11: error: 'uint8_t' does not name a type", "newer than any tested version"),
         ("x.cc:1:10: fatal error: Python.h: No such file or directory", "python3-dev"),
+        ("Could NOT find CUDAToolkit (missing: CUDAToolkit_INCLUDE_DIR CUDA_CUDART)", "--cuda-from-pip"),
         ("ERROR: No matching distribution found for torch==2.14.1", "pip config list"),
         ("something nobody has seen", ""),
     ],

@@ -5,6 +5,7 @@ import re
 import pytest
 from set_up_support import REPO, lanes, machine, packages
 from steps.machine import Gpu
+from steps.process import Missing
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def nvidia_smi(tool, tmp_path, monkeypatch):
 
 
 def fitting() -> str:
-    return lanes.fitting_lane(machine.list_gpus())[0]
+    return lanes.fitting_lane(machine.list_gpus())[0].name
 
 
 def test_a_machine_without_nvidia_smi_gets_the_cpu_lane(tmp_path, monkeypatch):
@@ -37,17 +38,60 @@ def test_an_nvidia_smi_without_a_driver_gets_the_cpu_lane(tool, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "capability, lane",
-    [("3.7", "k80"), ("7.0", "k80"), ("7.5", "cuda"), ("8.0", "cuda"), ("9.0", "cuda"), ("12.0", "cuda")],
+    "gpu, lane",
+    [
+        ("Tesla K80, 470.256.02, 3.7", "k80"),
+        ("Tesla P100, 580.65.06, 6.0", "k80"),
+        ("Tesla V100, 580.65.06, 7.0", "cuda12"),  # torch 2.14 has no Volta
+        ("Tesla V100, 535.183.01, 7.0", "cuda12"),
+        ("Tesla V100, 470.256.02, 7.0", "k80"),
+        ("Tesla T4, 580.65.06, 7.5", "cuda"),
+        ("NVIDIA A100, 580.65.06, 8.0", "cuda"),
+        ("NVIDIA A100, 550.54.15, 8.0", "cuda12"),
+        ("NVIDIA A100, 470.256.02, 8.0", "k80"),
+        ("NVIDIA H100, 575.57.08, 9.0", "cuda12"),
+        ("NVIDIA H100, 580, 9.0", "cuda"),
+        ("NVIDIA B200, 580.65.06, 10.0", "cuda"),
+    ],
 )
-def test_the_lane_follows_the_compute_capability(nvidia_smi, capability, lane):
-    nvidia_smi(f"Some GPU, 580.65.06, {capability}")
+def test_the_lane_follows_compute_capability_and_driver(nvidia_smi, gpu, lane):
+    nvidia_smi(gpu)
     assert fitting() == lane
 
 
-def test_the_oldest_gpu_of_the_machine_decides(nvidia_smi):
+def test_a_driver_too_old_for_every_lane_is_refused(nvidia_smi):
+    nvidia_smi("NVIDIA H100, 515.65.01, 9.0")
+    with pytest.raises(
+        Missing, match=r"H100 of compute capability 9\.0, driver 515.*>= 525 for >= 7\.0.*newer NVIDIA"
+    ):
+        fitting()
+
+
+def test_all_gpus_of_the_machine_decide(nvidia_smi):
     nvidia_smi("NVIDIA H100, 580.65.06, 9.0", "Tesla V100, 580.65.06, 7.0")
-    assert fitting() == "k80"
+    assert fitting() == "cuda12"
+    nvidia_smi("NVIDIA H100, 580.65.06, 9.0", "Tesla P100, 580.65.06, 6.0")
+    with pytest.raises(Missing, match="no lane runs there"):
+        fitting()
+
+
+@pytest.mark.parametrize(
+    "lane, gpu, said",
+    [
+        ("cuda", Gpu("NVIDIA H100", "550.54.15", 9.0), "driver 550.54.15, wanted >= 580 for CUDA 13"),
+        ("cuda", Gpu("Tesla V100", "580.65.06", 7.0), "compute capability 7.0, wanted 7.5 or more"),
+        ("k80", Gpu("NVIDIA H100", "580.65.06", 9.0), "compute capability 9.0, wanted 3.7 to 8.6"),
+    ],
+)
+def test_a_lane_that_cannot_run_here_is_refused_before_it_is_built(lane, gpu, said):
+    for asked, kept in [(lane, None), (None, lane)]:
+        with pytest.raises(Missing, match=f"the {lane} lane does not run here: .*{said}"):
+            lanes.choose(asked, kept, [gpu])
+    assert lanes.choose(lane, None, [gpu], for_other_nodes=True)[0].name == lane
+
+
+def test_a_lane_for_gpus_is_set_up_where_there_are_none():
+    assert lanes.choose("cuda", None, [])[0].name == "cuda"
 
 
 def test_a_driver_that_does_not_know_compute_capability_is_an_old_one(nvidia_smi):

@@ -2,11 +2,14 @@
 
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from set_up_support import horovod, lanes, mpi, place
 from steps.compiler import Compiler
-from steps.machine import Gpu, Tools
+from steps.machine import Gpu
+from steps.toolkit import Toolkit
+from steps.tools import Tools
 
 GCC_12 = Compiler("/usr/bin/c++", "g++ (Debian 12.2.0-14) 12.2.0", 12)
 TOOLS = Tools(GCC_12, "cmake version 3.25.1")
@@ -48,7 +51,7 @@ def key(here, monkeypatch, tmp_path):
         {"torch": ANSWER.replace("311", "312")},
         {"lane": "cuda"},
         {"tools": replace(TOOLS, cxx=replace(GCC_12, version="g++ (Debian 13.3.0-1) 13.3.0"))},
-        {"tools": replace(TOOLS, nvcc="release 13.0")},
+        {"tools": replace(TOOLS, cuda=Toolkit(Path("/usr/local/cuda"), "13.0"))},
         {"chosen": mpi.NO_MPI},
         {"chosen": replace(MPI, version="mpirun (Open MPI) 4.1.4")},
         {"chosen": replace(MPI, source="site")},

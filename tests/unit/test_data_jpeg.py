@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from horovod_owt.data.faults import pillow_fault
-from horovod_owt.data.jpeg import image_size, read_header
+from horovod_owt.data.decode import pillow_fault
+from horovod_owt.data.header import image_size, read_header
 
 
 def encoded(kind="JPEG", mode="RGB", size=(61, 37), **options) -> bytes:
@@ -54,7 +54,7 @@ def test_a_real_size_needs_two_bytes():
         (b"", "empty file"),
         (b"\0" * 1000, "not an image"),
         (b"<html>503</html>", "not an image"),
-        (encoded("PNG")[:12], "not an image"),
+        (encoded("PNG")[:12], "truncated PNG header"),
         (encoded()[:100], "truncated JPEG header"),
         (b"\xff\xd8", "truncated JPEG header"),
         (encoded()[:20] + b"\0" * 500, "broken JPEG header"),

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from horovod_owt.data import shards
+from horovod_owt.data import retry, shards
 from horovod_owt.data.build import Form
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
+from horovod_owt.data.machine import is_of_the_file
 from horovod_owt.data.pack import pack
 from horovod_owt.data.resize import shrunk
+from horovod_owt.data.shards import ShardStore
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import DataError
@@ -146,14 +148,21 @@ def test_damage_is_found_by_the_checksum(root, tmp_path):
         pack(tmp_path / "packed", tmp_path / "again", Form(), workers=1)
 
 
-def test_a_shard_truncated_during_training_is_reported(root, tmp_path):
+def test_a_shard_truncated_or_lost_during_training_is_no_fault_of_an_image(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "PAUSES_S", ())
     pack(root / "folder", tmp_path / "packed", Form(), workers=1)
     store = open_data_set(tmp_path / "packed").val
     shard = tmp_path / "packed" / "val" / "shard-000000.tar"
     store.read(0)
     os.truncate(shard, 600)
-    with pytest.raises(OSError, match="the shard ends within the sample"):
+    with pytest.raises(OSError, match="the shard ends within the sample") as caught:
         [store.read(i) for i in range(len(store))]
+    assert not is_of_the_file(caught.value)
+    shard.unlink()
+    store = ShardStore([shard], store._index)
+    with pytest.raises(OSError, match="shard-000000.tar: No such file") as caught:
+        store.read(0)
+    assert not is_of_the_file(caught.value)
 
 
 @pytest.mark.parametrize(

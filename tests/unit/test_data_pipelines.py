@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_files import without_tables
+from bad_files import undecodable
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
@@ -213,7 +213,7 @@ def truncate(file: Path) -> None:
     [
         (truncate, "truncated"),
         (lambda file: file.write_bytes(b"<html>503</html>"), "not an image"),
-        (lambda file: file.write_bytes(without_tables()), "undecodable: broken data stream"),
+        (lambda file: file.write_bytes(undecodable()), "undecodable: unrecognized data stream"),
         (lambda file: file.unlink(), "No such file"),
     ],
 )

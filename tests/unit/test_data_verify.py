@@ -4,14 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
-from bad_files import BAD, ODD, encoded, spoil, without_tables
+from bad_files import BAD, ODD, encoded, spoil, undecodable
 from click.testing import CliRunner
 from PIL import Image
 
 from horovod_owt.cli import cli
 from horovod_owt.data import verify as module
 from horovod_owt.data.build import Form
-from horovod_owt.data.jpeg import read_header
+from horovod_owt.data.header import read_header
 from horovod_owt.data.pack import pack
 from horovod_owt.data.remarks import ILSVRC2012_CMYK, remark
 from horovod_owt.data.stats import data_stats
@@ -123,7 +123,7 @@ def test_packed_samples_have_the_faults_of_their_files_and_of_their_checksums(sp
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_decoder_continues_after_an_image_it_rejects(kind):
     decoder = make_decoder(kind, threads=2, device_id=None)
-    good, bad = encoded(), without_tables()
+    good, bad = encoded(), undecodable()
     assert decoder.faults([bad, good, bad, good]).keys() == {0, 2}
     assert decoder.faults([good] * 64) == {}
     assert decoder.faults([bad]).keys() == {0}

@@ -22,7 +22,7 @@ HEAVY = {"torch", "torchvision", "horovod", "nvidia", "mpi4py"}
 
 # Folder -> the folders that it may import from, beside itself and the modules of ROOT.
 MAY_IMPORT = {
-    "perf": set(),
+    "perf": {"runs"},
     "data": set(),
     "runs": set(),
     "model": {"data"},  # its hash, for dropout
@@ -32,24 +32,28 @@ MAY_IMPORT = {
     "preflight": {"perf", "data", "parallel"},
     "train": {"perf", "data", "runs", "model", "parallel"},
     "bench": {"perf", "data", "parallel", "train"},
-    "commands": {"data", "runs", "parallel", "launch", "slurm", "preflight", "train", "bench"},
+    "commands": {"data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "bench"},
     "recipes": set(),
 }
-ROOT = {"", "config", "errors", "files", "filesystem", "schedule", "topology", "versions"}
+ROOT = {"", "config", "errors", "files", "filesystem", "private", "schedule", "text", "topology", "versions"}
 ABOVE = {"cli": {"commands"}, "__main__": {"cli"}}
 
 # What loads on a login node, or in a moment: nothing heavy at the top of these, or of what they import there.
 LIGHT = {"", "commands", "perf", "runs", "launch", "slurm", "preflight"}
 LIGHT_TOO = {
-    "data": lambda name: not name.startswith(("batch", "dali_", "pipeline_")),
+    "data": lambda name: not name.startswith(("batch", "copies", "dali_", "nvjpeg", "pipeline_")),
     "parallel": {
         "activity",
+        "admission",
         "cores",
         "device",
         "gloo",
         "gpus",
         "interfaces",
+        "lines",
         "meeting",
+        "mpi",
+        "objects",
         "rendezvous",
     }.__contains__,
     "train": {"prepare"}.__contains__,
@@ -57,7 +61,7 @@ LIGHT_TOO = {
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
 TORCHLESS = {"perf", "runs", "launch", "slurm"}
-STARTERS = {"launch.horovodrun", "parallel.gloo"}
+STARTERS = {"launch.horovodrun", "parallel.store"}
 
 
 class Import(NamedTuple):

@@ -6,10 +6,12 @@ import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
 from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.parallel.admission import Listener
 from horovod_owt.parallel.gpus import Gpu, GpuHealth
 from horovod_owt.preflight import dataset, device, host, network, wire
 from horovod_owt.preflight.findings import Answer, agreement, spans, who
@@ -103,17 +105,32 @@ def test_two_hosts_with_one_name_are_reported():
     assert not bad.ok and "2 hosts are named clone: 10.0.0.1; 10.0.0.2" in bad.saw
 
 
-def test_the_wire_measures_a_real_connection_and_two_clocks_of_one_host():
-    with wire.answering("127.0.0.1") as port:
-        pair = wire.measure("127.0.0.1", port)
-        latency_s, offset_s = wire.ping("127.0.0.1", port)
+def test_the_wire_measures_a_real_connection_and_two_clocks_of_one_host(monkeypatch):
+    with wire.answering("127.0.0.1", "key") as port:
+        pair = wire.measure("127.0.0.1", port, "key")
+        latency_s, offset_s = wire.ping("127.0.0.1", port, "key")
+        monkeypatch.setattr(wire, "LIMIT_S", 0.5)
+        with pytest.raises(OSError, match="no answer at 127.0.0.1"):
+            wire.ping("127.0.0.1", port, "another job's key")
     assert abs(offset_s) <= latency_s + 1e-3
     assert 0 < pair.latency_s < 0.1
     assert pair.up_bytes_per_s > 1e6 and pair.down_bytes_per_s > 1e6
     with pytest.raises(OSError):
-        wire.measure("127.0.0.1", port)  # nobody answers any more
+        wire.measure("127.0.0.1", port, "key")  # nobody answers any more
     with pytest.raises(RunError, match="n2 is not reachable at 127.0.0.1"):
-        network.measure("n2", ["127.0.0.1", port])
+        network.measure("n2", ["127.0.0.1", port], "key")
+
+
+def test_strangers_do_not_delay_a_measurement():
+    with wire.answering("127.0.0.1", "key") as port:
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        with suppress(OSError):  # dropped meanwhile
+            silent[-1].sendall(bytes(1 << 20))
+        start = time.perf_counter()
+        wire.ping("127.0.0.1", port, "key")
+        assert time.perf_counter() - start < 2
+        for one in silent:
+            one.close()
 
 
 def test_a_slow_receiver_is_measured_as_slow():
@@ -137,8 +154,8 @@ def test_a_slow_receiver_is_measured_as_slow():
 
 def test_a_ring_moves_bytes_through_every_rank():
     with ThreadPoolExecutor(3) as ranks:
-        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-        places = [listener.getsockname() for listener in listeners]
+        listeners = [Listener(["127.0.0.1"], "key") for _ in range(3)]
+        places = [listener.places[0] for listener in listeners]
         rates = list(ranks.map(wire.ring_rate, listeners, [*places[1:], places[0]]))
         for listener in listeners:
             listener.close()
@@ -204,7 +221,7 @@ def test_ranks_that_were_bound_to_a_core_each_have_enough():
 def test_names_that_do_not_resolve_or_resolve_elsewhere_are_reported_with_the_hosts(monkeypatch):
     addresses = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3", "n4": "10.0.0.9"}
 
-    def getaddrinfo(name, *_):
+    def getaddrinfo(name, *_, **__):
         if name == "n3":
             raise OSError(-2, "Name or service not known")
         return [(socket.AF_INET, None, 0, "", (addresses[name], 0))]

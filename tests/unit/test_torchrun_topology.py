@@ -15,12 +15,17 @@ from horovod_owt.topology import Launcher, Topology
 def network(monkeypatch):
     """A head node reached by ib1 from the others, which it reaches by ib0; its server has port 4711."""
     servers = []
-    monkeypatch.setattr(torchrun, "start_store", lambda nodes: (servers.append(nodes) or 4711, None))
+
+    def start_store(nodes, ip):
+        servers.append(nodes)
+        return f"{ip}:4711/secret", 4711, lambda: None
+
+    monkeypatch.setattr(torchrun, "start_store", start_store)
     monkeypatch.setattr(torchrun, "source_address", lambda host: f"10.0.0.2 to {host}")
     monkeypatch.setattr(torchrun, "interface_towards", lambda host: {"head": "ib1"}[host])
     ways = {(): "lo", ("10.0.0.2 to head",): "ib0"}
     monkeypatch.setattr(torchrun, "interface_between", lambda hosts: ways[tuple(hosts)])
-    monkeypatch.setattr(torchrun, "address_of", {"lo": "127.0.0.1", "ib0": "10.0.0.1"}.get)
+    monkeypatch.setattr(torchrun, "ipv4_address_of", {"lo": "127.0.0.1", "ib0": "10.0.0.1"}.get)
     return servers
 
 
@@ -56,19 +61,21 @@ def test_ranks_of_two_nodes_know_their_places_and_one_server(network):
     assert words(found, "LOCAL_RANK", "LOCAL_SIZE") == [["0", "1"], ["0", "2"], ["1", "2"]]
     assert words(found, "CROSS_RANK", "CROSS_SIZE") == [["0", "2"], ["1", "2"], ["0", "1"]]
     assert words(found, "HOSTNAME", "GLOO_IFACE") == [["head", "ib0"], ["n2", "ib1"], ["n2", "ib1"]]
-    server = ["gloo", "10.0.0.1", "4711"]
+    server = ["gloo", "10.0.0.1:4711/secret", "4711"]
     assert words(found, "CONTROLLER", "GLOO_RENDEZVOUS_ADDR", "GLOO_RENDEZVOUS_PORT") == [server] * 3
     assert [[(node.host, node.ranks) for node in nodes] for nodes in network] == [[("head", 1), ("n2", 2)]]
 
 
 def test_one_node_meets_at_home(network):
-    assert words(met({"head": 2}), "GLOO_RENDEZVOUS_ADDR", "GLOO_IFACE") == [["127.0.0.1", "lo"]] * 2
+    assert (
+        words(met({"head": 2}), "GLOO_RENDEZVOUS_ADDR", "GLOO_IFACE") == [["127.0.0.1:4711/secret", "lo"]] * 2
+    )
 
 
 def test_the_interface_that_the_user_named_stays():
     env = {"HOROVOD_GLOO_IFACE": "eth7"}
     use_interface(env, "ib0")
-    assert env == {"HOROVOD_GLOO_IFACE": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
+    assert env == {"HOROVOD_GLOO_IFACE": "eth7", "NCCL_SOCKET_IFNAME": "=ib0"}
 
 
 def test_nodes_of_one_host_get_different_names(network):

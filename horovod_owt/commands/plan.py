@@ -1,0 +1,166 @@
+"""owt plan: predict a job before a node is rented."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from horovod_owt.commands.options import (
+    JSON_OPTION,
+    RECIPE_OPTION,
+    SET_OPTION,
+    with_parallel,
+)
+from horovod_owt.errors import ConfigError
+
+
+@click.command()
+@click.option("--machine", default="boston-k80", show_default=True, metavar="NAME|FILE", help="Machine file.")
+@click.option("--nodes", "nodes_text", default="1", show_default=True, metavar="N,N,...", help="How many.")
+@click.option("--ranks-per-node", type=click.IntRange(1), help="Fewer than the machine has devices.")
+@click.option(
+    "--network", metavar="NAME", help="Network between nodes instead of the machine's, e.g. ib-fdr."
+)
+@click.option(
+    "--figure",
+    "replaced",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value for a figure of the machine, e.g. link_gb_s=2. May be repeated.",
+)
+@RECIPE_OPTION
+@click.option(
+    "--parallel",
+    type=click.Choice(["data", "hybrid", "auto"]),
+    default="auto",
+    show_default=True,
+    help="Only this strategy; auto: all of them.",
+)
+@SET_OPTION
+@click.option(
+    "--images",
+    type=click.IntRange(1),
+    default=1_281_167,
+    show_default=True,
+    help="Training images in an epoch.",
+)
+@click.option("--no-decode", is_flag=True, help="Images are there already: no JPEGs.")
+@click.option("--two-level", is_flag=True, help="Sum inside nodes first (HOROVOD_HIERARCHICAL_ALLREDUCE=1).")
+@click.option("--failures", is_flag=True, help="Also what failures and a slow node cost.")
+@click.option("--slow", default=1.25, show_default=True, help="How long a slow node computes, relative.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write images/s by ranks, as SVG."
+)
+@click.option("--published", is_flag=True, help="Hold predictions against published figures of the machine.")
+@click.option("--claim", metavar="TEXT", help='Check a claim such as "1000 epochs in 32 minutes".')
+@click.option("--error", type=float, help="With --claim: the error, in percent, or the loss that it states.")
+@click.option(
+    "--calibrate",
+    "measured",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    metavar="RUN|JSON",
+    help="Take figures from a measurement: a run folder, or the JSON of owt bench. May be repeated.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the machine file so made."
+)
+@click.option("--list", "list_machines", is_flag=True, help="List the machines and exit.")
+@JSON_OPTION
+def plan(
+    machine: str,
+    nodes_text: str,
+    ranks_per_node: int | None,
+    network: str | None,
+    replaced: tuple[str, ...],
+    recipe: str | None,
+    parallel: str,
+    settings: tuple[str, ...],
+    images: int,
+    no_decode: bool,
+    two_level: bool,
+    failures: bool,
+    slow: float,
+    plot: Path | None,
+    published: bool,
+    claim: str | None,
+    error: float | None,
+    measured: tuple[Path, ...],
+    out: Path | None,
+    list_machines: bool,
+    as_json: bool,
+) -> None:
+    """Predict a job on a machine: step time, images/s, epoch, memory, and what bounds it.
+
+    A row for each strategy at its best group size K, with 32- and 16-bit gradients. Nothing is run, and
+    neither torch nor a GPU is needed. Each figure names its source in the machine file; estimates are marked.
+
+    \b
+    Example:  owt plan --machine gce-k80-8 --nodes 1,2,4,8 --set batch=64
+              owt plan --machine boston-k80 --nodes 8 --network ib-fdr
+              owt plan --nodes 64 --failures
+              owt plan --claim "1000 epochs in 32 minutes" --error 6.9
+    """
+    from horovod_owt.config import resolve
+    from horovod_owt.perf.calibrate import calibrate, net_for
+    from horovod_owt.perf.machine import load_machine, load_network, machine_names, replace_figures
+
+    if list_machines:
+        about = {name: load_machine(name).about for name in machine_names()}
+        click.echo(json.dumps(about) if as_json else "\n".join(f"{n:12}  {a}" for n, a in about.items()))
+        return
+    place = load_machine(machine)
+    cfg = resolve(recipe, with_parallel(parallel, settings))
+    net = net_for(cfg)
+    place = calibrate(place, list(measured), net)
+    if network:
+        place = place.with_figures(f"--network {network}", estimate=True, **load_network(network))
+    place = replace_figures(place, replaced)
+    if out:
+        if not measured:
+            raise ConfigError("--out without --calibrate", wanted="a measurement to make the machine file of")
+        from horovod_owt.files import write_text
+
+        write_text(out, place.to_yaml())
+    if claim:
+        from horovod_owt.perf.claim import check_claim, format_claim, parse_claim
+
+        checked = check_claim(parse_claim(claim, error=error, machine=place), place, net)
+        click.echo(json.dumps(checked) if as_json else format_claim(checked))
+        return
+    if error is not None:
+        raise ConfigError("--error without --claim", wanted="the claim that states it")
+    if published:
+        from horovod_owt.perf.published import held_against
+        from horovod_owt.perf.text import format_published
+
+        document = held_against(place)
+        click.echo(json.dumps(document) if as_json else format_published(document))
+        return
+
+    from horovod_owt.perf.request import PlanRequest, answer, parse_nodes
+    from horovod_owt.perf.text import format_plan
+
+    if slow < 1:
+        raise ConfigError(f"--slow {slow:g}", wanted="at least 1, how many times as long the node computes")
+    request = PlanRequest(
+        place,
+        cfg,
+        net,
+        parse_nodes(nodes_text),
+        ranks_per_node or place.ranks_per_node,
+        images,
+        decodes=not no_decode,
+        two_level=two_level,
+        slow=slow,
+    )
+    document = answer(request)
+    if plot:
+        from horovod_owt.perf.plot import plot_scaling
+
+        plot_scaling(document, place, plot)
+    if not as_json and not failures:
+        document["goodput"] = []
+    click.echo(json.dumps(document) if as_json else format_plan(document, place))

@@ -1,0 +1,180 @@
+"""Horovod's servers, for the ranks of one job only.
+
+Horovod's rendezvous server is a key-value store over HTTP: it has the addresses of all ranks, and in elastic
+jobs it unpickles what ranks put there. It listens on all interfaces and serves anybody. This one listens on
+one address and serves only requests below a random path, which the ranks get as a part of its address.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from horovod.runner import gloo_run
+from horovod.runner.common.util import network
+from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer, RendezvousServer
+from horovod.runner.util.threads import in_thread
+
+from horovod_owt.parallel.gloo import ADDRESS, Node
+
+MOST_UNPROVEN = 128  # connections at a time that have not shown the secret
+VALUE_BYTES = 1 << 20  # of a value; what ranks put is a few kB
+
+
+class Store(RendezvousServer):
+    """Horovod's rendezvous server on one address, for requests with a secret."""
+
+    def __init__(self, ip: str, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self._ip, self._secret = ip, secrets.token_hex(16)
+
+    def start(self, handler_cls: type[RendezvousHandler] = RendezvousHandler) -> int:
+        """Start serving; returns the port."""
+        handler = type("Handler", (_Guarded, handler_cls), {"secret": self._secret})
+        self._httpd = _Server((self._ip, 0), handler, self._verbose)
+        self._listen_thread = in_thread(target=self._httpd.serve_forever)
+        return self._httpd.server_port
+
+    def stop(self) -> None:
+        """Stop serving and listening; Horovod's only stops serving."""
+        super().stop()
+        self._httpd.server_close()
+
+    def address(self, ip: str, port: int) -> str:
+        """HOROVOD_GLOO_RENDEZVOUS_ADDR for ranks that reach this server at `ip`.
+
+        Horovod makes `http://{address}:{port}/SCOPE/KEY` of it, so that a path can be a part of the address.
+        """
+        return f"{ip}:{port}/{self._secret}"
+
+
+class _Server(RendezvousHTTPServer):
+    """Bounds the number of connections that have not shown the secret: the newest displaces the oldest."""
+
+    daemon_threads = True  # a connection must not keep the process from ending
+    request_queue_size = 1024
+
+    def __init__(self, *args: Any) -> None:
+        self._unproven: dict[socket.socket, None] = {}  # oldest first
+        self._lock = threading.Lock()
+        super().__init__(*args)
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's look-up of the host's name, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        with self._lock:
+            if len(self._unproven) >= MOST_UNPROVEN:
+                oldest = next(iter(self._unproven))
+                del self._unproven[oldest]
+                _shut(oldest)
+            self._unproven[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self.proven(request)
+        super().shutdown_request(request)
+
+    def proven(self, request: socket.socket) -> None:
+        with self._lock:
+            self._unproven.pop(request, None)
+
+    def handle_error(self, request: socket.socket, client_address: Any) -> None:
+        """Horovod prints a traceback for whatever a stranger sends."""
+
+
+class _Guarded:
+    """Of a RendezvousHandler: refuses requests without the secret before anything else is read."""
+
+    secret: str
+
+    def parse_request(self) -> bool:
+        _, _, target = self.raw_requestline.partition(b" /")
+        shown, _, _ = target.partition(b"/")
+        # Horovod's clients append the port to the address, and so to the secret
+        if not hmac.compare_digest(shown.partition(b":")[0], self.secret.encode()):
+            self.close_connection = True
+            return False
+        self.raw_requestline = self.raw_requestline.replace(shown + b"/", b"", 1)
+        self.server.proven(self.connection)
+        return super().parse_request() and self._is_small()
+
+    def _is_small(self) -> bool:
+        length = self.headers.get("Content-Length", "0")
+        small = self.path.count("/") == 2 and length.isdecimal() and int(length) <= VALUE_BYTES
+        if not small:
+            self.send_status_code(400)
+        return small
+
+
+def _shut(connection: socket.socket) -> None:
+    """Wake the thread that reads from it."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:  # closed meanwhile
+        pass
+
+
+def start_store(nodes: Sequence[Node], ip: str) -> tuple[str, int, Callable[[], None]]:
+    """Start the rendezvous server on this address of this host.
+
+    Returns its address, with a secret for this job's ranks only, its port, and a function that stops it.
+    """
+    slots = ",".join(f"{node.host}:{node.ranks}" for node in nodes)
+    server = Store(ip)
+    port = server.start()
+    server.init(get_host_assignments(parse_hosts(slots), sum(node.ranks for node in nodes)))
+    return server.address(ip, port), port, server.stop
+
+
+def guard_launcher(interface: str) -> None:
+    """Make horovodrun, in this process, start a `Store` on this interface, and tell its ranks the secret.
+
+    Ranks on this host inherit the secret and the rest of the environment. Horovod puts it all on the command
+    line of their shell, which every user of the host can read; for other hosts it still is on that of ssh.
+    """
+    ip = gloo_run.network.get_driver_ip([interface])  # which horovodrun tells its ranks
+    run_command, rank_command = gloo_run.get_run_command, gloo_run._slot_info_to_command_fn
+    stores: list[Store] = []
+
+    def start(verbose: int = 0) -> Store:
+        stores.append(Store(ip, verbose))
+        return stores[-1]
+
+    def with_secret(command: list[str], ip: str, nics: Any, port: int, elastic: bool = False) -> str:
+        os.environ[ADDRESS] = stores[-1].address(ip, port)
+        return run_command(command, os.environ[ADDRESS], nics, port, elastic=elastic)
+
+    def inherited(command: str, env: dict[str, str]) -> Callable[[Any], str]:
+        new = {name: value for name, value in env.items() if os.environ.get(name) != value}
+        here = rank_command(command.replace(f"{ADDRESS}={os.environ[ADDRESS]} ", ""), new)
+        elsewhere = rank_command(command, env)
+        return lambda slot: (here if _is_here(slot.hostname) else elsewhere)(slot)
+
+    gloo_run.RendezvousServer, gloo_run.get_run_command = start, with_secret
+    gloo_run._slot_info_to_command_fn = inherited
+    listen_on(ip)
+
+
+def _is_here(host: str) -> bool:
+    """As horovodrun decides whether to use ssh."""
+    return gloo_run.network.resolve_host_address(host) in gloo_run.network.get_local_host_addresses()
+
+
+def listen_on(ip: str) -> None:
+    """Make Horovod's services in this process, which prove a key, listen on one address instead of all."""
+
+    def find_port(server_factory: Callable[[tuple[str, int]], socketserver.TCPServer]) -> tuple:
+        server = server_factory((ip, 0))
+        return server, server.server_address[1]
+
+    network.find_port = find_port

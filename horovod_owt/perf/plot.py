@@ -1,0 +1,76 @@
+"""Plots of what the planner and the benchmarks found, as SVG. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from horovod_owt.errors import ConfigError
+from horovod_owt.files import atomic_file
+from horovod_owt.perf.machine import Machine
+from horovod_owt.perf.text import strategy_name
+
+
+def plot_scaling(document: dict[str, Any], machine: Machine, path: Path) -> None:
+    """images/s by ranks, a line for each strategy, beside the ideal line."""
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for row in document["rows"]:
+        name = strategy_name(row) + (", 16-bit gradients" if row["gradient_bits"] == 16 else "")
+        lines[name].append((row["gpus"], row["images_per_s"]))
+    row = document["rows"][0]
+    alone = row["images_per_s"] / row["efficiency"] / row["gpus"]
+    ranks = [row["gpus"] for row in document["rows"]]
+    ideal = [(n, alone * n) for n in (1, max(ranks))]
+    plot_lines(
+        {"ideal": ideal, **lines},
+        path,
+        title=f"{machine.name}: predicted, {document['method']['batch_per_rank']} images per rank",
+        x="ranks",
+        y="images/s",
+        dashed="ideal",
+    )
+
+
+def plot_collectives(report: dict[str, Any], path: Path) -> None:
+    """busbw by size, a line for each collective."""
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in report["rows"]:
+        lines[row["collective"]].append((row["bytes"], row["busbw_gb_s"]))
+    method = report["method"]
+    title = f"{method['library']}, {method['ranks']} ranks"
+    plot_lines(lines, path, title=title, x="bytes", y="busbw, GB/s")
+
+
+def plot_lines(
+    lines: dict[str, list[tuple[float, float]]], path: Path, *, title: str, x: str, y: str, dashed: str = ""
+) -> None:
+    """Lines through (x, y) points on logarithmic axes, written as an SVG; raises ConfigError."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "--plot without matplotlib", wanted="matplotlib", fix="pip install 'horovod_owt[plots]'"
+        ) from None
+    if path.suffix != ".svg":
+        raise ConfigError(f"--plot {path}", wanted="a name that ends in .svg")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: no folder {path.parent}", wanted="an existing folder")
+    with rc_context({"svg.hashsalt": "owt", "svg.fonttype": "none"}):  # the same bytes each time
+        figure = Figure(figsize=(7.2, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, points in lines.items():
+            xs, ys = zip(*sorted(points), strict=True)
+            style = (
+                {"linestyle": "--", "color": "grey"} if name == dashed else {"marker": "o", "markersize": 4}
+            )
+            axes.plot(xs, ys, label=name, **style)
+        axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+        axes.grid(True, which="major", alpha=0.3)
+        axes.legend(fontsize="small")
+        with atomic_file(path) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})

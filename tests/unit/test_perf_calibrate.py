@@ -1,0 +1,105 @@
+"""Machine files made of measurements: a prediction of what was measured equals it."""
+
+import json
+
+import pytest
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.errors import ConfigError
+from horovod_owt.perf.calibrate import calibrate
+from horovod_owt.perf.layers import net_of
+from horovod_owt.perf.machine import load_machine
+from horovod_owt.perf.plan import Job, predict_row
+
+NET = net_of("alexnet-owt")
+BASE = load_machine("one-gk210")
+
+
+def scaling_json(path, step_ms: dict[int, float], **method):
+    """As `owt bench scaling` on one rank writes it, a file for each batch."""
+    files = []
+    for batch, ms in step_ms.items():
+        row = {
+            "strategy": "data",
+            "precision": "fp32",
+            "ranks": 1,
+            "batch_per_rank": batch,
+            "step_ms": {"min": 0.9 * ms, "p25": 0.95 * ms, "median": ms, "p75": 1.05 * ms},
+        }
+        method = {"model": "alexnet-owt", "image_size": 224, **method}
+        files.append(path / f"b{batch}.json")
+        files[-1].write_text(json.dumps({"rows": [row], "method": method}))
+    return files
+
+
+def predicted_ms(machine, batch: int) -> float:
+    cfg = TrainConfig(classes=1000, batch=batch)
+    return 1e3 * predict_row(machine, Job(cfg, NET, 1, 1, decodes=False)).step_s
+
+
+def test_one_batch_gives_a_rate(tmp_path):
+    made = calibrate(BASE, scaling_json(tmp_path, {128: 500.0}), NET)
+    assert predicted_ms(made, 128) == pytest.approx(500)
+    assert made["jitter"] == pytest.approx(0.1 / 1.349)
+    assert "b128.json" in made.figures["conv_gflops"].source
+
+
+def test_two_batches_give_a_fixed_time_as_well(tmp_path):
+    step_ms = {32: 200.0, 128: 500.0}
+    made = calibrate(BASE, scaling_json(tmp_path, step_ms), NET)
+    assert {batch: predicted_ms(made, batch) for batch in step_ms} == pytest.approx(step_ms)
+    assert made["fixed_ms"] > 0
+
+
+def test_ceilings_give_their_figures(tmp_path):
+    file = tmp_path / "ceilings.json"
+    file.write_text(json.dumps({"figures": {"conv_gflops": 44, "core_gb_s": 1.5}, "method": {}}))
+    made = calibrate(BASE, [file], NET)
+    assert (made["conv_gflops"], made["core_gb_s"]) == (44, 1.5)
+
+
+def test_a_run_gives_the_rate_of_its_steps_without_their_waits(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"batch": 64, "classes": 1000}))
+    step = {"kind": "step", "step_ms": 300.0, "data_wait_ms": 60.0, "exposed_comm_ms": 40.0}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(step) for _ in range(20)))
+    made = calibrate(BASE, [tmp_path], NET)
+    assert predicted_ms(made, 64) == pytest.approx(200)
+
+
+def test_a_made_machine_can_be_loaded(tmp_path):
+    made = calibrate(BASE, scaling_json(tmp_path, {128: 500.0}), NET)
+    file = tmp_path / "mine.yaml"
+    file.write_text(made.to_yaml())
+    assert load_machine(str(file)).figures == made.figures
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "cannot read"),
+        ("[]", "contains a list"),
+        ("{}", "lacks 'method'"),
+        ('{"figures": {"conv_gflops": -1}}', "conv_gflops=-1"),
+        ('{"method": {}, "rows": []}', "has no row of one rank"),
+        ('{"method": {"model": "alexnet-owt-bn"}, "rows": []}', "measured with model=alexnet-owt-bn"),
+        ('{"method": {"image_size": 128}, "rows": []}', "measured with image_size=128"),
+    ],
+)
+def test_what_is_no_measurement_of_this_net_is_refused_in_one_line(tmp_path, text, told):
+    file = tmp_path / "bench.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        calibrate(BASE, [file], NET)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_step_faster_than_the_rest_of_the_machine_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="less than one-gk210 needs for the FC layers"):
+        calibrate(BASE, scaling_json(tmp_path, {128: 1.0}), NET)
+
+
+def test_a_run_without_steps_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"batch": 8}')
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="no steps yet"):
+        calibrate(BASE, [tmp_path], NET)
