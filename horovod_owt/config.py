@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -14,11 +15,13 @@ from typing import Any
 import yaml
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.files import read_user_text
 from horovod_owt.schedule import parse_schedule
 
 MIN_IMAGE_SIZE = 63  # px; the smallest side that leaves one pixel after AlexNet's last pool
 DEFAULT_RECIPE = "torchvision-90"
 
+MOST = 1e9  # of what has no other limit: a typing error, and beyond it integers and timers overflow
 CHOICES = {
     "model": ("alexnet-owt", "alexnet-owt-bn"),
     "precision": ("fp32", "bf16", "fp16", "fp64"),
@@ -145,8 +148,8 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
     """The keys and values of a built-in recipe or a YAML file; raises ConfigError."""
     if name_or_file in recipe_names():
         text = (resources.files("horovod_owt.recipes") / f"{name_or_file}.yaml").read_text()
-    elif Path(name_or_file).is_file():
-        text = Path(name_or_file).read_text()
+    elif os.path.exists(name_or_file):
+        text = read_user_text(Path(name_or_file), wanted="a YAML file of key: value lines")
     else:
         raise ConfigError(
             f"recipe {name_or_file!r} is neither a built-in recipe nor a file",
@@ -155,7 +158,7 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
         )
     try:
         values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise ConfigError(
@@ -187,9 +190,10 @@ def _typed(key: str, value: Any) -> Any:
         if kind == "int | str" and str(value).isdecimal():
             return int(value)
     except (KeyError, TypeError, ValueError, OverflowError):
-        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
+        names = {"bool": "true or false", "float": "a number"}
+        wanted = names.get(kind, "a whole number")
         fix = f"{key}={FIELDS[key].default}"
-        raise ConfigError(f"{key}={value}", wanted=wanted, fix=fix) from None
+        raise ConfigError(f"{key}={_short(value)}", wanted=wanted, fix=fix) from None
     return str(value)
 
 
@@ -212,11 +216,12 @@ def _check(cfg: TrainConfig) -> None:
         "stall_limit_s",
     )
     limits: dict[str, tuple[float, float]] = {
-        **{key: (1, math.inf) for key in positive},
-        **{key: (0, math.inf) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
-        **{key: (0, math.inf) for key in ("decode_threads", "checkpoint_every", "checkpoint_retries")},
+        **{key: (1, MOST) for key in positive},
+        **{key: (0, MOST) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
+        **{key: (0, MOST) for key in ("checkpoint_every", "checkpoint_retries")},
         "clip_norm": (0, math.inf),
-        "image_size": (MIN_IMAGE_SIZE, math.inf),
+        "decode_threads": (0, 1024),
+        "image_size": (MIN_IMAGE_SIZE, 8192),
         "crop_scale_min": (0.01, 1),
         "momentum": (0, 0.9999),
         "dropout": (0, 0.9999),
@@ -226,7 +231,7 @@ def _check(cfg: TrainConfig) -> None:
     for key, (low, high) in limits.items():
         value = getattr(cfg, key)
         if not low <= value <= high:
-            wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            wanted = f"at least {low:g}" if high >= MOST or value < low else f"between {low:g} and {high:g}"
             fix = f"--set {key}={FIELDS[key].default}"
             raise ConfigError(f"{key}={value}", wanted=wanted, fix=fix)
 
@@ -267,6 +272,24 @@ def _check_hybrid(cfg: TrainConfig) -> None:
             "precision=fp16 with parallel=hybrid, whose ranks would skip different steps",
             wanted="fp32 or bf16",
             fix="--set precision=bf16, or --parallel data",
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check_batch_norm(cfg: TrainConfig, world_size: int) -> None:
+    """Refuse hidden layers with the statistics of one image; `fc_group_size` must be resolved."""
+    if cfg.model != "alexnet-owt-bn" or cfg.batch > 1:
+        return
+    together = cfg.fc_group_size if cfg.parallel == "hybrid" and cfg.owt_scheme == "a" else 1
+    if (world_size if cfg.sync_bn else together) < 2:
+        raise ConfigError(
+            f"model=alexnet-owt-bn normalises over a batch of {cfg.batch} image",
+            wanted="at least 2 images",
+            fix="--set batch=2, or sync_bn=true on several ranks",
         )
 
 

@@ -5,12 +5,14 @@ What file systems refuse is handled by `filesystem`.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from horovod_owt.errors import ConfigError
 from horovod_owt.filesystem import (
     hide_folder,
     partial_file,
@@ -44,6 +46,28 @@ def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None
         raise
     if durable:
         sync(path.parent)
+
+
+def real_path(path: Path | str) -> Path:
+    """Absolute and without links, like `resolve`, which raises RuntimeError for a loop of links."""
+    return Path(os.path.realpath(path))
+
+
+def read_user_text(path: Path, *, wanted: str) -> str:
+    """The text of a file that a user wrote, with or without a byte order mark; raises ConfigError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", wanted=wanted) from None
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        saw = f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise ConfigError(saw, wanted=wanted, fix=f"iconv -f latin1 -t utf-8 {path}, if it is text") from None
+    if "\0" in text:
+        raise ConfigError(f"{path} is a binary file", wanted=wanted)
+    return text
 
 
 def write_text(path: Path, text: str) -> None:

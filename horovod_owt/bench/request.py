@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from horovod_owt.config import TrainConfig, resolve
+from horovod_owt.config import TrainConfig, check_batch_norm, resolve
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.parallel.device import Device
 from horovod_owt.perf.machine import Machine, load_machine
@@ -70,6 +70,7 @@ def prepare(
                 fix="--set fc_group_size=all",
             )
         cfg = dataclasses.replace(cfg, classes=cfg.classes or CLASSES, fc_group_size=group_size)
+        check_batch_norm(cfg, topology.world_size)
         if against:
             refuse_unfit(cfg, against)
         device = choose_device(cfg, topology)

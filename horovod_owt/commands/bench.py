@@ -27,8 +27,16 @@ def bench() -> None:
 @RECIPE_OPTION
 @PARALLEL_OPTION
 @SET_OPTION
-@click.option("--steps", default=20, show_default=True, help="Timed steps per contender.")
-@click.option("--warmup", default=3, show_default=True, help="Untimed steps per contender before those.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps per contender."
+)
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Untimed steps per contender before those.",
+)
 @click.option(
     "--against",
     type=click.Choice(["plain", "torch"]),
@@ -72,8 +80,16 @@ def step(
     help="Compare with torch's DistributedDataParallel: torchvision's loop (ddp), and the same with "
     "torch's performance options (ddp-tuned).",
 )
-@click.option("--steps", default=20, show_default=True, help="Timed steps per contender.")
-@click.option("--warmup", default=3, show_default=True, help="Untimed steps per contender before those.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps per contender."
+)
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Untimed steps per contender before those.",
+)
 @click.option(
     "--count-interface",
     "interface",

@@ -16,6 +16,7 @@ from horovod_owt.data.machine import fix_of, is_of_the_file, reason_of
 from horovod_owt.data.store import SPLITS, DataSet, open_data_set
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.errors import DataError
+from horovod_owt.files import real_path
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def pack(
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    real_source, real_out = Path(source).resolve(), Path(out).resolve()
+    real_source, real_out = real_path(source), real_path(out)
     if real_source == real_out or real_source in real_out.parents or real_out in real_source.parents:
         saw = f"{out} and {source} are nested"
         saw = f"{out} is {source} itself" if real_source == real_out else saw

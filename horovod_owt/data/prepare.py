@@ -23,6 +23,7 @@ from horovod_owt.data.ilsvrc2012 import (
 from horovod_owt.data.staging import Staging
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.errors import DataError
+from horovod_owt.files import real_path
 
 KINDS = dict(zip(("train", "val", "devkit"), OFFICIAL, strict=True))  # official names
 _NESTED = {"train": True, "val": False, "devkit": None}
@@ -48,7 +49,7 @@ class Originals:
             if missing := [path.name for path in paths.values() if path.name not in listed]:
                 raise DataError(f"{checksums} has no line for {missing[0]}", wanted="a line for each file")
             published = {kind: listed[path.name] for kind, path in paths.items()}
-        return cls(**{kind: path.resolve() for kind, path in paths.items()}, published=published)
+        return cls(**{kind: real_path(path) for kind, path in paths.items()}, published=published)
 
 
 def prepare(

@@ -17,7 +17,7 @@ from pathlib import Path
 from horovod_owt.data.machine import fix_of, reason_of
 from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
 from horovod_owt.errors import DataError
-from horovod_owt.files import write_text
+from horovod_owt.files import real_path, write_text
 from horovod_owt.filesystem import free_space, locked, remove_tree, rename_folder, sync
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def opened(out: Path, spec: dict) -> Iterator[Staging]:
 
     Raises DataError if OUT contains anything else, and for any OSError within the block.
     """
-    out = Path(out).resolve()
+    out = real_path(out)
     place = Staging(out, spec)
     try:
         _check(out)

@@ -20,7 +20,7 @@ from PIL import Image
 from horovod_owt.data.store import SPLITS, first_few
 from horovod_owt.data.workers import in_processes, usable_cores
 from horovod_owt.errors import DataError
-from horovod_owt.files import atomic_folder
+from horovod_owt.files import atomic_folder, real_path
 
 NOTE = "synthetic.json"  # what it was made from; written last
 CHUNK = 25  # images a worker draws before it reports back
@@ -221,7 +221,7 @@ def write_synthetic(
     """
     spec = SyntheticSet(classes, train_per_class, val_per_class, seed, tuple(size))
     spec.check()
-    out = Path(out).resolve()
+    out = real_path(out)
     if _is_there_already(out, spec):
         return False
     try:

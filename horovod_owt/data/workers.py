@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_any
 from typing import TypeVar
 
+from horovod_owt.errors import ConfigError
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -66,7 +68,14 @@ def in_processes(
     # spawn: the caller may have threads.
     # An executor, not a Pool: without a __main__ guard it fails at once, where a Pool spawns for ever.
     spawn = multiprocessing.get_context("spawn")
-    stop, count = spawn.Event(), spawn.Value("q", 0)
+    try:
+        stop, count = spawn.Event(), spawn.Value("q", 0)
+    except OSError as error:
+        raise ConfigError(
+            f"processes cannot share memory: {error.strerror}",
+            wanted="a writable /dev/shm and temporary folder with room",
+            fix="mount a larger /dev/shm (docker run --shm-size=1g), set TMPDIR, or use --workers 1",
+        ) from None
     executor = ProcessPoolExecutor(
         workers, mp_context=spawn, initializer=_begin, initargs=(stop, count, begin, begin_args)
     )

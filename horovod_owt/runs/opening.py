@@ -22,6 +22,7 @@ from typing import Any
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
+from horovod_owt.files import real_path
 from horovod_owt.runs.attempts import is_same_job
 from horovod_owt.runs.checkpoints import newest_sound, read_state, resume_at, sound_checkpoint, step_of
 from horovod_owt.runs.folder import read_config, write_config
@@ -77,7 +78,7 @@ def _open(
 ) -> Opened:
     if run_dir is None:
         run_dir = _new_folder(Path("runs") / f"{cfg.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    run_dir = run_dir.resolve()
+    run_dir = real_path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     ownership.take(run_dir)
     opened = _choose_checkpoint(run_dir, resume)
@@ -104,7 +105,7 @@ def _new_folder(path: Path) -> Path:
 
 
 def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
-    path = "" if resume.how in ("auto", "never") else str(Path(resume.how).resolve())
+    path = "" if resume.how in ("auto", "never") else str(real_path(resume.how))
     own = newest_sound(run_dir)
     if own is None:
         return Opened(run_dir, sound_checkpoint(Path(path)) if path else None, path)
@@ -116,7 +117,7 @@ def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
             wanted="a new folder for --resume never",
             fix="--resume auto to resume it, or another --run-dir",
         )
-    if path and path not in (began_from, str(own.resolve())):
+    if path and path not in (began_from, str(real_path(own))):
         raise ConfigError(
             f"run folder {run_dir} is at step {step_of(own)}, begun from {began_from or 'initial weights'}; "
             f"--resume {resume.how} would go back",
@@ -124,7 +125,7 @@ def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
             fix=f"--resume auto to resume from step {step_of(own)}, "
             f"or another --run-dir to start from {resume.how}",
         )
-    if path and path != str(own.resolve()):
+    if path and path != str(real_path(own)):
         log.info("this run started from --resume %s: resuming from its own newest checkpoint", resume.how)
     return Opened(run_dir, own, path or began_from)
 

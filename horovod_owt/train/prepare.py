@@ -7,10 +7,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from horovod_owt.config import TrainConfig, resolve
+from horovod_owt.config import TrainConfig, check_batch_norm, resolve
 from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import DataSet, open_data_set
 from horovod_owt.errors import ConfigError, DeviceError, OwtError
+from horovod_owt.files import real_path
 from horovod_owt.parallel.device import Device, can_run, claim_device
 from horovod_owt.parallel.gpus import Gpu
 from horovod_owt.topology import Topology, rank_topology, resolve_group_size
@@ -47,11 +48,12 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
             pipeline=resolve_kind(cfg.pipeline),
             fc_group_size=_group_size(cfg, topology),
         )
+        check_batch_norm(cfg, topology.world_size)
         device = choose_device(cfg, topology)
     except OwtError as error:
         error.on_every_rank()
         raise
-    return Request(cfg, Path(data).resolve(), folder, device)
+    return Request(cfg, real_path(data), folder, device)
 
 
 def _group_size(cfg: TrainConfig, topology: Topology) -> int:
