@@ -8,8 +8,9 @@ import os
 import sys
 from time import monotonic
 
-from horovod_owt.parallel.gloo import Node, place_environment, start_store, store_environment
+from horovod_owt.parallel.gloo import Node, place_environment, store_environment
 from horovod_owt.parallel.meeting import meet
+from horovod_owt.parallel.store import start_store
 from horovod_owt.topology import read_topology
 
 LIMIT_S = 60
