@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 from horovod_owt.parallel.interfaces import ipv4_address_of
 
 ALIVE = "-o ConnectTimeout=20 -o ServerAliveInterval=5 -o ServerAliveCountMax=4"  # 20 s
+
+
+def drop_unspeakable(env: MutableMapping[str, str] = os.environ) -> None:
+    """Remove variables whose names a shell would not take: horovodrun passes names unquoted to one.
+
+    Their values, quoted, arrive as they are, of several lines or not UTF-8. Functions that bash exports
+    (BASH_FUNC_module%%) are among those names, and of no use to ranks.
+    """
+    for name in [name for name in env if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name)]:
+        del env[name]
 
 
 def run(words: Sequence[str]) -> None:
@@ -17,6 +29,7 @@ def run(words: Sequence[str]) -> None:
 
     from horovod_owt.parallel.store import guard_launcher
 
+    drop_unspeakable()
     remote.SSH_COMMAND_PREFIX += f" {ALIVE}"
     if "--network-interfaces" in words:
         interface = words[words.index("--network-interfaces") + 1]

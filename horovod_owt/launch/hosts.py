@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import read_user_text
 
+LOOPBACK = re.compile(r"localhost(\..*)?|localhost[46]|ip6-localhost|127\.[\d.]+")
+
 
 def read_hosts(file: Path) -> dict[str, int]:
     """Read a host file, by the rules of discover-hosts: `HOST:SLOTS` or `HOST slots=SLOTS`, # for comments.
 
-    The slots of a host on several lines, as PBS and Grid Engine write them, are added up.
+    The slots of a host on several lines, as PBS and Grid Engine write them, are added up. Raises ConfigError
+    if some names are those of this host to itself: others cannot reach it by them, and it may be there twice.
     """
     lines = read_user_text(file, wanted="a file of HOST:SLOTS lines").splitlines()
     hosts: dict[str, int] = {}
@@ -21,6 +25,12 @@ def read_hosts(file: Path) -> dict[str, int]:
         host, colon, slots = words.partition(":")
         if not words:
             continue
+        if words.count(":") > 1:
+            raise ConfigError(
+                f"{file}, line {number}: {line[:60]!r}",
+                wanted="a host name: horovodrun and mpirun take no IPv6 addresses",
+                fix="give the address a name in DNS or /etc/hosts",
+            )
         count = int(slots) if re.fullmatch(r"[0-9]{1,6}", slots) else 0
         if not (re.fullmatch(r"[\w.-]+", host) and colon and count):
             saw = f"{file}, line {number}: {line[:60]!r}"
@@ -28,4 +38,12 @@ def read_hosts(file: Path) -> dict[str, int]:
         hosts[host] = hosts.get(host, 0) + count
     if not hosts:
         raise ConfigError(f"no host in {file}", wanted="HOST:SLOTS lines")
+    own = [host for host in hosts if LOOPBACK.fullmatch(host)]
+    if 0 < len(own) < len(hosts):
+        other = next(host for host in hosts if host not in own)
+        raise ConfigError(
+            f"{file} has {own[0]} beside {other}",
+            wanted="each host once, by a name that all others reach it by",
+            fix=f"{socket.gethostname()} in place of {own[0]}",
+        )
     return hosts

@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod.runner.elastic.worker import HostUpdateResult
 from hypothesis import given
@@ -72,7 +73,7 @@ def test_a_path_with_spaces_and_quotes_reaches_the_discovery_script_whole():
 def test_ranks_synchronise_after_any_change_of_hosts(monkeypatch, update):
     """Horovod would not after a removal, and a host that joins meanwhile would wait for them for ever."""
     monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
-    state = elastic.Committed()
+    state = elastic.Committed(torch.device("cpu"))
     state.check_host_updates()
     state.on_hosts_updated(1.0, update)
     with pytest.raises(HostsUpdatedInterrupt) as interrupt:

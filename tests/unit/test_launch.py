@@ -1,16 +1,23 @@
 """The commands of `owt launch`, as values."""
 
+import json
 import os
+import shlex
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from horovod.runner.common.util.hosts import SlotInfo
+from horovod.runner.gloo_run import _slot_info_to_command_fn
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch.command import HOROVODRUN, Start, check_folder_for_ssh
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
+from horovod_owt.launch.horovodrun import drop_unspeakable
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.parallel.interfaces import interface_between, interface_towards
 from horovod_owt.topology import UNBOUND, Launcher
@@ -70,6 +77,22 @@ def test_a_line_that_is_no_host_is_named(tmp_path, line):
     with pytest.raises(ConfigError, match="line 2") as caught:
         read_hosts(tmp_path / "hosts")
     assert "wanted HOST:SLOTS" in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["[::1]:4", "fd00::11:4", "fd00::11 slots=4"])
+def test_an_ipv6_address_needs_a_name(tmp_path, line):
+    (tmp_path / "hosts").write_text(f"n1:4\n{line}\n")
+    with pytest.raises(ConfigError, match="line 2.*no IPv6 addresses; fix: give the address a name"):
+        read_hosts(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize("own", ["localhost", "127.0.0.1", "127.0.1.1", "localhost.localdomain"])
+def test_a_name_that_only_its_host_knows_is_refused_beside_others(tmp_path, own):
+    (tmp_path / "hosts").write_text(f"n2:1\n{own}:2\n")
+    with pytest.raises(ConfigError, match=f"has {own} beside n2; .*fix: {socket.gethostname()} in place of"):
+        read_hosts(tmp_path / "hosts")
+    (tmp_path / "hosts").write_text(f"{own}:2\n")
+    assert read_hosts(tmp_path / "hosts") == {own: 2}
 
 
 def test_a_file_without_hosts_is_refused(tmp_path):
@@ -177,3 +200,22 @@ def test_the_interface_is_that_of_the_route(monkeypatch):
             interface_between(["n1", "me", "n3"])
     with pytest.raises(ConfigError, match="no route from here to host"):
         interface_towards("no-such-host.invalid")
+
+
+def test_a_variable_that_a_shell_would_not_take_stays_here_and_the_others_arrive_whole():
+    """The command line as Horovod makes it, run by a shell as on another host."""
+    values = {"LINES": "one\ntwo $HOME", "QUOTES": "it's `x`", "BYTES": "\udcff\udcfe", "a.b": "dotted"}
+    env = {
+        "PATH": os.environ["PATH"],
+        "BASH_FUNC_ml%%": "() {  :\n}",
+        "Program(x86)": "1",
+        "a b": "2",
+        **values,
+    }
+    drop_unspeakable(env)
+    assert set(env) == {"PATH", *values}
+    slot = SlotInfo("n1", 0, 0, 0, 1, 1, 1)
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    command = _slot_info_to_command_fn(shlex.join([sys.executable, "-c", code]), env)(slot)
+    arrived = json.loads(subprocess.check_output(["sh", "-c", command], env={}, timeout=20))
+    assert {name: arrived[name] for name in values} == values
