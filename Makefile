@@ -8,7 +8,7 @@ TOGETHER ?= 2
 CELLS ?=
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: setup quickstart test rehearse-gpu test-machines soak lint docs clean
+.PHONY: setup quickstart test rehearse-gpu test-gpu test-machines soak lint docs clean
 
 setup:
 	@$(PYTHON) launch/setup --venv $(VENV)
@@ -27,6 +27,11 @@ rehearse-gpu: setup
 	@$(IN_VENV) python tests/pretended_gpus/build.py; code=$$?; \
 	if [ $$code = 2 ]; then exit 0; elif [ $$code != 0 ]; then exit $$code; fi; \
 	$(IN_VENV) OWT_REHEARSE_GPU=1 pytest tests/pretended_gpus
+
+# On a machine with a GPU, some 13 minutes: what it computes, then how fast; reports in build/gpu-report
+test-gpu: setup
+	@$(IN_VENV) OWT_GPU_REPORT=build/gpu-report/correctness pytest tests/gpu/test_gpu_correctness.py
+	@$(IN_VENV) OWT_GPU_REPORT=build/gpu-report/speed pytest tests/gpu/test_gpu_speed.py
 
 # needs no set-up, but root and debootstrap: CELLS="debian-13 no-cmake"; `python3 tests/machines --list`
 test-machines:

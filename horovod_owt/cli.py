@@ -18,8 +18,10 @@ from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.preflight import preflight
+from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
-from horovod_owt.errors import OwtError, Speaker
+from horovod_owt.errors import Speaker, explained
+from horovod_owt.text import tolerant_streams
 from horovod_owt.topology import read_topology
 
 # How long the other ranks of a host wait before they print an error that all ranks raised: by then the
@@ -27,7 +29,15 @@ from horovod_owt.topology import read_topology
 SPEAKER_GRACE_S = 5.0
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> None:
+        try:
+            super().invoke(ctx)
+        except (EOFError, BrokenPipeError) as error:  # not of stdout; click would end without a word
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="owt")
 def cli() -> None:
     """Train AlexNet-OWT on ImageNet-like data sets with Horovod, on one rank or many.
@@ -44,6 +54,8 @@ for command in (data, train, checkpoint, devices, preflight, plan, bench, launch
 
 def main() -> None:
     """Run the command line. An OwtError is printed as one line and sets the exit code; a bug ends the job."""
+    survive_lost_readers()
+    tolerant_streams()
     # Huge pages for torch's large tensors: with 4 KB pages a step of 32 images on a CPU core takes 10 to 17 %
     # longer. Must be set before torch allocates; a value set by the user is kept.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -51,18 +63,26 @@ def main() -> None:
     alone = topology.world_size == 1
     who = "" if alone else f"[rank {topology.rank} {topology.host}] "
     try:
-        cli.main()
-    except OwtError as error:
-        if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
-            time.sleep(SPEAKER_GRACE_S)
-        if error.speaker is not Speaker.RANK_0 or error.rank == 0:
-            print(f"owt: {who}{error}", file=sys.stderr, flush=True)
-        exit_code = error.exit_code
-    except Exception:
-        print(f"owt: {who}a bug, please report it\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        exit_code = 1
+        try:
+            cli.main()
+        finally:
+            sys.stdout.flush()
+    except Exception as raised:
+        error = explained(raised)
+        if error is None:
+            _print_error(f"{who}a bug, please report it\n{traceback.format_exc()}")
+        else:
+            if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
+                time.sleep(SPEAKER_GRACE_S)
+            if error.speaker is not Speaker.RANK_0 or error.rank == 0:
+                _print_error(f"{who}{error}")
+        exit_code = error.exit_code if error else 1
     if alone:
         sys.exit(exit_code)
     # Skip Horovod's exit handler, which would wait for peers that may be hung; the launcher ends them.
     sys.stdout.flush()
     os._exit(exit_code)
+
+
+def _print_error(text: str) -> None:
+    print(f"owt: {text}", file=sys.stderr, flush=True)

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from enum import Enum
 
 
@@ -82,3 +85,56 @@ class Preempted(OwtError):
 
     exit_code = 75
     speaker = Speaker.EVERY_RANK
+
+
+NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
+    r"|memory allocation failed",
+    re.IGNORECASE,
+)
+NO_THREADS = re.compile(r"can't start new thread|resource temporarily unavailable", re.IGNORECASE)
+OF_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ELOOP),
+    *(
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.ENOTCONN,
+        errno.EHOSTDOWN,
+        errno.ENAMETOOLONG,
+    ),
+    *(errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+}
+
+
+def explained(error: BaseException) -> OwtError | None:
+    """The error in words if it is the machine's: memory, limits, disks, networks; None for a bug.
+
+    For errors that no caller handles because almost every statement may raise them.
+    """
+    if isinstance(error, OwtError):
+        return error
+    number, text = getattr(error, "errno", None), str(error)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or NO_MEMORY.search(text):
+        return RunError(
+            f"out of memory: {_first_line(text)}" if text else "out of memory",
+            wanted="enough memory for the ranks and workers of this host",
+            fix="a smaller batch, fewer ranks or --workers, or a larger limit (`ulimit -v`, cgroup, --mem)",
+        )
+    if number == errno.EAGAIN or (isinstance(error, RuntimeError) and NO_THREADS.search(text)):
+        return RunError(
+            f"no more threads or processes: {_first_line(text)}",
+            fix="a larger limit (`ulimit -u`, the cgroup's pids.max), or fewer ranks, threads and workers",
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return RunError(f"too many open files: {_first_line(text)}", fix="a larger limit: `ulimit -n 65536`")
+    if isinstance(error, OSError) and number in OF_THE_MACHINE:
+        where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        saw = ": ".join(part for part in (where, error.strerror) if part)
+        return RunError(saw, fix="check permissions, disk or network, as it says; then start again")
+    return None
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0][:200]

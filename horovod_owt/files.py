@@ -22,6 +22,7 @@ from horovod_owt.filesystem import (
     sync_descriptor,
     unlink_quietly,
 )
+from horovod_owt.text import encode
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text atomically and durably: a reader sees the old text or the new one."""
     with atomic_file(path, durable=True) as file:
-        file.write(text.encode())
+        file.write(encode(text))
 
 
 @contextmanager

@@ -7,6 +7,7 @@
     renaming between two folders               project quotas, AFS, mergerfs       copy
     deleting the last trace of an open file    NFS (.nfsX), FUSE (.fuse_hiddenX)   wait until it is closed
     setting the modification time              NFS with root squashing, SMB        rewrite a byte
+    changing rights                            SMB, FAT                            they stay
     flock                                      NFS without lockd, Lustre           no lock
     statfs, or its numbers are 0               FUSE                                free space is unknown
 
@@ -20,6 +21,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from pathlib import Path
 
 from horovod_owt.errors import ConfigError
 
+NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # nor wait for the other end of a FIFO
 PARTIAL = ".*.partial"  # what a killed write leaves behind
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -190,9 +193,10 @@ def renew(path: Path) -> None:
 def locked(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on a file; False where the file system has no locks.
 
-    Raises BlockingIOError if another process holds it.
+    It is created if it is missing, and never emptied. Raises BlockingIOError if another process holds it,
+    another OSError if it is a link.
     """
-    with open(path, "w") as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True
@@ -203,6 +207,12 @@ def locked(path: Path) -> Iterator[bool]:
         except OSError:
             held = False
         yield held
+
+
+def take_rights(path: Path, rights: int) -> None:
+    """Take these rights (of others, say) from a path, where the file system has rights."""
+    with suppress(OSError):
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~rights)
 
 
 def free_space(folder: Path) -> tuple[int | None, int | None]:

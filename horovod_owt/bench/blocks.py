@@ -44,10 +44,17 @@ def alternate(
         for name, take_steps in contenders.items():
             with timed_block(name):
                 reports[name] += take_steps(block)
+                finish_queued_work(world.device)
         if world.is_root:
             latest = (f"{name} {1e3 * rows[-1].step_s:.0f}" for name, rows in reports.items())
             log.info("%d of %d steps | last step in ms: %s", block.stop - warmup, steps, ", ".join(latest))
     return reports
+
+
+def finish_queued_work(device: torch.device) -> None:
+    """Wait for a GPU: a step's last update must not run in the time of the next contender."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def seconds_by_rank(reports: dict[Name, list[StepReport]]) -> dict[Name, np.ndarray]:

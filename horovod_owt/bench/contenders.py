@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 
+from horovod_owt.bench.blocks import finish_queued_work
 from horovod_owt.bench.ddp_loop import LR, DdpLoop, torch_process_group
 from horovod_owt.bench.request import PEERS
 from horovod_owt.config import TrainConfig
@@ -44,7 +45,7 @@ class Name(NamedTuple):
 
 def build(name: Name, cfg: TrainConfig, world: World) -> Callable[[int], StepReport]:
     """The contender's training step, on one fixed batch of random images: no input pipeline."""
-    place, batch = world if name.ranks == world.size else _alone(world), _random_batch(cfg, world)
+    place, batch = world if name.ranks == world.size else alone(world), random_batch(cfg, world)
     if name.strategy in PEERS:
         return DdpLoop(cfg, place, batch, tuned=name.strategy == "ddp-tuned").train_step
     if name.strategy == "data":
@@ -96,6 +97,8 @@ def _serve(
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(world.threads)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)  # torch's NCCL and autograd take the current one
     parent, contenders = psutil.Process(os.getppid()), {}
     with torch_process_group(world, init_method):
         connection.send([])
@@ -107,6 +110,7 @@ def _serve(
                 if name not in contenders:
                     contenders[name] = build(name, cfg, world)
                 answer = [contenders[name](step) for step in steps]
+                finish_queued_work(world.device)
             except Exception:
                 answer = traceback.format_exc()
             connection.send(answer)
@@ -114,11 +118,13 @@ def _serve(
                 parent.send_signal(signal.SIGCONT)
 
 
-def _alone(world: World) -> World:
+def alone(world: World) -> World:
+    """This rank as a job of its own."""
     return dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1, process_sets=())
 
 
-def _random_batch(cfg: TrainConfig, world: World) -> Batch:
+def random_batch(cfg: TrainConfig, world: World) -> Batch:
+    """A batch of random images and labels on the device, another one on each rank."""
     torch.manual_seed(cfg.seed + world.rank)
     images = torch.randn(cfg.batch, 3, cfg.image_size, cfg.image_size, device=world.device)
     return Batch(

@@ -6,7 +6,9 @@ Each yields normalised float32 batches as torch tensors, from the same files, co
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from horovod_owt.data.augment import RATIO
 from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.data.feed import TrainFeed
 from horovod_owt.data.pipeline import make_pipeline
-from horovod_owt.data.store import Store
+from horovod_owt.data.store import Store, open_data_set
 
 ENDLESS = 2**40  # samples
 
@@ -111,3 +113,40 @@ def open_dali_reader(cfg: TrainConfig, folder: Path, device: torch.device) -> It
         pipe.release_outputs()
         pipe.schedule_run()
         yield own
+
+
+def open_decoder(cfg: TrainConfig, root: Path, threads: int, keep: ExitStack) -> Iterator[int]:
+    """Nothing but decoding of a folder's JPEGs, to whole RGB images on the CPU; yields each batch's number.
+
+    By DALI, or by Pillow in threads where `cfg.pipeline` is torchvision or images are in shards.
+    """
+    threads = cfg.decode_threads or threads
+    if cfg.pipeline == "dali" and not any((root / "train").glob("*.tar")):
+        return _decode_by_dali(cfg, root / "train", threads)
+    return _decode_by_pillow(cfg, open_data_set(root).train, threads, keep)
+
+
+def _decode_by_dali(cfg: TrainConfig, folder: Path, threads: int) -> Iterator[int]:
+    from nvidia.dali import Pipeline, fn
+
+    from horovod_owt.data.dali_decoder import decoder_options
+
+    pipe = Pipeline(cfg.batch, threads, None, seed=cfg.seed)
+    with pipe:
+        jpegs, _ = fn.readers.file(file_root=str(folder), random_shuffle=True, name="reader")
+        pipe.set_outputs(fn.decoders.image(jpegs, **decoder_options(on_gpu=False)))
+    pipe.build()
+    while True:
+        (images,) = pipe.run()
+        yield len(images)
+
+
+def _decode_by_pillow(cfg: TrainConfig, store: Store, threads: int, keep: ExitStack) -> Iterator[int]:
+    pool = keep.enter_context(ThreadPoolExecutor(threads))
+
+    def decode(index: int) -> None:
+        with Image.open(io.BytesIO(store.read(index % len(store)))) as image:
+            image.convert("RGB")
+
+    for start in itertools.count(0, cfg.batch):
+        yield len(list(pool.map(decode, range(start, start + cfg.batch))))

@@ -10,6 +10,7 @@ import psutil
 from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.parallel.device import Device
+from horovod_owt.perf.machine import Machine, load_machine
 from horovod_owt.topology import rank_topology, resolve_group_size
 from horovod_owt.train.prepare import choose_device
 
@@ -27,6 +28,7 @@ class Request:
     steps: int
     warmup: int
     interface: str | None  # whose bytes are counted
+    machine: Machine | None  # to predict the rows of
     device: Device
 
 
@@ -39,6 +41,7 @@ def prepare(
     steps: int,
     warmup: int,
     interface: str | None,
+    machine: str | None = None,
 ) -> Request:
     """Check the options before ranks connect; raises OwtError."""
     try:
@@ -54,6 +57,7 @@ def prepare(
             known = ", ".join(psutil.net_io_counters(pernic=True))
             raise ConfigError(f"--count-interface {interface}", wanted=f"one of {known}")
 
+        place = load_machine(machine, option="--predict") if machine else None
         topology = rank_topology()
         if topology.world_size == 1:
             wanted = tuple(word for word in wanted if word != "hybrid")
@@ -67,19 +71,23 @@ def prepare(
             )
         cfg = dataclasses.replace(cfg, classes=cfg.classes or CLASSES, fc_group_size=group_size)
         if against:
-            _refuse_unfit_for_ddp(cfg)
+            refuse_unfit(cfg, against)
         device = choose_device(cfg, topology)
     except OwtError as error:
         error.on_every_rank()
         raise
-    return Request(cfg, wanted, against, steps, warmup, interface, device)
+    return Request(cfg, wanted, against, steps, warmup, interface, place, device)
 
 
-def _refuse_unfit_for_ddp(cfg: TrainConfig) -> None:
+def refuse_unfit(cfg: TrainConfig, against: str) -> None:
     """Raise ConfigError for settings that the baselines cannot match."""
     if cfg.model != "alexnet-owt":
-        raise ConfigError(f"model={cfg.model} against ddp", wanted="alexnet-owt, which torchvision has too")
+        raise ConfigError(
+            f"model={cfg.model} against {against}", wanted="alexnet-owt, which torchvision has too"
+        )
     if cfg.accum_steps > 1:
-        raise ConfigError(f"accum_steps={cfg.accum_steps} against ddp", wanted="1", fix="set batch instead")
+        raise ConfigError(
+            f"accum_steps={cfg.accum_steps} against {against}", wanted="1", fix="set batch instead"
+        )
     if cfg.precision not in ("fp32", "bf16"):
-        raise ConfigError(f"precision={cfg.precision} against ddp", wanted="fp32 or bf16")
+        raise ConfigError(f"precision={cfg.precision} against {against}", wanted="fp32 or bf16")

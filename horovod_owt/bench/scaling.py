@@ -6,6 +6,7 @@ blocks, and their lower quartiles are compared.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from horovod_owt.bench.request import OURS, PEERS, Request
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects, on_root, sum_over_ranks
 from horovod_owt.parallel.runtime import World
+from horovod_owt.perf.layers import net_of
+from horovod_owt.perf.plan import Job, predict_row
 from horovod_owt.train.replica import StepReport
 
 
@@ -122,6 +125,8 @@ def _report(
             # other ranks have no steps of contenders on rank 0, and make no report
             row["bytes_sent_per_step"] = sum(reports[name][-1].bytes_sent.values()) if world.is_root else 0
             row["exposed_comm_share"] = totals[2] / totals[0]
+        if request.machine and name.strategy in OURS:
+            row["predicted_step_ms"] = 1e3 * _predicted_s(request, name, world)
         if request.interface:
             row["wire_bytes_per_step"] = wire[name] / (request.steps * name.ranks)
         rows.append(row)
@@ -141,6 +146,7 @@ def _report(
             "efficiency": "images/s divided by ranks times the images/s of data on one rank",
             "ddp": "torchvision's alexnet, DistributedDataParallel, contiguous tensors, default SGD",
             "ddp-tuned": "the same with channels_last, fused SGD, gradient_as_bucket_view, static_graph",
+            "classes": cfg.classes,
             "fc_group_size": cfg.fc_group_size,
             "owt_scheme": cfg.owt_scheme,
             "fc_batch": cfg.fc_batch,
@@ -148,6 +154,16 @@ def _report(
             "counted_interface": request.interface,
         },
     }
+
+
+def _predicted_s(request: Request, name: Name, world: World) -> float:
+    """What `owt plan` says of a row: images are there already."""
+    cfg, ranks = dataclasses.replace(request.cfg, parallel=name.strategy), name.ranks
+    if name.strategy == "data":
+        cfg = dataclasses.replace(cfg, fc_batch="global", owt_scheme="a")
+    net = net_of(cfg.model, classes=cfg.classes, image_size=cfg.image_size)
+    per_node = min(world.local_size, ranks)
+    return predict_row(request.machine, Job(cfg, net, ranks // per_node, per_node, decodes=False)).step_s
 
 
 def _images_per_s(rows: list[dict[str, Any]], strategy: str, ranks: int) -> float | None:
@@ -173,12 +189,22 @@ def _ratios(rows: list[dict[str, Any]], ranks: int) -> dict[str, float]:
     return ratios
 
 
+def _prediction(row: dict[str, Any]) -> list[str]:
+    """The predicted median, and how far it is from the measured one."""
+    if "predicted_step_ms" not in row:
+        return ["-", "-"]
+    off = row["predicted_step_ms"] / row["step_ms"]["median"] - 1
+    return [f"{row['predicted_step_ms']:.1f}", f"{off:+.0%}"]
+
+
 def format_scaling_report(report: dict[str, Any]) -> str:
     """The report as text."""
     rows, method = report["rows"], report["method"]
     counted = "wire_bytes_per_step" in rows[0]
     table = [["strategy", "ranks", "images/s", "min ms", "p25", "median", "p75", "efficiency", "MB sent"]]
     table[0] += ["exposed comm", "MB on the wire"] if counted else ["exposed comm"]
+    predicts = any("predicted_step_ms" in row for row in rows)
+    table[0] += ["predicted ms", "off"] if predicts else []
     for row in rows:
         ours, step_ms = row["strategy"] in OURS, row["step_ms"]
         line = [row["strategy"], str(row["ranks"]), f"{row['images_per_s_p25']:.1f}"]
@@ -186,6 +212,8 @@ def format_scaling_report(report: dict[str, Any]) -> str:
         line += [f"{row['efficiency']:.2f}", f"{row['bytes_sent_per_step'] / 1e6:.1f}" if ours else "-"]
         line += [f"{row['exposed_comm_share']:.1%}" if ours else "-"]
         line += [f"{row['wire_bytes_per_step'] / 1e6:.1f}"] if counted else []
+        if predicts:
+            line += _prediction(row)
         table.append(line)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [

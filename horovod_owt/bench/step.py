@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.bench.blocks import alternate, figures, method, seconds_by_rank
+from horovod_owt.bench.contenders import alone, random_batch
+from horovod_owt.bench.ddp_loop import DdpLoop
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.plain_loop import PlainLoop
+from horovod_owt.bench.request import refuse_unfit
 from horovod_owt.config import TrainConfig
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.choose import choose_parallel
@@ -35,6 +38,8 @@ def bench_step(
             settings = (f"classes={CLASSES}", *settings)
         request = prepare_alone(root, recipe, settings)
         cfg = request.cfg
+        if against == "torch":
+            refuse_unfit(cfg, "torch")
         world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
         runtime.check_devices(request.device, world)
         cfg, _ = choose_parallel(cfg, world)
@@ -48,6 +53,9 @@ def bench_step(
             train_steps = {"ours": ours}
             if against == "plain":
                 train_steps["plain"] = PlainLoop(cfg, world).train_step
+            if against == "torch":
+                loop = DdpLoop(cfg, alone(world), random_batch(cfg, world), tuned=True)
+                train_steps["torch"] = loop.train_step
             contenders = {
                 name: lambda steps, train_step=train_step: [train_step(step) for step in steps]
                 for name, train_step in train_steps.items()
@@ -81,6 +89,7 @@ def _summary(
             **method(cfg, world, warmup=warmup),
             "step_time": "of the slowest rank, with decoding in the background",
             "pipeline": cfg.pipeline,
+            "classes": cfg.classes,
         },
     }
     for name in reports.keys() - {"ours"}:

@@ -31,8 +31,9 @@ def bench() -> None:
 @click.option("--warmup", default=3, show_default=True, help="Untimed steps per contender before those.")
 @click.option(
     "--against",
-    type=click.Choice(["plain"]),
-    help="Compare with a hand-written Horovod loop on random tensors.",
+    type=click.Choice(["plain", "torch"]),
+    help="Compare with a hand-written Horovod loop (plain), or the same net in torch on each rank alone, "
+    "without Horovod (torch); both on random tensors.",
 )
 @JSON_OPTION
 def step(
@@ -79,6 +80,12 @@ def step(
     metavar="IFACE",
     help="Also report the bytes that the hosts send on this network interface, as the kernel counts them.",
 )
+@click.option(
+    "--predict",
+    "machine",
+    metavar="NAME|FILE",
+    help="Also print what `owt plan` predicts for this machine file.",
+)
 @JSON_OPTION
 def scaling(
     recipe: str | None,
@@ -88,6 +95,7 @@ def scaling(
     steps: int,
     warmup: int,
     interface: str | None,
+    machine: str | None,
     as_json: bool,
 ) -> None:
     """Compare strategies with each other and with a single rank, on random images, in one job.
@@ -97,6 +105,7 @@ def scaling(
     \b
     Example:  horovodrun --gloo -np 2 owt bench scaling --against ddp --set batch=32
               horovodrun --gloo -np 8 -H node1:4,node2:4 owt bench scaling --count-interface eth0
+              horovodrun --gloo -np 2 owt bench scaling --predict mine.yaml
     """
     log_to_stderr()
     from horovod_owt.bench.request import prepare
@@ -109,6 +118,7 @@ def scaling(
         steps=steps,
         warmup=warmup,
         interface=interface,
+        machine=machine,
     )
 
     from horovod_owt.bench.scaling import bench_scaling, format_scaling_report
@@ -147,3 +157,88 @@ def input_(
 
     report = bench_input(data, recipe, settings, blocks=blocks, batches=batches)
     click.echo(json.dumps(report) if as_json else format_input_report(report))
+
+
+@bench.command()
+@click.argument("data", type=click.Path(path_type=Path), required=False)
+@RECIPE_OPTION
+@SET_OPTION
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Timed training steps.")
+@JSON_OPTION
+def ceilings(
+    data: Path | None, recipe: str | None, settings: tuple[str, ...], steps: int, as_json: bool
+) -> None:
+    """Measure what this machine can do at most, and what share of it training reaches.
+
+    Matrix products, convolutions, copies, a plain TCP ring and decoding alone, beside the parts of a step.
+    The JSON also has the figures of a machine file, for `owt plan --calibrate`.
+
+    \b
+    Example:  owt bench ceilings --set batch=32 --json > ceilings.json
+              horovodrun --gloo -np 2 owt bench ceilings --set batch=32
+    """
+    log_to_stderr()
+    from horovod_owt.bench.ceilings import bench_ceilings, format_ceilings_report
+
+    report = bench_ceilings(data, recipe, settings, steps=steps)
+    if report is not None:  # rank 0
+        click.echo(json.dumps(report) if as_json else format_ceilings_report(report))
+
+
+@bench.command()
+@SET_OPTION
+@click.option("--min-bytes", default=1 << 10, show_default=True, help="Smallest buffer.")
+@click.option("--max-bytes", default=256 << 20, show_default=True, help="Largest; each is 4 times the last.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write busbw by size, as SVG.")
+@JSON_OPTION
+def collectives(
+    settings: tuple[str, ...], min_bytes: int, max_bytes: int, plot: Path | None, as_json: bool
+) -> None:
+    """Time the collectives that training uses: allreduce, allgather, alltoall, broadcast.
+
+    Over Gloo, MPI or NCCL, as the launcher and the devices have it; bandwidths as nccl-tests defines them.
+
+    \b
+    Example:  horovodrun --gloo -np 2 owt bench collectives
+              mpirun -np 4 owt bench collectives --max-bytes 16777216 --json
+    """
+    log_to_stderr()
+    from horovod_owt.config import resolve
+
+    cfg = resolve(None, settings)
+    from horovod_owt.bench.collectives import bench_collectives, format_collectives_report
+
+    report = bench_collectives(cfg, min_bytes, max_bytes)
+    if report is None:
+        return
+    if plot:
+        from horovod_owt.perf.plot import plot_collectives
+
+        plot_collectives(report, plot)
+    click.echo(json.dumps(report) if as_json else format_collectives_report(report))
+
+
+@bench.command()
+@click.argument("data", type=click.Path(path_type=Path), required=False)
+@RECIPE_OPTION
+@SET_OPTION
+@click.option("--batches", default=60, show_default=True, help="Mini-batches of 128 images that are timed.")
+@JSON_OPTION
+def boston(
+    data: Path | None, recipe: str | None, settings: tuple[str, ...], batches: int, as_json: bool
+) -> None:
+    """Do again what Boston's report measured: mini-batches of 128 by AlexNet-OWT, on real JPEGs.
+
+    Prints seconds a mini-batch, minutes for 1000 and the loss beside the report's 1.7, 32 and 6.9, and beside
+    what the planner says of four GK210. Without DATA each rank first draws 200 synthetic JPEGs and
+    deals them out to 1000 classes. Hybrid, as fbcunn, on several ranks.
+
+    \b
+    Example:  horovodrun --gloo -np 2 owt bench boston --batches 1000
+    """
+    log_to_stderr()
+    from horovod_owt.bench.boston import bench_boston, format_boston_report
+
+    report = bench_boston(data, recipe, settings, batches=batches)
+    if report is not None:  # rank 0
+        click.echo(json.dumps(report) if as_json else format_boston_report(report))

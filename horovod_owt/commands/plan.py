@@ -23,6 +23,13 @@ from horovod_owt.errors import ConfigError
 @click.option(
     "--network", metavar="NAME", help="Network between nodes instead of the machine's, e.g. ib-fdr."
 )
+@click.option(
+    "--figure",
+    "replaced",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value for a figure of the machine, e.g. link_gb_s=2. May be repeated.",
+)
 @RECIPE_OPTION
 @click.option(
     "--parallel",
@@ -67,6 +74,7 @@ def plan(
     nodes_text: str,
     ranks_per_node: int | None,
     network: str | None,
+    replaced: tuple[str, ...],
     recipe: str | None,
     parallel: str,
     settings: tuple[str, ...],
@@ -97,7 +105,7 @@ def plan(
     """
     from horovod_owt.config import resolve
     from horovod_owt.perf.calibrate import calibrate, net_for
-    from horovod_owt.perf.machine import load_machine, load_network, machine_names
+    from horovod_owt.perf.machine import load_machine, load_network, machine_names, replace_figures
 
     if list_machines:
         about = {name: load_machine(name).about for name in machine_names()}
@@ -109,6 +117,7 @@ def plan(
     place = calibrate(place, list(measured), net)
     if network:
         place = place.with_figures(f"--network {network}", estimate=True, **load_network(network))
+    place = replace_figures(place, replaced)
     if out:
         if not measured:
             raise ConfigError("--out without --calibrate", wanted="a measurement to make the machine file of")

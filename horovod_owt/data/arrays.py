@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, durable: bool = F
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path | BinaryIO) -> dict[str, np.ndarray]:
     """All arrays of an .npz, with checksums verified; raises one of UNREADABLE."""
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}

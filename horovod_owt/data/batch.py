@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from horovod_owt.data.copies import upload
 from horovod_owt.data.feed import EncodedBatch
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1, as torchvision's weights expect
@@ -30,8 +31,8 @@ class Batch:
         """The batch of `encoded`, decoded to `images` (b, S, S, 3) on the device."""
         return cls(
             images=images.permute(0, 3, 1, 2),  # a view: the memory stays channels_last
-            labels=torch.from_numpy(encoded.labels).to(images.device, non_blocking=True),
-            valid=torch.from_numpy(encoded.valid).to(images.device, non_blocking=True),
+            labels=upload(encoded.labels, images.device),
+            valid=upload(encoded.valid, images.device),
             indices=encoded.indices,
             faults=encoded.faults,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from horovod_owt.data.decode import pillow_fault
 from horovod_owt.data.header import Header, read_header
 from horovod_owt.data.jpeg import EOI, table_fault
@@ -69,10 +71,17 @@ class BadImages:
 
     def __init__(self) -> None:
         self._faults: dict[int, str] = {}
+        self.distrusted: set[str] = set()  # kinds, but for JPEG, of which a decoder has refused one
         self.named: set[int] = set()  # those that have been announced to all ranks
 
     def fault(self, index: int) -> str | None:
         return self._faults.get(index)
+
+    def distrust(self, data: bytes) -> None:
+        """Have feeds decode images of this one's kind, which passed check_image but not a decoder."""
+        with suppress(ValueError):
+            if (kind := check_image(data).kind) != "JPEG":
+                self.distrusted.add(kind)
 
     def add(self, index: int, fault: str) -> None:
         """Record a fault; an image keeps its first one."""

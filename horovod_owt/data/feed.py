@@ -12,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from horovod_owt.data import augment
+from horovod_owt.data.decode import pillow_fault
 from horovod_owt.data.faults import BadImages, check_image, read_fault
+from horovod_owt.data.header import Header
 from horovod_owt.data.machine import is_of_the_file, machine_error
 from horovod_owt.data.order import SampleOrder, batch_positions, validation_slice
 from horovod_owt.data.prefetch import Prefetched
@@ -118,6 +120,7 @@ class Feed:
                 fix = "replace or remove the file"
                 raise RunError(f"bad image {self.store.path(index)}: {fault}", fix=fix)
             self._bad_images.add(index, fault)
+            self._bad_images.distrust(batch.jpegs[row].tobytes())
         return batch.without(faults)
 
     def close(self) -> None:
@@ -139,13 +142,26 @@ class Feed:
     def _read_part(self, indices: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int], str]]:
         return [self._read_one(index) for index in indices.tolist()]
 
+    def _distrusted_fault(self, data: bytes, header: Header) -> str:
+        """The fault of an image of a kind that a decoder has refused before: decoded here, to be sure of it.
+
+        A refusal costs DALI a new pipeline. JPEGs are not decoded twice: check_image finds most of
+        the bad ones.
+        """
+        if self._bad_images is None or header.kind not in self._bad_images.distrusted:
+            return ""
+        fault = pillow_fault(data)
+        return f"undecodable: {fault}" if fault else ""
+
     def _read_one(self, index: int) -> tuple[np.ndarray, tuple[int, int], str]:
         """The file's bytes, (height, width), and its fault, empty if none."""
         fault = self._bad_images.fault(index) if self._bad_images else None
         if not fault:
             try:
                 data = self.store.read(index)
-                return np.frombuffer(data, np.uint8), check_image(data)[:2], ""
+                header = check_image(data)
+                if not (fault := self._distrusted_fault(data, header)):
+                    return np.frombuffer(data, np.uint8), header[:2], ""
             except (OSError, MemoryError) as error:
                 if not is_of_the_file(error):
                     raise machine_error(error, f"cannot read {self.store.path(index)}") from error

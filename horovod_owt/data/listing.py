@@ -22,6 +22,7 @@ import numpy as np
 from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
 from horovod_owt.data.machine import fix_of, is_of_the_file
 from horovod_owt.errors import DataError
+from horovod_owt.private import open_trusted, private_folder
 
 log = logging.getLogger(__name__)
 
@@ -209,17 +210,21 @@ def scan(folder: bytes) -> list[os.DirEntry[bytes]]:
 
 
 def cache_files(folder: Path) -> list[Path]:
-    """Places for the cache: next to the split folder, else below the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Places for the cache: next to the split folder, else below the user's cache folder, if there is one."""
+    beside = folder.parent / f".owt-index-{folder.name}.npz"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # no HOME, and no passwd entry either
+        return [beside]
     key = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
-    return [folder.parent / f".owt-index-{folder.name}.npz", home / "horovod_owt" / "listings" / f"{key}.npz"]
+    return [beside, Path(cache, "horovod_owt", "listings", f"{key}.npz")]
 
 
 def _read_cached(folder: Path) -> Listing | None:
-    """The first valid cache file; a damaged one or one of another version is ignored."""
+    """The first valid cache file; a damaged one, one of another version or of a stranger is ignored."""
     for path in cache_files(folder):
         try:
-            arrays = read_arrays(path)
+            with open_trusted(path, {0, os.geteuid(), folder.stat().st_uid}) as file:
+                arrays = read_arrays(file)
             if int(arrays["version"]) != VERSION:
                 continue
             classes, names = list(Names.from_arrays(arrays, "class")), Names.from_arrays(arrays, "image")
@@ -249,7 +254,7 @@ def _write_cached(folder: Path, listing: Listing) -> None:
     for path in cache_files(folder):
         try:
             if path.parent != folder.parent:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                private_folder(private_folder(path.parent.parent) / path.parent.name)
             return write_arrays(path, arrays)
         except OSError as error:  # read-only or full: try the next place, else every run lists again
             log.debug("cannot write %s: %s", path, error)

@@ -52,7 +52,7 @@ def _fingerprint(data: DataSet) -> str:
     """Changes when an image is added, removed, renamed or written again."""
     digest = hashlib.sha256()
     for store in (data.train, data.val):
-        digest.update("\0".join(store.classes).encode(errors="surrogateescape") + b"\0\0")
+        digest.update(os.fsencode("\0".join(store.classes)) + b"\0\0")
         digest.update(np.ascontiguousarray(store.labels))
         for index in range(len(store)):
             digest.update(store.name(index) + b"\0")

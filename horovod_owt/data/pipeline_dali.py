@@ -8,18 +8,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn, tensors, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from horovod_owt.data.batch import MEAN, STD, Batch
 from horovod_owt.data.dali_decoder import check_machine, decoder_options, find_refused, undecodable
 from horovod_owt.data.feed import EncodedBatch, Feed
 from horovod_owt.data.machine import machine_error
+from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.errors import RunError
 
 PREFETCH = 2  # batches that DALI decodes ahead
 
-Inputs = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]  # bytes, anchors, shapes, mirror
+Inputs = tuple[list[tensors.TensorCPU], np.ndarray, np.ndarray, np.ndarray]  # bytes, anchors, shapes, mirror
 
 
 class DaliPipeline:
@@ -34,8 +35,11 @@ class DaliPipeline:
         self._feed, self._image_size = feed, image_size
         self._device_id, self._num_threads = device_id, num_threads
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
-        self._in_flight: deque[EncodedBatch] = deque()  # passed to DALI, result not taken yet
+        # passed to DALI, which reads the inputs where they are; result not taken yet
+        self._in_flight: deque[tuple[EncodedBatch, Inputs]] = deque()
         self._retry: deque[EncodedBatch] = deque()  # to be passed to DALI again, before the feed's next
+        # made by a thread: the training thread would take 1 to 2 ms for 256 images
+        self._ready = Prefetched(((e, _inputs(e, slice(None))) for e in feed), 1, "dali-inputs")
         self._fault: RunError | None = None  # from the feed; raised after the batches before it
         self._closed = False
         self._begin()
@@ -64,7 +68,7 @@ class DaliPipeline:
                 self._recover(error)
                 continue
             images = self._copied(decoded.as_tensor())
-            encoded = self._in_flight.popleft()
+            encoded, _ = self._in_flight.popleft()
             try:
                 self._pipe.release_outputs()
                 self._pipe.schedule_run()
@@ -82,6 +86,7 @@ class DaliPipeline:
     def close(self) -> None:
         self._closed = True
         self._feed.close()
+        self._ready.close()
         self._pipe = None
 
     def _begin(self) -> None:
@@ -98,12 +103,16 @@ class DaliPipeline:
     def _next_inputs(self) -> Inputs:
         """Called by DALI for each batch it schedules."""
         try:
-            encoded = self._retry.popleft() if self._retry else next(self._feed)
+            if self._retry:
+                encoded = self._retry.popleft()
+                inputs = _inputs(encoded, slice(None))
+            else:
+                encoded, inputs = next(self._ready)
         except RunError as fault:  # DALI finishes what is scheduled, then __next__ raises the fault
             self._fault = fault
             raise StopIteration from None
-        self._in_flight.append(encoded)
-        return _inputs(encoded, slice(None))
+        self._in_flight.append((encoded, inputs))
+        return inputs
 
     def _copied(self, tensor) -> torch.Tensor:
         """Copy the batch to a torch tensor, on torch's stream: DALI reuses its buffers."""
@@ -117,10 +126,13 @@ class DaliPipeline:
         RunError if it decodes each of them alone, or if bad images are not to be skipped.
         """
         check_machine(error)
-        self._pipe = None
-        in_flight = [*self._in_flight, *self._retry]
+        self._pipe = None  # ends its threads, before the memory that they read is freed
+        in_flight = [*(encoded for encoded, _ in self._in_flight), *self._retry]
         self._in_flight.clear()
-        refused = [self._refused(encoded) for encoded in in_flight]
+        # With DALI 2 it is the first one, and the others need no test; older ones may fail when scheduling.
+        refused = [self._refused(in_flight[0]), *[{}] * (len(in_flight) - 1)]
+        if not refused[0]:
+            refused[1:] = map(self._refused, in_flight[1:])
         if not any(refused):
             paths = [self._feed.store.path(index) for encoded in in_flight for index in encoded.indices]
             raise RunError(
@@ -143,7 +155,7 @@ class DaliPipeline:
 def _inputs(encoded: EncodedBatch, rows: slice) -> Inputs:
     anchors, shapes = np.split(encoded.windows[rows], 2, axis=1)
     return (
-        encoded.jpegs[rows],
+        [tensors.TensorCPU(jpeg) for jpeg in encoded.jpegs[rows]],  # views
         np.ascontiguousarray(anchors),
         np.ascontiguousarray(shapes),
         encoded.flips[rows].astype(np.int32),
@@ -155,6 +167,7 @@ def _graph(source, image_size: int, *, on_gpu: bool):
     jpegs, anchors, shapes, mirror = fn.external_source(
         source,
         num_outputs=4,
+        no_copy=True,  # a copy of 256 JPEGs would take the training thread some 5 ms
         dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
         ndim=[1, 1, 1, 0],
     )

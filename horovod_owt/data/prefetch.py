@@ -1,4 +1,4 @@
-"""An iterator that a thread runs ahead of its consumer."""
+"""Iterators that run ahead of their consumer: by a thread, or when the consumer asks."""
 
 from __future__ import annotations
 
@@ -63,3 +63,28 @@ class Prefetched(Generic[Item]):
                 self._ready.append((last, item))
                 self._changed.notify_all()
             return not self._closed
+
+
+class FetchedEarly(Generic[Item]):
+    """An iterator whose consumer may fetch an item before it takes it; an exception waits until then."""
+
+    def __init__(self, source: Iterator[Item]) -> None:
+        self._source = source
+        self._fetched: tuple[Item | None, Exception | None] | None = None
+
+    def fetch(self) -> None:
+        if self._fetched is None:
+            try:
+                self._fetched = next(self._source), None
+            except Exception as error:
+                self._fetched = None, error
+
+    def __iter__(self) -> FetchedEarly[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        self.fetch()
+        (item, error), self._fetched = self._fetched, None
+        if error is not None:
+            raise error
+        return item

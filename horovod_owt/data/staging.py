@@ -85,9 +85,9 @@ def opened(out: Path, spec: dict) -> Iterator[Staging]:
         if place.finished:
             place.clean()  # with the lock closed: NFS and FUSE keep deleted files while they are open
     except OSError as error:
-        source = Path(os.fsdecode(error.filename or b""))
-        outside = error.filename is not None and source.is_absolute() and out not in source.parents
-        saw = f"cannot read {source}" if outside else f"cannot write to {out}"
+        file = Path(os.fsdecode(error.filename)) if error.filename else out
+        own = not file.is_absolute() or out in (file, *file.parents) or file in out.parents
+        saw = f"cannot write to {out}" if own else f"cannot read {file}"
         raise DataError(f"{saw}: {reason_of(error)}", fix=fix_of(error)) from error
 
 

@@ -64,7 +64,7 @@ class DataSet:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for store in (self.train, self.val):
-            digest.update("\0".join(store.classes).encode(errors="surrogateescape"))
+            digest.update(os.fsencode("\0".join(store.classes)))
             digest.update(store.labels.tobytes())
             digest.update(b"\0".join(map(store.name, range(len(store)))))
         counts = f"{len(self.train)} + {len(self.val)} images of {len(self.classes)} classes"

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_any
 from typing import TypeVar
 
@@ -70,7 +71,8 @@ def in_processes(
         workers, mp_context=spawn, initializer=_begin, initargs=(stop, count, begin, begin_args)
     )
     try:
-        pending = {executor.submit(work, task) for task in tasks}
+        with _ctrl_c_held():
+            pending = {executor.submit(work, task) for task in tasks}
         while pending:
             ready, pending = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
             if ticked:
@@ -80,6 +82,19 @@ def in_processes(
     finally:
         stop.set()
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_held() -> Iterator[None]:
+    """Keep Ctrl-C until the block has ended; processes that it starts do not get it before they ignore it.
+
+    A terminal sends Ctrl-C to all processes. One that is still starting would print a KeyboardInterrupt.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the mask is inherited
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _here(work, tasks, begin, begin_args, ticked) -> Iterator:

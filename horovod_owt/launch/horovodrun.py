@@ -22,5 +22,6 @@ def run(words: Sequence[str]) -> None:
         interface = words[words.index("--network-interfaces") + 1]
         ipv4_address_of(interface)  # or an error that says what is wanted
         guard_launcher(interface)
-    sys.argv = ["horovodrun", *words]
+    # Its cache of ssh checks is a pickle in ~/.horovod, and without a writable home it ends.
+    sys.argv = ["horovodrun", "--disable-cache", *words]
     launch.run_commandline()

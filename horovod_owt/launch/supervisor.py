@@ -100,7 +100,10 @@ class Supervisor:
             return watch.attempt(Preempted.exit_code, asked_to_stop=True)
         try:
             self._job = subprocess.Popen(
-                self._command, env={**os.environ, JOB: self._job_name}, start_new_session=True
+                self._command,
+                env={**os.environ, JOB: self._job_name},
+                start_new_session=True,
+                restore_signals=False,  # SIGPIPE stays ignored: mpirun survives if nobody reads the log
             )
         except OSError as error:
             raise ConfigError(f"{self._command[0]}: {error.strerror}") from None

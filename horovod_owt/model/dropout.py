@@ -6,14 +6,38 @@ number of ranks, on the rank that holds the sample or the unit, on the device, o
 
 from __future__ import annotations
 
+import logging
+import struct
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from horovod_owt.data.copies import upload
 from horovod_owt.data.hashing import hashed
+
+log = logging.getLogger(__name__)
 
 _PURPOSE = 2  # separates these draws from those of order and augmentation
 _LOW = np.uint64(0xFFFFFFFF)
+
+# `_keep_scale_plain` for one element, with the same names: one CUDA kernel instead of 28.
+FUSED_SOURCE = """
+template <typename T> T keep_scale(T unit, T low, T high, T threshold, T scale_bits) {
+    unsigned int word = (unsigned int)unit ^ (unsigned int)low;
+    for (int round = 0; round < 2; ++round) {
+        word ^= word >> 16;
+        word *= 0x7FEB352Du;
+        word ^= word >> 15;
+        word *= 0x846CA68Bu;
+        word ^= word >> 16;
+        if (round == 0) word += (unsigned int)high;
+    }
+    return (int)word >= (int)threshold ? scale_bits : 0;
+}
+"""
 
 
 def sample_keys(seed: int, positions: np.ndarray) -> np.ndarray:
@@ -23,6 +47,11 @@ def sample_keys(seed: int, positions: np.ndarray) -> np.ndarray:
     return halves.astype(np.uint32).view(np.int32)
 
 
+def keys_on(device: torch.device, seed: int, positions: np.ndarray) -> Tensor:
+    """`sample_keys` on the device."""
+    return upload(sample_keys(seed, positions), device)
+
+
 def keep_scale(keys: Tensor, layer: int, units: range, dropout: float) -> Tensor:
     """Factors for activations: 0 with probability `dropout`, else 1 / (1 - dropout).
 
@@ -30,14 +59,22 @@ def keep_scale(keys: Tensor, layer: int, units: range, dropout: float) -> Tensor
     Source    Ellis' lowbias32 (nullprogram.com/blog/2018/07/31); torch lacks unsigned words on some
               devices, so shifts of signed words are masked
     """
-    unit = torch.arange(units.start, units.stop, dtype=torch.int32, device=keys.device)
-    unit = _mix((unit * 16 + layer) * -1640531527)  # 2**32 / golden ratio, spreads neighbours
-    words = unit[None, :] ^ keys[:, :1]
-    words = _mix(words)
+    kernel = fused_kernel(keys.device) if keys.is_cuda else None
+    return (kernel or _keep_scale_plain)(keys, _unit_words(layer, units, keys.device), dropout)
+
+
+@cache
+def _unit_words(layer: int, units: range, device: torch.device) -> Tensor:
+    """A random word for each unit of a layer: (1, units) int32."""
+    unit = torch.arange(units.start, units.stop, dtype=torch.int32, device=device)
+    return _mix((unit * 16 + layer) * -1640531527)[None, :]  # 2**32 / golden ratio, spreads neighbours
+
+
+def _keep_scale_plain(keys: Tensor, unit_words: Tensor, dropout: float) -> Tensor:
+    words = _mix(unit_words ^ keys[:, :1])
     words += keys[:, 1:]
     words = _mix(words)
-    threshold = round(dropout * 2**32) - 2**31  # of a signed word
-    return (words >= threshold).float().mul_(1 / (1 - dropout))
+    return (words >= _threshold(dropout)).float().mul_(1 / (1 - dropout))
 
 
 def _mix(words: Tensor) -> Tensor:
@@ -48,3 +85,37 @@ def _mix(words: Tensor) -> Tensor:
     words *= -2073254261  # 0x846ca68b as a signed word
     words ^= (words >> 16) & 0xFFFF
     return words
+
+
+def _threshold(dropout: float) -> int:
+    """Signed words below it are dropped."""
+    return round(dropout * 2**32) - 2**31
+
+
+@cache
+def fused_kernel(device: torch.device) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+    """`_keep_scale_plain` as one kernel, compiled by torch's jiterator; None if it fails or differs here.
+
+    torch calls the jiterator beta, so its first result is compared.
+    """
+    compiled = torch.cuda.jiterator._create_jit_fn(FUSED_SOURCE, threshold=0, scale_bits=0)
+
+    def fused(keys: Tensor, unit_words: Tensor, dropout: float) -> Tensor:
+        bits = compiled(
+            unit_words,
+            keys[:, :1],
+            keys[:, 1:],
+            threshold=_threshold(dropout),
+            scale_bits=struct.unpack("i", struct.pack("f", 1 / (1 - dropout)))[0],
+        )
+        return bits.view(torch.float32)
+
+    keys, unit_words = keys_on(device, 0, np.arange(64)), _unit_words(0, range(64), device)
+    try:
+        if torch.equal(fused(keys, unit_words, 0.3), _keep_scale_plain(keys, unit_words, 0.3)):
+            return fused
+        fault = "other values than torch's operations"
+    except RuntimeError as error:
+        fault = str(error).partition("\n")[0]
+    log.warning("dropout in many small kernels, slower: the fused one fails on this GPU: %s", fault)
+    return None

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from statistics import median
-from time import perf_counter, process_time
-
-import torch
-from torch import Tensor, nn
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.model.alexnet_owt import AlexNetOWT
-from horovod_owt.parallel.collectives import gather_objects
-from horovod_owt.parallel.exchange import Exchange
-from horovod_owt.parallel.flat_gradients import MAX_PIECE_ELEMENTS, MIN_PIECES
-from horovod_owt.parallel.groups import Group
-from horovod_owt.parallel.optimizer import build_optimizer
+from horovod_owt.parallel.parts import Seconds, measure_parts
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import DTYPES, autocast
-from horovod_owt.parallel.traffic import Traffic, start_sum
 from horovod_owt.perf.layers import net_of
-from horovod_owt.perf.network import FC6_IN, HIDDEN, conv_parameters, fc_layers, fc_parameters, share
-from horovod_owt.perf.predict import Parts, Sum, step_time
+from horovod_owt.perf.predict import step_time
 
 log = logging.getLogger(__name__)
-
-REPEATS = 3  # of each measurement, after one warm-up
-LONG_S = 0.5  # what takes longer is measured once
-PIECES = 4  # of the flat gradients, sent together; the total time is scaled up from them
-CPU_IMAGES = 8  # a sample: on a CPU the time of convolutions is proportional to the number of images
-
-Seconds = dict[str, float]
 
 
 def choose_parallel(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Seconds]:
@@ -46,7 +25,12 @@ def choose_parallel(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Second
     if why_not:
         choice, predicted_ms, line = "data", {}, f"parallel auto: data ({why_not})"
     else:
-        seconds = _predict(cfg, world)
+        net = net_of(cfg.model, classes=cfg.classes, image_size=cfg.image_size)
+        parts = measure_parts(cfg, world, {"data": 1, "hybrid": cfg.fc_group_size})
+        seconds = {
+            strategy: step_time(each, net, accum_steps=cfg.accum_steps).total_s
+            for strategy, each in parts.items()
+        }
         choice = "hybrid" if seconds["hybrid"] < seconds["data"] else "data"
         predicted_ms = {strategy: 1e3 * s for strategy, s in seconds.items()}
         line = _line(choice, seconds, world.size)
@@ -72,174 +56,3 @@ def _line(choice: str, seconds: Seconds, ranks: int) -> str:
         f"parallel auto: {choice} (predicted {seconds[choice]:.3g} s a step on {ranks} ranks; "
         f"{other} {seconds[other]:.3g} s); override with --parallel {other}"
     )
-
-
-def _predict(cfg: TrainConfig, world: World) -> Seconds:
-    """Seconds of a step by strategy: the parts are measured, and added up as `owt plan` does."""
-    convolutions = _convolutions(cfg, world)
-    conv_sum = _sum_of_gradients(conv_parameters(), world.everyone, cfg, world)
-    net = net_of(cfg.model, classes=cfg.classes, image_size=cfg.image_size)
-    seconds = {}
-    for strategy, group_size in (("data", 1), ("hybrid", cfg.fc_group_size)):
-        classifier = _classifier(cfg, world, group_size=group_size)
-        shard = fc_parameters(cfg.classes, group_size=group_size)
-        parts = Parts(
-            conv_forward_s=convolutions["forward"],
-            conv_backward_s=convolutions["backward"],
-            classifier_s=classifier["passes"],
-            exchange_s=_exchange(cfg, world, world.fc_group(group_size)) if group_size > 1 else 0.0,
-            update_s=classifier["update"],
-            conv_sum=conv_sum,
-            fc_sum=_sum_of_gradients(shard, world.shard_group(group_size), cfg, world),
-        )
-        seconds[strategy] = step_time(parts, net, accum_steps=cfg.accum_steps).total_s
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return seconds
-
-
-def _convolutions(cfg: TrainConfig, world: World) -> Seconds:
-    """Forward and backward of a micro-batch of this net in this precision."""
-    images = min(cfg.batch, CPU_IMAGES) if world.device.type == "cpu" else cfg.batch
-    with torch.device("meta"):  # the classifier's weights need no memory here
-        model = AlexNetOWT(1, batch_norm=cfg.model == "alexnet-owt-bn")
-    model.classifier = nn.Sequential()
-    model.to_empty(device=world.device)
-    for module in model.features:
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    model = model.to(dtype=_kept(cfg))
-    model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
-    kept = _kept(cfg)
-    x = torch.randn(images, 3, cfg.image_size, cfg.image_size, device=world.device, dtype=kept)
-    x = x.contiguous(memory_format=torch.channels_last) if cfg.channels_last else x
-    d_out = torch.randn(images, FC6_IN, device=world.device, dtype=kept)
-    out: list[Tensor] = []
-
-    def forward() -> None:
-        with autocast(cfg.precision, world.device):
-            out[:] = [model.convolve(x).to(kept)]
-
-    def backward() -> None:
-        model.zero_grad()
-        out[0].backward(d_out)
-
-    seconds = _time_together({"forward": forward, "backward": backward}, world)
-    return {what: s * cfg.batch / images for what, s in seconds.items()}
-
-
-def _classifier(cfg: TrainConfig, world: World, *, group_size: int) -> Seconds:
-    """Matrix products and weight update of one rank's part of the FC layers; group_size 1 is all of them."""
-    rows, dtype, kept = cfg.batch * group_size, DTYPES[cfg.precision], _kept(cfg)
-
-    def filled(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.full(shape, 1e-2, device=world.device, dtype=dtype)
-
-    layers = []
-    for units_in, units_out in fc_layers(cfg.classes, group_size=group_size):
-        weight = nn.Parameter(filled(units_out, units_in, dtype=kept))
-        weight.grad = torch.zeros_like(weight)
-        layers.append((weight, filled(rows, units_in), filled(rows, units_out)))
-    optimizer = build_optimizer([weight for weight, _, _ in layers], cfg)
-
-    @torch.no_grad()
-    def passes() -> None:
-        for weight, x, d_out in layers:
-            cast = weight.to(dtype)
-            cast @ x.t().contiguous()
-            d_out @ cast
-            if dtype == kept:
-                torch.mm(d_out.t(), x, out=weight.grad)
-            else:
-                weight.grad.copy_(d_out.t() @ x)
-
-    return _time_together({"passes": passes, "update": optimizer.step}, world)
-
-
-def _sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world: World) -> Sum:
-    """Seconds to sum that many gradients over the group: a few pieces are timed, the total is scaled up.
-
-    On a CPU the seconds that this rank's threads spend in it are missing from its computation; the rest is
-    waiting for the network, and computation may go on.
-    """
-    if group.is_alone:
-        return Sum()
-    dtype = torch.float16 if cfg.compression == "fp16" else _kept(cfg)
-    length = min(MAX_PIECE_ELEMENTS, -(-parameters // MIN_PIECES))
-    pieces = [torch.zeros(length, device=world.device, dtype=dtype) for _ in range(PIECES)]
-    traffic, busy_s = Traffic(), []
-
-    def send() -> None:
-        busy_s.append(-process_time())
-        sums = [
-            start_sum(piece, group, traffic, what="auto", name=f"auto.sum.{number}", in_place=True)
-            for number, piece in enumerate(pieces)
-        ]
-        for piece in sums:
-            piece.wait()
-        busy_s[-1] += process_time()
-
-    scale = parameters / (PIECES * length)
-    total_s = scale * _time_together({"sum": send}, world)["sum"]
-    if world.device.type == "cuda":
-        return Sum(wire_s=total_s)
-    mine_s = scale * median(busy_s) / world.threads  # threads share the cores that are left
-    cores_s = min(total_s, max(gather_objects(mine_s, "auto.busy")))
-    return Sum(busy_s=cores_s, wire_s=total_s - cores_s)
-
-
-def _exchange(cfg: TrainConfig, world: World, group: Group) -> float:
-    """Seconds of one micro-batch's transfers inside the fc_group, one after another as in scheme a."""
-    exchange, dtype = Exchange(group, Traffic()), DTYPES[cfg.precision]
-    rows, own = cfg.batch * group.size, share(HIDDEN, group.size, group.index)
-
-    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(shape, device=world.device, dtype=dtype)
-
-    features, features_part = zeros(cfg.batch, FC6_IN), zeros(rows, FC6_IN)
-    units_part, own_units = zeros(rows, HIDDEN), zeros(rows, own)
-    logits_part = zeros(rows, cfg.classes, dtype=_kept(cfg))
-
-    def forward_and_back() -> None:
-        exchange.gather_rows(features, "auto.features").wait()
-        exchange.sum_units(units_part, "auto.units").wait()
-        exchange.sum_everywhere(logits_part, "auto.logits").wait()
-        exchange.gather_units(own_units, "auto.units back").wait()
-        exchange.sum_rows(features_part, "auto.features back").wait()
-
-    return _time_together({"exchange": forward_and_back}, world)["exchange"]
-
-
-def _kept(cfg: TrainConfig) -> torch.dtype:
-    """The dtype of weights, gradients and logits, whatever the passes compute in."""
-    return DTYPES["fp64" if cfg.precision == "fp64" else "fp32"]
-
-
-def _time_together(actions: dict[str, Callable[[], object]], world: World) -> Seconds:
-    """Seconds of each action, run in this order by all ranks together: the median of the slowest rank.
-
-    Every rank gets the same figures, and so makes the same decision.
-    """
-
-    def synchronize() -> None:
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def once() -> list[float]:
-        times = []
-        for action in actions.values():
-            synchronize()
-            start = perf_counter()
-            action()
-            synchronize()
-            times.append(perf_counter() - start)
-        return times
-
-    def on_all_ranks(mine: list[float]) -> list[float]:
-        return [max(times) for times in zip(*gather_objects(mine, "auto.times"), strict=True)]
-
-    warm_up = on_all_ranks(once())
-    repeats = 1 if sum(warm_up) > LONG_S else REPEATS
-    rows = [once() for _ in range(repeats)]
-    slowest = on_all_ranks([median(times) for times in zip(*rows, strict=True)])
-    return dict(zip(actions, slowest, strict=True))

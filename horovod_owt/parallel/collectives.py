@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.objects import from_json, to_json
 
 T = TypeVar("T")
+SHUT_DOWN = "Horovod has been shut down"
+LOST_SOMEBODY = "lost contact with another rank: it died, hung or exited"
 
 
 def sum_over_ranks(values: Tensor, name: str) -> Tensor:
@@ -73,6 +76,22 @@ def on_root(action: Callable[[], T] | None, name: str, *, kind: type | None = No
     return outcome
 
 
+def bare_collective(name: str, num_bytes: int, ranks: int, device: torch.device) -> Callable[[], object]:
+    """An allreduce, allgather, alltoall or broadcast to be timed, on a buffer of fp32 numbers.
+
+    A gather's result has `num_bytes`, so each rank sends a part of them.
+    """
+    part = torch.zeros(max(1, num_bytes // 4 // ranks), device=device)
+    whole = torch.zeros(part.numel() * ranks, device=device)
+    label = f"bare.{name}.{num_bytes}"
+    return {
+        "allreduce": lambda: hvd.allreduce_(whole, op=hvd.Sum, name=label),
+        "allgather": lambda: hvd.allgather(part, name=label),
+        "alltoall": lambda: hvd.alltoall(whole, name=label),
+        "broadcast": lambda: hvd.broadcast_(whole, root_rank=0, name=label),
+    }[name]
+
+
 def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
     """Rank 0's values on every rank; the other ranks' tensors give shape and dtype."""
     with now.waiting_in(name):
@@ -81,14 +100,28 @@ def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
 
 @contextmanager
 def explain_lost_ranks(who: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turn the error of a collective whose peer is gone into a RunError; `who` may name the peer."""
+    """Turn the error of a failed collective into a RunError; `who` may name a peer that is gone."""
     try:
         yield
     except HorovodInternalError as error:
-        lost = who()
-        raise RunError(
-            f"lost contact with {lost}: it died"
-            if lost
-            else "lost contact with another rank: it died, hung or exited",
-            fix="see its last output and the launcher's; --resume auto resumes from the last checkpoint",
-        ) from error
+        raise collective_error(error, who()) from error
+
+
+def collective_error(error: HorovodInternalError, lost: str) -> RunError:
+    """NCCL's own reason is quoted, and any other one where no lost rank is known.
+
+    The text that Horovod has for every shutdown is no reason.
+    """
+    reason = str(error).strip().partition("\n")[0]
+    if SHUT_DOWN in reason:
+        reason = ""
+    by_nccl = re.search("nccl|cuda", reason, re.IGNORECASE)
+    if by_nccl and not lost:
+        fix = "set NCCL_DEBUG=INFO and see what NCCL logs; run `owt preflight`"
+        return RunError(f"a collective failed: {reason}", fix=fix)
+    saw = f"lost contact with {lost}: it died" if lost else LOST_SOMEBODY
+    quoted = f" ({reason})" if reason and (by_nccl or not lost) else ""
+    return RunError(
+        saw + quoted,
+        fix="see its last output and the launcher's; --resume auto resumes from the last checkpoint",
+    )

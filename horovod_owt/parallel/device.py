@@ -176,3 +176,16 @@ def check_not_shared(
             wanted="a device for each rank",
             fix=f"as many ranks as devices; under srun, --gpus-per-task=1; {SHARED}=1 to allow sharing",
         )
+
+
+def can_run(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for `architectures` (sm_75, compute_90, ...) runs on a GPU of that capability."""
+    for word in architectures:
+        kind, _, number = word.partition("_")
+        digits = re.match(r"\d+", number)[0]
+        built = int(digits[:-1]), int(digits[-1])
+        if kind == "sm" and built[0] == capability[0] and built <= capability:
+            return True
+        if kind == "compute" and built <= capability:  # PTX, which the driver compiles
+            return True
+    return False

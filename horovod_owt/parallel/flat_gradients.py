@@ -87,6 +87,13 @@ class FlatGradients:
             weight.grad.addmm_(d_out.t(), x)
         self._ready(weight)
 
+    def add_sum(self, bias: nn.Parameter, d_out: Tensor) -> None:
+        """Deliver the sum over rows, a bias' gradient; in its own dtype it is computed in the buffer."""
+        if bias.grad is not None or d_out.dtype != self._flat.dtype:
+            return self.add(bias, d_out.sum(dim=0))
+        torch.sum(d_out, dim=0, out=self._views[bias])
+        self._ready(bias)
+
     def begin_step(self) -> None:
         """Discard the last step's gradients; the first new ones overwrite them, nothing is zeroed."""
         self._last = False

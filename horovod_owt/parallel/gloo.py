@@ -1,9 +1,11 @@
-"""Horovod over Gloo without horovodrun: the variables of a rank, and the rendezvous server."""
+"""Horovod over Gloo without horovodrun: the variables of a rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+
+from horovod_owt.parallel.interfaces import nccl_interface
 
 ADDRESS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 
@@ -34,7 +36,7 @@ def place_environment(nodes: Sequence[Node], node: int, local_rank: int) -> dict
 
 
 def store_environment(address: str, port: int) -> dict[str, str]:
-    """Horovod's variables for the address of the rendezvous server, as `start_store` returns it."""
+    """Horovod's variables for the address of the rendezvous server, as `store.start_store` returns it."""
     return {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
@@ -50,21 +52,5 @@ def store_host(env: Mapping[str, str]) -> str:
 
 def use_interface(env: MutableMapping[str, str], interface: str) -> None:
     """Set the interface of Gloo and NCCL, unless the user has."""
-    for name in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):
-        env.setdefault(name, interface)
-
-
-def start_store(nodes: Sequence[Node], ip: str) -> tuple[str, int, Callable[[], None]]:
-    """Start the rendezvous server on this address of this host.
-
-    Returns its address, with a secret for this job's ranks only, its port, and a function that stops it.
-    """
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-
-    from horovod_owt.parallel.store import Store
-
-    slots = ",".join(f"{node.host}:{node.ranks}" for node in nodes)
-    server = Store(ip)
-    port = server.start()
-    server.init(get_host_assignments(parse_hosts(slots), sum(node.ranks for node in nodes)))
-    return server.address(ip, port), port, server.stop
+    for name, value in {"HOROVOD_GLOO_IFACE": interface, **nccl_interface(interface)}.items():
+        env.setdefault(name, value)

@@ -89,7 +89,12 @@ def chosen_interface(asked: str | None, hosts: list[str]) -> str:
 def interface_environment(interface: str) -> dict[str, str]:
     """Variables that select the interface for Open MPI 4 and 5, and NCCL."""
     names = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include", "PRTE_MCA_prte_if_include")
-    return dict.fromkeys((*names, "NCCL_SOCKET_IFNAME"), interface)
+    return {**dict.fromkeys(names, interface), **nccl_interface(interface)}
+
+
+def nccl_interface(interface: str) -> dict[str, str]:
+    """NCCL takes a name for a prefix: eth1 would be eth10 too. `=` asks for the very name."""
+    return {"NCCL_SOCKET_IFNAME": f"={interface}"}
 
 
 def listening_addresses(env: Mapping[str, str], *, one_host: bool) -> list[str]:

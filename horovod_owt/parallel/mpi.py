@@ -12,9 +12,8 @@ from collections.abc import MutableMapping
 from horovod_owt.errors import DeviceError
 from horovod_owt.parallel.device import visible_devices
 
-# CPU seconds that a rank waiting in a broadcast took from one that computed for 1 s on the same core, with
-# the default and with these: Open MPI 5.0 1.00 and 0.02, Intel MPI 2021.18 1.00 and 0.02, MPICH 5.0 1.00 and
-# 0.25.
+# CPU seconds that a rank used waiting for one that computed for 1 s on the same core, by default and with
+# these: Open MPI 5.0 1.00 and 0.02, Intel MPI 2021.18 1.00 and 0.02, MPICH 5.0 1.00 and 0.25.
 YIELD = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "I_MPI_WAIT_MODE": "1",

@@ -30,3 +30,8 @@ def build_optimizer(parameters: list[nn.Parameter], cfg: TrainConfig) -> torch.o
     for parameter in parameters:  # from the start, so that every checkpoint has the same tensors
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it can skip an update, and divide gradients, by tensors on the device."""
+    return bool(optimizer.defaults.get("fused"))

@@ -36,7 +36,7 @@ class Rendezvous:
         """Rank, host and connection of those who have connected since the last call."""
         for hello, connection in self.listener.admit(wait_s):
             rank, host = hello.get("rank"), hello.get("host")
-            if isinstance(rank, int) and 0 < rank < self._ranks and isinstance(host, str):
+            if type(rank) is int and 0 < rank < self._ranks and isinstance(host, str):
                 yield rank, host, connection
             else:
                 connection.close()

@@ -10,7 +10,6 @@ data parallelism.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.model.alexnet_owt import FC6_IN, AlexNetOWT
-from horovod_owt.model.dropout import keep_scale, sample_keys
+from horovod_owt.model.dropout import keep_scale, keys_on
 from horovod_owt.parallel.batch_norm import synchronize_batch_norms
 from horovod_owt.parallel.collectives import broadcast_tensor
 from horovod_owt.parallel.exchange import Exchange, Slice
@@ -70,9 +69,9 @@ class OneWeirdTrick:
 
     A step: `begin_step`; for each micro-batch `convolve`, `classify`, `backward`; `finish`. Then each
     `parameter.grad` is the mean over the global batch. With fc_batch=local the classifier is updated within
-    the step: `update_classifier` is called after each turn, when its gradients are the mean over the turn's
-    images. Images with a negative label contribute nothing, but the means count them until
-    `exclude_bad_images` gets their number.
+    the step: after each turn, when its gradients are the mean over the turn's images, `update_classifier` is
+    called with (loss, number of bad ones) and the number of images. Images with a negative label contribute
+    nothing, but the means count them until `exclude_bad_images` gets their number.
     """
 
     def __init__(
@@ -81,11 +80,11 @@ class OneWeirdTrick:
         cfg: TrainConfig,
         world: World,
         *,
-        update_classifier: Callable[[], None],
+        update_classifier: Callable[[Tensor, int], None],
     ) -> None:
         self.cfg, self.world = cfg, world
         self.fc_group_size = fc_group_size = cfg.ranks_per_classifier()
-        self.traffic = Traffic()
+        self.traffic = Traffic(world.device)
         self._everyone, self._fc_group = world.everyone, world.fc_group(fc_group_size)
         self._shard_group = world.shard_group(fc_group_size)
         self._update_classifier = update_classifier
@@ -141,7 +140,7 @@ class OneWeirdTrick:
         cfg, group = self.cfg, self._fc_group
         starts = [consumed + rank * cfg.rank_batch() + micro_step * cfg.batch for rank in group.ranks]
         positions = np.concatenate([np.arange(start, start + len(labels)) for start in starts])
-        keys = torch.from_numpy(sample_keys(cfg.seed, positions)).to(images.device)
+        keys = keys_on(images.device, cfg.seed, positions)
         kept = self.weight_dtype
         with self.autocast():
             features = self.model.convolve(images.to(kept)).to(kept)
@@ -151,16 +150,15 @@ class OneWeirdTrick:
         return Pass(features, all_labels, keys)
 
     @torch.no_grad()
-    def classify(self, batch: Pass, *, last: bool, gradient_scale: Tensor) -> Tensor:
+    def classify(self, batch: Pass, *, last: bool, gradient_scale: Tensor | None = None) -> Tensor:
         """Forward and backward of the split layers.
 
         Returns this rank's share of the loss: over all ranks and micro-batches the shares add up to the mean
-        over the global batch. `last` starts the sums of the gradients. Raises FloatingPointError on all ranks
-        if a turn's loss is NaN or infinite and its update would follow.
+        over the global batch. `last` starts the sums of the gradients.
         """
         own = batch.features.detach().to(DTYPES[self.cfg.precision])
         turns = self._turns(len(own))
-        labels, backs, total = batch.labels.wait(), [], torch.zeros((), device=own.device)
+        labels, backs, losses = batch.labels.wait(), [], []
         images = len(own) * self._shard_group.size if self._local else self.cfg.global_batch(self.world.size)
         arriving = turns[0].fetch(own)
         for number, turn in enumerate(turns):
@@ -182,13 +180,14 @@ class OneWeirdTrick:
                 batches=turn.batches,
             )
             backs.append(back)
-            total += loss
+            losses.append(loss.float())
             if self._local:
                 self._update_in_turn(loss, labels[turn.rows], images)
         self.classifier.end_micro_batch()
         d_features = [back.wait() for back in backs][self._fc_group.index if len(backs) > 1 else 0]
         batch.d_features = d_features * self.fc_update_share if self._local else d_features
-        return total * (self.fc_update_share / self._fc_group.size)
+        share = self.fc_update_share / self._fc_group.size
+        return sum(losses[1:], losses[0]) * share if share != 1 else sum(losses[1:], losses[0])
 
     def backward(self, batch: Pass, *, last: bool) -> None:
         """Backward of the convolutions; `last` starts the sum of their gradients, layer by layer."""
@@ -210,21 +209,25 @@ class OneWeirdTrick:
         images = self.cfg.global_batch(self.world.size)
         self.scale_gradients(images / (images - bad_images))
 
+    def scale_classifier_gradients(self, factor: float) -> None:
+        """Scale the gradients of one turn, in `update_classifier`."""
+        self._fc_gradients.scale(factor)
+
     def scale_gradients(self, factor: float) -> None:
         """Scale all gradients; with fc_batch=local not the classifier's, which are already applied."""
         self._conv_gradients.scale(factor)
         if not self._local:
             self._fc_gradients.scale(factor)
 
-    def gradient_norm(self) -> float:
-        """Euclidean norm of the whole net's gradient, the same on every rank. Call on all after `finish`."""
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of the whole net's gradient, (1,), on every rank; all call it after `finish`."""
         split, whole = (
             [p.grad for _, p, part in self.named_parameters() if (part is None) == unsplit]
             for unsplit in (False, True)
         )
         total = _sum_of_squares(split, self.world.device)
         total = self._exchange.sum_everywhere(total, "gradient norm").wait()
-        return math.sqrt((total + _sum_of_squares(whole, self.world.device)).item())
+        return (total + _sum_of_squares(whole, self.world.device)).sqrt()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Slice | None]]:
         """What this rank's optimizer updates: (name in the whole net, parameter, the part it is)."""
@@ -305,22 +308,11 @@ class OneWeirdTrick:
         ]
 
     def _update_in_turn(self, loss: Tensor, labels: Tensor, images: int) -> None:
-        """Update the classifier with the mean gradient of the good ones among the `images` of one turn.
-
-        If none is good the weights stay as they are. `labels` are those of this fc_group.
-        """
+        """Update the classifier with the mean gradient of one turn of `images`; `labels` are this group's."""
         facts = torch.stack([loss / self.world.size, (labels < 0).sum().to(loss) / self._fc_group.size])
         facts = start_sum(facts, self._everyone, self.traffic, what="loss", name="turn_facts")
         self._fc_gradients.finish()
-        mean_loss, bad = facts.wait().tolist()
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"loss is {mean_loss}")
-        good = images - round(bad)
-        if not good:
-            return
-        if good < images:
-            self._fc_gradients.scale(images / good)
-        self._update_classifier()
+        self._update_classifier(facts.wait(), images)
         self.classifier.weights_changed()
 
 

@@ -8,17 +8,21 @@ one address and serves only requests below a random path, which the ranks get as
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 import socket
 import socketserver
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from horovod.runner import gloo_run
 from horovod.runner.common.util import network
+from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer, RendezvousServer
 from horovod.runner.util.threads import in_thread
+
+from horovod_owt.parallel.gloo import ADDRESS, Node
 
 MOST_UNPROVEN = 128  # connections at a time that have not shown the secret
 VALUE_BYTES = 1 << 20  # of a value; what ranks put is a few kB
@@ -120,20 +124,50 @@ def _shut(connection: socket.socket) -> None:
         pass
 
 
+def start_store(nodes: Sequence[Node], ip: str) -> tuple[str, int, Callable[[], None]]:
+    """Start the rendezvous server on this address of this host.
+
+    Returns its address, with a secret for this job's ranks only, its port, and a function that stops it.
+    """
+    slots = ",".join(f"{node.host}:{node.ranks}" for node in nodes)
+    server = Store(ip)
+    port = server.start()
+    server.init(get_host_assignments(parse_hosts(slots), sum(node.ranks for node in nodes)))
+    return server.address(ip, port), port, server.stop
+
+
 def guard_launcher(interface: str) -> None:
-    """Make horovodrun, in this process, start a `Store` on this interface, and tell its ranks the secret."""
+    """Make horovodrun, in this process, start a `Store` on this interface, and tell its ranks the secret.
+
+    Ranks on this host inherit the secret and the rest of the environment. Horovod puts it all on the command
+    line of their shell, which every user of the host can read; for other hosts it still is on that of ssh.
+    """
     ip = gloo_run.network.get_driver_ip([interface])  # which horovodrun tells its ranks
-    original, stores = gloo_run.get_run_command, []
+    run_command, rank_command = gloo_run.get_run_command, gloo_run._slot_info_to_command_fn
+    stores: list[Store] = []
 
     def start(verbose: int = 0) -> Store:
         stores.append(Store(ip, verbose))
         return stores[-1]
 
-    def run_command(command: list[str], ip: str, nics: Any, port: int, elastic: bool = False) -> str:
-        return original(command, stores[-1].address(ip, port), nics, port, elastic=elastic)
+    def with_secret(command: list[str], ip: str, nics: Any, port: int, elastic: bool = False) -> str:
+        os.environ[ADDRESS] = stores[-1].address(ip, port)
+        return run_command(command, os.environ[ADDRESS], nics, port, elastic=elastic)
 
-    gloo_run.RendezvousServer, gloo_run.get_run_command = start, run_command
+    def inherited(command: str, env: dict[str, str]) -> Callable[[Any], str]:
+        new = {name: value for name, value in env.items() if os.environ.get(name) != value}
+        here = rank_command(command.replace(f"{ADDRESS}={os.environ[ADDRESS]} ", ""), new)
+        elsewhere = rank_command(command, env)
+        return lambda slot: (here if _is_here(slot.hostname) else elsewhere)(slot)
+
+    gloo_run.RendezvousServer, gloo_run.get_run_command = start, with_secret
+    gloo_run._slot_info_to_command_fn = inherited
     listen_on(ip)
+
+
+def _is_here(host: str) -> bool:
+    """As horovodrun decides whether to use ssh."""
+    return gloo_run.network.resolve_host_address(host) in gloo_run.network.get_local_host_addresses()
 
 
 def listen_on(ip: str) -> None:

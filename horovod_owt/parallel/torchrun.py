@@ -15,13 +15,14 @@ from typing import Protocol
 from torch.distributed import rendezvous
 
 from horovod_owt.errors import RunError
-from horovod_owt.parallel.gloo import Node, place_environment, start_store, store_environment, use_interface
+from horovod_owt.parallel.gloo import Node, place_environment, store_environment, use_interface
 from horovod_owt.parallel.interfaces import (
     interface_between,
     interface_towards,
     ipv4_address_of,
     source_address,
 )
+from horovod_owt.parallel.store import start_store
 from horovod_owt.topology import LAUNCHERS, Launcher, Topology
 
 MEETING_LIMIT_S = 300  # for the slowest rank to load torch

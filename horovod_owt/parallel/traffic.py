@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import horovod.torch as hvd
+import torch
 from torch import Tensor
 
 from horovod_owt.parallel.activity import now
@@ -23,14 +25,41 @@ class Traffic:
     peers for a gather. Horovod's own coordination messages, a few bytes, are not counted.
     """
 
+    device: torch.device  # that computes
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)
-    waited_s: float = 0.0
+    _waited_s: float = 0.0  # of CPU cores
+    _idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)  # of a GPU
 
     def reset(self) -> None:
         self.sent.clear()
         self.received.clear()
-        self.waited_s = 0.0
+        self._waited_s = 0.0
+        self._idle.clear()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in which compute waits for the end of this block.
+
+        On a GPU that is less than the host waits: the GPU has work queued before the block. So events mark
+        on its stream where that work ends and where the work after the block begins.
+        """
+        if self.device.type != "cuda":
+            start = perf_counter()
+            yield
+            self._waited_s += perf_counter() - start
+            return
+        queue_empty, goes_on = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        queue_empty.record()
+        yield
+        goes_on.record()
+        self._idle.append((queue_empty, goes_on))
+
+    def waited_s(self) -> float:
+        """Seconds that compute waited since `reset`. On a GPU, call it when the last transfer is waited for
+        and the host has waited for the GPU since.
+        """
+        return self._waited_s + sum(start.elapsed_time(end) for start, end in self._idle) / 1e3
 
     def count(self, what: str, *, sent: int, received: int) -> None:
         self.sent[what] += sent
@@ -52,10 +81,8 @@ class Transfer:
         return self
 
     def wait(self) -> Tensor:
-        start = perf_counter()
-        with now.waiting_in(self._name):
+        with self._traffic.waiting(), now.waiting_in(self._name):
             result = hvd.synchronize(self._handle)
-        self._traffic.waited_s += perf_counter() - start
         for step in self._steps:
             result = step(result)
         return result

@@ -69,13 +69,10 @@ def of_nodes(machine: Machine, nodes: int) -> Faults:
     )
 
 
-def goodput_report(
-    machine: Machine, nodes: int, *, step_s: float, compute_s: float, slow: float
-) -> dict[str, Any]:
-    """Failures of a job on so many nodes, and what one node costs that computes `slow` times as long."""
+def goodput_report(machine: Machine, nodes: int, *, step_s: float, slow_step_s: float) -> dict[str, Any]:
+    """Failures of a job on so many nodes, and what one node costs with which a step takes `slow_step_s`."""
     faults = of_nodes(machine, nodes)
     interval_s = faults.daly_s
-    slow_step_s = step_s + (slow - 1) * compute_s
     return {
         "nodes": nodes,
         **asdict(faults),
@@ -84,7 +81,6 @@ def goodput_report(
         "checkpoint_every_steps": max(1, round(interval_s / step_s)),
         "goodput": faults.goodput(interval_s),
         "goodput_hourly": faults.goodput(3600.0),
-        "slow_factor": slow,
         "slow_node_costs": 1 - step_s / slow_step_s,  # of the whole job
         "without_it_costs": 1 / nodes,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -98,8 +99,8 @@ def machine_names() -> list[str]:
     )
 
 
-def load_machine(name_or_file: str) -> Machine:
-    """A machine of the package or a YAML file; raises ConfigError."""
+def load_machine(name_or_file: str, *, option: str = "--machine") -> Machine:
+    """A machine of the package or a YAML file; raises ConfigError, whose fix names the user's option."""
     if name_or_file in machine_names():
         text = (resources.files("horovod_owt.perf.machines") / f"{name_or_file}.yaml").read_text()
     elif Path(name_or_file).is_file():
@@ -111,7 +112,7 @@ def load_machine(name_or_file: str) -> Machine:
         raise ConfigError(
             f"machine {name_or_file!r} is neither a known machine nor a file",
             wanted=f"one of {', '.join(machine_names())} or a path",
-            fix=f"--machine {nearest(name_or_file, machine_names()) or machine_names()[0]}",
+            fix=f"{option} {nearest(name_or_file, machine_names()) or machine_names()[0]}",
         )
     try:
         document = yaml.safe_load(text)
@@ -169,6 +170,15 @@ def checked(key: str, value: Any, where: str) -> float:
         wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
         raise ConfigError(f"{where}: {key}={value}", wanted=f"{wanted}: {meaning}")
     return number
+
+
+def replace_figures(machine: Machine, settings: Iterable[str]) -> Machine:
+    """The machine with `key=value` settings; raises ConfigError."""
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        _refuse_unknown({key: value}, FIGURES, f"--figure {setting}")
+        machine = machine.with_figures("--figure", **{key: checked(key, value, "--figure")})
+    return machine
 
 
 def _mapping(value: Any, where: str) -> dict:

@@ -32,6 +32,16 @@ def plot_scaling(document: dict[str, Any], machine: Machine, path: Path) -> None
     )
 
 
+def plot_collectives(report: dict[str, Any], path: Path) -> None:
+    """busbw by size, a line for each collective."""
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in report["rows"]:
+        lines[row["collective"]].append((row["bytes"], row["busbw_gb_s"]))
+    method = report["method"]
+    title = f"{method['library']}, {method['ranks']} ranks"
+    plot_lines(lines, path, title=title, x="bytes", y="busbw, GB/s")
+
+
 def plot_lines(
     lines: dict[str, list[tuple[float, float]]], path: Path, *, title: str, x: str, y: str, dashed: str = ""
 ) -> None:

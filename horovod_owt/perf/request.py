@@ -62,9 +62,7 @@ def answer(request: PlanRequest) -> dict[str, Any]:
         best.append(fastest(found, machine))
     documents = [_document(row, request) for row in rows]
     goodput = [
-        goodput_report(
-            machine, row.job.nodes, step_s=row.step_s, compute_s=row.time.compute_s, slow=request.slow
-        )
+        goodput_report(machine, row.job.nodes, step_s=row.step_s, slow_step_s=_slow_step_s(row, request))
         for row in best
     ]
     return {
@@ -83,10 +81,17 @@ def answer(request: PlanRequest) -> dict[str, Any]:
             "ranks_per_node": request.ranks_per_node,
             "decodes": request.decodes,
             "two_level": request.two_level,
+            "slow_node": request.slow,
             "estimates": [key for key, figure in machine.figures.items() if figure.estimate],
             "figures": {key: dataclasses.asdict(figure) for key, figure in machine.figures.items()},
         },
     }
+
+
+def _slow_step_s(row: Row, request: PlanRequest) -> float:
+    """All ranks wait for a node that computes longer, unless they wait longer for decoders or copies."""
+    work_s = row.step_s if request.machine.shares_cores else row.time.total_s
+    return max(row.step_s, work_s + (request.slow - 1) * row.time.compute_s)
 
 
 def _document(row: Row, request: PlanRequest) -> dict[str, Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from horovod_owt.perf.machine import Machine
+
+WIDTH = 110
+BOUND = {"communication": "comm", "host-to-device": "copy"}  # short, for the table
 
 
 def table(rows: Sequence[Sequence[str]], *, left: frozenset[int] = frozenset({0})) -> list[str]:
@@ -34,15 +38,14 @@ def strategy_name(row: dict[str, Any]) -> str:
 
 def format_plan(document: dict[str, Any], machine: Machine) -> str:
     """The table, the best of it, and what it rests on."""
-    head = ["nodes", "ranks", "strategy", "K", "bits", "step ms", "compute", "exchange", "exposed", "decode"]
+    head = ["nodes", "strategy", "K", "bits", "ms", "compute", "exch.", "exposed", "decode"]
     head += ["images/s", "epoch", "run", "eff.", "GB", "bound by"]
     cells = [head]
     for row in document["rows"]:
         numbers = ("step_ms", "compute_ms", "exchange_ms", "exposed_comm_ms", "decode_ms")
         cells.append(
             [
-                str(row["nodes"]),
-                str(row["gpus"]),
+                f"{row['nodes']} x {row['gpus'] // row['nodes']}",
                 strategy_name(row),
                 str(row["fc_group_size"]),
                 str(row["gradient_bits"]),
@@ -52,7 +55,7 @@ def format_plan(document: dict[str, Any], machine: Machine) -> str:
                 duration(3600 * row["run_h"]),
                 f"{row['efficiency']:.2f}",
                 f"{row['memory_gb']:.2f}",
-                row["bound_by"] + ("" if row["fits_memory"] else "; memory"),
+                BOUND.get(row["bound_by"], row["bound_by"]) + ("" if row["fits_memory"] else "; memory"),
             ]
         )
     method = document["method"]
@@ -62,14 +65,15 @@ def format_plan(document: dict[str, Any], machine: Machine) -> str:
         f"{method['precision']}, {method['images']:,} images an epoch, {method['epochs']} epochs, "
         f"{method['ranks_per_node']} ranks a node",
         "",
-        *table(cells, left=frozenset({2, 15})),
+        *table(cells, left=frozenset({1, 14})),
         "",
         *(_best(row) for row in document["best_by_nodes"]),
     ]
     if document.get("goodput"):
-        lines += ["", *format_goodput(document["goodput"])]
+        lines += ["", *format_goodput(document["goodput"], method["slow_node"])]
     if guesses := method["estimates"]:
-        lines.append(f"estimates of this machine, not measured: {', '.join(guesses)}")
+        told = f"estimates of this machine, not measured: {', '.join(guesses)}"
+        lines += textwrap.wrap(told, WIDTH)
     return "\n".join(lines)
 
 
@@ -83,10 +87,10 @@ def _best(row: dict[str, Any]) -> str:
     )
 
 
-def format_goodput(reports: list[dict[str, Any]]) -> list[str]:
+def format_goodput(reports: list[dict[str, Any]], slow: float) -> list[str]:
     """Failures, a line for each number of nodes."""
-    head = ["nodes", "a failure every", "best interval (Young)", "(Daly)", "steps", "goodput", "hourly"]
-    head += ["one slow node costs", "doing without it"]
+    head = ["nodes", "failure every", "Young", "Daly", "steps", "goodput", "if hourly"]
+    head += ["one slow node", "without it"]
     cells = [head]
     for each in reports:
         cells.append(
@@ -103,12 +107,13 @@ def format_goodput(reports: list[dict[str, Any]]) -> list[str]:
             ]
         )
     first = reports[0]
-    return [
-        *table(cells, left=frozenset()),
-        f"a checkpoint stops training for {duration(first['checkpoint_s'])}, a restart takes "
-        f"{duration(first['restart_s'])}; hourly: with a checkpoint each hour; the slow node computes "
-        f"{first['slow_factor']:g} times as long",
-    ]
+    told = (
+        "Young, Daly: best time between checkpoints; steps: the same, for checkpoint_every. A checkpoint "
+        f"stops training for {duration(first['checkpoint_s'])}, a restart takes "
+        f"{duration(first['restart_s'])}. One slow node: what the job loses if one computes "
+        f"{slow:g} times as long, and without that node."
+    )
+    return ["failures", *table(cells, left=frozenset()), *textwrap.wrap(told, WIDTH)]
 
 
 def format_published(document: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import DeviceError
-from horovod_owt.parallel.device import Device, check_not_shared
+from horovod_owt.parallel.device import Device, can_run, check_not_shared
 from horovod_owt.parallel.gpus import read_health
 from horovod_owt.preflight.findings import Answer, Finding, agreement, differing, grouped, hosts_of, who
 
@@ -96,19 +96,6 @@ def _judge_architecture(gpus: Sequence[Answer]) -> Finding:
         words,
         "launch/setup --lane k80 for a Tesla K80, otherwise an older torch",
     )
-
-
-def can_run(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether code built for `architectures` (sm_75, compute_90, ...) runs on a GPU of that capability."""
-    for word in architectures:
-        kind, _, number = word.partition("_")
-        digits = re.match(r"\d+", number)[0]
-        built = int(digits[:-1]), int(digits[-1])
-        if kind == "sm" and built[0] == capability[0] and built <= capability:
-            return True
-        if kind == "compute" and built <= capability:  # PTX, which the driver compiles
-            return True
-    return False
 
 
 def _judge_driver(gpus: Sequence[Answer]) -> Finding:

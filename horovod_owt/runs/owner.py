@@ -24,7 +24,7 @@ from types import TracebackType
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import atomic_file
-from horovod_owt.filesystem import renew, unlink_quietly
+from horovod_owt.filesystem import partial_file, renew, unlink_quietly
 
 log = logging.getLogger(__name__)
 
@@ -235,9 +235,10 @@ def _renewed(folder: Path, number: int) -> float | None:
 
 def _now(folder: Path) -> float:
     """The file system's clock."""
-    probe = folder / f".{socket.gethostname()}-{os.getpid()}.clock"
+    probe = partial_file(folder)
     try:
-        probe.write_bytes(b"x")
+        with open(probe, "xb") as file:
+            file.write(b"x")
         renew(probe)
         return probe.stat().st_mtime
     finally:

@@ -49,6 +49,18 @@ def read_allocation(env: Mapping[str, str], hosts: Sequence[str]) -> Allocation:
 
 
 def node_list(env: Mapping[str, str]) -> str:
+    """The job's nodes in Slurm's notation; raises ConfigError outside a job, and in a heterogeneous one.
+
+    There, Slurm's variables describe the first component only: the nodes of the others would stay idle.
+    """
+    components = env.get("SLURM_HET_SIZE") or env.get("SLURM_PACK_SIZE", "1")  # PACK before Slurm 20.02
+    if components.isdecimal() and int(components) > 1:
+        raise ConfigError(
+            f"a heterogeneous job of {components} components",
+            wanted="one component, with the same number of ranks on each node",
+            fix="no `:` in the options of sbatch; or, in a script of your own, "
+            "`srun --mpi=pmix --het-group=0,1 owt train DATA`",
+        )
     try:
         return env["SLURM_JOB_NODELIST"]
     except KeyError:

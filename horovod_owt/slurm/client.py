@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.filesystem import temporary_folder
 from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
+from horovod_owt.text import encode
 
 EXPORT_LIMITS = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")  # set by sbatch --export, read by srun
 LIMIT_S = 60.0  # for slurmctld to answer
@@ -18,7 +19,7 @@ def submit(script: str) -> str:
     """Submit a script with sbatch; returns the job id."""
     with temporary_folder("owt-job-") as folder:
         file = folder / "job.sbatch"  # sbatch copies it
-        file.write_text(script)
+        file.write_bytes(encode(script))
         return ask(sbatch_argv(file)).strip().partition(";")[0]  # ID, or ID;CLUSTER
 
 
@@ -63,4 +64,10 @@ def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen
     would otherwise inherit that setting.
     """
     whole = {name: value for name, value in os.environ.items() if name not in EXPORT_LIMITS}
-    return subprocess.Popen(argv, env={**whole, **env}, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        argv,
+        env={**whole, **env},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        restore_signals=False,  # SIGPIPE stays ignored
+    )

@@ -8,6 +8,10 @@ from pathlib import Path
 
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 FINISHED += ("BOOT_FAIL", "DEADLINE")
+# Slurm may show these for a moment while it requeues a job that allows it.
+REQUEUED_FROM = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
+REQUEUED = "REQUEUED"  # Slurm's name for a job that waits to be requeued
+NO_NODES = ("", "(null)", "None", "None assigned")  # of a job that has not started, by version of Slurm
 
 
 def sbatch_argv(script: Path) -> list[str]:
@@ -38,16 +42,16 @@ def comment_argv(job_id: str, comment: str) -> list[str]:
 class JobRecord:
     """A job's record in slurmctld, kept for MinJobAge after its end."""
 
-    job_id: str  # N, or N_TASK in an array
+    job_id: str  # N; N_TASK in an array; N+COMPONENT in a heterogeneous job
     state: str
     exit_code: int | None  # 128 + the signal that ended it, as in a shell; None before its end
     restarts: int
     comment: str
-    nodes: str  # in Slurm's list notation; without those lost under --no-kill
+    nodes: str  # in Slurm's list notation; without those lost under --no-kill; empty before the start
 
 
 def parse_jobs(said: str) -> list[JobRecord]:
-    """The records in the output of `scontrol show job`; an array has several.
+    """The records in the output of `scontrol show job`; arrays and heterogeneous jobs have several.
 
     Not with -o, which prints one line: a job named "x JobState=FAILED" would have two states.
     """
@@ -55,18 +59,30 @@ def parse_jobs(said: str) -> list[JobRecord]:
 
 
 def _parse_job(text: str) -> JobRecord:
-    first = text.lstrip().partition("\n")[0]
-    array = re.match(r"JobId=\d+ ArrayJobId=(\d+) ArrayTaskId=(\S+)", first)
     (state,) = _values(text, r"JobState=(\w+)")
-    restarts, code, number = map(int, _values(text, r"Requeue=.* Restarts=(\d+) .*ExitCode=(\d+):(\d+)"))
+    requeue, restarts, code, number = map(
+        int, _values(text, r"Requeue=(\d+) Restarts=(\d+) .*ExitCode=(\d+):(\d+)")
+    )
+    if requeue and state in REQUEUED_FROM:
+        state = REQUEUED
+    nodes = _values(text, r"NodeList=(.*)")[0].strip() if "\n   NodeList=" in text else ""
     return JobRecord(
-        job_id=f"{array[1]}_{array[2]}" if array else re.match(r"JobId=(\d+)", first)[1],
+        job_id=_job_id(text.lstrip().partition("\n")[0]),
         state=state,
         exit_code=(code or (number and 128 + number)) if state in FINISHED else None,
         restarts=restarts,
         comment=_values(text, r"Comment=(.*)")[0].strip() if "\n   Comment=" in text else "",
-        nodes=_values(text, r"NodeList=(.*)")[0].strip() if "\n   NodeList=" in text else "",
+        nodes="" if nodes in NO_NODES else nodes,
     )
+
+
+def _job_id(first_line: str) -> str:
+    """The job's id as squeue writes it."""
+    if array := re.match(r"JobId=\d+ ArrayJobId=(\d+) ArrayTaskId=(\S+)", first_line):
+        return f"{array[1]}_{array[2]}"
+    if component := re.match(r"JobId=\d+ HetJobId=(\d+) HetJobOffset=(\d+)", first_line):
+        return f"{component[1]}+{component[2]}"
+    return re.match(r"JobId=(\d+)", first_line)[1]
 
 
 def _values(text: str, pattern: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.parallel.gloo import Node, start_store, store_environment
+from horovod_owt.parallel.gloo import Node, store_environment
 from horovod_owt.parallel.interfaces import interface_between, interface_environment, ipv4_address_of
 from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.spec import AUTO
@@ -113,6 +113,8 @@ def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator
 @contextmanager
 def rendezvous(allocation: Allocation) -> Iterator[dict[str, str]]:
     """Run Horovod's rendezvous server for ranks without MPI, on this host."""
+    from horovod_owt.parallel.store import start_store  # loads Horovod
+
     nodes = [Node(host, allocation.ranks_per_node) for host in allocation.hosts]
     address, port, stop = start_store(nodes, ipv4_address_of(interface_between(list(allocation.hosts))))
     try:

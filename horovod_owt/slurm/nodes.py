@@ -41,9 +41,12 @@ def write_hosts(file: Path, hosts: Sequence[str], slots: int) -> None:
 
 
 def nodes_of(job_id: str) -> list[str]:
-    """The job's current nodes; empty before it starts. Raises OwtError if Slurm does not answer."""
-    nodes = [record.nodes for record in find_jobs(job_id)]
-    return ask(hostnames_argv(nodes[0])).split() if len(nodes) == 1 and nodes[0] else []
+    """The job's current nodes; empty before it starts. Raises OwtError if Slurm does not answer.
+
+    Of an array or a heterogeneous job, the nodes of all tasks or components that are running.
+    """
+    nodes = ",".join(record.nodes for record in find_jobs(job_id) if record.nodes)
+    return list(dict.fromkeys(ask(hostnames_argv(nodes)).split())) if nodes else []
 
 
 def _follow(allocation: Allocation, file: Path, over: threading.Event, say: Callable[[str], None]) -> None:

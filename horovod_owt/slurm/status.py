@@ -36,10 +36,11 @@ def job_status(job_id: str, run_dir: Path | None = None) -> JobStatus:
     """The job's status; raises ConfigError for a job that neither Slurm nor a run folder knows."""
     records = find_jobs(job_id)
     if len(records) > 1:
-        tasks = ", ".join(f"{record.job_id} {record.state}" for record in records)
+        parts = ", ".join(f"{record.job_id} {record.state}" for record in records)
+        kind, part = ("heterogeneous", "components") if "+" in records[0].job_id else ("an array", "tasks")
         raise ConfigError(
-            f"job {job_id} is an array: {tasks}",
-            wanted="one of its tasks",
+            f"job {job_id} is {kind}: {parts}",
+            wanted=f"one of its {part}",
             fix=f"owt job status {records[0].job_id}",
         )
     if records:

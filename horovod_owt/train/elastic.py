@@ -7,6 +7,8 @@ import logging
 import math
 from pathlib import Path
 
+import torch
+
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import elastic, runtime
@@ -48,7 +50,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             opened = on_root(lambda: _open(where, cfg, state), "run_dir", kind=Opened)
             if state.last:
                 cfg = in_world_of(world.size, cfg, state.last.first_global_batch)
-            Run(cfg, request, world, opened, {}, committed=state).train(stop)
+            Run(cfg, request, world, opened, committed=state).train(stop)
 
         def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
             if not state.last:
@@ -56,7 +58,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             ownership.take(state.last.run_dir)
             return Opened(state.last.run_dir, began_from=state.last.began_from)
 
-        elastic.run(Committed(), train)
+        elastic.run(Committed(torch.device(request.device.name)), train)
     runtime.shutdown()
 
 

@@ -11,7 +11,8 @@ from time import perf_counter
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.listing import left_out_text
 from horovod_owt.data.order import SampleOrder
-from horovod_owt.errors import OwtError, Preempted, RunError
+from horovod_owt.data.prefetch import FetchedEarly
+from horovod_owt.errors import OwtError, Preempted, RunError, explained
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
@@ -20,7 +21,7 @@ from horovod_owt.parallel.elastic import RESETS, Committed, regroup_reason
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.runs.attempts import job_name
-from horovod_owt.runs.folder import write_outcome
+from horovod_owt.runs.folder import write_config, write_outcome
 from horovod_owt.runs.opening import Opened, Resume, open_run_folder
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.records import MetricsLog
@@ -33,6 +34,7 @@ from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
+from horovod_owt.train.slow_steps import SlowSteps, place
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
 from horovod_owt.train.stop import StopRequest
 from horovod_owt.train.watch import watched
@@ -53,12 +55,11 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume)
     with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
         check_agreement(request, world)
         cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
-        cfg, predicted_step_ms = choose_parallel(cfg, world)
         data = request.folder.identity()
         opened = on_root(
             lambda: open_run_folder(run_dir, cfg, data, resume, ownership), "run_dir", kind=Opened
         )
-        Run(cfg, request, world, opened, predicted_step_ms).train(stop)
+        Run(cfg, request, world, opened).train(stop)
     runtime.shutdown()
 
 
@@ -71,37 +72,23 @@ class Run:
         request: Request,
         world: World,
         opened: Opened,
-        predicted_step_ms: dict[str, float],
         committed: Committed | None = None,
     ) -> None:
         """`committed` is the state of an elastic job; a commit in it has precedence over checkpoints."""
         self.cfg, self.world, self.run_dir = cfg, world, opened.run_dir
-        self.predicted_step_ms = predicted_step_ms  # by strategy, if parallel=auto chose one
         self.data, self.folder = request.data, request.folder
         self.global_batch = cfg.global_batch(world.size)
-        self.replica = Replica(cfg, world)
         self.position = Position(num_samples=len(self.folder.train))
-        self._committed = committed
-        if committed is not None and committed.last:
-            self._validation_due = restore_commit(self.replica, self.position, committed)
-        else:
-            self._validation_due = restore(self.replica, self.position, opened.run_dir, opened.checkpoint)
+        self._opened, self._committed = opened, committed
         self._began_from = opened.began_from
-        self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
-        self.total_steps = cfg.total_steps(
-            self.position.num_samples,
-            world.size,
-            step=self.position.step,
-            consumed=self.position.consumed,
-        )
         self.metrics = MetricsLog(self.run_dir) if world.is_root else None
-        self.writer = self._make_writer() if world.is_root else None
+        self.writer: CheckpointWriter | None = None  # on rank 0, once the state is complete
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
 
     def train(self, stop: StopRequest) -> None:
-        """Train to the end; the run folder records the outcome in any case."""
-        reason, exit_code, now.step = "done", 0, self.position.step
+        """Train to the end; the run folder records the outcome, unless training could not begin."""
+        reason, exit_code, now.step = "done", 0, 0
         elastic = self._committed is not None
         watch = watched(
             self.world,
@@ -112,10 +99,13 @@ class Run:
         )
         try:
             with watch as heartbeat, nullcontext() if elastic else explain_lost_ranks(heartbeat.lost):
-                self._record_start()
+                self._begin()
+                places = gather_objects(place(self.world), "places")
+                self._record_start([host for host, *_ in places])
                 if self._validation_due:
                     self._validate(stop)
-                self._run_steps(stop)
+                slow_steps = SlowSteps(self.cfg, self.world, places) if self.world.is_root else None
+                self._run_steps(stop, slow_steps)
         except RESETS as error:
             exit_code = None
             self._committed.regrouped = {
@@ -125,13 +115,36 @@ class Run:
             }
             raise
         except BaseException as error:
-            reason = str(error) or type(error).__name__
-            exit_code = error.exit_code if isinstance(error, OwtError) else 1
+            known = explained(error)
+            reason = str(known) if known else f"a bug: {type(error).__name__}, see the traceback in the log"
+            exit_code = known.exit_code if known else 1
             raise
         finally:
             self._close(exit_code, reason)
 
-    def _run_steps(self, stop: StopRequest) -> None:
+    def _begin(self) -> None:
+        """Build the replica and restore its state: the first collectives on the devices, already watched."""
+        cfg, self.predicted_step_ms = choose_parallel(self.cfg, self.world)
+        if cfg != self.cfg:
+            self.cfg = cfg
+            on_root(lambda: write_config(self.run_dir, cfg.to_dict()), "chosen strategy")
+        self.replica = Replica(cfg, self.world)
+        if self._committed is not None and self._committed.last:
+            self._validation_due = restore_commit(self.replica, self.position, self._committed)
+        else:
+            checkpoint = self._opened.checkpoint
+            self._validation_due = restore(self.replica, self.position, self.run_dir, checkpoint)
+        now.step = self.position.step
+        self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
+        self.total_steps = cfg.total_steps(
+            self.position.num_samples,
+            self.world.size,
+            step=self.position.step,
+            consumed=self.position.consumed,
+        )
+        self.writer = self._make_writer() if self.world.is_root else None
+
+    def _run_steps(self, stop: StopRequest, slow_steps: SlowSteps | None) -> None:
         cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
         progress = Progress(
             total_steps=self.total_steps,
@@ -144,7 +157,10 @@ class Run:
             cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
         )
         with batches, progress:
-            next_batch = bad_images.collect(batches).__next__
+            early = FetchedEarly(batches)
+            next_batch = bad_images.collect(early).__next__
+            # CPU cores have no time to spare within a step
+            fetching = {"fetch_next": early.fetch} if self.world.device.type == "cuda" else {}
             while position.step < self.total_steps:
                 epoch_before, lr = int(position.epoch), self._learning_rate()
                 try:
@@ -154,6 +170,7 @@ class Run:
                         lr=lr,
                         stop=stop.asked,
                         named=bad_images.known.named,
+                        **fetching,
                     )
                 except FloatingPointError as error:
                     raise self._not_finite(error, lr) from None
@@ -166,6 +183,8 @@ class Run:
                     self.writer.poll()
                 position.consumed += self.global_batch
                 progress.step(position.step, position.epoch, lr, report)
+                if slow_steps is not None:
+                    slow_steps.step(report)
                 self._record_step(lr, report)
                 if report.any_unnamed:
                     bad_images.announce(position.step)
@@ -261,11 +280,10 @@ class Run:
             self.run_dir, keep=cfg.keep_checkpoints, retries=cfg.checkpoint_retries, record=self._record
         )
 
-    def _record_start(self) -> None:
+    def _record_start(self, hosts: list[str]) -> None:
         cfg, world = self.cfg, self.world
         if self._committed is not None and self._committed.regrouped:
             self._record("fault", **self._committed.regrouped)
-        hosts = gather_objects(world.host, "hosts")
         images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
         self._record(
             "run",
@@ -325,10 +343,11 @@ class Run:
 
     def _close(self, exit_code: int | None, reason: str) -> None:
         """Write the outcome, unless an elastic job continues (exit code None), and close the files."""
-        if self.writer is None or self.metrics is None:
+        if self.metrics is None:
             return
-        self.writer.close()
-        if exit_code is not None:
+        if self.writer is not None:
+            self.writer.close()
+        if exit_code is not None and self.writer is not None:
             outcome = {
                 "exit_code": exit_code,
                 "reason": reason,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,12 @@ from horovod_owt.config import TrainConfig, resolve
 from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import DataSet, open_data_set
 from horovod_owt.errors import ConfigError, DeviceError, OwtError
-from horovod_owt.parallel.device import Device, claim_device
+from horovod_owt.parallel.device import Device, can_run, claim_device
+from horovod_owt.parallel.gpus import Gpu
 from horovod_owt.topology import Topology, rank_topology, resolve_group_size
+
+# The first compute capability with arithmetic in that precision.
+NEEDED = {"bf16": (8, 0), "fp16": (5, 3)}
 
 
 @dataclass(frozen=True)
@@ -58,21 +63,65 @@ def choose_device(cfg: TrainConfig, topology: Topology) -> Device:
     """This rank's device; raises OwtError if there is none for it, or it cannot run the configuration."""
     device = claim_device(topology)
     if device.gpu is not None:
-        _check_torch_sees(device, topology)
+        if cfg.deterministic:  # cuBLAS reads it once, when CUDA starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        _check_precision(cfg, device.gpu)
+        _check_torch_can_use(device, topology)
+        _check_horovod_can_use(device, topology)
     elif cfg.precision == "fp16":
         raise ConfigError("precision=fp16 on a CPU", wanted="fp32 or bf16", fix="--set precision=bf16")
     return device
 
 
-def _check_torch_sees(device: Device, topology: Topology) -> None:
-    """Raise DeviceError for a GPU that torch cannot use: training would silently run on the CPU."""
+def _check_precision(cfg: TrainConfig, gpu: Gpu) -> None:
+    """Raise ConfigError for a precision that the GPU has no arithmetic for."""
+    if gpu.compute_capability >= NEEDED.get(cfg.precision, (0, 0)):
+        return
+    wanted = [name for name in ("bf16", "fp16", "fp32") if gpu.compute_capability >= NEEDED.get(name, (0, 0))]
+    major, minor = NEEDED[cfg.precision]
+    raise ConfigError(
+        f"precision={cfg.precision} on {gpu.name}, which is {_architecture(gpu)}",
+        wanted=f"sm_{major}{minor} or newer for it",
+        fix=f"--set precision={wanted[0]}",
+    )
+
+
+def _check_torch_can_use(device: Device, topology: Topology) -> None:
+    """Raise DeviceError for a GPU that torch cannot use: training would fail later or run on the CPU."""
     import torch  # not needed before there is a GPU
 
+    gpu = device.gpu
     if not torch.cuda.is_available():
-        gpu, built_for = device.gpu, torch.version.cuda or "no CUDA"
+        built_for = torch.version.cuda or "no CUDA"
         raise DeviceError(
             f"torch {torch.__version__} on host {topology.host} cannot use its {gpu.name}: it is built for "
             f"CUDA {built_for}, driver {gpu.driver} supports up to CUDA {gpu.cuda_driver}",
             wanted="a torch for this driver",
             fix="run `launch/setup`, or set CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
         )
+    architectures = torch.cuda.get_arch_list()
+    if not can_run(architectures, gpu.compute_capability):
+        raise DeviceError(
+            f"torch {torch.__version__} on host {topology.host} cannot use its {gpu.name}: that is "
+            f"{_architecture(gpu)}, torch is built for {' '.join(architectures)}",
+            wanted="a torch for this GPU",
+            fix="launch/setup --lane k80 for a Tesla K80, otherwise an older torch; or set "
+            "CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
+        )
+
+
+def _check_horovod_can_use(device: Device, topology: Topology) -> None:
+    """Raise DeviceError for a Horovod without NCCL: its first collective on a GPU would hang in silence."""
+    from horovod_owt.parallel.runtime import nccl_version  # loads torch
+
+    if not nccl_version():
+        raise DeviceError(
+            f"Horovod on host {topology.host} is built without NCCL, its ranks have GPUs ({device.gpu.name})",
+            wanted="a Horovod for GPUs",
+            fix="run `launch/setup` on a host with a GPU, or `launch/setup --lane cuda`; or set "
+            "CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
+        )
+
+
+def _architecture(gpu: Gpu) -> str:
+    return "sm_{}{}".format(*gpu.compute_capability)

@@ -8,17 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.batch import Batch
+from horovod_owt.data.copies import Download, upload
 from horovod_owt.model import build_model
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.exchange import Slice
-from horovod_owt.parallel.optimizer import build_optimizer
+from horovod_owt.parallel.optimizer import build_optimizer, is_fused
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import OneWeirdTrick
+from horovod_owt.train.update import divisor, skip_flag, step_unless
 
 MOMENTUM = "momentum."  # prefix of a parameter's momentum
 
@@ -51,6 +54,7 @@ class Replica:
         if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
             torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: cuDNN tunes once
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means it: TF32 keeps 10 of its 23 bits
         model = build_model(cfg.model, cfg.classes, dropout=cfg.dropout, seed=cfg.seed).to(world.device)
         model = model.double() if cfg.precision == "fp64" else model
         model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
@@ -59,6 +63,10 @@ class Replica:
         in_turns = cfg.fc_batch == "local"  # then the classifier has an optimizer of its own
         self._optimizers = [build_optimizer(p, cfg) for p in ([fc, conv] if in_turns else [fc + conv])]
         self._scaler = _build_scaler() if cfg.precision == "fp16" else None
+        # Its factors are fp32; the scaler of fp16 decides for itself.
+        on_gpu = world.device.type == "cuda" and cfg.precision in ("fp32", "bf16")
+        self._update_decides = on_gpu and is_fused(self._optimizers[-1])
+        self._skip: Tensor | None = None  # 1 after a turn of this step whose loss is not finite
 
     def train_step(
         self,
@@ -68,8 +76,11 @@ class Replica:
         lr: float,
         stop: bool = False,
         named: Container[int] = (),
+        fetch_next: Callable[[], None] = lambda: None,
     ) -> StepReport:
         """One optimizer update over `accum_steps` micro-batches; `stop` asks all ranks to stop after it.
+
+        `fetch_next` is called while the device is at work on a micro-batch, to fetch the next one meanwhile.
 
         `consumed` samples of the endless stream came before this step; `named` are the bad images already
         announced to all ranks. Raises on every rank, before the update: FloatingPointError if the loss (or
@@ -80,9 +91,9 @@ class Replica:
         strategy.model.train()
         strategy.begin_step()
         self._set_lr(lr)
-        one = torch.ones((), device=self.world.device)
-        scale = self._scaler.scale(one) if self._scaler else one
-        loss_sum = torch.zeros((), device=self.world.device)
+        self._skip = None
+        scale = self._scaler.scale(torch.ones((), device=self.world.device)) if self._scaler else None
+        losses: list[Tensor] = []
         own_bad, own_unnamed = 0, 0
         for micro_step in range(self.cfg.accum_steps):
             last = micro_step == self.cfg.accum_steps - 1
@@ -93,25 +104,25 @@ class Replica:
             own_bad += len(batch.faults)
             own_unnamed += sum(index not in named for index in batch.bad_images())
             passing = strategy.convolve(batch.images, batch.labels, consumed=consumed, micro_step=micro_step)
-            loss_sum += strategy.classify(passing, last=last, gradient_scale=scale)
+            losses.append(strategy.classify(passing, last=last, gradient_scale=scale))
             if last:
-                counts = loss_sum.new_tensor([float(stop), own_bad, own_unnamed])
-                facts = strategy.start_sum(torch.cat([loss_sum[None], counts]), "step facts")
+                counts = np.array([0, stop, own_bad, own_unnamed], np.float32)
+                facts = upload(counts, self.world.device)
+                facts[0].add_(sum(losses[1:], losses[0]))
+                facts = strategy.start_sum(facts, "step facts")
             strategy.backward(passing, last=last)
+            asked = perf_counter()
+            with now.phase("reading images"):
+                fetch_next()
+            data_wait_s += perf_counter() - asked
         strategy.finish()
-        mean_loss, stops, bad, unnamed = facts.wait().tolist()
-        if bad:
-            mean_loss = self._exclude_bad_images(round(bad), mean_loss)
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"loss is {mean_loss}")
-        grad_norm = self._clip() if self.cfg.clip_norm else None
-        self._update()
+        loss, stops, bad, unnamed, grad_norm = self._update(facts.wait())
         return StepReport(
-            loss=mean_loss,
+            loss=loss,
             stop_asked=stops > 0,
             step_s=perf_counter() - start,
             data_wait_s=data_wait_s,
-            exposed_comm_s=strategy.traffic.waited_s,
+            exposed_comm_s=strategy.traffic.waited_s(),
             bytes_sent=dict(strategy.traffic.sent),
             bytes_received=dict(strategy.traffic.received),
             bad_images=round(bad),
@@ -174,39 +185,87 @@ class Replica:
         if len(self._optimizers) > 1:
             self._optimizers[0].param_groups[0]["lr"] = lr * self.strategy.fc_update_share
 
-    def _exclude_bad_images(self, bad: int, loss: float) -> float:
-        """Rescale gradients and loss to means over the good images of the global batch; returns that loss."""
-        images = self.cfg.global_batch(self.world.size)
-        if self.cfg.bad_images == "fail" or bad == images:
-            raise BadBatch
-        self.strategy.exclude_bad_images(bad)
-        return loss * images / (images - bad)
+    def _update(self, facts: Tensor) -> tuple[float, float, float, float, float | None]:
+        """Update the weights, or raise: loss, ranks that ask to stop, bad images, unnamed ones, norm.
 
-    def _clip(self) -> float:
-        """Clip the gradient norm to clip_norm; returns the norm before (Pascanu et al. 2013).
-
-        The scaler of fp16 handles infinite gradients itself.
+        `facts` are the first four, summed over the ranks, on the device. The host waits for the device once.
         """
-        if self._scaler:
+        if self._scaler and self.cfg.clip_norm:
             self._scaler.unscale_(self._optimizers[-1])
-        norm = self.strategy.gradient_norm()
-        if not math.isfinite(norm) and not self._scaler:
-            raise FloatingPointError(f"gradient norm is {norm}")
-        if norm > self.cfg.clip_norm:
-            self.strategy.scale_gradients(self.cfg.clip_norm / norm)
-        return norm
+        norm = self.strategy.gradient_norm() if self.cfg.clip_norm else None
+        arriving = Download(facts if norm is None else torch.cat([facts.double(), norm]))
+        if self._update_decides:
+            self._update_unless_forbidden(facts, norm)
+        loss, stops, bad, unnamed, *norms = arriving.tolist()
+        factor, grad_norm = self._mean_factor(round(bad)), norms[0] if norms else None
+        loss *= factor
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss}")
+        if grad_norm is not None:
+            grad_norm *= factor
+            if not math.isfinite(grad_norm) and not self._scaler:  # the scaler handles infinite gradients
+                raise FloatingPointError(f"gradient norm is {grad_norm}")
+        if not self._update_decides:
+            if bad:
+                self.strategy.exclude_bad_images(round(bad))
+            if grad_norm is not None and grad_norm > self.cfg.clip_norm:  # Pascanu et al. 2013
+                self.strategy.scale_gradients(self.cfg.clip_norm / grad_norm)
+            self._step_optimizer()
+        self.weights_changed()
+        return loss, stops, bad, unnamed, grad_norm
 
-    def _update_classifier(self) -> None:
-        self._optimizers[0].step()
+    def _mean_factor(self, bad: int) -> float:
+        """From the mean over the global batch to that over its good images; BadBatch if there is none."""
+        images = self.cfg.global_batch(self.world.size)
+        if bad and (self.cfg.bad_images == "fail" or bad == images):
+            raise BadBatch
+        return images / (images - bad)
 
-    def _update(self) -> None:
+    def _update_unless_forbidden(self, facts: Tensor, norm: Tensor | None) -> None:
+        """Queue the update; it does not happen for what `_update` then raises."""
+        images, tolerant = self.cfg.global_batch(self.world.size), self.cfg.bad_images == "skip"
+        loss, bad = facts[0], facts[2]
+        skip = skip_flag(loss, bad, most_bad=images - 1 if tolerant else 0, norm=norm)
+        divide_by = (
+            divisor(bad, images, norm=norm, clip_norm=self.cfg.clip_norm)
+            if tolerant or norm is not None
+            else None
+        )
+        step_unless(self._optimizers[-1], self._or_earlier(skip), divide_by)
+
+    def _update_classifier(self, facts: Tensor, images: int) -> None:
+        """One turn's update: by the mean over the good ones of its `images`, none if there are none.
+
+        `facts` are its loss and its number of bad images. Raises FloatingPointError on all ranks if the loss
+        is NaN or infinite; on a GPU the step's end does, and no later update of the step happens.
+        """
+        optimizer = self._optimizers[0]
+        if self._update_decides:
+            loss, bad = facts
+            self._skip = self._or_earlier(skip_flag(loss, bad, most_bad=images))
+            skip = torch.maximum(self._skip, skip_flag(loss, bad, most_bad=images - 1))
+            return step_unless(optimizer, skip, divisor(bad, images))
+        mean_loss, bad = facts.tolist()
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"loss is {mean_loss}")
+        good = images - round(bad)
+        if not good:
+            return
+        if good < images:
+            self.strategy.scale_classifier_gradients(images / good)
+        optimizer.step()
+
+    def _or_earlier(self, skip: Tensor) -> Tensor:
+        """Skip after an earlier turn whose loss was not finite, too."""
+        return skip if self._skip is None else torch.maximum(self._skip, skip)
+
+    def _step_optimizer(self) -> None:
         optimizer = self._optimizers[-1]
         if self._scaler:
             self._scaler.step(optimizer)  # unscales; skips the update if a gradient overflowed
             self._scaler.update()
         else:
             optimizer.step()
-        self.weights_changed()
 
 
 def _build_scaler():

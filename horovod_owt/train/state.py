@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from horovod_owt.data.copies import host_buffer, upload
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
@@ -38,13 +39,14 @@ class Position:
 def room_for_copies(replica: Replica) -> dict[str, Tensor]:
     """Memory for `snapshot` on rank 0, empty on others.
 
-    It is touched now: page faults on first use would take most of a second for 490 MB.
+    It is touched now: page faults on first use would take most of a second for 490 MB. With a GPU it is
+    pinned, for copies at the full speed of its bus.
     """
     if not replica.world.is_root:
         return {}
-    shapes = replica.whole_shapes()
+    shapes, device = replica.whole_shapes(), replica.world.device
     return {
-        name: torch.empty(shapes[name], dtype=tensor.dtype).zero_() for name, tensor, _ in replica.parts()
+        name: host_buffer(shapes[name], tensor.dtype, device).zero_() for name, tensor, _ in replica.parts()
     }
 
 
@@ -60,7 +62,9 @@ def snapshot(
     if not replica.world.is_root:
         return None
     for name, tensor in whole.items():
-        copies[name].copy_(tensor)
+        copies[name].copy_(tensor, non_blocking=True)
+    if replica.world.device.type == "cuda":
+        torch.cuda.synchronize()  # once, not for each tensor
     return Checkpoint(
         model={name: tensor for name, tensor in copies.items() if not name.startswith(MOMENTUM)},
         optimizer={name: tensor for name, tensor in copies.items() if name.startswith(MOMENTUM)},
@@ -101,7 +105,7 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
     saved = found[0].model | found[0].optimizer if found else {}  # on rank 0
     shapes = replica.whole_shapes()
     for name, tensor, part in replica.parts():
-        whole = saved.pop(name).to(tensor) if found else tensor.new_empty(shapes[name])
+        whole = upload(saved.pop(name), tensor.device).to(tensor) if found else tensor.new_empty(shapes[name])
         whole = broadcast_tensor(whole, f"restore.{name}")
         tensor.copy_(part.of(whole) if part else whole)
     replica.weights_changed()
@@ -113,7 +117,7 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
 def commit(
     replica: Replica, position: Position, committed: Committed, run_dir: Path, began_from: str = ""
 ) -> None:
-    """Keep this state in the memory of every rank; if hosts changed, all ranks raise an elastic reset."""
+    """Keep this state in the memory of every rank's device; if hosts changed, all raise an elastic reset."""
     last, own_global_batch = committed.last, replica.cfg.global_batch(replica.world.size)
     state = Commit(
         step=position.step,

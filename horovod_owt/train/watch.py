@@ -35,7 +35,7 @@ class Stacks:
         self._path = stacks_file(run_dir, rank)
         try:
             self._path.parent.mkdir(exist_ok=True)
-            self._file = self._path.open("a", buffering=1)
+            self._file = self._path.open("a", buffering=1, errors="backslashreplace")
         except OSError as error:
             log.warning("%s: %s; stacks of this rank go to stderr", self._path, error.strerror)
             self._file = None

@@ -54,17 +54,25 @@ def patch_digest(patch: Path) -> str:
     return hashlib.sha256((diff + rest).encode()).hexdigest()
 
 
+def cache_home(environ: Mapping[str, str]) -> Path:
+    """XDG_CACHE_HOME or ~/.cache; raises Missing for a user without a home, as in some containers."""
+    home = environ.get("HOME") or os.path.expanduser("~")
+    folder = Path(environ.get("XDG_CACHE_HOME") or Path(home, ".cache"))
+    if not folder.is_absolute():
+        raise Missing("no HOME and no passwd entry: set XDG_CACHE_HOME to a writable folder")
+    return folder
+
+
 class Place:
     """The folders of one installation and its stamp, `horovod_owt.json` in the virtual environment."""
 
     def __init__(self, venv: Path, environ: Mapping[str, str] = os.environ):
-        self.venv = venv.expanduser().absolute()
+        self.venv = Path(os.path.expanduser(venv)).absolute()
         self.environ = environ
         self.bin = self.venv / "bin"
         self.python = self.bin / "python"
         self.stamp_file = self.venv / "horovod_owt.json"
-        home = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home()) / ".cache")
-        self.cache = home / "horovod_owt"
+        self.cache = cache_home(environ) / "horovod_owt"
         self.stamp = self._read_stamp()
 
     # the stamp
@@ -161,10 +169,9 @@ class Place:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One set-up per user at a time: a second one waits, then finds the first one's wheel."""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.cache, os.W_OK):
-            raise Missing(f"{self.cache} is not writable: set XDG_CACHE_HOME to a writable folder")
-        with (self.cache / "lock").open("w") as lock:
+        self._own_cache()
+        lock_file = os.open(self.cache / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with open(lock_file, "r+b") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -175,6 +182,25 @@ class Place:
             shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed set-up
             self.stamp = self._read_stamp()
             yield
+
+    def _own_cache(self) -> None:
+        """Create the cache for this user alone: set-up installs the wheels that it finds there."""
+        try:
+            self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.cache.stat()
+        except OSError as error:
+            raise Missing(
+                f"{self.cache}: {error.strerror}: set XDG_CACHE_HOME to a writable folder"
+            ) from None
+        if {found.st_uid, self.cache.lstat().st_uid} != {os.geteuid()}:
+            raise Missing(
+                f"{self.cache} belongs to user {found.st_uid}, wanted one of user {os.geteuid()}: "
+                "set XDG_CACHE_HOME to a folder of your own"
+            )
+        if not os.access(self.cache, os.W_OK):
+            raise Missing(f"{self.cache} is not writable: set XDG_CACHE_HOME to a writable folder")
+        if found.st_mode & 0o022:
+            self.cache.chmod(found.st_mode & 0o755)
 
     @property
     def scratch(self) -> Path:

@@ -166,7 +166,7 @@ def verified(run, root: Path, *more: str, launcher: str = "none", exit_code: int
 def test_verify_lists_every_bad_file_alone_and_over_ranks(run, spoilt):
     root, bad = spoilt
     report = verified(run, root, "--pipeline", "torchvision")
-    assert set(report) == {"images", "bad", "remarks"} and report["images"] == 96 + 26
+    assert set(report) == {"images", "bad", "remarks", "unread", "left_out"} and report["images"] == 96 + 26
     assert [line["path"] for line in report["bad"]] == sorted(bad)
     assert all(bad[line["path"]] in line["fault"] for line in report["bad"])
     wanted = {remark for _, remark in ODD.values()}
@@ -182,4 +182,4 @@ def test_verify_lists_every_bad_file_alone_and_over_ranks(run, spoilt):
 
 def test_verify_of_good_files_is_quiet(run, images):
     report = verified(run, images, "--pipeline", "torchvision", exit_code=0)
-    assert report == {"images": 96 + 26, "bad": [], "remarks": []}
+    assert report == {"images": 96 + 26, "bad": [], "remarks": [], "unread": [], "left_out": []}

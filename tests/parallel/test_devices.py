@@ -64,3 +64,8 @@ def test_ranks_on_one_device_do_not_train(run, images):
     assert done.exit_code != 0 and "epoch" not in done.stderr
     said = [line for line in done.stderr.splitlines() if "owt:" in line]
     assert len(said) == 1 and SHARED("localhost") in said[0]
+
+
+def test_tests_of_cpu_ranks_see_no_gpu_of_the_machine(run):
+    show = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    assert run(["python", "-c", show], launcher="none").stdout.strip() == "''"

@@ -22,7 +22,8 @@ needs_namespaces = pytest.mark.skipif(
 def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
     done = run(
         [*OWT, "bench", "scaling", *SMALL, "--set", "batch=2", "--against", "ddp"]
-        + ["--steps", "2", "--warmup", "1", "--count-interface", "lo", "--json"],
+        + ["--steps", "2", "--warmup", "1", "--count-interface", "lo"]
+        + ["--predict", "cpu-2-cores", "--json"],
         limit_s=280,
     )
     report = done.json()
@@ -31,7 +32,8 @@ def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
     assert list(rows) == [(name, 2) for name in together] + [(name, 1) for name in alone]
     one_rank = rows["data", 1]["images_per_s_p25"]
     for (strategy, ranks), row in rows.items():
-        ours = {"bytes_sent_per_step", "exposed_comm_share"} if strategy in ("data", "hybrid") else set()
+        ours = {"bytes_sent_per_step", "exposed_comm_share", "predicted_step_ms"}
+        ours = ours if strategy in ("data", "hybrid") else set()
         assert row.keys() == KEYS | ours | {"efficiency", "wire_bytes_per_step"}
         assert (row["precision"], row["batch_per_rank"]) == ("fp32", 2)
         assert row["images_per_s_p25"] == pytest.approx(2e3 * ranks / row["step_ms"]["p25"])
@@ -50,6 +52,10 @@ def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
             "hybrid per rank/data on one rank": ratio(("hybrid", 2), ("data", 1)) / 2,
         }
     )
+    predicted = {
+        name: row["predicted_step_ms"] for name, row in rows.items() if name[0] in ("data", "hybrid")
+    }
+    assert predicted["data", 2] > predicted["hybrid", 2] > 0 < predicted["data", 1] < predicted["data", 2]
     parameters = sum(p.numel() for p in build_model("alexnet-owt", 1000).parameters())
     assert rows["data", 2]["bytes_sent_per_step"] == pytest.approx(4 * parameters, rel=0.01)
     assert rows["hybrid", 2]["bytes_sent_per_step"] < 0.1 * 4 * parameters
@@ -59,6 +65,7 @@ def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
 
 
 BAD = {
+    ("--predict", "cpu-2-core"): "fix: --predict cpu-2-cores",
     ("--steps", "0"): "--steps 0; wanted at least 1",
     ("--strategies", "data,modle"): "'modle'; wanted data or hybrid",
     ("--count-interface", "eth77"): "--count-interface eth77; wanted one of",

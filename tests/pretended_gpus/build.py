@@ -1,4 +1,4 @@
-"""Build what the pretended GPUs need: the stand-ins, and the CUDA lane's Horovod for this environment's torch.
+"""Build what pretended GPUs need: the stand-ins, and the CUDA lane's Horovod for this environment's torch.
 
 usage: build.py      prints both folders; exits with 2 and a line that says why where it cannot
 

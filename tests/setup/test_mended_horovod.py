@@ -250,6 +250,34 @@ def test_horovodrun_mpi_starts_ranks(proofs_cache, built_mpi):
     assert len(facts["libmpi"]) == 1  # one MPI in the process, pip's from this very environment
 
 
+@pytest.mark.parametrize(
+    "said, known_as",
+    [
+        ("mpirun (Open MPI) 5.0.11", "OpenMPI"),
+        ("HYDRA build details:\n    Version:        4.2.1\n    CC:       gcc", "MPICH"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.18 Build 20260101", "IntelMPI"),
+        ("somebody's mpirun 1.0", "Unknown"),
+    ],
+)
+def test_horovodrun_mpi_recognizes_an_mpi_by_what_its_mpirun_says(tmp_path, said, known_as):
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+    mpirun.chmod(0o755)
+    ask = (
+        "import sys; from horovod.runner.mpi_run import _get_mpi_implementation as implementation;"
+        "print(implementation({'PATH': sys.argv[1] + ':/usr/bin:/bin'}))"
+    )
+    here = installed()
+    done = subprocess.run(
+        [here.python, "-c", ask, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env=here.child_env(),
+    )
+    assert done.stdout.strip() == known_as, done.stderr
+
+
 def test_mpirun_starts_ranks_and_mpi4py_sees_them(proofs_cache, built_mpi):
     facts = two_ranks("mpirun", built_mpi)
     assert (facts["controller"], facts["mpi4py_size"]) == ("mpi", 2)

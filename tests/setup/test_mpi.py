@@ -3,6 +3,7 @@
 import pytest
 from set_up_support import lanes, mpi, packages, process
 
+HYDRA = "echo 'HYDRA build details:'; echo '    Version:          4.2.1'; echo '    CC:    gcc'"
 OPEN_MPI = "echo 'mpirun (Open MPI) 4.1.4'; echo; echo 'Report bugs to ...'"
 
 
@@ -12,6 +13,14 @@ def test_the_sites_mpi_is_taken(here, tool):
     chosen = mpi.choose(here)
     assert chosen == mpi.Mpi("site", str(mpicc), "mpirun (Open MPI) 4.1.4")
     assert chosen.there and chosen.is_open_mpi
+
+
+def test_mpich_is_named_though_its_mpirun_names_hydra_only(here, tool):
+    mpicc = tool("mpicc", "true")
+    tool("mpirun", HYDRA)
+    chosen = mpi.choose(here)
+    assert chosen == mpi.Mpi("site", str(mpicc), "MPICH 4.2.1")
+    assert chosen.there and not chosen.is_open_mpi
 
 
 def test_without_one_it_is_pips(here):

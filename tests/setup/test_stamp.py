@@ -8,7 +8,7 @@ from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
-from set_up_support import REPO, installed, place
+from set_up_support import REPO, installed, place, process
 
 
 @pytest.fixture
@@ -115,6 +115,32 @@ def test_a_damaged_stamp_counts_as_none(done):
 def test_a_removed_horovodrun_means_work(done):
     (done.bin / "horovodrun").unlink()
     assert not again(done).up_to_date(None)
+
+
+def test_the_cache_is_for_its_user_alone(here, monkeypatch):
+    with here.locked():
+        assert here.cache.stat().st_mode & 0o777 == 0o700
+    here.cache.chmod(0o775)
+    (here.cache / "lock").write_text("kept")
+    with here.locked():
+        assert here.cache.stat().st_mode & 0o777 == 0o755 and (here.cache / "lock").read_text() == "kept"
+    monkeypatch.setattr(place.os, "geteuid", lambda: 12345)
+    with pytest.raises(
+        process.Missing, match="belongs to user .* wanted one of user 12345: set XDG_CACHE_HOME"
+    ):
+        with here.locked():
+            pass
+
+
+def test_a_link_in_place_of_the_caches_lock_empties_nothing(here, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    here.cache.mkdir(parents=True)
+    (here.cache / "lock").symlink_to(precious)
+    with pytest.raises(OSError):
+        with here.locked():
+            pass
+    assert precious.read_text() == "kept"
 
 
 def test_a_second_set_up_waits_for_the_first(here, tool, tmp_path):

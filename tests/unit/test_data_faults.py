@@ -178,3 +178,18 @@ def test_each_decoder_has_the_last_word_on_what_it_decodes(sound, tmp_path, data
         met = {index: text for batch in batches for index, text in batch.bad_images().items()}
         assert met.keys() == ({6} if fault else set())
         assert not fault or fault in met[6]
+
+
+@needs_dali
+def test_many_bad_images_of_a_kind_cost_dali_one_new_pipeline(sound, tmp_path, monkeypatch):
+    from horovod_owt.data.pipeline_dali import DaliPipeline
+
+    store = open_data_set(shutil.copytree(sound, tmp_path / "set")).train
+    for index in range(0, IMAGES, 2):
+        Path(store.path(index)).write_bytes(undecodable())
+    begun, real = [], DaliPipeline._begin
+    monkeypatch.setattr(DaliPipeline, "_begin", lambda self: begun.append(1) or real(self))
+    batches = run("dali", TrainFeed(store, seed=0, batch=2, bad_images=BadImages()), IMAGES // 2)
+    met = {index for batch in batches for index in batch.bad_images()}
+    assert met == set(range(0, IMAGES, 2))
+    assert len(begun) <= 6  # the first, and one for each batch that was read before the kind was known

@@ -1,10 +1,17 @@
 """Dropout as a function of seed, sample, layer and unit: its draws behave like draws."""
 
+import ctypes
+import re
+import struct
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from horovod_owt.model.dropout import keep_scale, sample_keys
+from horovod_owt.model import dropout as module
+from horovod_owt.model.dropout import FUSED_SOURCE, keep_scale, sample_keys
 
 ROWS, UNITS = 256, 4096
 
@@ -81,3 +88,59 @@ def test_samples_far_along_the_stream_have_keys_of_their_own():
     keys = sample_keys(0, np.arange(2**40, 2**40 + 2**18))
     assert keys.shape == (2**18, 2) and keys.dtype == np.int32
     assert len(np.unique(np.ascontiguousarray(keys).view(np.int64))) == 2**18
+
+
+FUSED_AS_C = (
+    FUSED_SOURCE
+    + """
+extern "C" int element(int unit, int low, int high, int threshold, int scale_bits) {
+    return keep_scale<int>(unit, low, high, threshold, scale_bits);
+}
+"""
+)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.77])
+def test_the_gpus_kernel_draws_what_torchs_operations_draw(tmp_path, dropout):
+    """Its source is CUDA C++ without anything of a GPU: a C++ compiler makes a function of it."""
+    (tmp_path / "kernel.cpp").write_text(FUSED_AS_C)
+    library = tmp_path / "kernel.so"
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
+    element = ctypes.CDLL(str(library)).element
+    keys, units = keys_of(range(5)), module._unit_words(1, range(100, 140), torch.device("cpu"))
+    scale_bits = struct.unpack("i", struct.pack("f", 1 / (1 - dropout)))[0]
+    bits = [
+        [element(unit, low, high, module._threshold(dropout), scale_bits) for unit in units[0].tolist()]
+        for low, high in keys.tolist()
+    ]
+    drawn = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    assert torch.equal(drawn, keep_scale(keys, 1, range(100, 140), dropout))
+
+
+def test_the_gpus_kernel_is_in_the_form_that_torch_compiles():
+    parsed = torch.cuda.jiterator._CodeParser(FUSED_SOURCE)
+    assert (parsed.function_name, parsed.return_type) == ("keep_scale", "T")
+
+
+def test_cudas_compiler_takes_the_kernel():
+    """NVRTC, which torch brings along, needs no GPU."""
+    found = sorted(Path(torch.__file__).parent.parent.glob("nvidia/*/lib/libnvrtc.so.*"))
+    if not found:
+        pytest.skip("this torch has no CUDA")
+    nvrtc = ctypes.CDLL(str(found[0]))
+    source = FUSED_SOURCE + "template int keep_scale<int>(int, int, int, int, int);"
+    source = re.sub("^template <typename T> T", "template <typename T> __device__ T", source.strip())
+    source = source.replace("template int keep_scale", "template __device__ int keep_scale")
+    program = ctypes.c_void_p()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"k.cu", 0, None, None) == 0
+    assert nvrtc.nvrtcCompileProgram(program, 0, None) == 0
+
+
+def test_a_gpu_whose_kernel_differs_takes_torchs_operations(monkeypatch, caplog):
+    """On the CPU here, and with a compiler that returns ones."""
+    ones = lambda source, **_: lambda units, low, high, **_: torch.ones_like(units ^ low)  # noqa: E731
+    monkeypatch.setattr(torch.cuda.jiterator, "_create_jit_fn", ones)
+    module.fused_kernel.cache_clear()
+    assert module.fused_kernel(torch.device("cpu")) is None
+    assert "other values than torch's operations" in caplog.text
+    module.fused_kernel.cache_clear()

@@ -5,11 +5,14 @@ import socket
 from pathlib import Path
 
 import pytest
+from horovod.common.exceptions import HostsUpdatedInterrupt
+from horovod.runner.elastic.worker import HostUpdateResult
 from hypothesis import given
 from hypothesis import strategies as st
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
+from horovod_owt.parallel import elastic
 from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
 from horovod_owt.train.elastic import in_world_of
 
@@ -63,3 +66,15 @@ def test_a_path_with_spaces_and_quotes_reaches_the_discovery_script_whole():
     (script,) = [word for before, word in zip(argv, argv[1:], strict=False) if before.endswith("script")]
     assert shlex.split(script) == ["sh", str(DISCOVER_HOSTS), "/my runs/it's; rm"]
     assert "--max-np" not in argv and argv[-3:] == ["owt", "train", "DATA"]
+
+
+@pytest.mark.parametrize("update", [HostUpdateResult.removed, HostUpdateResult.added, HostUpdateResult.mixed])
+def test_ranks_synchronise_after_any_change_of_hosts(monkeypatch, update):
+    """Horovod would not after a removal, and a host that joins meanwhile would wait for them for ever."""
+    monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
+    state = elastic.Committed()
+    state.check_host_updates()
+    state.on_hosts_updated(1.0, update)
+    with pytest.raises(HostsUpdatedInterrupt) as interrupt:
+        state.check_host_updates()
+    assert interrupt.value.skip_sync is False

@@ -2,16 +2,19 @@
 
 import json
 import logging
+import random
 import socket
 import threading
 import time
 from contextlib import contextmanager
 
+import psutil
 import pytest
 import torch
 
-from horovod_owt.parallel import heartbeat
+from horovod_owt.parallel import heartbeat, rendezvous
 from horovod_owt.parallel.activity import now
+from horovod_owt.parallel.interfaces import addresses_of
 from horovod_owt.parallel.rendezvous import Address, abort_connections, connect_to_root
 from horovod_owt.parallel.runtime import World
 
@@ -29,6 +32,26 @@ class Rank1:
 
     def say(self, **message) -> None:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def send(self, sent: bytes) -> None:
+        self._socket.sendall(sent)
+
+    def is_open(self) -> bool:
+        """Whether rank 0 has not closed the connection; waits for the next message."""
+        try:
+            return self._heard.readline() != b""
+        except ConnectionError:
+            return False
+
+    def is_heard_of(self) -> bool:
+        return "what" in json.loads(self._heard.readline())
+
+    def forget_beats(self) -> None:
+        """Read those that have arrived."""
+        self._socket.setblocking(False)
+        while self._heard.read(1 << 16):
+            pass
+        self._socket.settimeout(5)
 
     def is_asked_to_dump(self) -> bool:
         return any("dump" in json.loads(line) for line in self._heard)
@@ -68,7 +91,7 @@ def rank0(monkeypatch):
         limits = dict(report_s=report_s, give_up_s=give_up_s, regroup_s=regroup_s)
         with heartbeat.Heartbeat(world, **limits, **calls) as call:
             address = told["all"]
-            assert address.host == "node6" and address.places[0].ip == "127.0.0.1"
+            assert address.host == "node6"
             yield call, address, calls
 
     return start
@@ -216,3 +239,70 @@ def test_no_rank_is_reported_while_ranks_compute(rank0):
         rank1.say(bye=True)
         rank1.leave()
     assert not calls["report"].said and not calls["give_up"].said
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+def test_rank_0_stops_listening_once_all_ranks_are_connected(rank0, monkeypatch, ip):
+    if ip not in addresses_of("lo"):
+        pytest.skip("no IPv6 here")
+    monkeypatch.setattr(rendezvous, "listening_addresses", lambda env, one_host: [ip])
+    with rank0() as (call, address, calls):
+        assert [place.ip for place in address.places] == [ip]
+        rank1 = Rank1(address)
+        assert rank1.is_heard_of()
+        wait_for(lambda: call._rendezvous is None)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address.places[0], timeout=5)
+        rank1.say(step=3, what="computing", waiting=False, for_s=0.1)
+        rank1.leave()
+        assert "rank 1 on node7" in calls["on_death"].wait() and "step 3" in calls["on_death"].said[0]
+
+
+def test_a_rank_that_connects_again_replaces_its_first_connection(rank0):
+    with rank0(size=3) as (call, address, calls):
+        first, second = Rank1(address), Rank1(address)
+        assert second.is_heard_of()
+        wait_for(lambda: not first.is_open())
+        second.say(bye=True)
+        second.leave()
+        first.leave()
+    assert not calls["on_death"].said
+
+
+@pytest.mark.parametrize("rank", [0, -1, 3, "1", None, True, 1.0])
+def test_a_rank_that_the_job_does_not_have_is_not_kept(rank0, rank):
+    with rank0(size=3) as (call, address, _):
+        assert not Rank1(address, rank=rank).is_open()
+        assert Rank1(address).is_heard_of() and call._peers.keys() == {1}
+
+
+@pytest.mark.parametrize("sent", [b"no JSON\n", b'{"what": 1}\n', b"1\n", b"x" * (1 << 17), b"\xff\n"])
+def test_a_connection_that_carries_no_heartbeat_is_lost_and_the_thread_lives(rank0, sent):
+    with rank0(size=3) as (call, address, calls):
+        rank1, rank2 = Rank1(address), Rank1(address, rank=2)
+        rank1.send(sent)
+        assert "rank 1 on node7" in calls["on_death"].wait()
+        assert rank2.is_heard_of() and call._thread.is_alive()
+
+
+def test_strangers_neither_stop_the_heartbeat_nor_make_it_grow_nor_keep_a_rank_out(rank0):
+    draw, process = random.Random(3), psutil.Process()
+    with rank0(size=3) as (call, address, calls):
+        rank1, before = Rank1(address), process.memory_info().rss
+        silent = [socket.create_connection(address.places[0], timeout=10) for _ in range(300)]
+        for size in [*(draw.randrange(1, 2000) for _ in range(100)), 4 << 20]:
+            with socket.create_connection(address.places[0], timeout=10) as stranger:
+                try:
+                    stranger.sendall(draw.randbytes(size).replace(b"\n", b"x"))
+                except OSError:  # dropped
+                    pass
+        start = time.monotonic()
+        rank1.forget_beats()
+        for _ in range(5):
+            assert rank1.is_heard_of()
+        assert time.monotonic() - start < 2  # five times BEAT_S, which is 0.05 s here, and the loop's 0.2 s
+        assert Rank1(address, rank=2).is_heard_of()
+        assert process.memory_info().rss - before < 30 << 20
+        assert call._thread.is_alive() and not calls["on_death"].said
+        for one in silent:
+            one.close()

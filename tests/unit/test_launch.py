@@ -56,7 +56,7 @@ def test_mpirun_carries_what_ranks_need_and_no_secret():
 def test_between_hosts_one_interface_is_set_for_all_libraries_and_on_one_host_none():
     env = Start(Launcher.MPIRUN, ["D"], {"n1": 1, "n2": 1}, "eth0").environment()
     assert env.pop(UNBOUND) == "1"
-    assert env["NCCL_SOCKET_IFNAME"] == env["OMPI_MCA_btl_tcp_if_include"] == "eth0"
+    assert env["OMPI_MCA_btl_tcp_if_include"] == "eth0" and env["NCCL_SOCKET_IFNAME"] == "=eth0"
     over_gloo = Start(Launcher.GLOO, ["D"], {"n1": 1}, "eth0").argv(ENV)
     assert words_after(over_gloo, "--network-interfaces") == ["eth0"]
     assert Start(Launcher.GLOO, ["D"], {"localhost": 4}, "lo").environment() == {UNBOUND: "1"}

@@ -35,13 +35,13 @@ MAY_IMPORT = {
     "commands": {"data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "bench"},
     "recipes": set(),
 }
-ROOT = {"", "config", "errors", "files", "filesystem", "schedule", "topology", "versions"}
+ROOT = {"", "config", "errors", "files", "filesystem", "private", "schedule", "text", "topology", "versions"}
 ABOVE = {"cli": {"commands"}, "__main__": {"cli"}}
 
 # What loads on a login node, or in a moment: nothing heavy at the top of these, or of what they import there.
 LIGHT = {"", "commands", "perf", "runs", "launch", "slurm", "preflight"}
 LIGHT_TOO = {
-    "data": lambda name: not name.startswith(("batch", "dali_", "pipeline_")),
+    "data": lambda name: not name.startswith(("batch", "copies", "dali_", "nvjpeg", "pipeline_")),
     "parallel": {
         "activity",
         "admission",
@@ -61,7 +61,7 @@ LIGHT_TOO = {
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
 TORCHLESS = {"perf", "runs", "launch", "slurm"}
-STARTERS = {"launch.horovodrun", "parallel.gloo", "parallel.store"}
+STARTERS = {"launch.horovodrun", "parallel.store"}
 
 
 class Import(NamedTuple):

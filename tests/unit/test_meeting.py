@@ -1,14 +1,18 @@
 """Ranks that meet beside Horovod, as threads of one process, through the launcher's kind of store."""
 
+import random
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from horovod_owt.errors import RunError
-from horovod_owt.parallel import meeting
+from horovod_owt.parallel import meeting, rendezvous
+from horovod_owt.parallel.interfaces import addresses_of
 from horovod_owt.parallel.meeting import CONNECT, meet
 from horovod_owt.topology import Topology
 
@@ -127,3 +131,61 @@ def test_a_lone_rank_needs_no_network(monkeypatch):
     monkeypatch.setattr(socket, "create_server", None)
     with meet(Topology("none", 0, 1, 0, 1, "here")) as met:
         assert met.gather(7, 1) == {0: 7} and met.broadcast({"a": 1}) == {"a": 1}
+
+
+@pytest.fixture
+def strangers(monkeypatch):
+    """Connections that are silent or send garbage to whatever address rank 0 announces, before the ranks."""
+    made = []
+    real = meeting._exchange_address
+
+    def exchange(topology, address, deadline):
+        for place in address.places if address else ():
+            draw = random.Random(1)
+            for number in range(200):
+                made.append(socket.create_connection(place, timeout=10))
+                if number % 2:
+                    made[-1].setblocking(False)
+                    with suppress(OSError):
+                        made[-1].send(draw.randbytes(draw.randrange(1, 5000)))
+        return real(topology, address, deadline)
+
+    monkeypatch.setattr(meeting, "_exchange_address", exchange)
+    yield made
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+def test_ranks_meet_among_strangers_and_nobody_listens_afterwards(ranks, strangers, monkeypatch, ip):
+    if ip not in addresses_of("lo"):
+        pytest.skip("no IPv6 here")
+    monkeypatch.setattr(rendezvous, "listening_addresses", lambda env, one_host: [ip])
+    places = []
+
+    def act(topology):
+        with meet(topology, limit_s=10) as met:
+            if met.is_root:
+                places.append(strangers[0].getpeername())
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection(places[0][:2], timeout=5)
+            return met.gather(topology.rank, 10), met.absent
+
+    start = time.monotonic()
+    assert ranks(act, 3)[0] == ({0: 0, 1: 1, 2: 2}, {})
+    assert len(strangers) == 200 and places[0][0] == ip and time.monotonic() - start < 8
+
+
+def test_a_rank_that_sends_a_line_without_end_is_dropped_not_kept(ranks, monkeypatch):
+    monkeypatch.setattr(meeting, "LINE_BYTES", 1 << 16)
+
+    def act(topology):
+        with meet(topology, limit_s=10) as met:
+            if topology.rank == 1:
+                with suppress(OSError):
+                    met._links[0]._connection.sendall(b"x" * (1 << 22))
+                return None
+            return met.gather(topology.rank, 3, "values"), met.absent
+
+    heard, absent = ranks(act, 3)[0]
+    assert heard == {0: 0, 2: 2} and absent == {1: ("host1", "values")}

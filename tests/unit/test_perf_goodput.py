@@ -42,6 +42,6 @@ def test_nodes_divide_the_time_between_failures():
 
 def test_one_slow_node_costs_all_of_them():
     machine = load_machine("boston-k80")
-    report = goodput_report(machine, 16, step_s=1.0, compute_s=0.8, slow=1.5)
+    report = goodput_report(machine, 16, step_s=1.0, slow_step_s=1.4)
     assert report["slow_node_costs"] == pytest.approx(1 - 1 / 1.4)
     assert report["without_it_costs"] == 1 / 16

@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -118,6 +119,18 @@ def test_the_wire_measures_a_real_connection_and_two_clocks_of_one_host(monkeypa
         wire.measure("127.0.0.1", port, "key")  # nobody answers any more
     with pytest.raises(RunError, match="n2 is not reachable at 127.0.0.1"):
         network.measure("n2", ["127.0.0.1", port], "key")
+
+
+def test_strangers_do_not_delay_a_measurement():
+    with wire.answering("127.0.0.1", "key") as port:
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        with suppress(OSError):  # dropped meanwhile
+            silent[-1].sendall(bytes(1 << 20))
+        start = time.perf_counter()
+        wire.ping("127.0.0.1", port, "key")
+        assert time.perf_counter() - start < 2
+        for one in silent:
+            one.close()
 
 
 def test_a_slow_receiver_is_measured_as_slow():

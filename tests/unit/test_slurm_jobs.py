@@ -17,7 +17,7 @@ from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.runs.records import last_step
 from horovod_owt.slurm import batch, client, nodes, status
-from horovod_owt.slurm.allocation import Allocation, read_allocation
+from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
 from horovod_owt.slurm.batch import owt_args
 from horovod_owt.slurm.client import start_ranks
 from horovod_owt.slurm.commands import parse_jobs
@@ -224,6 +224,43 @@ def test_a_job_record_is_read_whatever_the_job_is_called(state, code, exit_code)
     assert (job.job_id, job.state, job.exit_code, job.restarts) == ("7", state, exit_code, 2)
     assert job.nodes == "n[1,3]"
     assert json.loads(job.comment) == {"run_dir": "/runs/a b"}
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL"])
+def test_a_job_that_slurm_requeues_has_not_ended(state):
+    text = RECORD.format(id=7, array="", state=state, code="0:15", space="")
+    (job,) = parse_jobs(text)
+    assert (job.state, job.exit_code) == ("REQUEUED", None)
+    (job,) = parse_jobs(text.replace("Requeue=1", "Requeue=0"))
+    assert (job.state, job.exit_code) == (state, 143)
+
+
+@pytest.mark.parametrize("none", ["", "(null)", "None assigned", "None"])
+def test_a_job_that_waits_for_nodes_has_none(monkeypatch, none):
+    """Of one that lost its node and was requeued, too."""
+    text = RECORD.format(id=7, array="", state="PENDING", code="0:0", space="")
+    monkeypatch.setattr(client, "ask", lambda argv: text.replace("n[1,3]", none))
+    done = CliRunner().invoke(cli, ["job", "nodes", "7"], catch_exceptions=False)
+    assert (done.exit_code, done.output) == (0, "")
+
+
+def test_components_of_a_heterogeneous_job_are_named_as_squeue_does(monkeypatch):
+    components = [
+        RECORD.format(id=7 + n, array=f" HetJobId=7 HetJobOffset={n}", state="RUNNING", code="0:0", space="")
+        for n in (0, 1)
+    ]
+    monkeypatch.setattr(client, "ask", lambda argv: "\n".join(components))
+    with pytest.raises(
+        ConfigError, match=r"job 7 is heterogeneous: 7\+0 RUNNING, 7\+1 RUNNING; wanted one of"
+    ):
+        status.job_status("7")
+
+
+@pytest.mark.parametrize("size", ["SLURM_HET_SIZE", "SLURM_PACK_SIZE"])
+def test_the_batch_process_of_a_heterogeneous_job_is_refused(size):
+    with pytest.raises(ConfigError, match="a heterogeneous job of 2 components; wanted one component"):
+        node_list({"SLURM_JOB_NODELIST": "n1", size: "2"})
+    assert node_list({"SLURM_JOB_NODELIST": "n1", size: "1"}) == "n1"
 
 
 def test_tasks_of_an_array_get_different_run_folders():

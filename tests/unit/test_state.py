@@ -160,7 +160,7 @@ def test_a_rank_that_shares_its_fc_layers_takes_its_part_of_what_was_saved(run_d
 
 def test_a_commit_brings_weights_and_place_back(monkeypatch):
     monkeypatch.setattr(Committed, "check_host_updates", lambda self: None)
-    committed, made = Committed(), replica(2)
+    committed, made = Committed(torch.device("cpu")), replica(2)
     wanted = tensors(made)
     commit(made, Position(IMAGES, 7, 56), committed, Path("runs/a"), "runs/base/checkpoints/step-00000001")
     assert (committed.last.step, committed.last.consumed) == (7, 56)

@@ -1,6 +1,7 @@
 """The rendezvous store of a job: for its ranks only, whatever strangers send, and on one address."""
 
 import base64
+import json
 import os
 import pickle
 import random
@@ -17,8 +18,8 @@ from horovod.runner.elastic.rendezvous import create_rendezvous_handler
 from horovod.runner.http.http_client import put_data_into_kvstore, read_data_from_kvstore
 
 from horovod_owt.parallel import gloo
-from horovod_owt.parallel.gloo import Node, start_store, store_environment, store_host
-from horovod_owt.parallel.store import MOST_UNPROVEN, Store
+from horovod_owt.parallel.gloo import Node, store_environment, store_host
+from horovod_owt.parallel.store import MOST_UNPROVEN, Store, start_store
 from horovod_owt.runs.owner import elastic_driver
 
 
@@ -128,23 +129,44 @@ def test_the_secret_is_neither_in_what_a_run_folder_shows_nor_taken_for_a_host()
     assert elastic_driver({**env, "HOROVOD_ELASTIC": "1"}) == "10.0.0.1:4711:4711"
 
 
-def test_horovodrun_started_by_us_guards_its_store_and_its_services():
-    """In a process of its own, whose Horovod is changed."""
-    code = """
+GUARDED = """
+import json, os
+from types import SimpleNamespace
 from horovod.runner import gloo_run
 from horovod.runner.common.util import network, secret
 from horovod_owt.parallel.store import guard_launcher
 guard_launcher("lo")
-store = gloo_run.RendezvousServer(0)
-port = store.start()
-print(gloo_run.get_run_command(["owt"], "127.0.0.1", ["lo"], port))
-print(port, network.BasicService("s", secret.make_secret_key(), ["lo"])._server.server_address[0])
-import os; os._exit(0)
+port = gloo_run.RendezvousServer(0).start()
+command = gloo_run.get_run_command(["owt"], "127.0.0.1", ["lo"], port)
+place = dict(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+gloo_run.network.resolve_host_address = {"here": "127.0.0.1", "there": "192.0.2.77"}.get
+start = gloo_run._slot_info_to_command_fn(command, {**os.environ, "HOROVOD_CYCLE_TIME": "5"})
+print(json.dumps({
+    "address": os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"],
+    "port": port,
+    "here": start(SimpleNamespace(hostname="here", **place)),
+    "there": start(SimpleNamespace(hostname="there", **place)),
+    "service": network.BasicService("s", secret.make_secret_key(), ["lo"])._server.server_address[0],
+}), flush=True)
+os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    command, rest = done.stdout.splitlines()
-    port, ip = rest.split()
-    assert f"HOROVOD_GLOO_RENDEZVOUS_ADDR=127.0.0.1:{port}/" in command and ip == "127.0.0.1"
+
+
+def test_horovodrun_started_by_us_guards_its_store_and_its_services():
+    """In a process of its own, whose Horovod is changed."""
+    env = {**os.environ, "MY_TOKEN": "of another service"}
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, timeout=60, env=env)
+    said = json.loads(done.stdout)
+    address = f"HOROVOD_GLOO_RENDEZVOUS_ADDR={said['address']} "
+    assert said["address"].startswith(f"127.0.0.1:{said['port']}/") and said["service"] == "127.0.0.1"
+    assert address in said["there"] and "MY_TOKEN='of another service'" in said["there"]
+    # its shell's command line, which all users of the host see
+    assert address not in said["here"] and "MY_TOKEN" not in said["here"]
+    for command in (said["here"], said["there"]):
+        assert (
+            f"HOROVOD_GLOO_RENDEZVOUS_PORT={said['port']} " in command and "HOROVOD_CYCLE_TIME=5" in command
+        )
+        assert "HOROVOD_GLOO_IFACE=lo" in command and command.endswith(" owt")
 
 
 def test_threads_of_strangers_do_not_keep_the_process(store):

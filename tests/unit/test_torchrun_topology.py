@@ -75,7 +75,7 @@ def test_one_node_meets_at_home(network):
 def test_the_interface_that_the_user_named_stays():
     env = {"HOROVOD_GLOO_IFACE": "eth7"}
     use_interface(env, "ib0")
-    assert env == {"HOROVOD_GLOO_IFACE": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
+    assert env == {"HOROVOD_GLOO_IFACE": "eth7", "NCCL_SOCKET_IFNAME": "=ib0"}
 
 
 def test_nodes_of_one_host_get_different_names(network):

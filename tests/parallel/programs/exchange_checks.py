@@ -15,7 +15,7 @@ ROWS, UNITS = 3, 10  # of one rank; 4 ranks cannot share 10 units evenly
 def check_exchange(world: World, group_size: int) -> dict:
     """Sums over all ranks of <forward(x), y> and <x, backward(y)>, and what else is to be equal; by name."""
     group = world.fc_group(group_size)
-    exchange = Exchange(group, Traffic())
+    exchange = Exchange(group, Traffic(torch.device("cpu")))
     draw = torch.Generator().manual_seed(100 * group_size + world.rank)
 
     def random(rows: int, units: int, dtype: torch.dtype = torch.float64) -> Tensor:

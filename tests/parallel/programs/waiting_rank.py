@@ -1,4 +1,4 @@
-"""Rank 0 computes for half a second while rank 1 waits in MPI on the same core: what does waiting take?"""
+"""Rank 0 computes for half a second while rank 1 waits for it in MPI on the same core: CPU time of both."""
 
 import json
 import os

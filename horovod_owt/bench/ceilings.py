@@ -1,0 +1,302 @@
+"""What this machine can do at most, beside what training reaches, measured in the same run.
+
+Every rank measures at the same time, as in training, and a figure is that of the slowest rank. A ceiling is
+the best of several plain operations, a reached figure the median of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from horovod_owt.bench.blocks import method
+from horovod_owt.bench.contenders import random_batch
+from horovod_owt.bench.images import given_or_synthetic
+from horovod_owt.bench.input_contenders import open_decoder, open_ours
+from horovod_owt.bench.tcp_ring import TcpRing, open_server, pair_on_this_host, time_ring
+from horovod_owt.config import TrainConfig
+from horovod_owt.parallel import runtime
+from horovod_owt.parallel.collectives import gather_objects
+from horovod_owt.parallel.interfaces import listening_addresses
+from horovod_owt.parallel.parts import measure_parts, time_classifier, time_each
+from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.step import DTYPES
+from horovod_owt.perf.layers import Net, net_of
+from horovod_owt.perf.plan import FC_PASSES, UPDATE_PASSES, WEIGHT_BYTES
+from horovod_owt.perf.predict import Parts
+from horovod_owt.train.prepare import Request, prepare_alone
+from horovod_owt.train.replica import Replica
+
+CLASSES = 1000
+SQUARES = (1024, 2048)  # sides of the matrices
+COPY_BYTES = 256 << 20  # more than any cache
+RING_WORK = [(64 << 20, 5), (4 << 10, 50)]  # bytes and repeats: for bandwidth, for latency
+FEW_ROWS = 8  # of a classifier's input: then its weights, read from memory, take most of the time
+REPEATS = 5
+DECODED, DECODED_UNTIMED = 12, 6  # batches
+
+log = logging.getLogger(__name__)
+
+
+def bench_ceilings(
+    data: Path | None, recipe: str | None, settings: tuple[str, ...], *, steps: int
+) -> dict[str, Any] | None:
+    """Rows of reached and ceiling, and the figures for a machine file; returns the report on rank 0."""
+    with given_or_synthetic(data) as root, ExitStack() as keep:
+        if data is None:
+            settings = (f"classes={CLASSES}", *settings)
+        request = prepare_alone(root, recipe, settings)
+        cfg = dataclasses.replace(request.cfg, parallel="data", fc_batch="global", owt_scheme="a")
+        world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s)
+        runtime.check_devices(request.device, world)
+        measured = _measure(dataclasses.replace(request, cfg=cfg), world, root, keep, steps=steps)
+        report = _report(cfg, world, measured)
+    runtime.shutdown()
+    return report if world.is_root else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Rates of the slowest rank; seconds are medians, ceilings are bests."""
+
+    matrix_gflops: float
+    convolution_gflops: float
+    copy_gb_s: float
+    ring_s: float  # of RING_WORK's large buffer
+    ring_latency_s: float  # of a message
+    decode_images_s: float
+    parts: Parts
+    few_rows_s: float
+    step_s: list[float]
+    input_images_s: float
+
+
+def _measure(request: Request, world: World, root: Path, keep: ExitStack, *, steps: int) -> Measured:
+    cfg = request.cfg
+
+    def told(what: str, value: Any) -> Any:
+        if world.is_root:
+            log.info("%s: done", what)
+        return value
+
+    ring_s, latency_s = told("TCP ring", _ring(world))
+    return Measured(
+        matrix_gflops=told("matrix products", _matrix_gflops(cfg, world)),
+        convolution_gflops=told("convolutions", _convolution_gflops(cfg, world)),
+        copy_gb_s=told("copies", _copy_gb_s(world)),
+        ring_s=ring_s,
+        ring_latency_s=latency_s,
+        parts=told("parts of a step", measure_parts(cfg, world, {"data": 1})["data"]),
+        few_rows_s=time_classifier(dataclasses.replace(cfg, batch=FEW_ROWS), world, group_size=1)["passes"],
+        step_s=told("steps", _steps(cfg, world, steps)),
+        decode_images_s=told("decoding", _images_s(open_decoder(cfg, root, world.threads, keep), cfg)),
+        input_images_s=told("input", _input_images_s(request, world, keep)),
+    )
+
+
+def _best_s(action, world: World) -> float:
+    return min(time_each(action, world, repeats=REPEATS))
+
+
+def _matrix_gflops(cfg: TrainConfig, world: World) -> float:
+    """The best of square products."""
+    rates = []
+    for side in SQUARES:
+        a, b = (torch.randn(side, side, device=world.device).to(DTYPES[cfg.precision]) for _ in range(2))
+        rates.append(2 * side**3 / _best_s(lambda a=a, b=b: a @ b, world) / 1e9)
+    return max(rates)
+
+
+def _convolution_gflops(cfg: TrainConfig, world: World) -> float:
+    """The best of the net's own convolutions, forward."""
+    rates, net = [], _net(cfg)
+    for layer, (c_in, c_out, kernel) in list(zip(net.layers(), net.convolutions, strict=False))[1:]:
+        side = math.isqrt(layer.outputs // c_out)  # of input and output: all but conv1 keep it
+        x = torch.randn(cfg.batch, c_in, side, side, device=world.device).to(DTYPES[cfg.precision])
+        weight = torch.randn(c_out, c_in, kernel, kernel, device=world.device).to(x.dtype)
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        seconds = _best_s(lambda x=x, w=weight, k=kernel: F.conv2d(x, w, padding=k // 2), world)
+        rates.append(cfg.batch * layer.forward_flops / seconds / 1e9)
+    return max(rates)
+
+
+def _copy_gb_s(world: World) -> float:
+    """Bytes read and written."""
+    source = torch.zeros(COPY_BYTES // 4, device=world.device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _best_s(lambda: target.copy_(source), world) / 1e9
+
+
+def _ring(world: World) -> tuple[float, float]:
+    """Seconds of a large sum over the ranks, and of a message. One rank has a second process as its peer."""
+    if world.size == 1:
+        with pair_on_this_host(RING_WORK) as run:
+            large, small = run()
+        messages = 2
+    else:
+        ip, *_ = listening_addresses(os.environ, one_host=world.local_size >= world.size)
+        with open_server(ip) as server:
+            addresses = gather_objects(server.getsockname()[:2], "ceilings.addresses")
+            ring = TcpRing(world.rank, addresses, server)
+            mine = [
+                time_ring(ring, size // world.size * world.size, repeats=repeats)
+                for size, repeats in RING_WORK
+            ]
+            ring.close()
+        everyone = gather_objects(mine, "ceilings.ring")
+        large, small = (
+            [max(times) for times in zip(*each, strict=True)] for each in zip(*everyone, strict=True)
+        )
+        messages = 2 * (world.size - 1)
+    return min(large), min(small) / messages
+
+
+def _steps(cfg: TrainConfig, world: World, steps: int) -> list[float]:
+    """Training steps on random images, data-parallel."""
+    replica, batch = Replica(cfg, world), random_batch(cfg, world)
+    images = cfg.global_batch(world.size)
+    seconds = []
+    for step in range(2 + steps):
+        report = replica.train_step(lambda: batch, consumed=step * images, lr=1e-4)
+        seconds.append(report.step_s)
+    everyone = gather_objects(seconds[2:], "ceilings.steps")
+    return [max(times) for times in zip(*everyone, strict=True)]
+
+
+def _input_images_s(request: Request, world: World, keep: ExitStack) -> float:
+    cfg = dataclasses.replace(request.cfg, decode_threads=request.cfg.decode_threads or world.threads)
+    return _images_s(open_ours(cfg, request.folder.train, world.device, keep), cfg)
+
+
+def _images_s(source: Iterator[Tensor | int], cfg: TrainConfig) -> float:
+    """Of the slowest rank, while all of them decode."""
+    for _ in range(DECODED_UNTIMED):
+        next(source)
+    start = perf_counter()
+    for _ in range(DECODED):
+        next(source)
+    mine = DECODED * cfg.batch / (perf_counter() - start)
+    return min(gather_objects(mine, "ceilings.images"))
+
+
+def _net(cfg: TrainConfig) -> Net:
+    return net_of(cfg.model, classes=cfg.classes, image_size=cfg.image_size)
+
+
+def _report(cfg: TrainConfig, world: World, got: Measured) -> dict[str, Any]:
+    net, parts, batch = _net(cfg), got.parts, cfg.batch
+    conv_s, step_s = parts.conv_forward_s + parts.conv_backward_s, median(got.step_s)
+    update_gb_s = UPDATE_PASSES * WEIGHT_BYTES * net.parameters("fc") / parts.update_s / 1e9
+    best_gflops = max(got.matrix_gflops, got.convolution_gflops)
+    rows = [
+        _row("convolutions", net.flops("conv") * batch / conv_s / 1e9, got.convolution_gflops, "GFLOP/s"),
+        _row("FC layers", net.flops("fc") * batch / parts.classifier_s / 1e9, got.matrix_gflops, "GFLOP/s"),
+        _row("update", update_gb_s, got.copy_gb_s, "GB/s"),
+        _row("input", got.input_images_s, got.decode_images_s, "images/s"),
+        _row("step", net.flops() * cfg.rank_batch() / step_s / 1e9, best_gflops, "GFLOP/s"),
+    ]
+    ring_size = max(2, world.size)
+    ring_sent = 2 * (ring_size - 1) / ring_size * RING_WORK[0][0]
+    ring_gb_s = ring_sent / got.ring_s / 1e9
+    allreduce_s = parts.conv_sum.total_s + parts.fc_sum.total_s
+    if world.size > 1:
+        sent = 2 * (world.size - 1) / world.size * WEIGHT_BYTES * net.parameters()
+        rows.append(_row("allreduce", sent / allreduce_s / 1e9, ring_gb_s, "GB/s"))
+    else:
+        rows.append(_row("allreduce", None, ring_gb_s, "GB/s"))
+    return {
+        "rows": rows,
+        "figures": _figures(cfg, world, got, net, ring_gb_s=ring_gb_s, update_gb_s=update_gb_s),
+        "method": {
+            **method(cfg, world, warmup=2),
+            "classes": cfg.classes,
+            "batch_per_rank": cfg.rank_batch(),
+            "precision": cfg.precision,
+            "ranks": world.size,
+            "hosts": gather_objects(world.host, "ceilings.hosts"),
+            "step_ms": [1e3 * s for s in got.step_s],
+            "ceilings": {
+                "convolutions": "the best of the net's own convolutions, forward",
+                "FC layers": f"the best product of square matrices of side {' or '.join(map(str, SQUARES))}",
+                "update": f"a copy of {COPY_BYTES >> 20} MB, bytes read and written",
+                "input": "decoding of the same JPEGs, without crops and normalisation",
+                "allreduce": "a plain TCP ring"
+                + ("" if world.size > 1 else " of this rank and a second process"),
+                "step": "the better of the first two",
+            },
+        },
+    }
+
+
+def _figures(
+    cfg: TrainConfig, world: World, got: Measured, net: Net, *, ring_gb_s: float, update_gb_s: float
+) -> dict[str, float]:
+    """Of a machine file, for `owt plan --calibrate`: those that one rank can measure.
+
+    The arithmetic of the FC layers is what more rows add to a few; the convolutions get what the step takes
+    beyond FC layers and update, so that ReLU, dropout and the loss are counted with them.
+    """
+    conv_s = got.parts.conv_forward_s + got.parts.conv_backward_s
+    few_s, all_s = got.few_rows_s, got.parts.classifier_s
+    weights_s = FC_PASSES * WEIGHT_BYTES * net.parameters("fc") / update_gb_s / 1e9
+    if cfg.batch > FEW_ROWS and all_s > few_s:
+        fc_gflops = net.flops("fc") * (cfg.batch - FEW_ROWS) / (all_s - few_s) / 1e9
+    else:
+        fc_gflops = net.flops("fc") * cfg.batch / max(0.1 * all_s, all_s - weights_s) / 1e9
+    figures = {
+        "fc_gflops": fc_gflops,
+        "memory_gb_s": update_gb_s,
+        "decode_images_s": got.input_images_s
+        * world.size
+        / len(set(gather_objects(world.host, "ceilings.h"))),
+        "conv_gflops": net.flops("conv") * cfg.batch / conv_s / 1e9,
+        "jitter": float(np.std(got.step_s) / np.mean(got.step_s)),
+    }
+    if world.device.type == "cpu":
+        figures["core_gb_s"] = ring_gb_s
+        figures["link_us"] = 1e6 * got.ring_latency_s
+    if world.size == 1:
+        modelled_s = conv_s + all_s + got.parts.update_s
+        rest_s = median(got.step_s) - modelled_s
+        figures["fixed_ms"] = 1e3 * max(0.0, rest_s)
+    return figures
+
+
+def _row(what: str, reached: float | None, ceiling: float, unit: str) -> dict[str, Any]:
+    share = None if reached is None else reached / ceiling
+    return {"what": what, "reached": reached, "ceiling": ceiling, "unit": unit, "share": share}
+
+
+def format_ceilings_report(report: dict[str, Any]) -> str:
+    """The report as text."""
+    method = report["method"]
+    lines = [
+        f"{method['model']}, {method['precision']}, {method['ranks']} ranks x {method['batch_per_rank']} "
+        f"images of {method['image_size']} px, {method['device']}, "
+        f"{method['threads_per_rank']} threads per rank",
+        "",
+        f"{'':14}{'reached':>10}{'ceiling':>10}  {'':10}{'share':>6}  ceiling is",
+    ]
+    for row in report["rows"]:
+        reached = "-" if row["reached"] is None else f"{row['reached']:.4g}"
+        share = "-" if row["share"] is None else f"{row['share']:.0%}"
+        lines.append(
+            f"{row['what']:14}{reached:>10}{row['ceiling']:10.4g}  {row['unit']:10}{share:>6}  "
+            f"{method['ceilings'][row['what']]}"
+        )
+    lines += ["", "of the slowest rank, while all ranks do the same; reached: medians, ceilings: bests"]
+    lines.append(", ".join(f"{name} {version}" for name, version in method["versions"].items()))
+    return "\n".join(lines)

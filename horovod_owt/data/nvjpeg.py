@@ -1,0 +1,70 @@
+"""Decoding of JPEGs on the GPU by torchvision, that is by nvJPEG; what it refuses is left to the CPU."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.functional import resized_crop
+
+from horovod_owt.data.feed import EncodedBatch
+
+log = logging.getLogger(__name__)
+
+JPEG_START = b"\xff\xd8"  # SOI
+Decode = Callable[[Sequence[Tensor]], list[Tensor]]  # files' bytes -> (3, height, width) uint8 on the GPU
+
+
+def nvjpeg_decoder(device: torch.device) -> Decode | None:
+    """torchvision's decoder for this GPU; None, with a warning, if this torchvision has none."""
+
+    def decode(files: Sequence[Tensor]) -> list[Tensor]:
+        return decode_jpeg(list(files), mode=ImageReadMode.RGB, device=device)
+
+    sample = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(sample, "JPEG")
+    try:
+        decode([torch.frombuffer(bytearray(sample.getvalue()), dtype=torch.uint8)])
+    except Exception as error:  # no nvJPEG, or an older torchvision that takes one file at a time
+        reason = str(error).partition("\n")[0]
+        log.warning("JPEGs are decoded on the CPU, nvJPEG fails: %s", reason)
+        return None
+    return decode
+
+
+class GpuDecoder:
+    """Decodes, crops, resizes and mirrors the rows of a batch on the GPU."""
+
+    def __init__(self, decode: Decode, *, image_size: int) -> None:
+        self._decode, self._image_size = decode, image_size
+
+    def decode_rows(self, encoded: EncodedBatch, out: Tensor) -> list[int]:
+        """Fill rows of `out` (b, S, S, 3) uint8, on its device; returns the rows that are left to the CPU.
+
+        nvJPEG takes a whole batch or refuses it, and does not say for which image.
+        """
+        rows = [row for row, file in enumerate(encoded.jpegs) if file[:2].tobytes() == JPEG_START]
+        decoded = self._try(encoded, rows)
+        if decoded is None:
+            alone = {row: self._try(encoded, [row]) for row in rows}
+            decoded = {row: image[row] for row, image in alone.items() if image is not None}
+        for row, image in decoded.items():
+            out[row] = self._cropped(image, encoded.windows[row], bool(encoded.flips[row])).permute(1, 2, 0)
+        return [row for row in range(len(encoded.jpegs)) if row not in decoded]
+
+    def _try(self, encoded: EncodedBatch, rows: Sequence[int]) -> dict[int, Tensor] | None:
+        files = [torch.from_numpy(np.require(encoded.jpegs[row], requirements="W")) for row in rows]
+        try:
+            return dict(zip(rows, self._decode(files), strict=True)) if rows else {}
+        except RuntimeError:
+            return None
+
+    def _cropped(self, image: Tensor, window: np.ndarray, flip: bool) -> Tensor:
+        image = resized_crop(image, *window.tolist(), size=[self._image_size] * 2, antialias=True)
+        return image.flip(-1) if flip else image

@@ -1,0 +1,41 @@
+"""File names in text: names are bytes, and those that are not UTF-8 must neither be lost nor end a command.
+
+Python holds such bytes as lone surrogates (PEP 383). JSON escapes them and gets them back; `encode` and the
+streams of `tolerant_streams` write the bytes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import sys
+
+NAME_BYTES = "horovod_owt.name_bytes"  # an error handler, for names in any encoding
+
+
+def tolerant_streams() -> None:
+    """Let stdout and stderr take any name, whatever the locale: a report must not be lost for one of them.
+
+    On stdout a name keeps its bytes, so that it can be used; on stderr it is escaped, as Python does.
+    """
+    for stream, errors in ((sys.stdout, NAME_BYTES), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):  # None if closed
+            # click takes ASCII for a locale that nobody set: it writes UTF-8, with ? for names
+            ascii_only = codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(encoding="utf-8" if ascii_only else None, errors=errors)
+
+
+def encode(text: str) -> bytes:
+    """The text as UTF-8, with the bytes of names as they are."""
+    return text.encode(errors="surrogateescape")
+
+
+def _name_bytes(error: UnicodeError) -> tuple[bytes | str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:  # a character that the stream's encoding lacks
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error(NAME_BYTES, _name_bytes)

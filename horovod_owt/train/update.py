@@ -1,0 +1,37 @@
+"""An update that the GPU itself skips if the step's loss is not finite, so that it is queued at once.
+
+If the host read the loss before, the GPU would be idle meanwhile, in each step. So the facts of the step go
+to the host beside the update, and what they forbid has not happened when the host reads them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skip_flag(loss: Tensor, bad_images: Tensor, *, most_bad: int, norm: Tensor | None = None) -> Tensor:
+    """1.0 if loss or norm is NaN or infinite, or more than `most_bad` images are bad; else 0.0."""
+    checked = loss if norm is None else loss + norm.float()[0]
+    bad_or_nan = torch.add(bad_images, checked, alpha=0)  # 0 * inf is NaN, and NaN compares false
+    return (bad_or_nan <= most_bad).logical_not().float()
+
+
+def divisor(bad_images: Tensor, images: int, *, norm: Tensor | None = None, clip_norm: float = 0.0) -> Tensor:
+    """What to divide gradients by for the mean over the good images, clipped to `clip_norm`.
+
+    `norm` is that of the mean over all images.
+    """
+    share = (images - bad_images) / images
+    return share if norm is None else torch.maximum(share, norm.float()[0] / clip_norm)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor, divide_by: Tensor | None) -> None:
+    """Update by gradients over `divide_by`, unless `skip`. The optimizer is a fused one: these are its own
+    arguments for a gradient scaler.
+    """
+    optimizer.found_inf, optimizer.grad_scale = skip, divide_by
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale

@@ -1,0 +1,94 @@
+"""Decoding by nvJPEG, with a stand-in that refuses as it does: a whole batch, without saying which image."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from horovod_owt.data.feed import EncodedBatch, ValidationFeed
+from horovod_owt.data.nvjpeg import GpuDecoder, nvjpeg_decoder
+from horovod_owt.data.pipeline_torchvision import TorchvisionPipeline
+from horovod_owt.data.store import open_data_set
+
+SIDE = 32
+pytestmark = pytest.mark.timeout(60)
+
+
+def picture(seed: int) -> Image.Image:
+    rough = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(rough).resize((100, 80), Image.Resampling.BICUBIC)
+
+
+def file(seed: int, mode: str = "RGB", kind: str = "JPEG") -> np.ndarray:
+    out = io.BytesIO()
+    picture(seed).convert(mode).save(out, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return np.frombuffer(out.getvalue(), np.uint8)
+
+
+def encoded(*files: np.ndarray) -> EncodedBatch:
+    rows = len(files)
+    windows = np.tile(np.array([5, 10, 60, 70], np.int32), (rows, 1))
+    flips = np.arange(rows) % 2 == 1
+    return EncodedBatch(
+        list(files), windows, flips, np.zeros(rows, np.int64), np.arange(rows), np.ones(rows, bool)
+    )
+
+
+class PretendedNvjpeg:
+    """libjpeg, but it refuses a batch with CMYK in it, or with broken data."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, files):
+        self.batches.append(len(files))
+        for data in files:
+            if Image.open(io.BytesIO(data.numpy().tobytes())).mode == "CMYK":
+                raise RuntimeError("nvjpegDecodeBatched failed: 8")
+        return [decode_jpeg(data, mode=ImageReadMode.RGB) for data in files]
+
+
+def by_pillow(batch: EncodedBatch, row: int) -> np.ndarray:
+    top, left, height, width = batch.windows[row].tolist()
+    image = Image.open(io.BytesIO(batch.jpegs[row].tobytes())).convert("RGB")
+    image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return pixels[:, ::-1] if batch.flips[row] else pixels
+
+
+def test_a_batch_is_decoded_at_once_to_what_pillow_gives():
+    batch, decode = encoded(*map(file, range(4))), PretendedNvjpeg()
+    out = torch.empty((4, SIDE, SIDE, 3), dtype=torch.uint8)
+    assert GpuDecoder(decode, image_size=SIDE).decode_rows(batch, out) == []
+    assert decode.batches == [4]
+    for row in range(4):
+        assert np.abs(out[row].numpy().astype(int) - by_pillow(batch, row)).max() <= 2
+
+
+def test_what_is_refused_is_left_to_the_cpu_and_the_rest_is_not():
+    batch = encoded(file(0), file(1, kind="PNG"), file(2, mode="CMYK"), file(3))
+    decode, out = PretendedNvjpeg(), torch.empty((4, SIDE, SIDE, 3), dtype=torch.uint8)
+    assert GpuDecoder(decode, image_size=SIDE).decode_rows(batch, out) == [1, 2]
+    assert decode.batches == [3, 1, 1, 1]  # the PNG is never offered
+    assert np.abs(out[3].numpy().astype(int) - by_pillow(batch, 3)).max() <= 2
+
+
+def test_the_pipeline_fills_in_what_was_refused(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "c").mkdir(parents=True)
+        for number, data in enumerate([file(0), file(1, kind="PNG"), file(2, mode="CMYK")]):
+            (tmp_path / split / "c" / f"{number}.JPEG").write_bytes(data.tobytes())
+    feed = ValidationFeed(open_data_set(tmp_path).val, batch=3)
+    with TorchvisionPipeline(feed, image_size=SIDE, device_id=None, num_threads=1) as pipe:
+        batch, pixels = next(pipe._decoded)
+        pipe._gpu_decoder = GpuDecoder(PretendedNvjpeg(), image_size=SIDE)
+        _, mixed = pipe._decode_batch(batch)
+    assert (mixed.int() - pixels.int()).abs().max() <= 2
+
+
+def test_without_a_gpu_there_is_no_decoder_but_a_warning(caplog):
+    assert nvjpeg_decoder(torch.device("cuda:0")) is None
+    assert "JPEGs are decoded on the CPU" in caplog.text

@@ -1,0 +1,48 @@
+"""The variables that Horovod and NCCL are started with."""
+
+import pytest
+
+from horovod_owt.parallel.device import Device
+from horovod_owt.parallel.gpus import Gpu
+from horovod_owt.parallel.runtime import _background_thread_sleep, _nccl_on_shared_device
+from horovod_owt.topology import Launcher, Topology
+
+RANK_3 = Topology(Launcher.GLOO, 3, 4, 1, 2, "gpu01")
+H100 = Gpu(0, "GPU-1", "NVIDIA H100", "0000:05:00.0", (9, 0), 80 << 30, "580.65.06", "13.0")
+
+
+@pytest.mark.parametrize(
+    ("controller", "fc_group_size", "on_gpu", "expected"),
+    [
+        ("gloo", 1, True, {"HOROVOD_CYCLE_TIME": "0.1", "HOROVOD_IDLE_CYCLE_TIME": "100"}),
+        ("gloo", 2, True, {"HOROVOD_CYCLE_TIME": "0.1"}),
+        ("mpi", 1, True, {"HOROVOD_CYCLE_TIME": "0.1"}),
+        ("gloo", 1, False, {"HOROVOD_IDLE_CYCLE_TIME": "100"}),
+        ("gloo", 4, False, {"HOROVOD_IDLE_CYCLE_TIME": "100"}),
+        ("mpi", 1, False, {"HOROVOD_CYCLE_TIME": "5"}),
+    ],
+)
+def test_with_a_gpu_tensors_do_not_wait_for_the_next_poll(
+    monkeypatch, controller, fc_group_size, on_gpu, expected
+):
+    monkeypatch.setenv("HOROVOD_CONTROLLER", controller)
+    assert _background_thread_sleep(4, fc_group_size, on_gpu=on_gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "env", "nccl", "expected"),
+    [
+        (Device("cuda:0", H100), {}, 23007, {}),
+        (Device("cuda:0", H100), {"HOROVOD_OWT_SHARED_DEVICES": "0"}, 23007, {}),
+        (
+            Device("cuda:0", H100),
+            {"HOROVOD_OWT_SHARED_DEVICES": "1"},
+            23007,
+            {"NCCL_MULTI_RANK_GPU_ENABLE": "1"},
+        ),
+        (Device("cuda:0", H100), {"HOROVOD_OWT_SHARED_DEVICES": "1"}, 21403, {"NCCL_HOSTID": "gpu01-3"}),
+        (Device("cuda:0", H100, "MIG-7"), {}, 22703, {"NCCL_HOSTID": "gpu01-3"}),
+    ],
+)
+def test_nccl_is_told_of_shared_devices(device, env, nccl, expected):
+    assert _nccl_on_shared_device(device, RANK_3, nccl, env) == expected

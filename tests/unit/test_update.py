@@ -1,0 +1,120 @@
+"""The update that a GPU decides on does what the host's decision does: here both on the CPU."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.data.batch import Batch
+from horovod_owt.model import alexnet_owt
+from horovod_owt.parallel.runtime import World
+from horovod_owt.train.replica import BadBatch, Replica
+from horovod_owt.train.update import divisor, skip_flag
+
+BATCH = 4
+CONFIG = TrainConfig(classes=3, image_size=63, batch=BATCH, fc_group_size=1, dropout=0.0)
+TURNS = dict(parallel="hybrid", owt_scheme="b", fc_batch="local")
+ROOT = World(0, 1, 0, 1, "here", torch.device("cpu"), 1)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setattr(alexnet_owt, "HIDDEN", 10)
+
+
+def random_batch(seed: int, *, bad: int = 0, value: float | None = None) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(BATCH, 3, 63, 63, generator=draw)
+    if value is not None:
+        images[0, 0, 0, 0] = value
+    labels = torch.randint(3, (BATCH,), generator=draw)
+    labels[:bad] = -100
+    return Batch(images, labels, labels >= 0, np.arange(BATCH), {row: "bad" for row in range(bad)})
+
+
+def replica(*, decides: bool, **settings) -> Replica:
+    made = Replica(replace(CONFIG, **settings), ROOT)
+    made._update_decides = decides
+    return made
+
+
+def weights(made: Replica) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor, _ in made.parts()}
+
+
+def step(made: Replica, batch: Batch):
+    return made.train_step(lambda: batch, consumed=0, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(bad_images="skip"), dict(clip_norm=0.5), dict(clip_norm=0.5, bad_images="skip"), TURNS],
+    ids=["plain", "bad images", "clipped", "clipped, bad images", "turns"],
+)
+def test_both_ways_train_to_the_same_weights(settings):
+    bad = 1 if "bad_images" in settings else 0
+    made = [replica(decides=decides, **settings) for decides in (False, True)]
+    for seed in range(3):
+        host, device = (step(each, random_batch(seed, bad=bad)) for each in made)
+        assert device.loss == pytest.approx(host.loss, rel=1e-6) and device.bad_images == bad
+        if host.grad_norm is not None:
+            assert device.grad_norm == pytest.approx(host.grad_norm, rel=1e-5)
+    host, device = map(weights, made)
+    for name, tensor in host.items():
+        torch.testing.assert_close(device[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(bad_images="skip"), dict(clip_norm=0.5), TURNS])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_changes_no_weight(settings, value):
+    made = replica(decides=True, **settings)
+    step(made, random_batch(0))
+    before = weights(made)
+    with pytest.raises(FloatingPointError):
+        step(made, random_batch(1, value=value))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(made).items())
+    step(made, random_batch(2))  # the next one is not skipped
+    assert not torch.equal(weights(made)["features.0.weight"], before["features.0.weight"])
+
+
+@pytest.mark.parametrize(("tolerance", "bad"), [("fail", 1), ("skip", BATCH)])
+def test_bad_images_that_end_the_run_change_no_weight(tolerance, bad):
+    made = replica(decides=True, bad_images=tolerance)
+    before = weights(made)
+    with pytest.raises(BadBatch):
+        step(made, random_batch(0, bad=bad))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(made).items())
+
+
+@pytest.mark.parametrize(
+    ("loss", "bad", "norm", "skipped"),
+    [
+        (1.0, 0, None, 0.0),
+        (1.0, 2, None, 0.0),
+        (1.0, 3, None, 1.0),
+        (math.nan, 0, None, 1.0),
+        (-math.inf, 0, None, 1.0),
+        (1.0, 0, 2.0, 0.0),
+        (1.0, 0, math.inf, 1.0),
+    ],
+)
+def test_the_flag_is_what_a_fused_optimizer_compares_with_1(loss, bad, norm, skipped):
+    norm = None if norm is None else torch.tensor([norm], dtype=torch.float64)
+    flag = skip_flag(torch.tensor(loss), torch.tensor(float(bad)), most_bad=2, norm=norm)
+    assert flag.dtype == torch.float32 and flag.item() == skipped
+
+
+def test_a_norm_below_the_limit_is_not_scaled_up():
+    norm = torch.tensor([0.1], dtype=torch.float64)
+    assert divisor(torch.tensor(0.0), 8, norm=norm, clip_norm=1.0).item() == 1
+    assert divisor(torch.tensor(2.0), 8, norm=norm, clip_norm=1.0).item() == 0.75
+    assert divisor(torch.tensor(2.0), 8, norm=40 * norm, clip_norm=1.0).item() == 4
+
+
+def test_gradients_are_scaled_even_if_only_the_good_images_exceed_the_limit():
+    """The norm over the good half is twice that over all images."""
+    norm = torch.tensor([0.75], dtype=torch.float64)
+    assert divisor(torch.tensor(4.0), 8, norm=norm, clip_norm=1.0).item() == 0.75
