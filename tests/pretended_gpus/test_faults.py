@@ -44,6 +44,12 @@ def test_a_killed_rank_fails_what_is_in_flight(fails, elastic):
     assert survivor["after_s"] + survivor["shutdown_s"] < NOTICED_S
 
 
+def test_a_stopped_rank_fails_what_is_in_flight_when_gloo_gives_up(fails):
+    (survivor,) = fails("stop@1:20", survivors=[0], HOROVOD_GLOO_TIMEOUT_SECONDS="5")
+    assert survivor["error"].startswith("HorovodInternalError: a rank is gone: ")
+    assert 4 < survivor["after_s"] < NOTICED_S
+
+
 @ELASTIC
 def test_an_asynchronous_error_is_quoted_and_the_others_are_told(fails, elastic):
     seen, other = fails("async@1:20", survivors=[1, 0], HOROVOD_ELASTIC=elastic)
