@@ -385,8 +385,8 @@ ncclResult_t ncclSend(const void* data, size_t count, ncclDataType_t type, int p
 ncclResult_t ncclRecv(void* data, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream) {
   return add({false, peer, data, count * width(type)}, comm, stream);
 }
-// Each rank's slot has a part for each peer. All ranks go on in rounds until the longest transfer is done: its
-// rank says so in the first byte of its part.
+// Each rank's slot has a part for each peer, and the first byte of a part says whether its rank needs another round:
+// all ranks go on until the longest transfer of any is done.
 ncclResult_t ncclGroupEnd() {
   if (--group.depth > 0 || group.transfers.empty()) return ncclSuccess;
   ncclComm* comm = group.comm;
