@@ -36,6 +36,7 @@ def on_gpus() -> dict[str, str]:
         "LD_LIBRARY_PATH": str(stand_ins),
         "PYTHONPATH": os.pathsep.join(map(str, [horovod, HERE, ranks.PROGRAMS])),
         "PRETENDED_GPUS": "4",
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3",  # the ranks of tests/parallel see none
         "HOROVOD_FUSION_THRESHOLD": "0",  # the fusion buffer is filled by a kernel
     }
 
