@@ -93,6 +93,21 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 NO_THREADS = re.compile(r"can't start new thread|resource temporarily unavailable", re.IGNORECASE)
+_FIXES = {
+    errno.EMFILE: "raise the limit of open files (`ulimit -n 4096`, or LimitNOFILE of the service)",
+    errno.ENFILE: "too many files are open on this host: check other jobs, `sysctl fs.file-nr`",
+    errno.ENOMEM: "use fewer ranks, workers or decode_threads on this host, a smaller batch, or more memory",
+    errno.EAGAIN: "raise `ulimit -u` or the cgroup's pids.max, or use fewer ranks, threads and workers",
+    errno.EACCES: "check the permissions and the mount: the user of the job needs access",
+    errno.ENOSPC: "free some space on that disk: the same command continues",
+    errno.EDQUOT: "free some of your quota: the same command continues",
+    errno.EROFS: "use a folder that is not mounted read-only",
+}
+_FIXES[errno.EPERM] = _FIXES[errno.EACCES]
+_OTHER_FIX = "check the disk, the mount or the file server (`dmesg`, `df`); the same command continues"
+_OF_THE_NETWORK = {
+    *(errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT)
+}
 OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ELOOP),
     *(
@@ -104,7 +119,8 @@ OF_THE_MACHINE = {
         errno.EHOSTDOWN,
         errno.ENAMETOOLONG,
     ),
-    *(errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+    *(errno.EMFILE, errno.ENFILE),
+    *_OF_THE_NETWORK,
 }
 
 
@@ -119,21 +135,23 @@ def explained(error: BaseException) -> OwtError | None:
     if isinstance(error, MemoryError) or number == errno.ENOMEM or NO_MEMORY.search(text):
         return RunError(
             f"out of memory: {_first_line(text)}" if text else "out of memory",
-            wanted="enough memory for the ranks and workers of this host",
-            fix="a smaller batch, fewer ranks or --workers, or a larger limit (`ulimit -v`, cgroup, --mem)",
+            fix=_FIXES[errno.ENOMEM],
         )
     if number == errno.EAGAIN or (isinstance(error, RuntimeError) and NO_THREADS.search(text)):
-        return RunError(
-            f"no more threads or processes: {_first_line(text)}",
-            fix="a larger limit (`ulimit -u`, the cgroup's pids.max), or fewer ranks, threads and workers",
-        )
-    if number in (errno.EMFILE, errno.ENFILE):
-        return RunError(f"too many open files: {_first_line(text)}", fix="a larger limit: `ulimit -n 65536`")
+        return RunError(f"no more threads or processes: {_first_line(text)}", fix=_FIXES[errno.EAGAIN])
     if isinstance(error, OSError) and number in OF_THE_MACHINE:
         where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
         saw = ": ".join(part for part in (where, error.strerror) if part)
-        return RunError(saw, fix="check permissions, disk or network, as it says; then start again")
+        return RunError(saw, fix=fix_of(error))
     return None
+
+
+def fix_of(error: OSError | MemoryError) -> str:
+    """What a user can do about an error of the machine."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
+    if number in _OF_THE_NETWORK:
+        return "check the network, the firewall and the port; then start again"
+    return _FIXES.get(number, _OTHER_FIX)
 
 
 def _first_line(text: str) -> str:

@@ -19,14 +19,14 @@ import numpy as np
 
 from horovod_owt.data import tarball
 from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
-from horovod_owt.data.machine import fix_of, is_of_the_file, machine_error, reason_of
+from horovod_owt.data.machine import is_of_the_file, machine_error, reason_of
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.resize import shrunk
 from horovod_owt.data.shards import INDEX, Index, shard_name
 from horovod_owt.data.staging import Staging, check_room
 from horovod_owt.data.store import SPLITS, Store, first_few
 from horovod_owt.data.workers import in_processes, tick
-from horovod_owt.errors import DataError, RunError
+from horovod_owt.errors import DataError, RunError, fix_of
 from horovod_owt.files import atomic_file
 
 log = logging.getLogger(__name__)

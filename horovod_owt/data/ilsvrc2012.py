@@ -22,12 +22,12 @@ from typing import BinaryIO
 import numpy as np
 
 from horovod_owt.data.arrays import Names
-from horovod_owt.data.machine import fix_of, reason_of
+from horovod_owt.data.machine import reason_of
 from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.shards import Index, ShardStore
 from horovod_owt.data.store import first_few
 from horovod_owt.data.tarball import TarError, members
-from horovod_owt.errors import DataError
+from horovod_owt.errors import DataError, fix_of
 
 BLOCK = 4 << 20  # bytes per read
 VAL_NAME = re.compile(rb"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")

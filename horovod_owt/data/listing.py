@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
-from horovod_owt.data.machine import fix_of, is_of_the_file
-from horovod_owt.errors import DataError
+from horovod_owt.data.machine import is_of_the_file
+from horovod_owt.errors import DataError, fix_of
 from horovod_owt.private import open_trusted, private_folder
 
 log = logging.getLogger(__name__)

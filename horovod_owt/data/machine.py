@@ -8,25 +8,12 @@ import resource
 import stat
 from contextlib import suppress
 
-from horovod_owt.errors import RunError
+from horovod_owt.errors import RunError, fix_of
 
 # What the file system says of one file: it is not there, or not a file.
 _OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 # The process or the host has no more of something: every later image would fail too.
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-
-_FIXES = {
-    errno.EMFILE: "raise the limit of open files (`ulimit -n 4096`, or LimitNOFILE of the service)",
-    errno.ENFILE: "too many files are open on this host: check other jobs, `sysctl fs.file-nr`",
-    errno.ENOMEM: "use fewer ranks, workers or decode_threads on this host, or request more memory",
-    errno.EACCES: "check the permissions and the mount: the user of the job must be able to read it",
-    errno.ENOSPC: "free some space on that disk: the same command continues",
-    errno.EDQUOT: "free some of your quota: the same command continues",
-    errno.EROFS: "use a folder that is not mounted read-only",
-}
-_FIXES[errno.EPERM] = _FIXES[errno.EACCES]
-_OTHER_FIX = "check the disk, the mount or the file server (`dmesg`, `df`); the same command continues"
-
 
 OPEN_FILES = 4096
 
@@ -57,12 +44,6 @@ def is_of_the_file(error: OSError | MemoryError) -> bool:
         return False
     folder = os.path.dirname(error.filename or b"") or b"."
     return error.errno in _OF_THE_FILE and (error.errno != errno.ENOENT or os.path.isdir(folder))
-
-
-def fix_of(error: OSError | MemoryError) -> str:
-    """What a user can do about it."""
-    number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
-    return _FIXES.get(number, _OTHER_FIX)
 
 
 def reason_of(error: OSError | MemoryError) -> str:

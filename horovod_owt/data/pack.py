@@ -12,10 +12,10 @@ import numpy as np
 from horovod_owt.data import staging
 from horovod_owt.data.build import Form, Progress, make
 from horovod_owt.data.listing import left_out_text
-from horovod_owt.data.machine import fix_of, is_of_the_file, reason_of
+from horovod_owt.data.machine import is_of_the_file, reason_of
 from horovod_owt.data.store import SPLITS, DataSet, open_data_set
 from horovod_owt.data.workers import usable_cores
-from horovod_owt.errors import DataError
+from horovod_owt.errors import DataError, fix_of
 from horovod_owt.files import real_path
 
 log = logging.getLogger(__name__)

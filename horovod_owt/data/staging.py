@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from horovod_owt.data.machine import fix_of, reason_of
+from horovod_owt.data.machine import reason_of
 from horovod_owt.data.store import SPLITS, UNFINISHED, first_few
-from horovod_owt.errors import DataError
+from horovod_owt.errors import DataError, fix_of
 from horovod_owt.files import real_path, write_text
 from horovod_owt.filesystem import free_space, locked, remove_tree, rename_folder, sync
 

@@ -13,13 +13,13 @@ from horovod_owt.data import decode, machine, retry, shards, verify
 from horovod_owt.data.build import Form
 from horovod_owt.data.faults import BadImages
 from horovod_owt.data.feed import ValidationFeed
-from horovod_owt.data.machine import EXHAUSTED, fix_of, is_of_the_file
+from horovod_owt.data.machine import EXHAUSTED, is_of_the_file
 from horovod_owt.data.pack import pack
 from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.stats import data_stats
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
-from horovod_owt.errors import DataError, RunError
+from horovod_owt.errors import DataError, RunError, fix_of
 
 pytestmark = pytest.mark.timeout(60)
 needs_dali = pytest.mark.skipif(not find_spec("nvidia.dali"), reason="DALI is not installed")

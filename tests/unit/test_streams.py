@@ -93,7 +93,7 @@ def test_a_lost_connection_is_not_taken_for_a_lost_reader(monkeypatch, error):
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (MemoryError(), "out of memory; wanted enough memory"),
+        (MemoryError(), "out of memory; fix: use fewer ranks"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory:"), "a smaller batch"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "a smaller batch"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
