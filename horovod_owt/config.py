@@ -231,7 +231,7 @@ def _check(cfg: TrainConfig) -> None:
     for key, (low, high) in limits.items():
         value = getattr(cfg, key)
         if not low <= value <= high:
-            wanted = f"at least {low:g}" if high >= MOST or value < low else f"between {low:g} and {high:g}"
+            wanted = f"at least {low:g}" if value < low else f"between {low:g} and {high:g}"
             fix = f"--set {key}={FIELDS[key].default}"
             raise ConfigError(f"{key}={value}", wanted=wanted, fix=fix)
 

@@ -13,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from gpu_steps import largest_difference, make_replica, random_batch, train, weights
 from PIL import Image
 from safetensors.torch import load_file
-from steps import largest_difference, make_replica, random_batch, train, weights
 
 from horovod_owt.data.feed import ValidationFeed
 from horovod_owt.data.nvjpeg import nvjpeg_decoder

@@ -7,7 +7,7 @@ from time import perf_counter
 import numpy as np
 import pytest
 import torch
-from steps import alone, make_replica, random_batch
+from gpu_steps import alone, make_replica, random_batch
 from test_gpu_correctness import needs_nccl, run_ranks
 
 from horovod_owt.bench.ddp_loop import DdpLoop

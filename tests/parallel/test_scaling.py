@@ -66,7 +66,6 @@ def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
 
 BAD = {
     ("--predict", "cpu-2-core"): "fix: --predict cpu-2-cores",
-    ("--steps", "0"): "--steps 0; wanted at least 1",
     ("--strategies", "data,modle"): "'modle'; wanted data or hybrid",
     ("--count-interface", "eth77"): "--count-interface eth77; wanted one of",
     ("--against", "ddp", "--set", "model=alexnet-owt-bn"): "alexnet-owt, which torchvision has too",

@@ -192,4 +192,5 @@ def test_many_bad_images_of_a_kind_cost_dali_one_new_pipeline(sound, tmp_path, m
     batches = run("dali", TrainFeed(store, seed=0, batch=2, bad_images=BadImages()), IMAGES // 2)
     met = {index for batch in batches for index in batch.bad_images()}
     assert met == set(range(0, IMAGES, 2))
-    assert len(begun) <= 6  # the first, and one for each batch that was read before the kind was known
+    # the first, and one for each batch that was read before the kind was known; not one for each bad image
+    assert len(begun) <= 10 < IMAGES // 2

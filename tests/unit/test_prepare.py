@@ -104,6 +104,7 @@ def test_a_current_gpu_takes_every_precision(on_a, precision):
 
 def test_deterministic_runs_get_cublas_workspace_unless_the_user_chose_one(on_a):
     on_a("NVIDIA H100", (9, 0))
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     choose()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     choose(deterministic=True)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import stat
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ def shared(tmp_path):
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o1777)
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        if parent.owner() == Path("/tmp").owner() and parent != Path("/tmp"):
+    for parent in (tmp_path, *tmp_path.parents):
+        if Path(tempfile.gettempdir()) in parent.parents:
             parent.chmod(parent.stat().st_mode | 0o111)
     return folder
 
