@@ -16,6 +16,17 @@ from horovod_owt.commands.options import (
     with_parallel,
 )
 
+STEPS_OPTION = click.option(
+    "--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps per contender."
+)
+WARMUP_OPTION = click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Untimed steps per contender before those.",
+)
+
 
 @click.group()
 def bench() -> None:
@@ -27,16 +38,8 @@ def bench() -> None:
 @RECIPE_OPTION
 @PARALLEL_OPTION
 @SET_OPTION
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps per contender."
-)
-@click.option(
-    "--warmup",
-    type=click.IntRange(min=0),
-    default=3,
-    show_default=True,
-    help="Untimed steps per contender before those.",
-)
+@STEPS_OPTION
+@WARMUP_OPTION
 @click.option(
     "--against",
     type=click.Choice(["plain", "torch"]),
@@ -80,16 +83,8 @@ def step(
     help="Compare with torch's DistributedDataParallel: torchvision's loop (ddp), and the same with "
     "torch's performance options (ddp-tuned).",
 )
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps per contender."
-)
-@click.option(
-    "--warmup",
-    type=click.IntRange(min=0),
-    default=3,
-    show_default=True,
-    help="Untimed steps per contender before those.",
-)
+@STEPS_OPTION
+@WARMUP_OPTION
 @click.option(
     "--count-interface",
     "interface",

@@ -102,6 +102,7 @@ COMMANDS = [
     "job status nonsense",
     "bench step --strategies x",
     "bench step --steps 0",
+    "bench scaling --steps 0",
 ]  # fmt: skip
 
 
