@@ -129,6 +129,7 @@ class Host:
                 preexec_fn=lambda: be_host_on(cores),
             )
         self.pid = wait_for(self._first_process, 10)
+        self._first = psutil.Process(self.pid)
 
     def _first_process(self) -> int:
         """Its number on this machine, once it is in its new namespaces."""
@@ -153,8 +154,21 @@ class Host:
         self._unshare.stdin.close()
 
     def wait_until_gone(self) -> None:
+        """Its first process ends when the kernel has ended all others; a zombie has, whoever reaps it."""
         self._unshare.wait()
-        wait_for(lambda: not psutil.pid_exists(self.pid), 20)
+        try:
+            wait_for(lambda: not alive(self._first), 60)
+        except TimeoutError:
+            family = [self._first, *self._first.children(recursive=True)]
+            left = [(process.pid, process.status(), process.cmdline()) for process in family]
+            raise TimeoutError(f"host {self.name} was killed 60 s ago and is still there: {left}") from None
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # the same, not its number
+    except psutil.NoSuchProcess:
+        return False
 
 
 def be_host_on(cores: set[int]) -> None:
