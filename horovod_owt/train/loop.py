@@ -230,7 +230,8 @@ class Run:
     def _validate(self, stop: StopRequest) -> None:
         """Validate the net. After a stop signal the state is on disk, and the resumed run validates first."""
         position, bad_images = self.position, self.bad_validation_images
-        with validation_pipeline(self.cfg, self.folder, self.world, bad_images=bad_images.known) as batches:
+        images = self.folder.val
+        with validation_pipeline(self.cfg, images, self.world, bad_images=bad_images.known) as batches:
             with now.phase("validating"):
                 score = validate(self.replica, bad_images.collect(batches), stop_asked=lambda: stop.asked)
         if score is None:
