@@ -53,7 +53,7 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume)
         fc_group_size=request.cfg.fc_group_size,
     )
     with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
-        check_agreement(request, world)
+        check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
         cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
         data = request.folder.identity()
         opened = on_root(
