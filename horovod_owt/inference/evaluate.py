@@ -179,9 +179,8 @@ def _rows(batches: Iterable[Batch], logits: Logits, crops: int) -> Iterator[list
         losses = F.cross_entropy(scores, labels, reduction="none")
         columns = [places(scores, labels), scores.argmax(dim=1), losses]
         table = torch.stack([each.double() for each in columns], dim=1).tolist()
-        for index, (place, predicted, loss) in zip(
-            batch.indices[valid.tolist()].tolist(), table, strict=True
-        ):
+        indices = batch.indices[valid.tolist()].tolist()
+        for index, (place, predicted, loss) in zip(indices, table, strict=True):
             yield [index, int(place), int(predicted), loss]
 
 

@@ -36,6 +36,7 @@ class Commit:
     run_dir: Path
     first_global_batch: int  # of the job's first world
     began_from: str = ""  # the --resume PATH of the run
+    attempt: int = 1  # of the run folder
 
 
 class Committed(State):

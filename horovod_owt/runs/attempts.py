@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,15 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import outcome_stamp, read_outcome
 from horovod_owt.runs.owner import elastic_driver
-from horovod_owt.runs.records import append_record, last_step, newest_records, records_size
+from horovod_owt.runs.records import (
+    METRICS,
+    Start,
+    append_record,
+    last_attempt,
+    last_step,
+    newest_records,
+    records_size,
+)
 
 ATTEMPTS = "attempts.jsonl"
 JOB = "HOROVOD_OWT_JOB"  # environment variable: a name that all restarts of a job share
@@ -23,6 +32,20 @@ def job_name(env: Mapping[str, str]) -> str:
     """A name that all restarts of this job share; empty for a command that is never restarted."""
     slurm = f"slurm-{env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else ""
     return env.get(JOB) or slurm or elastic_driver(env)
+
+
+def scheduler_job_id(env: Mapping[str, str]) -> str | None:
+    """The scheduler's id of this job, in the notation of its own commands; None outside of a job."""
+    if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
+    return next((env[name] for name in names if env.get(name)), None)
+
+
+def next_start(run_dir: Path, env: Mapping[str, str]) -> Start:
+    """The next start of the run in this folder."""
+    attempt = max(last_attempt(run_dir / METRICS), last_attempt(run_dir / ATTEMPTS)) + 1
+    return Start(attempt, scheduler_job_id(env))
 
 
 def is_same_job(name: str, env: Mapping[str, str]) -> bool:
@@ -70,6 +93,7 @@ class AttemptWatch:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
+        self.start = next_start(run_dir, os.environ)
         self._records_before = records_size(run_dir)
         self._outcome_before = outcome_stamp(run_dir)
         newest = self._newest_checkpoint()
@@ -118,10 +142,10 @@ def _launcher_reason(code: int) -> str:
     return f"launcher killed by {signal.Signals(-code).name}" if code < 0 else f"launcher exit code {code}"
 
 
-def append_attempt(run_dir: Path, attempt: Attempt, *, job_id: str, restarts: int) -> None:
+def append_attempt(run_dir: Path, attempt: Attempt, *, start: Start, restarts: int) -> None:
     """Record it for the job's next start; raises OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    record = {"job_id": job_id, "restarts": restarts, **dataclasses.asdict(attempt)}
+    record = {**start.stamp(), "restarts": restarts, **dataclasses.asdict(attempt)}
     append_record(run_dir / ATTEMPTS, record)
 
 

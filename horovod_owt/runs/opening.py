@@ -11,6 +11,7 @@ folder is linear: to go back, start from the earlier checkpoint in another folde
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -23,10 +24,11 @@ from typing import Any
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import real_path
-from horovod_owt.runs.attempts import is_same_job
+from horovod_owt.runs.attempts import is_same_job, next_start
 from horovod_owt.runs.checkpoints import newest_sound, read_state, resume_at, sound_checkpoint, step_of
 from horovod_owt.runs.folder import read_config, write_config
 from horovod_owt.runs.owner import Ownership
+from horovod_owt.runs.records import Start
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,12 @@ class Opened:
     run_dir: Path
     checkpoint: Path | None = None  # to resume from, verified by sha256; None: initial weights
     began_from: str = ""  # the --resume PATH that the run in this folder started from
+    attempt: int = 1
+    job_id: str | None = None
+
+    @property
+    def start(self) -> Start:
+        return Start(self.attempt, self.job_id)
 
 
 def open_run_folder(
@@ -90,7 +98,7 @@ def _open(
         _check_data(checkpoint, data, other_data=resume.other_data)
     resume_at(run_dir, step_of(checkpoint) if own else 0)
     write_config(run_dir, cfg.to_dict())
-    return opened
+    return dataclasses.replace(opened, **dataclasses.asdict(next_start(run_dir, os.environ)))
 
 
 def _new_folder(path: Path) -> Path:

@@ -1,11 +1,17 @@
-"""The records of a run: metrics.jsonl, one JSON object per line with a `kind`."""
+"""The records of a run: metrics.jsonl, one JSON object per line with a `kind`.
+
+Each line here, in attempts.jsonl and in outcome.json has a `time` (UTC), the number of the `attempt` in its
+run folder, and the scheduler's `job_id`, null without one: records of several sources can be joined by them.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
@@ -18,14 +24,44 @@ METRICS = "metrics.jsonl"
 BLOCK_BYTES = 1 << 16  # per read, from the end of the file
 
 
+def utc(seconds: float | None = None) -> str:
+    """A time, by default now, as in records: 2026-11-26T09:05:00.123Z."""
+    moment = datetime.now(timezone.utc) if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def time_of(record: Mapping[str, Any], key: str = "time") -> float | None:
+    """A record's time in seconds since 1970; None if it has none, as those of older versions."""
+    try:
+        return datetime.fromisoformat(record[key].replace("Z", "+00:00")).timestamp()
+    except (KeyError, ValueError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of a run, as its records name it."""
+
+    attempt: int = 1  # of the run folder, counted from 1
+    job_id: str | None = None  # the scheduler's
+
+    def stamp(self) -> dict[str, Any]:
+        """The keys that each record of this start has, with the current time."""
+        return {"time": utc(), "attempt": self.attempt, "job_id": self.job_id}
+
+
+FIRST = Start()
+
+
 class MetricsLog:
     """Writes `metrics.jsonl`: one JSON object per line with a `kind`, unbuffered.
 
     Lines that cannot be written are kept in memory until they can.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, start: Start = FIRST) -> None:
         """Raises ConfigError if the file cannot be opened."""
+        self._start = start
         path = run_dir / METRICS
         try:
             drop_half_a_line(path)
@@ -39,7 +75,8 @@ class MetricsLog:
 
     def write(self, kind: str, **values: Any) -> None:
         with self._one_at_a_time:
-            self._unwritten += (json.dumps({"kind": kind, **values}) + "\n").encode()
+            record = {"kind": kind, **self._start.stamp(), **values}
+            self._unwritten += (json.dumps(record) + "\n").encode()
             try:
                 while self._unwritten:
                     self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -91,6 +128,12 @@ def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | Non
         if record.get("kind") == "step" and isinstance(record.get("step"), int):
             return record["step"], record.get("images_per_s")
     return None, None
+
+
+def last_attempt(file: Path) -> int:
+    """The number of the attempt that wrote the last record of a file; 0 if there is none with a number."""
+    numbers = (record.get("attempt") for record in newest_records(file))
+    return next((number for number in numbers if isinstance(number, int)), 0)
 
 
 def newest_records(file: Path, *, start: int = 0) -> Iterator[dict[str, Any]]:

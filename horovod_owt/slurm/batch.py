@@ -165,7 +165,7 @@ def train(job: Ranks | ElasticRanks, command: list[str], max_restarts: int) -> i
     last = watch.attempt(code, asked_to_stop=job.asked_to_stop)
     attempts = [*earlier_attempts(run_dir, job.allocation.job_id), last]
     try:
-        append_attempt(run_dir, last, job_id=job.allocation.job_id, restarts=job.allocation.restarts)
+        append_attempt(run_dir, last, start=watch.start, restarts=job.allocation.restarts)
     except OSError as error:
         say(f"WARNING {error.filename}: {error.strerror}")
     say(f"exit code {last.exit_code} after step {last.last_step}: {last.reason}")

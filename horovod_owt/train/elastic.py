@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import elastic, runtime
 from horovod_owt.parallel.collectives import broadcast_object, on_root
 from horovod_owt.parallel.elastic import Committed
+from horovod_owt.runs.attempts import scheduler_job_id
 from horovod_owt.runs.opening import Opened, Resume, open_run_folder
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.train.agreement import check_agreement
@@ -54,9 +56,15 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
 
         def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
             if not state.last:
-                return open_run_folder(where, cfg, request.folder.identity(), resume, ownership)
+                found = open_run_folder(where, cfg, request.folder.identity(), resume, ownership)
+                return dataclasses.replace(found, attempt=opened.attempt) if opened else found
             ownership.take(state.last.run_dir)
-            return Opened(state.last.run_dir, began_from=state.last.began_from)
+            return Opened(
+                state.last.run_dir,
+                began_from=state.last.began_from,
+                attempt=state.last.attempt,
+                job_id=scheduler_job_id(os.environ),
+            )
 
         elastic.run(Committed(torch.device(request.device.name)), train)
     runtime.shutdown()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
+
+import psutil
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.listing import left_out_text
@@ -24,7 +27,7 @@ from horovod_owt.runs.attempts import job_name
 from horovod_owt.runs.folder import write_config, write_outcome
 from horovod_owt.runs.opening import Opened, Resume, open_run_folder
 from horovod_owt.runs.owner import Ownership
-from horovod_owt.runs.records import MetricsLog
+from horovod_owt.runs.records import MetricsLog, utc
 from horovod_owt.schedule import learning_rate
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
@@ -81,7 +84,8 @@ class Run:
         self.position = Position(num_samples=len(self.folder.train))
         self._opened, self._committed = opened, committed
         self._began_from = opened.began_from
-        self.metrics = MetricsLog(self.run_dir) if world.is_root else None
+        self.start, self._began = opened.start, time.time()
+        self.metrics = MetricsLog(self.run_dir, self.start) if world.is_root else None
         self.writer: CheckpointWriter | None = None  # on rank 0, once the state is complete
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
@@ -93,6 +97,7 @@ class Run:
         watch = watched(
             self.world,
             self.run_dir,
+            start=self.start,
             stall_limit_s=self.cfg.stall_limit_s,
             record=self._record,
             elastic=elastic,
@@ -201,7 +206,7 @@ class Run:
                 if epoch_over or last:
                     self._validate(stop)
                 if self._committed is not None and (position.step % cfg.commit_every == 0 or keep):
-                    commit(self.replica, position, self._committed, self.run_dir, self._began_from)
+                    commit(self.replica, position, self._committed, self._opened)
             self._finish_writing()
         if self.world.is_root and self._bad_images:
             log.info("%d bad images skipped; see the `fault` records", self._bad_images)
@@ -229,7 +234,7 @@ class Run:
 
     def _validate(self, stop: StopRequest) -> None:
         """Validate the net. After a stop signal the state is on disk, and the resumed run validates first."""
-        position, bad_images = self.position, self.bad_validation_images
+        position, bad_images, start = self.position, self.bad_validation_images, perf_counter()
         images = self.folder.val
         with validation_pipeline(self.cfg, images, self.world, bad_images=bad_images.known) as batches:
             with now.phase("validating"):
@@ -240,7 +245,10 @@ class Run:
             if self.cfg.bad_images == "fail":
                 raise bad_images.fatal_error(position.step)
             bad_images.announce(position.step)
-        self._record("validation", epoch=position.epoch, step=position.step, **score.to_dict())
+        took_s = perf_counter() - start
+        self._record(
+            "validation", epoch=position.epoch, step=position.step, **score.to_dict(), validation_s=took_s
+        )
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
             self.writer.score(step=position.step, epoch=position.epoch, top1=score.top1)
@@ -288,6 +296,7 @@ class Run:
         images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
         self._record(
             "run",
+            started=utc(self._started()),
             config=cfg.to_dict(),
             versions=runtime.versions(),
             hosts=hosts,
@@ -315,6 +324,11 @@ class Run:
             log.info("run folder %s", self.run_dir)
             if self.position.step >= self.total_steps:
                 log.info("nothing left to do: all %d steps are done", self.position.step)
+
+    def _started(self) -> float:
+        """When this process was started; in an elastic job's later worlds, when they began."""
+        regrouped = self._committed is not None and self._committed.regrouped
+        return self._began if regrouped else psutil.Process().create_time()
 
     def _record_step(self, lr: float, report: StepReport) -> None:
         self._record(
@@ -357,5 +371,5 @@ class Run:
                 "bad_images": self._bad_images,
             }
             self.metrics.write("outcome", **outcome)
-            write_outcome(self.run_dir, outcome)
+            write_outcome(self.run_dir, {**self.start.stamp(), **outcome})
         self.metrics.close()

@@ -15,6 +15,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
 from horovod_owt.parallel.elastic import Commit, Committed
+from horovod_owt.runs.opening import Opened
 from horovod_owt.runs.records import validations
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
 from horovod_owt.train.replica import MOMENTUM, Replica
@@ -114,18 +115,17 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
     return state["validation_due"]
 
 
-def commit(
-    replica: Replica, position: Position, committed: Committed, run_dir: Path, began_from: str = ""
-) -> None:
+def commit(replica: Replica, position: Position, committed: Committed, opened: Opened) -> None:
     """Keep this state in the memory of every rank's device; if hosts changed, all raise an elastic reset."""
     last, own_global_batch = committed.last, replica.cfg.global_batch(replica.world.size)
     state = Commit(
         step=position.step,
         consumed=position.consumed,
         scaler=replica.scaler_state(),
-        run_dir=run_dir,
+        run_dir=opened.run_dir,
         first_global_batch=last.first_global_batch if last else own_global_batch,
-        began_from=began_from,
+        began_from=opened.began_from,
+        attempt=opened.attempt,
     )
     committed.commit_copy({name: tensor for name, tensor, _ in replica.parts()}, state)
 

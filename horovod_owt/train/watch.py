@@ -18,6 +18,7 @@ from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import stacks_file, stacks_folder, write_outcome
+from horovod_owt.runs.records import Start
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def watched(
     world: World,
     run_dir: Path,
     *,
+    start: Start,
     stall_limit_s: float,
     record: Callable[..., None],
     elastic: bool = False,
@@ -79,7 +81,9 @@ def watched(
 
     def give_up(who: str) -> None:
         reason = RunError(f"stalled: {who}", fix=_how_to_resume(run_dir))
-        write_outcome(run_dir, {"exit_code": 1, "reason": str(reason), "step": now.step})
+        outcome = {"exit_code": 1, "reason": str(reason), "step": now.step}
+        record("outcome", **outcome)
+        write_outcome(run_dir, {**start.stamp(), **outcome})
         print(f"owt: [rank {world.rank} {world.host}] {reason}", file=sys.stderr, flush=True)
         os._exit(1)  # the main thread hangs in a collective; the launcher ends the other ranks
 
@@ -87,7 +91,7 @@ def watched(
         """Write the outcome, in case the launcher ends this rank before it fails itself."""
         if world.rank in (0, 1) and not elastic:
             outcome = {"exit_code": 1, "reason": f"lost contact with {who}: it died", "step": now.step}
-            write_outcome(run_dir, outcome)
+            write_outcome(run_dir, {**start.stamp(), **outcome})
 
     stacks = Stacks(run_dir, world.rank)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 
@@ -9,10 +10,14 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.runs import records
 from horovod_owt.runs.records import (
     MetricsLog,
+    Start,
     append_record,
+    last_attempt,
     last_step,
     newest_records,
     records_size,
+    time_of,
+    utc,
     validations,
 )
 
@@ -107,3 +112,41 @@ def test_a_validation_of_a_step_that_was_taken_back_does_not_count(metrics):
     with metrics.open("a") as file:
         file.write(score(6, 66) + run(6))
     assert scores(2, 6) == {2: 20, 6: 66}
+
+
+def test_each_line_has_the_time_the_attempt_and_the_job(metrics):
+    log, before = MetricsLog(metrics.parent, Start(3, "7_2")), time.time()
+    log.write("step", step=9)
+    log.close()
+    (record,) = newest_records(metrics)
+    assert list(record) == ["kind", "time", "attempt", "job_id", "step"]
+    assert (record["attempt"], record["job_id"]) == (3, "7_2")
+    assert before - 0.001 <= time_of(record) <= time.time() and record["time"].endswith("Z")
+
+
+@pytest.mark.parametrize("tz", ["UTC", "Asia/Kolkata", "America/New_York"])
+def test_times_are_utc_whatever_the_clock_shows(monkeypatch, tz):
+    monkeypatch.setenv("TZ", tz)
+    time.tzset()
+    try:
+        assert utc(1_800_000_000.25) == "2027-01-15T08:00:00.250Z"
+        assert time_of({"time": "2027-01-15T08:00:00.250Z"}) == 1_800_000_000.25
+        assert time_of({"time": utc()}) == pytest.approx(time.time(), abs=1)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("record", [{}, {"time": None}, {"time": 7}, {"time": "yesterday"}])
+def test_a_record_without_a_usable_time_has_none(record):
+    assert time_of(record) is None
+
+
+def test_the_last_attempt_is_that_of_the_newest_record_with_a_number(metrics):
+    assert last_attempt(metrics) == 0
+    metrics.write_text(line("step", step=1))  # of an older version
+    assert last_attempt(metrics) == 0
+    metrics.write_text(
+        line("step", attempt=2) + line("step", attempt=3) + line("fault") + line("x", attempt="4")
+    )
+    assert last_attempt(metrics) == 3

@@ -15,6 +15,7 @@ from horovod_owt.parallel.elastic import Committed
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.checkpoints import checkpoint_folder
+from horovod_owt.runs.opening import Opened
 from horovod_owt.train import state
 from horovod_owt.train.checkpoint import write_checkpoint
 from horovod_owt.train.replica import MOMENTUM, Replica
@@ -162,10 +163,10 @@ def test_a_commit_brings_weights_and_place_back(monkeypatch):
     monkeypatch.setattr(Committed, "check_host_updates", lambda self: None)
     committed, made = Committed(torch.device("cpu")), replica(2)
     wanted = tensors(made)
-    commit(made, Position(IMAGES, 7, 56), committed, Path("runs/a"), "runs/base/checkpoints/step-00000001")
+    commit(made, Position(IMAGES, 7, 56), committed, Opened(Path("runs/a"), None, "runs/base", attempt=3))
     assert (committed.last.step, committed.last.consumed) == (7, 56)
     assert (committed.last.run_dir, committed.last.first_global_batch) == (Path("runs/a"), CONFIG.batch)
-    assert committed.last.began_from == "runs/base/checkpoints/step-00000001"
+    assert (committed.last.began_from, committed.last.attempt) == ("runs/base", 3)
     for _, tensor, _ in made.parts():
         tensor.zero_()
     newcomer, position = replica(3), Position(IMAGES)

@@ -2,7 +2,9 @@
 
 import ctypes
 import json
+import os
 import signal
+import time
 
 import psutil
 import pytest
@@ -16,8 +18,11 @@ from horovod_owt.runs.attempts import (
     AttemptWatch,
     append_attempt,
     earlier_attempts,
+    next_start,
     run_dir_of,
+    scheduler_job_id,
 )
+from horovod_owt.runs.records import MetricsLog, Start, newest_records, time_of
 
 
 def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False) -> Attempt:
@@ -141,7 +146,7 @@ def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
 
 def test_a_damaged_record_of_an_attempt_is_passed_over(tmp_path, caplog):
     for number in (1, 2):
-        append_attempt(tmp_path, attempt(last_step=number), job_id="7", restarts=number)
+        append_attempt(tmp_path, attempt(last_step=number), start=Start(number, "7"), restarts=number)
         with (tmp_path / "attempts.jsonl").open("a") as file:
             file.write('"job_id": 7\n{"job_id": "7"}\n{"job_')  # and half a line, which the next one cuts off
     assert [each.last_step for each in earlier_attempts(tmp_path, "7")] == [1, 2]
@@ -163,3 +168,33 @@ def test_only_a_job_that_failed_is_commented_on(monkeypatch, capfd, tmp_path, sc
     supervisor.Supervisor(["sh", "-c", script, "job", "--run-dir", str(tmp_path)]).run()
     errors = capfd.readouterr().err
     assert said in errors and bool(errors) == bool(said)
+
+
+def test_attempts_have_one_number_in_all_records_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for number, (in_batch, records) in enumerate([(1, 1), (1, 0), (0, 1), (1, 0), (1, 1)], start=1):
+        watch, start = AttemptWatch(tmp_path), next_start(tmp_path, os.environ)
+        assert start == watch.start == Start(number, "7")
+        if records:
+            metrics = MetricsLog(tmp_path, start)
+            metrics.write("run")
+            metrics.close()
+        if in_batch:
+            append_attempt(tmp_path, attempt(), start=watch.start, restarts=0)
+    found = list(newest_records(tmp_path / "attempts.jsonl"))
+    assert [record["attempt"] for record in found] == [5, 4, 2, 1]
+    assert found[0]["job_id"] == "7" and time_of(found[0]) == pytest.approx(time.time(), abs=60)
+
+
+@pytest.mark.parametrize(
+    ("env", "job_id"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "12"}, "12"),
+        ({"SLURM_JOB_ID": "13", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}, "12_1"),
+        ({"PBS_JOBID": "12.server"}, "12.server"),
+        ({"LSB_JOBID": "12"}, "12"),
+    ],
+)
+def test_the_job_id_is_the_schedulers(env, job_id):
+    assert scheduler_job_id(env) == job_id

@@ -11,6 +11,7 @@ import torch
 
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.runtime import World
+from horovod_owt.runs.records import Start
 from horovod_owt.train import watch
 from horovod_owt.train.watch import Stacks, watched
 
@@ -51,7 +52,7 @@ def under_watch(tmp_path, monkeypatch):
         def record(kind, **values):
             recorded.append((kind, values))
 
-        options = {"stall_limit_s": stall_limit_s, "record": record, **options}
+        options = {"start": Start(2, "4711"), "stall_limit_s": stall_limit_s, "record": record, **options}
         with watched(world, tmp_path, **options) as heartbeat:
             assert heartbeat.world is world
             yield heartbeat.told, recorded
@@ -80,12 +81,14 @@ def test_a_job_ended_after_the_stall_limit_reports_why_and_how_to_resume(
 ):
     for name in checkpoints:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    with under_watch(rank=1) as (told, _):
+    with under_watch(rank=1) as (told, recorded):
         with pytest.raises(Ended) as ended:
             told["give_up"]("rank 0 on node6 has been silent for 600 s")
     assert ended.value.args == (1,)
     wanted = outcome(tmp_path)
     assert (wanted["exit_code"], wanted["step"]) == (1, 41)
+    assert (wanted["attempt"], wanted["job_id"]) == (2, "4711")
+    assert recorded == [("outcome", {key: wanted[key] for key in ("exit_code", "reason", "step")})]
     assert wanted["reason"].startswith("stalled: rank 0 on node6 has been silent for 600 s; ")
     assert ("step-00000030" if checkpoints else "no checkpoint yet") in wanted["reason"]
     assert capsys.readouterr().err == f"owt: [rank 1 node6] {wanted['reason']}\n"
@@ -102,7 +105,11 @@ def test_a_death_is_on_record_before_the_launcher_ends_this_rank(
     with under_watch(rank=rank, **options) as (told, _):
         told["on_death"]("rank 3 on node7 (last heard of after step 40)")
     reason = "lost contact with rank 3 on node7 (last heard of after step 40): it died"
-    assert outcome(tmp_path) == ({"exit_code": 1, "reason": reason, "step": 41} if written else None)
+    found = outcome(tmp_path)
+    assert written == (found is not None)
+    if found:
+        assert found.pop("time")[-1] == "Z"
+        assert found == {"attempt": 2, "job_id": "4711", "exit_code": 1, "reason": reason, "step": 41}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from horovod_owt.data.batch import Batch
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import explain_lost_ranks, sum_over_ranks
 from horovod_owt.parallel.device import claim_device
+from horovod_owt.runs.records import Start
 from horovod_owt.topology import rank_topology
 from horovod_owt.train.replica import MOMENTUM, Replica
 from horovod_owt.train.watch import watched
@@ -26,7 +27,7 @@ steps = int(sys.argv[3]) if sys.argv[3:] else 3
 cfg = TrainConfig(classes=10, image_size=96, stall_limit_s=20, **settings)
 world = runtime.init(claim_device(rank_topology()), fc_group_size=cfg.fc_group_size, stall_limit_s=20)
 images = cfg.global_batch(world.size)
-with watched(world, out, stall_limit_s=20, record=lambda *_, **__: None) as heartbeat:
+with watched(world, out, start=Start(), stall_limit_s=20, record=lambda *_, **__: None) as heartbeat:
     with explain_lost_ranks(heartbeat.lost):
         replica = Replica(cfg, world)
         rows = slice(world.rank * cfg.batch, (world.rank + 1) * cfg.batch)
