@@ -31,8 +31,11 @@ MAY_IMPORT = {
     "slurm": {"runs", "parallel", "launch"},
     "preflight": {"perf", "data", "parallel"},
     "train": {"perf", "data", "runs", "model", "parallel"},
+    "inference": {"perf", "data", "runs", "model", "parallel", "train"},
     "bench": {"perf", "data", "parallel", "train"},
-    "commands": {"data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "bench"},
+    "commands": {
+        *("data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "inference", "bench")
+    },
     "recipes": set(),
 }
 ROOT = {"", "config", "errors", "files", "filesystem", "private", "schedule", "text", "topology", "versions"}
@@ -57,6 +60,7 @@ LIGHT_TOO = {
         "rendezvous",
     }.__contains__,
     "train": {"prepare"}.__contains__,
+    "inference": {"confusion", "names", "outcomes", "request"}.__contains__,
     "bench": {"request"}.__contains__,
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
