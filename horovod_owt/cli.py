@@ -14,6 +14,7 @@ from horovod_owt.commands.bench import bench
 from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
+from horovod_owt.commands.goodput import goodput_command
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
 from horovod_owt.commands.plan import plan
@@ -48,7 +49,7 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, devices, preflight, plan, bench, launch, job):
+for command in (data, train, checkpoint, goodput_command, devices, preflight, plan, bench, launch, job):
     cli.add_command(command)
 
 
