@@ -15,6 +15,7 @@ from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
 from horovod_owt.commands.evaluate import evaluate
+from horovod_owt.commands.goodput import goodput_command
 from horovod_owt.commands.info import info
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
@@ -50,7 +51,20 @@ def cli() -> None:
     """
 
 
-for command in (data, train, evaluate, checkpoint, devices, info, preflight, plan, bench, launch, job):
+for command in (
+    data,
+    train,
+    evaluate,
+    checkpoint,
+    goodput_command,
+    devices,
+    info,
+    preflight,
+    plan,
+    bench,
+    launch,
+    job,
+):
     cli.add_command(command)
 
 
