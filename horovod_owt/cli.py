@@ -16,6 +16,7 @@ from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
+from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.streams import survive_lost_readers
@@ -48,7 +49,7 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, devices, preflight, plan, bench, launch, job):
+for command in (data, train, checkpoint, devices, preflight, plan, bench, launch, job, metrics):
     cli.add_command(command)
 
 

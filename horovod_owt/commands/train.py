@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -45,8 +46,8 @@ from horovod_owt.commands.options import (
     "--horovod-timeline",
     "timeline",
     is_flag=True,
-    help="Write Horovod's timeline of all collectives to RUN/timeline, for Perfetto. Under horovodrun without "
-    "`owt launch` only the long name works.",
+    help="Write Horovod's timeline of all collectives to RUN/timeline, for Perfetto. Under "
+    "horovodrun without `owt launch` only the long name works.",
 )
 @SET_OPTION
 def train(
@@ -80,6 +81,8 @@ def train(
     settings = with_profile(profile, timeline, with_parallel(parallel, settings))
     request = prepare_alone(data, recipe, settings)
 
+    if request.cfg.profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports a missing GPU as an error
     with loading():
         from horovod_owt.parallel.elastic import is_elastic
         from horovod_owt.runs.opening import Resume

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 from prometheus_client.core import Metric
@@ -23,7 +23,7 @@ MOST_NAMED = 32  # ranks with a series of their own
 SPREAD = {"min": min, "median": statistics.median, "max": max}
 
 
-class Named(NamedTuple):
+class Rank(Protocol):
     """A rank that a metric names."""
 
     rank: int
@@ -47,7 +47,7 @@ class RunMetrics(Collector):
         job_id: str | None,
         total_steps: int = 0,
         checkpoint_steps: int = 0,
-        silent_ranks: Callable[[], Sequence[Named]] = lambda: (),
+        silent_ranks: Callable[[], Sequence[Rank]] = lambda: (),
     ) -> None:
         """`checkpoint_steps` are the steps between two checkpoints, 0 if there is no rule.
 
@@ -62,14 +62,18 @@ class RunMetrics(Collector):
         self._newest: dict[str, Mapping[str, Any]] = {}  # record by kind
         self._recent_step_s: deque[float] = deque(maxlen=RECENT)
         self._counted: Counter[str] = Counter()
+        self._slow: dict[tuple[int, str], Mapping[str, Any]] = {}  # by rank and what takes long
         self._loss_finite = True
         self._checkpoint = checkpoint_on_disk(run_dir)
         self._measured_interval_s = 0.0
+        self._grad_norm: float | None = None  # of the last step in which it was measured
         self._process = psutil.Process()
 
     def record(self, kind: str, values: Mapping[str, Any]) -> None:
         """Note what is written to the run's records."""
         self._newest[kind] = values
+        if "grad_norm" in values:
+            self._grad_norm = values["grad_norm"]
         if kind == "step":
             self._step_ended = time.time()
             self._recent_step_s.append(values["step_ms"] / 1e3)
@@ -78,6 +82,9 @@ class RunMetrics(Collector):
             before, self._checkpoint = self._checkpoint, checkpoint_on_disk(self._run_dir)
             if before and self._checkpoint and before.written >= self._started:
                 self._measured_interval_s = self._checkpoint.written - before.written
+        elif kind == "straggler":
+            slow = {**self._slow, (values["rank"], values["what"]): values}
+            self._slow = {key: each for key, each in slow.items() if not each["recovered"]}
         elif kind == "fault":
             self._counted["faults"] += 1
             self._counted["failed checkpoints"] += "failures" in values
@@ -121,6 +128,8 @@ class RunMetrics(Collector):
             return
         yield self._gauge("owt_epoch", "Passes over the training set.", step["epoch"])
         yield self._gauge("owt_loss", "Training loss of the last step.", step["loss"])
+        if self._grad_norm is not None:
+            yield self._gauge("owt_gradient_norm", "When it was measured last.", self._grad_norm)
         yield self._gauge("owt_learning_rate", "Of the last step.", step["lr"])
         yield self._gauge("owt_images_per_second", "Of all ranks, in the last step.", step["images_per_s"])
         yield self._gauge("owt_step_seconds", "Duration of the last step.", step["step_ms"] / 1e3)
@@ -136,9 +145,10 @@ class RunMetrics(Collector):
             if values := ranks.get(key):
                 spread = [({"stat": stat}, of(values) * unit) for stat, of in SPREAD.items()]
                 yield self._metric("gauge", name, f"{text}: the spread over the ranks.", spread)
-        yield self._named("owt_silent_rank", "1 for a rank without a heartbeat.", self._silent_ranks())
-        slow = [Named(each["rank"], each["host"]) for each in ranks.get("slow", ())]
-        yield self._named("owt_slow_rank", "1 for a rank that holds up the others.", slow)
+        silent = [{"rank": str(peer.rank), "host": peer.host} for peer in self._silent_ranks()]
+        yield self._named("owt_silent_rank", "1 for a rank without a heartbeat.", silent)
+        slow = [{key: str(one[key]) for key in ("rank", "host", "what")} for one in self._slow.values()]
+        yield self._named("owt_slow_rank", "1 for a rank whose own work holds up the others.", slow)
 
     def _about_checkpoints(self) -> Iterator[Metric]:
         newest = self._checkpoint
@@ -184,9 +194,8 @@ class RunMetrics(Collector):
         """Prometheus gets the name with `_total`."""
         return self._metric("counter", name, text, [({}, value)])
 
-    def _named(self, name: str, text: str, ranks: Sequence[Named]) -> Metric:
-        labels = ({"rank": str(each.rank), "host": each.host} for each in ranks[:MOST_NAMED])
-        return self._metric("gauge", name, text, [(each, 1) for each in labels])
+    def _named(self, name: str, text: str, ranks: Sequence[Mapping[str, str]]) -> Metric:
+        return self._metric("gauge", name, text, [(labels, 1) for labels in ranks[:MOST_NAMED]])
 
     def _metric(
         self, kind: str, name: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]]

@@ -33,6 +33,7 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # connections that the kernel keeps for us; the default is 5
 
     def __init__(self, address: tuple[str, int]) -> None:
         self.address_family = family_of(address[0])
