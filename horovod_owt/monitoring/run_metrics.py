@@ -20,7 +20,12 @@ from horovod_owt.runs.checkpoints import list_checkpoints, step_of
 
 RECENT = 20  # steps whose median predicts the time between checkpoints
 MOST_NAMED = 32  # ranks with a series of their own
-SPREAD = {"min": min, "median": statistics.median, "max": max}
+SPREAD = ("min", "median", "max")
+PARTS = (
+    ("owt_rank_compute_seconds", "compute", "Own work of a rank"),
+    ("owt_rank_data_wait_seconds", "data", "Wait of a rank for images"),
+    ("owt_rank_communication_seconds", "communication", "Wait of a rank for other ranks"),
+)
 
 
 class Rank(Protocol):
@@ -28,6 +33,13 @@ class Rank(Protocol):
 
     rank: int
     host: str
+
+
+class Times(Protocol):
+    """Where the time of a step went, on all ranks."""
+
+    def spread(self, part: str) -> tuple[float, float, float]:
+        """Minimum, median and maximum over the ranks, in seconds."""
 
 
 class CheckpointOnDisk(NamedTuple):
@@ -63,6 +75,7 @@ class RunMetrics(Collector):
         self._recent_step_s: deque[float] = deque(maxlen=RECENT)
         self._counted: Counter[str] = Counter()
         self._slow: dict[tuple[int, str], Mapping[str, Any]] = {}  # by rank and what takes long
+        self._times: Times | None = None
         self._loss_finite = True
         self._checkpoint = checkpoint_on_disk(run_dir)
         self._measured_interval_s = 0.0
@@ -89,6 +102,10 @@ class RunMetrics(Collector):
             self._counted["faults"] += 1
             self._counted["failed checkpoints"] += "failures" in values
             self._loss_finite = self._loss_finite and not values.get("loss_not_finite", False)
+
+    def ranks(self, times: Times) -> None:
+        """Note where the time of a step went."""
+        self._times = times
 
     def collect(self) -> Iterator[Metric]:
         yield from self._about_the_run()
@@ -135,16 +152,9 @@ class RunMetrics(Collector):
         yield self._gauge("owt_step_seconds", "Duration of the last step.", step["step_ms"] / 1e3)
 
     def _about_ranks(self) -> Iterator[Metric]:
-        ranks = self._newest.get("ranks", {})
-        for name, key, text, unit in (
-            ("owt_rank_compute_seconds", "compute_ms", "Own work of a rank in a step", 1e-3),
-            ("owt_rank_data_wait_seconds", "data_ms", "Wait of a rank for images in a step", 1e-3),
-            ("owt_rank_communication_seconds", "comm_ms", "Wait of a rank for other ranks in a step", 1e-3),
-            ("owt_rank_resident_memory_bytes", "resident_bytes", "Resident memory of a rank", 1),
-        ):
-            if values := ranks.get(key):
-                spread = [({"stat": stat}, of(values) * unit) for stat, of in SPREAD.items()]
-                yield self._metric("gauge", name, f"{text}: the spread over the ranks.", spread)
+        for name, part, text in PARTS if self._times else ():
+            spread = zip(({"stat": stat} for stat in SPREAD), self._times.spread(part), strict=True)
+            yield self._metric("gauge", name, f"{text} in a step: the spread over the ranks.", spread)
         silent = [{"rank": str(peer.rank), "host": peer.host} for peer in self._silent_ranks()]
         yield self._named("owt_silent_rank", "1 for a rank without a heartbeat.", silent)
         slow = [{key: str(one[key]) for key in ("rank", "host", "what")} for one in self._slow.values()]

@@ -6,16 +6,14 @@ import errno
 import socket
 import sys
 import threading
-from collections.abc import Mapping
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import psutil
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.registry import Collector
 
 from horovod_owt.errors import ConfigError, fix_of
-from horovod_owt.monitoring.run_metrics import RunMetrics
 from horovod_owt.parallel.admission import family_of
 from horovod_owt.parallel.interfaces import address_of
 
@@ -77,11 +75,10 @@ def _hang_up(connection: socket.socket) -> None:
 class MetricsServer:
     """Serves metrics to whoever asks at this address, until `close`."""
 
-    def __init__(self, metrics: RunMetrics, *, address: str, port: int) -> None:
+    def __init__(self, metrics: Collector, *, address: str, port: int) -> None:
         """`address` is one of this host, or an interface's name. Raises ConfigError if it can't listen."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(metrics)
-        self._metrics = metrics
         ip = address_of(address) if address in psutil.net_if_addrs() else address
         try:
             self._server = _Server((ip, port))
@@ -91,9 +88,6 @@ class MetricsServer:
         self.place = f"{f'[{ip}]' if ':' in ip else ip}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
-
-    def record(self, kind: str, values: Mapping[str, Any]) -> None:
-        self._metrics.record(kind, values)
 
     def close(self) -> None:
         self._server.shutdown()

@@ -220,6 +220,7 @@ class Run:
                 if slow_steps is not None:
                     slow_steps.step(report)
                 self._record_step(lr, report)
+                self.observers.ranks(report.ranks)
                 if report.any_unnamed:
                     bad_images.announce(position.step)
                 profile.step()

@@ -14,8 +14,11 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.runs.folder import tensorboard_folder
 from horovod_owt.runs.records import Start
+from horovod_owt.train.rank_times import RankTimes
 
 if TYPE_CHECKING:
+    from horovod_owt.monitoring.run_metrics import RunMetrics
+    from horovod_owt.monitoring.server import MetricsServer
     from horovod_owt.monitoring.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,9 @@ class Observers:
     """They get what is written to the run's records. Empty on ranks other than 0, and until `open`."""
 
     def __init__(self) -> None:
-        self._all: list[Any] = []  # with `record` and `close`
+        self._all: list[Any] = []  # with `record`
+        self._server: MetricsServer | None = None
+        self._metrics: RunMetrics | None = None
         self._tensorboard: TensorBoard | None = None
 
     def open(
@@ -52,7 +57,7 @@ class Observers:
         if cfg.metrics_port:
             from horovod_owt.monitoring.run_metrics import RunMetrics
 
-            metrics = RunMetrics(
+            self._metrics = RunMetrics(
                 run_dir,
                 attempt=start.attempt,
                 job_id=start.job_id,
@@ -60,7 +65,8 @@ class Observers:
                 checkpoint_steps=checkpoint_steps,
                 silent_ranks=heartbeat.silent,
             )
-            self._serve(metrics, cfg, resumes)
+            self._all.append(self._metrics)
+            self._serve(cfg, resumes)
         if cfg.tensorboard != "never" and find_spec("tensorboard"):
             from horovod_owt.monitoring.tensorboard import TensorBoard
 
@@ -72,6 +78,11 @@ class Observers:
     def record(self, kind: str, values: dict[str, Any]) -> None:
         for observer in self._all:
             observer.record(kind, values)
+
+    def ranks(self, times: RankTimes | None) -> None:
+        """Show where the time of a step went on all ranks."""
+        if self._metrics is not None and times is not None:
+            self._metrics.ranks(times)
 
     def looking_at(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
         """Pass batches through; the first one, of `step`, is shown."""
@@ -87,22 +98,22 @@ class Observers:
             self._tensorboard.per_class(step, accuracy, names)
 
     def close(self) -> None:
-        for observer in self._all:
-            observer.close()
-        self._all.clear()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._server is not None:
+            self._server.close()
 
-    def _serve(self, metrics: Any, cfg: TrainConfig, resumes: bool) -> None:
+    def _serve(self, cfg: TrainConfig, resumes: bool) -> None:
         from horovod_owt.monitoring.server import MetricsServer
 
         try:
-            server = MetricsServer(metrics, address=cfg.metrics_address, port=cfg.metrics_port)
+            self._server = MetricsServer(self._metrics, address=cfg.metrics_address, port=cfg.metrics_port)
         except ConfigError as error:
             if not resumes:
                 raise
             log.warning("no metrics: %s", error)
             return
-        self._all.append(server)
-        log.info("metrics on http://%s/metrics", server.place)
+        log.info("metrics on http://%s/metrics", self._server.place)
 
 
 def missing(package: str, setting: str, *, instead: str) -> ConfigError:

@@ -1,6 +1,7 @@
 """The metrics of a run, from its records and its folder."""
 
 import math
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from horovod_owt.monitoring import run_metrics
 from horovod_owt.monitoring.run_metrics import RunMetrics
 from horovod_owt.parallel.heartbeat import Peer
+from horovod_owt.train.rank_times import RankTimes
 
 STEP = {"step": 7, "epoch": 0.5, "loss": 2.5, "lr": 0.1, "images_per_s": 80.0, "step_ms": 100.0}
 LABELS = {"run": "first", "job_id": "4711", "attempt": "3"}
@@ -95,8 +97,6 @@ def test_a_long_validation_between_checkpoints_counts_for_the_interval(run_dir, 
 def test_the_age_of_an_earlier_attempts_checkpoint_is_counted_from_the_start(run_dir):
     write_checkpoint(run_dir, 40, 500)
     old = time.time() - 3600
-    import os
-
     os.utime(run_dir / "checkpoints" / "step-00000040", (old, old))
     metrics = RunMetrics(run_dir, attempt=3, job_id="4711")
     assert value(metrics, "owt_checkpoint_age_seconds") < 60 and value(metrics, "owt_checkpoint_step") == 40
@@ -124,7 +124,8 @@ def test_a_loss_that_is_not_finite_is_seen(metrics):
 
 
 def test_spread_of_the_ranks(metrics):
-    metrics.record("ranks", {"compute_ms": [10, 40, 20], "data_ms": [1, 1, 1], "comm_ms": [30, 0, 20]})
+    assert value(metrics, "owt_rank_compute_seconds", stat="min") is None
+    metrics.ranks(RankTimes.from_flat([0.01, 0.001, 0.03, 0.04, 0.001, 0, 0.02, 0.001, 0.02]))
     spread = {s: value(metrics, "owt_rank_compute_seconds", stat=s) for s in ("min", "median", "max")}
     assert spread == pytest.approx({"min": 0.01, "median": 0.02, "max": 0.04})
     assert value(metrics, "owt_rank_communication_seconds", stat="max") == pytest.approx(0.03)
