@@ -19,6 +19,7 @@ from horovod_owt.commands.goodput import goodput_command
 from horovod_owt.commands.info import info
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
+from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.streams import survive_lost_readers
@@ -57,6 +58,7 @@ for command in (
     evaluate,
     checkpoint,
     goodput_command,
+    metrics,
     devices,
     info,
     preflight,
