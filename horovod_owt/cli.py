@@ -19,6 +19,7 @@ from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.preflight import preflight
+from horovod_owt.commands.report import report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
@@ -49,7 +50,7 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, devices, info, preflight, plan, bench, launch, job):
+for command in (data, train, checkpoint, devices, info, preflight, plan, bench, launch, job, report):
     cli.add_command(command)
 
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SYSTEM_PATH, Unfit, cluster, install
+from debian_packages import SYSTEM_PATH, Unfit
+from slurm_cluster import cluster, install_slurm
 
 PARALLEL = Path(__file__).parents[1] / "parallel"
 VENV_BIN = Path(sys.executable).parent
@@ -27,7 +28,7 @@ def slurm(tmp_path_factory):
     )
     (tools / "owt").chmod(0o755)
     try:
-        install()
+        install_slurm()
         running = cluster(f"{tools}:{VENV_BIN}:{SYSTEM_PATH}")
         slurm = running.__enter__()
     except Unfit as unfit:

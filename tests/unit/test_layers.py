@@ -32,14 +32,17 @@ MAY_IMPORT = {
     "preflight": {"perf", "data", "parallel"},
     "train": {"perf", "data", "runs", "model", "parallel"},
     "bench": {"perf", "data", "parallel", "train"},
-    "commands": {"data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "bench"},
+    "report": {"perf", "data", "runs"},
+    "commands": {
+        *("data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "bench", "report"),
+    },
     "recipes": set(),
 }
 ROOT = {"", "config", "errors", "files", "filesystem", "private", "schedule", "text", "topology", "versions"}
 ABOVE = {"cli": {"commands"}, "__main__": {"cli"}}
 
 # What loads on a login node, or in a moment: nothing heavy at the top of these, or of what they import there.
-LIGHT = {"", "commands", "perf", "runs", "launch", "slurm", "preflight"}
+LIGHT = {"", "commands", "perf", "report", "runs", "launch", "slurm", "preflight"}
 LIGHT_TOO = {
     "data": lambda name: not name.startswith(("batch", "copies", "dali_", "nvjpeg", "pipeline_")),
     "parallel": {
@@ -60,7 +63,7 @@ LIGHT_TOO = {
     "bench": {"request"}.__contains__,
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
-TORCHLESS = {"perf", "runs", "launch", "slurm"}
+TORCHLESS = {"perf", "report", "runs", "launch", "slurm"}
 STARTERS = {"launch.horovodrun", "parallel.store"}
 
 
