@@ -41,7 +41,7 @@ def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) ->
         **{what: cfg.accum_steps * number for what, number in micro_step.items()},
         "conv gradients": ring(conv_parameters(batch_norm=batch_norm) * gradient, world_size),
         "fc gradients": fc_updates * ring(shard * gradient, groups),
-        "step facts": ring(4 * 4, world_size),
+        "step facts": ring(4 * (5 + 3 * world_size), world_size),  # five sums, three times of each rank
         "gradient norm": ring(8, group_size) if cfg.clip_norm else 0,
         "loss": fc_updates * ring(2 * kept, world_size) if cfg.fc_batch == "local" else 0,
     }

@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.errors import ConfigError
+from horovod_owt.errors import ConfigError, explained
 from horovod_owt.files import write_text
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
+        if machine := explained(error):  # the file may be all right
+            raise machine from error
         fault = f"is unreadable: {error}"
     raise ConfigError(f"{file} {fault}", wanted=what, fix=fix)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.optimizer import build_optimizer, is_fused
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import OneWeirdTrick
+from horovod_owt.train.rank_times import PARTS, RankTimes, spent
 from horovod_owt.train.update import divisor, skip_flag, step_unless
 
 MOMENTUM = "momentum."  # prefix of a parameter's momentum
@@ -32,6 +34,7 @@ class StepReport:
 
     loss: float  # mean over the good images of the global batch
     stop_asked: bool  # by any rank
+    save_asked: bool = False  # by any rank: a checkpoint after this step
     step_s: float
     data_wait_s: float
     exposed_comm_s: float
@@ -40,6 +43,22 @@ class StepReport:
     bad_images: int = 0  # in the global batch, not counted
     any_unnamed: bool = False  # whether a rank read a bad image that is not announced yet
     grad_norm: float | None = None  # of the whole net, before clipping; None without clip_norm
+    ranks: RankTimes | None = None  # of the step before, on rank 0; None in the first
+
+
+class _Facts(NamedTuple):
+    """What all ranks know of a step: the first five are sums over them."""
+
+    loss: float
+    stops: float
+    bad: float
+    unnamed: float
+    saves: float
+    grad_norm: float | None
+    spent: list[float]  # by each rank in the step before
+
+
+NUM_SUMS = 5
 
 
 class BadBatch(Exception):
@@ -66,6 +85,7 @@ class Replica:
         # Its factors are fp32; the scaler of fp16 decides for itself.
         on_gpu = world.device.type == "cuda" and cfg.precision in ("fp32", "bf16")
         self._update_decides = on_gpu and is_fused(self._optimizers[-1])
+        self._spent = np.zeros(len(PARTS), np.float32)  # by this rank in the step before
         self._skip: Tensor | None = None  # 1 after a turn of this step whose loss is not finite
 
     def train_step(
@@ -75,10 +95,13 @@ class Replica:
         consumed: int,
         lr: float,
         stop: bool = False,
+        save: bool = False,
         named: Container[int] = (),
         fetch_next: Callable[[], None] = lambda: None,
     ) -> StepReport:
-        """One optimizer update over `accum_steps` micro-batches; `stop` asks all ranks to stop after it.
+        """One optimizer update over `accum_steps` micro-batches.
+
+        `stop` asks all ranks to stop after it, `save` to write a checkpoint.
 
         `fetch_next` is called while the device is at work on a micro-batch, to fetch the next one meanwhile.
 
@@ -106,8 +129,7 @@ class Replica:
             passing = strategy.convolve(batch.images, batch.labels, consumed=consumed, micro_step=micro_step)
             losses.append(strategy.classify(passing, last=last, gradient_scale=scale))
             if last:
-                counts = np.array([0, stop, own_bad, own_unnamed], np.float32)
-                facts = upload(counts, self.world.device)
+                facts = upload(self._own_facts(stop, own_bad, own_unnamed, save), self.world.device)
                 facts[0].add_(sum(losses[1:], losses[0]))
                 facts = strategy.start_sum(facts, "step facts")
             strategy.backward(passing, last=last)
@@ -116,18 +138,24 @@ class Replica:
                 fetch_next()
             data_wait_s += perf_counter() - asked
         strategy.finish()
-        loss, stops, bad, unnamed, grad_norm = self._update(facts.wait())
-        return StepReport(
-            loss=loss,
-            stop_asked=stops > 0,
+        facts = self._update(facts.wait())
+        times = dict(
             step_s=perf_counter() - start,
             data_wait_s=data_wait_s,
             exposed_comm_s=strategy.traffic.waited_s(),
+        )
+        self._spent[:] = spent(**times)
+        return StepReport(
+            loss=facts.loss,
+            stop_asked=facts.stops > 0,
+            save_asked=facts.saves > 0,
+            **times,
             bytes_sent=dict(strategy.traffic.sent),
             bytes_received=dict(strategy.traffic.received),
-            bad_images=round(bad),
-            any_unnamed=unnamed > 0,
-            grad_norm=grad_norm,
+            bad_images=round(facts.bad),
+            any_unnamed=facts.unnamed > 0,
+            grad_norm=facts.grad_norm,
+            ranks=RankTimes.from_flat(facts.spent) if self.world.is_root else None,
         )
 
     @contextmanager
@@ -185,10 +213,17 @@ class Replica:
         if len(self._optimizers) > 1:
             self._optimizers[0].param_groups[0]["lr"] = lr * self.strategy.fc_update_share
 
-    def _update(self, facts: Tensor) -> tuple[float, float, float, float, float | None]:
-        """Update the weights, or raise: loss, ranks that ask to stop, bad images, unnamed ones, norm.
+    def _own_facts(self, stop: bool, bad: int, unnamed: int, save: bool) -> np.ndarray:
+        """This rank's share of a step's sums, without the loss, and its times at its place in the ranks'."""
+        facts = np.zeros(NUM_SUMS + len(PARTS) * self.world.size, np.float32)
+        facts[:NUM_SUMS] = 0, stop, bad, unnamed, save
+        facts[NUM_SUMS:].reshape(-1, len(PARTS))[self.world.rank] = self._spent
+        return facts
 
-        `facts` are the first four, summed over the ranks, on the device. The host waits for the device once.
+    def _update(self, facts: Tensor) -> _Facts:
+        """Update the weights, or raise.
+
+        `facts` are summed over the ranks, on the device. The host waits for the device once.
         """
         if self._scaler and self.cfg.clip_norm:
             self._scaler.unscale_(self._optimizers[-1])
@@ -196,8 +231,10 @@ class Replica:
         arriving = Download(facts if norm is None else torch.cat([facts.double(), norm]))
         if self._update_decides:
             self._update_unless_forbidden(facts, norm)
-        loss, stops, bad, unnamed, *norms = arriving.tolist()
-        factor, grad_norm = self._mean_factor(round(bad)), norms[0] if norms else None
+        values = arriving.tolist()
+        grad_norm = None if norm is None else values.pop()
+        loss, stops, bad, unnamed, saves = values[:NUM_SUMS]
+        factor = self._mean_factor(round(bad))
         loss *= factor
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss}")
@@ -212,7 +249,7 @@ class Replica:
                 self.strategy.scale_gradients(self.cfg.clip_norm / grad_norm)
             self._step_optimizer()
         self.weights_changed()
-        return loss, stops, bad, unnamed, grad_norm
+        return _Facts(loss, stops, bad, unnamed, saves, grad_norm, values[NUM_SUMS:])
 
     def _mean_factor(self, bad: int) -> float:
         """From the mean over the global batch to that over its good images; BadBatch if there is none."""

@@ -109,18 +109,11 @@ class Host:
         """Its first process ends when the kernel has ended all others; a zombie has, whoever reaps it."""
         self._unshare.wait()
         try:
-            wait_for(lambda: not alive(self._first), 60)
-        except TimeoutError:
+            self._first.wait(60)
+        except psutil.TimeoutExpired:
             family = [self._first, *self._first.children(recursive=True)]
             left = [(process.pid, process.status(), process.cmdline()) for process in family]
             raise TimeoutError(f"host {self.name} was killed 60 s ago and is still there: {left}") from None
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # the same, not its number
-    except psutil.NoSuchProcess:
-        return False
 
 
 def be_host_on(cores: set[int]) -> None:

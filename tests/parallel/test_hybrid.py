@@ -403,7 +403,11 @@ def closed_form(ranks: int, size: int, batch: int, *, word: int = 4, gradient: i
         "logits": 2 * peers / size * size * batch * CLASSES * 4,
         "conv gradients": 2 * (ranks - 1) / ranks * conv * gradient,
         "fc gradients": 2 * (groups - 1) / groups * fc / size * gradient,
-        "step facts": 2 * (ranks - 1) / ranks * 4 * 4,  # the loss, whether to stop, counts of bad images
+        "step facts": 2
+        * (ranks - 1)
+        / ranks
+        * 4
+        * (5 + 3 * ranks),  # loss, counts, whether to stop or save; times
     }
     return {what: number for what, number in expected.items() if number}
 
