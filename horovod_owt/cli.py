@@ -14,6 +14,7 @@ from horovod_owt.commands.bench import bench
 from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
+from horovod_owt.commands.goodput import goodput_command
 from horovod_owt.commands.info import info
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
@@ -50,7 +51,20 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, devices, info, preflight, plan, bench, launch, job, report):
+for command in (
+    data,
+    train,
+    checkpoint,
+    devices,
+    info,
+    preflight,
+    plan,
+    bench,
+    launch,
+    job,
+    report,
+    goodput_command,
+):
     cli.add_command(command)
 
 
