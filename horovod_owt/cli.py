@@ -14,6 +14,7 @@ from horovod_owt.commands.bench import bench
 from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
+from horovod_owt.commands.evaluate import evaluate
 from horovod_owt.commands.goodput import goodput_command
 from horovod_owt.commands.info import info
 from horovod_owt.commands.job import job
@@ -64,6 +65,7 @@ for command in (
     job,
     report,
     goodput_command,
+    evaluate,
 ):
     cli.add_command(command)
 

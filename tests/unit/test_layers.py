@@ -31,10 +31,12 @@ MAY_IMPORT = {
     "slurm": {"runs", "parallel", "launch"},
     "preflight": {"perf", "data", "parallel"},
     "train": {"perf", "data", "runs", "model", "parallel"},
+    "inference": {"perf", "data", "runs", "model", "parallel", "train"},
     "bench": {"perf", "data", "parallel", "train"},
     "report": {"perf", "data", "runs"},
     "commands": {
-        *("data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "bench", "report"),
+        *("data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "inference", "bench"),
+        "report",
     },
     "recipes": set(),
 }
@@ -60,6 +62,7 @@ LIGHT_TOO = {
         "rendezvous",
     }.__contains__,
     "train": {"prepare"}.__contains__,
+    "inference": {"confusion", "names", "outcomes", "request"}.__contains__,
     "bench": {"request"}.__contains__,
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
