@@ -22,6 +22,7 @@ from horovod_owt.commands.launch import launch
 from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.preflight import preflight
+from horovod_owt.commands.report import report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
@@ -57,6 +58,7 @@ for command in (
     train,
     evaluate,
     checkpoint,
+    report,
     goodput_command,
     metrics,
     devices,
