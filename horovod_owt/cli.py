@@ -26,7 +26,7 @@ from horovod_owt.commands.report import report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
-from horovod_owt.text import tolerant_streams
+from horovod_owt.text import tolerant_streams, without_terminal_codes
 from horovod_owt.topology import read_topology
 
 # How long the other ranks of a host wait before they print an error that all ranks raised: by then the
@@ -95,7 +95,7 @@ def main() -> None:
             if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
                 time.sleep(SPEAKER_GRACE_S)
             if error.speaker is not Speaker.RANK_0 or error.rank == 0:
-                _print_error(f"{who}{error}")
+                _print_error(f"{who}{without_terminal_codes(str(error))}")
         exit_code = error.exit_code if error else 1
     if alone:
         sys.exit(exit_code)
