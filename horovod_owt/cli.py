@@ -15,10 +15,12 @@ from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
 from horovod_owt.commands.evaluate import evaluate
+from horovod_owt.commands.export import export
 from horovod_owt.commands.info import info
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
 from horovod_owt.commands.plan import plan
+from horovod_owt.commands.predict import predict
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
@@ -50,7 +52,10 @@ def cli() -> None:
     """
 
 
-for command in (data, train, evaluate, checkpoint, devices, info, preflight, plan, bench, launch, job):
+for command in (
+    *(data, train, evaluate, predict, export, checkpoint, devices, info),
+    *(preflight, plan, bench, launch, job),
+):
     cli.add_command(command)
 
 
