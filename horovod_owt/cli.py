@@ -56,22 +56,22 @@ def cli() -> None:
 
 
 for command in (
-    *(data, train, evaluate, predict, export, checkpoint, devices, info),
-    *(preflight, plan, bench, launch, job),
-    bench,
-    checkpoint,
     data,
-    devices,
-    evaluate,
-    goodput_command,
-    info,
-    job,
-    launch,
-    metrics,
-    plan,
-    preflight,
-    report,
     train,
+    evaluate,
+    predict,
+    export,
+    checkpoint,
+    report,
+    goodput_command,
+    metrics,
+    devices,
+    info,
+    preflight,
+    plan,
+    bench,
+    launch,
+    job,
 ):
     cli.add_command(command)
 
