@@ -16,14 +16,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.errors import RunError, explained
+from horovod_owt.errors import ConfigError, RunError, explained
 from horovod_owt.files import atomic_folder, remove_folder, write_text
 from horovod_owt.filesystem import PARTIAL, rename_folder
+from horovod_owt.runs.folder import CONFIG
 from horovod_owt.runs.records import validations
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def find_fault(folder: Path) -> str:
-    """The fault of a checkpoint in a few words; empty if every file matches the manifest.
+def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
+    """The fault of a checkpoint in a few words; empty if every one of its `files` matches the manifest.
 
     Raises RunError for errors of the machine: a file that a disk or a file server does not give now is
     not damaged, and a run that took it for that would lose the steps since an older one.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())["sha256"]
-        for name in FILES:
+        for name in files:
             if _sha256(folder / name) != manifest[name]:
                 return f"{name} does not match {MANIFEST}"
     except FileNotFoundError as error:
@@ -105,6 +106,36 @@ def newest_sound(run_dir: Path) -> Path | None:
             fix="restore one, or start with another --run-dir; `owt checkpoint verify` lists the faults",
         )
     return None
+
+
+def checkpoint_to_use(path: Path, *, newest: bool = False) -> Path:
+    """A checkpoint folder, or a run's best checkpoint by validation, else its newest, with intact weights.
+
+    A run may write at the same time: a checkpoint that it deletes meanwhile is passed over. Its files may
+    be gone when they are read, too. Raises ConfigError if there is none, RunError if all are damaged.
+    """
+    if (path / MANIFEST).exists() or path.name.startswith("step-"):
+        if fault := find_fault(path, (MODEL, STATE)):
+            raise RunError(f"checkpoint {path}: {fault}", wanted="an intact checkpoint")
+        return path
+    while folders := list_checkpoints(path):
+        best = None if newest else read_best(path).get("step")
+        for folder in sorted(folders, key=lambda folder: step_of(folder) != best):
+            if not (fault := find_fault(folder, (MODEL, STATE))):
+                return folder
+            if not folder.exists():
+                break
+            log.warning("checkpoint %s skipped: %s", folder, fault)
+        else:
+            raise RunError(
+                f"{path}: none of {len(folders)} checkpoints is intact, the last: {fault}",
+                fix="restore one; `owt checkpoint verify` lists the faults",
+            )
+    is_run = (path / CHECKPOINTS).is_dir() or (path / CONFIG).exists()
+    raise ConfigError(
+        f"{path} {'has no checkpoints yet' if is_run else 'is no run folder'}",
+        wanted="a run folder with checkpoints, a checkpoint, or a .safetensors or .pth file",
+    )
 
 
 def resume_at(run_dir: Path, step: int) -> None:

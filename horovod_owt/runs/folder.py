@@ -81,6 +81,11 @@ def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:
     return stat.st_ino, stat.st_mtime_ns
 
 
+def report_file(folder: Path) -> Path:
+    """The page about a run, in its folder; about several, in a folder of the user's."""
+    return folder / "report.html"
+
+
 def stacks_folder(run_dir: Path) -> Path:
     """The folder of the stack dumps of hung ranks."""
     return run_dir / STACKS

@@ -136,15 +136,24 @@ def last_attempt(file: Path) -> int:
     return next((number for number in numbers if isinstance(number, int)), 0)
 
 
+def records(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, first one first; otherwise like `newest_records`."""
+    yield from _parsed_lines(file, _lines_forwards(file))
+
+
 def newest_records(file: Path, *, start: int = 0) -> Iterator[dict[str, Any]]:
     """The objects in a file of JSON lines, from its end back to byte `start`; none if there is no file.
 
     Damaged lines are skipped, with one warning. Zeros left by a power cut and an incomplete last line, which
     may be being written, are skipped silently. Raises ConfigError if the file cannot be read.
     """
+    yield from _parsed_lines(file, _lines_backwards(file, start))
+
+
+def _parsed_lines(file: Path, lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     damaged = 0
     try:
-        for line in _lines_backwards(file, start):
+        for line in lines:
             record = _parsed(line)
             if record is not None:
                 yield record
@@ -201,6 +210,14 @@ def _lines_backwards(path: Path, start: int) -> Iterator[bytes]:
             end = begin
         if rest.strip(b"\0"):
             yield rest
+
+
+def _lines_forwards(path: Path) -> Iterator[bytes]:
+    """The complete, non-empty lines of a file."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and line.strip(b"\0\n"):
+                yield line[:-1]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

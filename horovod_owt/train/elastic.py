@@ -46,7 +46,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             world = runtime.current_world(request.device)
             if not world.is_root:
                 ownership.hand_over()  # before the next collective, so before the new rank 0 takes it
-            check_agreement(request, world)
+            check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
             cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
             where = opened.run_dir if opened else run_dir
             opened = on_root(lambda: _open(where, cfg, state), "run_dir", kind=Opened)

@@ -72,13 +72,24 @@ def validate(
     return Score(int(images), int(top1), int(top5), loss / max(images, 1), int(bad))
 
 
+def places(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The place of each label among its row's scores (b, classes), from 0; negative labels have any place.
+
+    Of equal scores, which 16-bit numbers often are, the first one is the best, as in a stable sort. A NaN
+    score has the last place.
+    """
+    labels = labels[:, None].clamp(min=0)
+    own = scores.gather(1, labels)
+    before = torch.arange(scores.shape[1], device=scores.device) < labels
+    place = ((scores > own) | ((scores == own) & before)).sum(dim=1)
+    return place.masked_fill(own[:, 0].isnan(), scores.shape[1])
+
+
 def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Of the valid images: number, correct in top 1, correct in top 5, sum of losses."""
     valid = batch.valid.double()
     losses = F.cross_entropy(logits, batch.labels, reduction="none").double()  # 0 for a negative label
-    # A label's rank is the number of classes that score higher; a NaN score is never correct.
-    own = logits.gather(1, batch.labels[:, None].clamp(min=0))
-    place = (logits > own).sum(dim=1) + 1_000_000 * own[:, 0].isnan()
+    place = places(logits, batch.labels)
     return torch.stack(
         [
             valid.sum(),

@@ -63,7 +63,7 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume)
         timeline=request.cfg.timeline,
     )
     with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
-        check_agreement(request, world)
+        check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
         cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
         data = request.folder.identity()
         opened = on_root(
@@ -267,7 +267,8 @@ class Run:
     def _validate(self, stop: StopRequest) -> None:
         """Validate the net. After a stop signal the state is on disk, and the resumed run validates first."""
         position, bad_images, start = self.position, self.bad_validation_images, perf_counter()
-        with validation_pipeline(self.cfg, self.folder, self.world, bad_images=bad_images.known) as batches:
+        images = self.folder.val
+        with validation_pipeline(self.cfg, images, self.world, bad_images=bad_images.known) as batches:
             with now.phase("validating"):
                 score = validate(self.replica, bad_images.collect(batches), stop_asked=lambda: stop.asked)
         if score is None:

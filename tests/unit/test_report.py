@@ -1,0 +1,284 @@
+"""owt report: its figures are those of the records, whatever the run folder has been through."""
+
+import html
+import json
+import math
+import os
+import re
+from statistics import median
+
+import pytest
+from click.testing import CliRunner
+from written_runs import WrittenRun, eventful_run
+
+from horovod_owt.cli import cli
+from horovod_owt.errors import ConfigError
+from horovod_owt.report.render import page
+from horovod_owt.report.series import curves
+from horovod_owt.report.summary import summarize, summarize_all
+from horovod_owt.runs.history import read_history
+from horovod_owt.runs.owner import Ownership
+
+POINTS = 1200
+
+
+@pytest.fixture(scope="module")
+def eventful(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "eventful"
+    eventful_run(folder)
+    return folder
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(folder, points=POINTS):
+    return summarize(folder, most_points=points)
+
+
+def report(*words):
+    return CliRunner().invoke(cli, ["report", *map(str, words)])
+
+
+def test_the_figures_are_those_of_the_records(eventful):
+    found = summary(eventful)
+    last = {record["step"]: record for record in records_of(eventful) if record["kind"] == "step"}
+    kept = [last[step] for step in sorted(last)]  # the later record of a step that was done again
+    figures = found["figures"]
+    assert figures["steps"] == 300 and figures["lost_steps"] == 20
+    assert figures["loss"] == pytest.approx(kept[-1]["loss"], rel=1e-8)
+    assert figures["images_per_s"]["median"] == pytest.approx(
+        median(r["images_per_s"] for r in kept), rel=1e-8
+    )
+    waited = sum(r["data_wait_ms"] for r in kept) / sum(r["step_ms"] for r in kept)
+    assert figures["data_wait_share"] == pytest.approx(waited)
+    validations = [record for record in records_of(eventful) if record["kind"] == "validation"]
+    assert [row["correct_top1"] for row in found["validations"]] == [r["correct_top1"] for r in validations]
+    assert (figures["top1"], figures["best"]["step"]) == (validations[-1]["top1"], 300)
+    times = [record["time"] for record in records_of(eventful)]
+    assert found["ended"] == times[-1] and found["began"] == records_of(eventful)[0]["started"]
+    assert found["state"] == "done" and found["changed"] == {
+        "classes": 10,
+        "batch": 32,
+        "epochs": 6,
+        "fc_group_size": 1,
+    }
+
+
+def test_starts_and_faults_are_told_in_order(eventful):
+    found = summary(eventful)
+    starts = found["starts"]
+    assert [start["how"] for start in starts] == ["start", "resume", "regroup", "regroup"]
+    assert [start["lost_steps"] for start in starts] == [20, 0, 0, 0]
+    assert [(start["first_step"], start["last_step"]) for start in starts] == [
+        (0, 70),
+        (50, 130),
+        (130, 190),
+        (190, 300),
+    ]
+    assert starts[0]["end"].startswith("no outcome") and starts[1]["end"].startswith("ranks regroup: rank 2")
+    assert starts[2]["hosts"] == {"node1": 2} and starts[3]["end"] == "done"
+    whats = [event["what"] for event in found["events"]]
+    assert whats == ["start", "fault", "start", "regroup", "start", "regroup", "start", "done"]
+    times = [event["time"] for event in found["events"]]
+    assert times == sorted(times) and times[0] == 0
+
+
+def test_bytes_are_held_against_the_closed_form_for_each_size_of_the_job(eventful):
+    groups = summary(eventful)["bytes"]
+    assert [(group["world_size"], group["steps"]) for group in groups] == [(4, 260), (2, 60)]
+    for group in groups:
+        assert group["rows"] and all(row["sent"] == row["expected"] > 0 for row in group["rows"])
+
+
+def test_bytes_that_differ_are_seen(tmp_path):
+    run = WrittenRun(tmp_path)
+    run.start(["a", "b"])
+    run.steps(2)
+    run.write("step", step=3, bytes_sent={"fc gradients": 0, "surprise": 300})
+    rows = {row["what"]: row for row in summary(tmp_path)["bytes"][0]["rows"]}
+    assert rows["fc gradients"]["sent"] == pytest.approx(rows["fc gradients"]["expected"] * 2 / 3)
+    assert (rows["surprise"]["sent"], rows["surprise"]["expected"]) == (100, 0)
+    assert "−72," in page([summary(tmp_path)], most_points=POINTS)
+
+
+def test_bad_images_are_counted_by_file(eventful):
+    bad = summary(eventful)["bad_images"]
+    assert bad["count"] == 2 and bad["faults"] == {"truncated": 1, "empty file": 1}
+    assert bad["images"][0] == {
+        "path": "/data/imagenet/train/n01440764/broken.JPEG",
+        "fault": "truncated",
+        "rank": 1,
+        "step": 111,
+    }
+
+
+def test_with_few_steps_each_point_is_a_record(eventful):
+    found = summary(eventful)["curves"]
+    assert found["steps_per_point"] == 1
+    drawn = [value for segment in found["segments"] for value in segment["loss"]]
+    steps = [record for record in records_of(eventful) if record["kind"] == "step"]
+    assert drawn == pytest.approx([record["loss"] for record in steps], rel=1e-8)
+    assert [segment["kept"] for segment in found["segments"]] == [True, False, True, True, True]
+    assert not any("loss_low" in segment for segment in found["segments"])
+
+
+def test_many_steps_become_few_points_that_keep_the_extremes(eventful):
+    history = read_history(eventful)
+    history.steps["loss"][123] = 99.0
+    found = curves(history, most_points=20)
+    assert found["steps_per_point"] == 16
+    points = [len(segment["step"]) for segment in found["segments"]]
+    assert sum(points) <= 20 + len(points)
+    assert max(value for segment in found["segments"] for value in segment["loss_high"]) == 99.0
+    values = history.steps["loss"]
+    first = found["segments"][0]
+    assert first["loss"][0] == pytest.approx(sum(values[:16]) / 16)
+    assert first["loss_low"][0] == pytest.approx(min(values[:16]))
+    assert sum(len(segment["step"]) == 1 for segment in found["segments"]) == 0
+    text = page([{**summary(eventful), "curves": found}], most_points=20)
+    assert "Each point is the mean of 16 steps" in text and "20 points or fewer" in text
+
+
+def test_a_nan_loss_leaves_a_gap_and_valid_json(tmp_path):
+    run = WrittenRun(tmp_path)
+    run.start(["a"])
+    run.steps(2)
+    run.write("step", step=3, loss=math.nan, lr=math.inf)
+    run.write("validation", step=3, epoch=0.1, loss=math.nan, top1=10.0)
+    done = report(tmp_path, "--json")
+    assert json.loads(done.stdout, parse_constant=pytest.fail)["runs"][0]["figures"]["loss"] is None
+    assert summary(tmp_path)["curves"]["segments"][0]["loss"][2] is None
+    assert page([summary(tmp_path)], most_points=POINTS)
+
+
+STATES = {
+    "done": {"exit_code": 0, "reason": "done"},
+    "stopped": {"exit_code": 75, "reason": "stopped by SIGUSR1"},
+    "failed": {"exit_code": 1, "reason": "loss is nan"},
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_state_is_that_of_the_outcome(tmp_path, state):
+    run = WrittenRun(tmp_path)
+    run.start(["a"])
+    run.outcome(**STATES[state])
+    assert summary(tmp_path)["state"] == state
+    run.start(["a"])  # the outcome is no longer this start's
+    os.utime(tmp_path / "outcome.json", (0, 0))
+    assert summary(tmp_path)["state"] == "ended"
+    with Ownership() as owner:
+        owner.take(tmp_path)
+        found = summary(tmp_path)
+    assert found["state"] == "running" and found["reason"].startswith(f"process {os.getpid()}")
+    assert summary(tmp_path)["state"] == "ended"
+
+
+def test_an_outcome_that_only_its_file_has_counts(tmp_path):
+    """A rank that gives up writes outcome.json, and no record."""
+    WrittenRun(tmp_path).start(["a"])
+    (tmp_path / "outcome.json").write_text('{"exit_code": 1, "reason": "stalled: rank 1"}')
+    assert (summary(tmp_path)["state"], summary(tmp_path)["reason"]) == ("failed", "stalled: rank 1")
+    (tmp_path / "outcome.json").write_text("{")
+    assert "unreadable" in summary(tmp_path)["notes"][0]
+
+
+def test_a_run_of_an_older_version_has_a_page(tmp_path):
+    lines = [
+        {"kind": "run"},
+        {"kind": "step", "step": 1, "loss": 2.0},
+        {"kind": "checkpoint", "step": 1},
+        {"kind": "new"},
+    ]
+    lines += [{"kind": "validation", "step": 1}, {"kind": "fault", "fault": "x"}, {"kind": "outcome"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = summary(tmp_path)
+    assert found["figures"]["loss"] == 2 and found["wall_s"] == 0 and not found["has_times"]
+    assert "Training loss" in page([found], most_points=POINTS)
+    run = WrittenRun(tmp_path / "unstamped", stamped=False)
+    run.start(["a", "b"])
+    run.steps(60)
+    found = summary(tmp_path / "unstamped")
+    assert found["wall_s"] == pytest.approx(1e-3 * sum(read_history(run.folder).steps["step_ms"]))
+    assert "the records have no wall time" in page([found], most_points=POINTS)
+
+
+def test_damage_is_told_on_the_page(tmp_path):
+    run = WrittenRun(tmp_path)
+    run.start(["a"])
+    run.file.write("{broken <b>\n")
+    run.steps(3)
+    text = page([summary(tmp_path)], most_points=POINTS)
+    assert "1 damaged line skipped, the first: &#39;{broken &lt;b&gt;&#39;" in text
+
+
+@pytest.mark.parametrize(
+    ("make", "saw"),
+    [
+        (lambda folder: None, "does not exist"),
+        (lambda folder: folder.write_text(""), "is a file"),
+        (lambda folder: folder.mkdir(), "has no metrics.jsonl"),
+        (lambda folder: (folder.mkdir(), (folder / "metrics.jsonl").write_text("")), "has no records yet"),
+        (lambda folder: (folder / "metrics.jsonl").mkdir(parents=True), "Is a directory"),
+    ],
+)
+def test_a_folder_that_is_no_runs_is_one_line(tmp_path, make, saw):
+    make(tmp_path / "run")
+    with pytest.raises(ConfigError, match=saw) as error:
+        summary(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+HOSTILE = "<script>alert(1)</script>\"'&]]>\u2028"
+
+
+def test_nothing_from_a_run_folder_becomes_html(tmp_path):
+    run = WrittenRun(tmp_path / f"<img src=x onerror=alert(2)>{HOSTILE}".replace("/", ""))
+    run.start([HOSTILE], lane=HOSTILE)
+    run.write("fault", fault=HOSTILE, step=1)
+    run.write("fault", path=HOSTILE, fault=HOSTILE, rank=0, step=1)
+    run.write("run", versions={HOSTILE: HOSTILE}, config={HOSTILE: HOSTILE}, hosts=[HOSTILE], data=HOSTILE)
+    run.write("step", step=1, bytes_sent={HOSTILE: 1})
+    run.outcome(1, HOSTILE)
+    text = page(summarize_all([run.folder, run.folder], most_points=POINTS), most_points=POINTS)
+    assert len(re.findall("<script", text)) == 2 and len(re.findall("</script>", text)) == 2  # ours
+    assert "<img" not in text and "alert(1)&lt;/script&gt;" in text
+    document = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    assert json.loads(document)["runs"][0]["events"][1]["text"] == HOSTILE
+
+
+def test_the_page_loads_nothing_from_elsewhere(eventful):
+    text = page([summary(eventful)], most_points=POINTS)
+    assert (
+        not re.findall(r"""(?:src|href)=["'](?!#)""", text) and "url(" not in text and "@import" not in text
+    )
+    assert "default-src 'none'" in html.unescape(text) and len(text) < 200_000
+
+
+def test_the_page_is_written_to_the_run_folder_or_where_asked(eventful, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report(eventful).stdout == f"{eventful}/report.html\n"
+    assert (eventful / "report.html").read_text().startswith("<!doctype html>")
+    assert not list(eventful.glob("*.part*")) and not list(eventful.glob(".*"))
+    assert report(eventful, eventful).stdout == "report.html\n"
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+    assert report(eventful, "--output", tmp_path / "x.html").exit_code == 0
+    error = report(eventful, "--output", tmp_path / "no" / "x.html").exception
+    assert str(error).startswith(f"{tmp_path}/no/x.html: No such file or directory; wanted")
+
+
+def test_runs_of_the_same_name_are_told_apart(eventful, tmp_path):
+    WrittenRun(tmp_path / "eventful").start(["a"])
+    names = [run["name"] for run in summarize_all([eventful, tmp_path / "eventful"], most_points=POINTS)]
+    assert names == [str(eventful), str(tmp_path / "eventful")]
+
+
+def test_several_runs_show_the_settings_that_differ(eventful, tmp_path):
+    run = WrittenRun(tmp_path / "other", lr=0.5)
+    run.start(["a"])
+    run.steps(3)
+    text = page(summarize_all([eventful, run.folder], most_points=POINTS), most_points=POINTS)
+    differing = text[text.index("Settings that differ") : text.index('id="training"')]
+    assert re.findall(r"<code>(\w+)</code>", differing) == ["ranks", "lr"]
