@@ -22,7 +22,7 @@ from horovod_owt.report.timeline import (
 )
 from horovod_owt.report.wire import bytes_on_the_wire
 from horovod_owt.runs.folder import outcome_stamp, read_config, read_outcome
-from horovod_owt.runs.history import Event, History, read_history, time_of
+from horovod_owt.runs.history import Event, History, moment_of, read_history
 from horovod_owt.runs.owner import active_owner
 from horovod_owt.runs.records import METRICS, utc
 
@@ -87,7 +87,7 @@ def summarize(run_dir: Path, *, most_points: int) -> dict[str, Any]:
 
 def _validation(history: History, event: Event, clock: Any) -> dict[str, Any]:
     scores = {name: event.record.get(name) for name in SCORES}
-    return scores | {"time": since_begin(history, time_of(event.record), event.row, clock)}
+    return scores | {"time": since_begin(history, moment_of(event.record), event.row, clock)}
 
 
 def _refuse(run_dir: Path) -> None:

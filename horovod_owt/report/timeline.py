@@ -10,7 +10,7 @@ from typing import Any
 
 from horovod_owt.report.series import rounded
 from horovod_owt.runs.attempts import ATTEMPTS
-from horovod_owt.runs.history import Event, History, time_of
+from horovod_owt.runs.history import Event, History, moment_of
 from horovod_owt.runs.records import newest_records, utc
 
 REGROUP = "ranks regroup"  # how the fault of an elastic job's regrouping begins
@@ -25,7 +25,7 @@ def starts_of(run_dir: Path, history: History, clock: Sequence[float]) -> list[d
         following = history.starts[number + 1] if number + 1 < len(history.starts) else None
         end = following.first_row if following else len(history.steps)
         own = [event for event in history.events if event.start == number]
-        last = [time_of(own[-1].record), *history.steps.time[max(start.first_row, end - 1) : end]]
+        last = [moment_of(own[-1].record), *history.steps.time[max(start.first_row, end - 1) : end]]
         record = start.record
         rows.append(
             {
@@ -94,7 +94,7 @@ def _event(history: History, event: Event, clock: Sequence[float]) -> dict[str, 
     record = event.record
     what = {"run": "start", "outcome": "end"}.get(event.kind, "fault")
     text = str(record.get("fault") or record.get("reason") or "")
-    moment = time_of(record)
+    moment = moment_of(record)
     if event.kind == "run":
         moment = history.starts[event.start].began_at()
         hosts = len(set(map(str, list_of(record.get("hosts")))))
@@ -120,7 +120,7 @@ def checkpoints_of(history: History, clock: Sequence[float]) -> list[dict[str, A
     return [
         {
             "step": event.record.get("step"),
-            "time": since_begin(history, time_of(event.record), event.row, clock),
+            "time": since_begin(history, moment_of(event.record), event.row, clock),
             "stall_ms": event.record.get("stall_ms"),
             "write_s": event.record.get("write_s"),
         }
