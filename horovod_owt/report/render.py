@@ -28,13 +28,25 @@ STATES = {
     "ended": "Ended without an outcome",
 }
 PARTS = (("compute_ms", "compute"), ("data_wait_ms", "wait"), ("exposed_comm_ms", "comm"))
-GLYPHS = {  # the script has the same
+GOODPUT = {  # parts of the wall time: their names here, and their colours' classes
+    "compute": ("steps that count: compute", "compute"),
+    "data": ("steps that count: images", "wait"),
+    "communication": ("steps that count: communication", "comm"),
+    "start-up": ("start-up", "startup"),
+    "validation": ("validation", "checking"),
+    "checkpoint": ("checkpoints", "saving"),
+    "lost work": ("lost work", "lossy"),
+    "queue": ("between attempts", "queue"),
+    "other": ("other", "rest"),
+}
+GLYPHS = {  # of events: an outline in a square of 12, and a name
     "start": ("M-4,-4.5L5,0L-4,4.5Z", "start"),
     "regroup": ("M0,-5L5,0L0,5L-5,0Z", "ranks regroup"),
     "fault": (
         "M-4.5,-2.5L-2.5,-4.5L0,-2L2.5,-4.5L4.5,-2.5L2,0L4.5,2.5L2.5,4.5L0,2L-2.5,4.5L-4.5,2.5L-2,0Z",
         "fault",
     ),
+    "straggler": ("M-4.5,4L0,-4.5L4.5,4Z", "slow rank"),
     "stop": ("M-4,-4H4V4H-4Z", "stop"),
     "done": ("M-4.5,0A4.5,4.5 0 1 1 4.5,0A4.5,4.5 0 1 1 -4.5,0Z", "done"),
 }
@@ -44,6 +56,7 @@ def page(runs: Sequence[dict[str, Any]], *, most_points: int) -> str:
     """The whole HTML document."""
     per_point = max(run["curves"]["steps_per_point"] for run in runs)
     happened = {event["what"] for run in runs for event in run["events"]}
+    glyphs = {name: path for name, (path, _) in GLYPHS.items()} | {"failure": GLYPHS["fault"][0]}
     script = _file("page.js")
     return _template().render(
         runs=runs,
@@ -56,12 +69,12 @@ def page(runs: Sequence[dict[str, Any]], *, most_points: int) -> str:
         css=Markup(_file("page.css")),
         script=Markup(script),
         policy=_policy(script),
-        curves=Markup(_script_json({"runs": [_drawn(run) for run in runs]})),
+        curves=Markup(_script_json({"runs": [_drawn(run) for run in runs], "glyphs": glyphs})),
         rows=list(zip(*map(tiles, runs), strict=True)),
         differing=_differing(runs),
         sections=_sections(runs),
         state_names=STATES,
-        glyphs={name: path for name, (path, _) in GLYPHS.items()} | {"failure": GLYPHS["fault"][0]},
+        glyphs=glyphs,
         shown_glyphs=[
             (name, text)
             for name, (_, text) in GLYPHS.items()
@@ -77,6 +90,7 @@ def page(runs: Sequence[dict[str, Any]], *, most_points: int) -> str:
         has_gradient=any("grad_norm" in segment for run in runs for segment in run["curves"]["segments"]),
         any_checkpoints=any(run["checkpoints"] for run in runs),
         any_lost=any(run["figures"]["lost_steps"] for run in runs),
+        goodput_parts=GOODPUT,
         any_goodput=any(run.get("goodput") for run in runs),
         any_bad_images=any(run["bad_images"]["count"] for run in runs),
         any_evaluation=any(run.get("evaluation") for run in runs),
@@ -161,7 +175,7 @@ def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
         ("Bad images", number(bad), "", ""),
     ]
     if goodput := run.get("goodput"):
-        rows.insert(6, ("Goodput", formats.percent(goodput["share"]), "", "of wall time"))
+        rows.insert(6, ("Goodput", formats.percent(goodput["goodput"]), "", "of wall time"))
     return [dict(zip(("name", "value", "unit", "more"), row, strict=True)) for row in rows]
 
 

@@ -79,6 +79,11 @@ def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:
     return stat.st_ino, stat.st_mtime_ns
 
 
+def evaluation_file(run_dir: Path) -> Path:
+    """Where `owt report` looks for the output of `owt evaluate --json`."""
+    return run_dir / "evaluation.json"
+
+
 def report_file(folder: Path) -> Path:
     """The page about a run, in its folder; about several, in a folder of the user's."""
     return folder / "report.html"
