@@ -19,13 +19,14 @@ from horovod_owt.commands.goodput import goodput_command
 from horovod_owt.commands.info import info
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
+from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.report import report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
-from horovod_owt.text import tolerant_streams
+from horovod_owt.text import tolerant_streams, without_terminal_codes
 from horovod_owt.topology import read_topology
 
 # How long the other ranks of a host wait before they print an error that all ranks raised: by then the
@@ -55,7 +56,11 @@ def cli() -> None:
 for command in (
     data,
     train,
+    evaluate,
     checkpoint,
+    report,
+    goodput_command,
+    metrics,
     devices,
     info,
     preflight,
@@ -63,9 +68,6 @@ for command in (
     bench,
     launch,
     job,
-    report,
-    goodput_command,
-    evaluate,
 ):
     cli.add_command(command)
 
@@ -93,7 +95,7 @@ def main() -> None:
             if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
                 time.sleep(SPEAKER_GRACE_S)
             if error.speaker is not Speaker.RANK_0 or error.rank == 0:
-                _print_error(f"{who}{error}")
+                _print_error(f"{who}{without_terminal_codes(str(error))}")
         exit_code = error.exit_code if error else 1
     if alone:
         sys.exit(exit_code)

@@ -1,4 +1,4 @@
-"""Programs of Debian packages that tests need, installed where that is for us to do."""
+"""Programs that tests need and Debian has: installed with apt where that is for us to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,11 +20,11 @@ class Unfit(Exception):
 
 
 def install(packages: Mapping[str, str]) -> None:
-    """Install with apt what is missing: a program, or a pattern of files, and the package that brings it.
+    """Install what is missing of `packages`: a program, or a pattern of files -> the package that brings it.
 
     Raises Unfit where that is not for us to do.
     """
-    with open(Path(tempfile.gettempdir()) / f"owt-install-{os.getuid()}.lock", "w") as lock:
+    with open(Path(tempfile.gettempdir()) / "owt-tests-install.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes may want the same
         missing = sorted({package for tool, package in packages.items() if not find(tool)})
         if missing:
@@ -37,12 +37,12 @@ def find(tool: str) -> str | None:
     return shutil.which(tool, path=SYSTEM_PATH)
 
 
-def _apt_install(packages: list[str]) -> None:
-    if os.geteuid() != 0:
-        raise Unfit(f"{', '.join(packages)} missing; only root installs packages")
+def _apt_install(packages: Iterable[str]) -> None:
     if not Path("/etc/debian_version").exists():
         raise Unfit(f"{', '.join(packages)} missing, and this is neither Debian nor Ubuntu")
-    with _daemons_stay_off():
+    if os.geteuid() != 0:
+        raise Unfit(f"{', '.join(packages)} missing, and only root can install it")
+    with daemons_stay_off():
         apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
         for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
             done = subprocess.run(
@@ -57,7 +57,7 @@ def _apt_install(packages: list[str]) -> None:
 
 
 @contextmanager
-def _daemons_stay_off():
+def daemons_stay_off():
     """Debian starts a daemon once it is installed, unless this file says no."""
     policy = Path("/usr/sbin/policy-rc.d")
     if policy.exists():

@@ -1,9 +1,10 @@
 """Files of a run folder: configuration, outcome, and stack dumps of the ranks.
 
     RUN/  config.json  metrics.jsonl  outcome.json  attempts.jsonl  checkpoints/  owner/  stacks/
+          tensorboard/  profile/  timeline/
 
 The others belong to `records`, `attempts`, `checkpoints` and `owner`. Only rank 0 writes, except that each
-rank writes its own stacks.
+rank writes its own stacks and its own profile.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from horovod_owt.files import write_text
 log = logging.getLogger(__name__)
 
 CONFIG, OUTCOME, STACKS = "config.json", "outcome.json", "stacks"
+TENSORBOARD, PROFILE, TIMELINE = "tensorboard", "profile", "timeline"
 
 
 def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
@@ -96,3 +98,26 @@ def stacks_folder(run_dir: Path) -> Path:
 
 def stacks_file(run_dir: Path, rank: int) -> Path:
     return stacks_folder(run_dir) / f"rank-{rank:04d}.txt"
+
+
+def tensorboard_folder(run_dir: Path) -> Path:
+    return run_dir / TENSORBOARD
+
+
+def profile_trace(run_dir: Path, rank: int) -> Path:
+    """A rank's trace for Perfetto; its table of operations is next to it."""
+    return run_dir / PROFILE / f"rank-{rank:04d}.json.gz"
+
+
+def profile_table(run_dir: Path, rank: int) -> Path:
+    return run_dir / PROFILE / f"rank-{rank:04d}.txt"
+
+
+def timeline_file(run_dir: Path, step: int) -> Path:
+    """Horovod's timeline of the ranks that started after `step`."""
+    return run_dir / TIMELINE / f"step-{step:08d}.json"
+
+
+def timeline_files(run_dir: Path) -> list[Path]:
+    """Those that there are, oldest first."""
+    return sorted((run_dir / TIMELINE).glob("step-*.json"))

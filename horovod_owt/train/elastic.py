@@ -37,7 +37,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             wanted="parallel=data",
             fix="--parallel data, or `owt launch supervise`, which restarts from the last checkpoint",
         ).on_every_rank()
-    runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
+    runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s, timeline=request.cfg.timeline)
     opened: Opened | None = None
     with StopRequest() as stop, Ownership() as ownership:
 

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from debian_packages import SYSTEM_PATH, Unfit
-from slurm_cluster import cluster, install_slurm
+from slurm_cluster import SYSTEM_PATH, Unfit, cluster, install
 
 PARALLEL = Path(__file__).parents[1] / "parallel"
 VENV_BIN = Path(sys.executable).parent
@@ -28,7 +27,7 @@ def slurm(tmp_path_factory):
     )
     (tools / "owt").chmod(0o755)
     try:
-        install_slurm()
+        install()
         running = cluster(f"{tools}:{VENV_BIN}:{SYSTEM_PATH}")
         slurm = running.__enter__()
     except Unfit as unfit:

@@ -19,8 +19,9 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import debian_packages
 import psutil
-from debian_packages import SYSTEM_PATH, Unfit, find, install
+from debian_packages import SYSTEM_PATH, Unfit, find
 
 # what the cluster is made of: a program, or a pattern of files, and the package that brings it
 PACKAGES = {
@@ -57,11 +58,11 @@ while wait; do read -r go; done
 """
 
 
-def install_slurm() -> None:
+def install() -> None:
     """Install what is missing with apt; raises Unfit where that is not for us to do."""
     if os.geteuid() != 0:
         raise Unfit("namespaces and slurmd need root")
-    install(PACKAGES)
+    debian_packages.install(PACKAGES)
 
 
 class Host:

@@ -30,16 +30,14 @@ MAY_IMPORT = {
     "launch": {"runs", "parallel"},
     "slurm": {"runs", "parallel", "launch"},
     "preflight": {"perf", "data", "parallel"},
-    "train": {"perf", "data", "runs", "model", "parallel"},
+    "monitoring": {"data", "runs", "parallel"},
+    "train": {"perf", "data", "runs", "model", "parallel", "monitoring"},
     "inference": {"perf", "data", "runs", "model", "parallel", "train"},
     "bench": {"perf", "data", "parallel", "train"},
     "report": {"perf", "data", "runs"},
-    "commands": {
-        *("data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "inference", "bench"),
-        "report",
-    },
     "recipes": set(),
 }
+MAY_IMPORT["commands"] = set(MAY_IMPORT)
 ROOT = {"", "config", "errors", "files", "filesystem", "private", "schedule", "text", "topology", "versions"}
 ABOVE = {"cli": {"commands"}, "__main__": {"cli"}}
 
