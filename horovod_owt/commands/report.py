@@ -58,7 +58,7 @@ def report(
         click.echo(json.dumps({"runs": summaries}, allow_nan=False))
         return
     path = output or report_file(runs[0] if len(runs) == 1 else Path())
-    html = page(summaries, most_points=points)
+    html = page(summaries, most_points=points, folder=path.parent)
     try:
         with atomic_file(path) as file:
             file.write(html.encode(errors="backslashreplace"))

@@ -7,17 +7,18 @@ from datetime import datetime
 from typing import Any
 
 UNKNOWN = "–"
+MOST = 1e300  # of a number; NaN is not less
 SPACE = "\N{NO-BREAK SPACE}"
 
 
 def is_number(value: Any) -> bool:
     """Whether it is one that can be shown: a damaged record may hold anything."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST < value < MOST
 
 
 def integer(value: Any) -> int | None:
     """A whole number from a record, or None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and is_number(value) else None
 
 
 def number(value: Any, digits: int = 4) -> str:

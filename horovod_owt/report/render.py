@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -19,6 +22,7 @@ from horovod_owt.runs.records import utc
 PAGE = "horovod_owt.report.page"
 MOST_ROWS = 200  # of a table
 MOST_RANKS = 32  # with a bar
+MOST_LINKS = 24
 MOST_SETTING = 60  # characters
 STATES = {
     "done": "Done",
@@ -52,8 +56,8 @@ GLYPHS = {  # of events: an outline in a square of 12, and a name
 }
 
 
-def page(runs: Sequence[dict[str, Any]], *, most_points: int) -> str:
-    """The whole HTML document."""
+def page(runs: Sequence[dict[str, Any]], *, most_points: int, folder: Path) -> str:
+    """The whole HTML document, to be written to `folder`: links to traces are relative to it."""
     per_point = max(run["curves"]["steps_per_point"] for run in runs)
     happened = {event["what"] for run in runs for event in run["events"]}
     glyphs = {name: path for name, (path, _) in GLYPHS.items()} | {"failure": GLYPHS["fault"][0]}
@@ -81,7 +85,8 @@ def page(runs: Sequence[dict[str, Any]], *, most_points: int) -> str:
             if name in happened or (name == "fault" and "failure" in happened)
         ],
         parts=PARTS,
-        longest=[max((_step_ms(row) for row in run["step_shares"]), default=0) for run in runs],
+        bars=[_bars(run["step_shares"]) for run in runs],
+        links=[_links(run["traces"], folder) for run in runs],
         bucketed=f"{per_point:,} steps" if per_point > 1 else "",
         most_points=most_points,
         most_rows=MOST_ROWS,
@@ -215,8 +220,26 @@ def _differing(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _step_ms(row: Mapping[str, Any]) -> float:
-    return sum(row[name] for name, _ in PARTS)
+def _bars(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with their sum, and the width of each part in percent; of many ranks those that are slow alone."""
+    if len(rows) > MOST_RANKS:
+        own_ms = {row["rank"]: row["compute_ms"] + row["data_wait_ms"] for row in rows}
+        rows = sorted(rows, key=lambda row: -own_ms[row["rank"]])[:MOST_RANKS]
+    sums = [sum(row[name] for name, _ in PARTS) for row in rows]
+    longest = max(sums, default=0) or 1
+    return [
+        {**row, "sum_ms": sum_ms, "widths": [(kind, 100 * row[name] / longest) for name, kind in PARTS]}
+        for row, sum_ms in zip(rows, sums, strict=True)
+    ]
+
+
+def _links(files: Sequence[str], folder: Path) -> list[tuple[str, str]]:
+    """Address and name of the first MOST_LINKS files."""
+    found = []
+    for file in files[:MOST_LINKS]:
+        address = quote(os.path.relpath(file, folder), errors="surrogateescape")
+        found.append((f"./{address}", "/".join(Path(file).parts[-2:])))  # ./: a colon is no scheme
+    return found
 
 
 def _setting(value: Any) -> str:

@@ -14,6 +14,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.report.evaluation import evaluation_of
 from horovod_owt.report.formats import integer, is_number
 from horovod_owt.report.series import clock_of, curves, finite, rounded
+from horovod_owt.report.shares import step_shares
 from horovod_owt.report.timeline import (
     checkpoints_of,
     events_of,
@@ -23,7 +24,14 @@ from horovod_owt.report.timeline import (
     starts_of,
 )
 from horovod_owt.report.wire import bytes_on_the_wire
-from horovod_owt.runs.folder import evaluation_file, outcome_stamp, read_config, read_outcome
+from horovod_owt.runs.folder import (
+    evaluation_file,
+    outcome_stamp,
+    profile_files,
+    read_config,
+    read_outcome,
+    timeline_files,
+)
 from horovod_owt.runs.goodput import goodput
 from horovod_owt.runs.history import Event, History, moment_of, read_history
 from horovod_owt.runs.owner import active_owner
@@ -88,11 +96,12 @@ def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None
         "events": events,
         "events_left_out": events_left_out,
         "checkpoints": checkpoints_of(history, clock),
-        "step_shares": _step_shares(history, last),
+        "step_shares": step_shares(history),
         "bytes": bytes_on_the_wire(history),
         "goodput": _goodput(run_dir, notes),
         "bad_images": _bad_images(history, outcome),
         "evaluation": _evaluation(run_dir, evaluation, notes),
+        "traces": [str(file) for file in [*profile_files(run_dir), *timeline_files(run_dir)]],
         "curves": curves(history, most_points),
     }
     return _without_nan(found)
@@ -159,7 +168,7 @@ def _goodput(run_dir: Path, notes: list[str]) -> dict[str, Any] | None:
     """By runs.goodput; None for records without times."""
     try:
         found = goodput(run_dir)
-    except (TypeError, ValueError) as error:  # a value of another type in a damaged record
+    except (TypeError, ValueError, ArithmeticError) as error:  # a value of another type in a damaged record
         notes.append(f"no goodput: {error}")
         return None
     return found and {**found.to_dict(), "shares": found.shares()}
@@ -227,28 +236,6 @@ def _quartiles(values: list[float]) -> dict[str, Any] | None:
         return None
     p25, median, p75 = quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
     return {"min": rounded(min(values)), "p25": rounded(p25), "median": rounded(median), "p75": rounded(p75)}
-
-
-def _step_shares(history: History, last: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where the mean step of the last start goes, a row for each rank that recorded it."""
-    first = history.starts[-1].first_row if history.starts else 0
-    columns = {
-        name: finite(history.steps[name][first:]) for name in ("step_ms", "data_wait_ms", "exposed_comm_ms")
-    }
-    if not columns["step_ms"]:
-        return []
-    mean = {name: math.fsum(values) / len(values) if values else 0.0 for name, values in columns.items()}
-    compute = max(0.0, mean["step_ms"] - mean["data_wait_ms"] - mean["exposed_comm_ms"])
-    hosts = list_of(last.get("hosts"))
-    return [
-        {
-            "rank": 0,
-            "host": str(hosts[0]) if hosts else "",
-            "compute_ms": rounded(compute),
-            "data_wait_ms": rounded(mean["data_wait_ms"]),
-            "exposed_comm_ms": rounded(mean["exposed_comm_ms"]),
-        }
-    ]
 
 
 def _bad_images(history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ MOST_EVENTS = 300  # listed and marked; the first and the last ones
 
 def starts_of(run_dir: Path, history: History, clock: Sequence[float]) -> list[dict[str, Any]]:
     """One row for each start: when, where, from which step to which, and how it ended."""
-    reasons = _reasons(run_dir)
+    reasons, regrouped = _reasons(run_dir), _regrouped(history)
+    events = defaultdict(list)
+    for event in history.events:
+        events[event.start].append(event)
     rows = []
     for index, start in enumerate(history.starts):
         following = history.starts[index + 1] if index + 1 < len(history.starts) else None
         end = following.first_row if following else len(history.steps)
-        own = [event for event in history.events if event.start == index]
+        own = events[index]
         last = [moment_of(own[-1].record), *history.steps.time[max(start.first_row, end - 1) : end]]
         record = start.record
         rows.append(
@@ -34,7 +37,7 @@ def starts_of(run_dir: Path, history: History, clock: Sequence[float]) -> list[d
                 "start": index + 1,
                 "attempt": integer(record.get("attempt")),
                 "job_id": record.get("job_id"),
-                "how": "start" if not index else "regroup" if _regrouped(history, index) else "resume",
+                "how": "start" if not index else "regroup" if index in regrouped else "resume",
                 "began": _utc(start.began_at()),
                 "ended": _utc(max((time for time in last if not math.isnan(time)), default=math.nan)),
                 "time": since_begin(history, start.began_at(), start.first_row, clock),
@@ -52,11 +55,14 @@ def starts_of(run_dir: Path, history: History, clock: Sequence[float]) -> list[d
     return rows
 
 
-def _regrouped(history: History, number: int) -> bool:
-    """Whether the fault just before this start's record says so."""
-    position = next(i for i, e in enumerate(history.events) if e.kind == "run" and e.start == number)
-    before = history.events[position - 1].record if position else {}
-    return before.get("kind") == "fault" and str(before.get("fault", "")).startswith(REGROUP)
+def _regrouped(history: History) -> set[int]:
+    """The starts that are regroupings: the fault just before their record says so."""
+    pairs = zip(history.events, history.events[1:], strict=False)
+    return {run.start for fault, run in pairs if run.kind == "run" and _is_regrouping(fault)}
+
+
+def _is_regrouping(event: Event) -> bool:
+    return event.kind == "fault" and str(event.record.get("fault", "")).startswith(REGROUP)
 
 
 def _end_of(own: list[Event], superseded: bool, reason: str | None) -> str:
@@ -64,7 +70,7 @@ def _end_of(own: list[Event], superseded: bool, reason: str | None) -> str:
     for event in reversed(own):
         if event.kind == "outcome":
             return str(event.record.get("reason", ""))
-        if event.kind == "fault" and str(event.record.get("fault", "")).startswith(REGROUP):
+        if _is_regrouping(event):
             return str(event.record["fault"])
     return reason or ("no outcome: its process was killed, or its host went down" if superseded else "")
 
@@ -102,7 +108,7 @@ def _event(history: History, event: Event, clock: Sequence[float]) -> dict[str, 
         text += f", after step {record['first_step']}" if record.get("first_step") else ""
     elif event.kind == "straggler":
         what, text = "straggler", _straggler(record)
-    elif text.startswith(REGROUP):
+    elif _is_regrouping(event):
         what = "regroup"
     elif event.kind == "outcome":
         what = {0: "done", 75: "stop"}.get(integer(record.get("exit_code")), "failure")

@@ -113,6 +113,11 @@ def profile_table(run_dir: Path, rank: int) -> Path:
     return run_dir / PROFILE / f"rank-{rank:04d}.txt"
 
 
+def profile_files(run_dir: Path) -> list[Path]:
+    """The traces and tables that there are, by rank."""
+    return sorted((run_dir / PROFILE).glob("rank-*"))
+
+
 def timeline_file(run_dir: Path, step: int) -> Path:
     """Horovod's timeline of the ranks that started after `step`."""
     return run_dir / TIMELINE / f"step-{step:08d}.json"

@@ -87,6 +87,14 @@
       }));
   }
 
+  // what is measured in some steps only, without the others
+  function sparse(run, name, xName) {
+    return curve(run, name, xName).map(({ x, y, low, high }) => {
+      const there = (_, i) => y[i] !== null;
+      return { x: x.filter(there), y: y.filter(there), low: low?.filter(there), high: high?.filter(there) };
+    });
+  }
+
   function scores(run, name, xName) {
     const rows = runs[run].validations.filter((row) => typeof row[name] === "number" && row[xName] !== null);
     return rows.length ? [{ x: rows.map((row) => row[xName]), y: rows.map((row) => row[name]), dots: true }] : [];
@@ -110,7 +118,7 @@
     lr: { y: "learning rate", zero: true, lines: () => lines([["lr", "lr"]], curve, { x: settings.x }) },
     gradient: {
       y: "gradient norm", log: true,
-      lines: () => lines([["grad_norm", "gradient norm"]], curve, { x: settings.x }),
+      lines: () => lines([["grad_norm", "gradient norm"]], sparse, { x: settings.x }),
     },
     throughput: {
       y: "images/s", zero: true, x: "time", tall: true, events: true,
