@@ -121,6 +121,8 @@ def eventful_run(folder: Path, **settings: Any) -> WrittenRun:
     run.steps(60)
     run.write("fault", path="/data/imagenet/train/n01440764/broken.JPEG", fault="truncated", rank=1, step=111)
     run.write("fault", path="/data/imagenet/train/n01443537/empty.JPEG", fault="empty file", rank=2, step=111)
+    slow = {"rank": 3, "host": "node2", "what": "compute", "own_ms": 911.5, "others_ms": 730.25}
+    run.write("straggler", step=111, **slow, recovered=False)
     run.steps(20)
     run.clock += 20
     run.write("fault", fault="ranks regroup: rank 2 on node2 died", step=130, world_size=4)

@@ -23,6 +23,12 @@ RUNS = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=cl
     help="Where to write the page.  [default: RUN/report.html; of several runs, report.html here]",
 )
 @click.option(
+    "--evaluation",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What `owt evaluate --json` printed about the run.  [default: RUN/evaluation.json, if it is there]",
+)
+@click.option(
     "--points",
     type=click.IntRange(2, 20_000),
     default=1200,
@@ -30,7 +36,9 @@ RUNS = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=cl
     help="Most points of a curve of a run; with more steps, each point is the mean of several.",
 )
 @JSON_OPTION
-def report(runs: tuple[Path, ...], output: Path | None, points: int, as_json: bool) -> None:
+def report(
+    runs: tuple[Path, ...], output: Path | None, evaluation: Path | None, points: int, as_json: bool
+) -> None:
     """Write one HTML page about a run, or several side by side, from its run folder alone.
 
     \b
@@ -45,12 +53,12 @@ def report(runs: tuple[Path, ...], output: Path | None, points: int, as_json: bo
     from horovod_owt.report.summary import summarize_all
     from horovod_owt.runs.folder import report_file
 
-    summaries = summarize_all(runs, most_points=points)
+    summaries = summarize_all(runs, most_points=points, evaluation=evaluation)
     if as_json:
         click.echo(json.dumps({"runs": summaries}, allow_nan=False))
         return
     path = output or report_file(runs[0] if len(runs) == 1 else Path())
-    html = page(summaries, most_points=points)
+    html = page(summaries, most_points=points, folder=path.parent)
     try:
         with atomic_file(path) as file:
             file.write(html.encode(errors="backslashreplace"))

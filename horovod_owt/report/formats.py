@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 from datetime import datetime
+from typing import Any
 
 UNKNOWN = "–"
+MOST = 1e300  # of a number; NaN is not less
 SPACE = "\N{NO-BREAK SPACE}"
 
 
-def number(value: float | int | None, digits: int = 4) -> str:
+def is_number(value: Any) -> bool:
+    """Whether it is one that can be shown: a damaged record may hold anything."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST < value < MOST
+
+
+def integer(value: Any) -> int | None:
+    """A whole number from a record, or None."""
+    return value if isinstance(value, int) and is_number(value) else None
+
+
+def number(value: Any, digits: int = 4) -> str:
     """With thousands separated, and so many significant digits; whole numbers in full."""
-    if value is None or not math.isfinite(value):
+    if not is_number(value):
         return UNKNOWN
     if isinstance(value, int) or abs(value) >= 10**digits:
         return f"{value:,.0f}"
@@ -21,25 +33,25 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return f"{value:,.{max(0, places)}f}"
 
 
-def plain(value: float | int | None, digits: int = 4) -> str:
+def plain(value: Any, digits: int = 4) -> str:
     """The same without zeros at its end: for settings, as they were written."""
     text = number(value, digits)
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
-def places(value: float | None, places: int) -> str:
+def places(value: Any, places: int) -> str:
     """With so many decimal places."""
-    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:,.{places}f}"
+    return UNKNOWN if not is_number(value) else f"{value:,.{places}f}"
 
 
-def percent(share: float | None, places: int = 1) -> str:
+def percent(share: Any, places: int = 1) -> str:
     """A share of 1 in percent."""
-    return UNKNOWN if share is None else f"{100 * share:.{places}f}{SPACE}%"
+    return UNKNOWN if not is_number(share) else f"{100 * share:.{places}f}{SPACE}%"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: Any) -> str:
     """In the two largest units: 2 d 3 h, 14 min 5 s."""
-    if seconds is None:
+    if not is_number(seconds):
         return UNKNOWN
     if seconds < 60:
         return f"{number(seconds, 3)}{SPACE}s"
@@ -51,9 +63,9 @@ def duration(seconds: float | None) -> str:
     return SPACE.join(part for part in parts[:2] if part)
 
 
-def size(count: float | None) -> str:
+def size(count: Any) -> str:
     """Bytes in the unit that leaves 1 to 999."""
-    if count is None:
+    if not is_number(count):
         return UNKNOWN
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 999.5 or unit == "TB":

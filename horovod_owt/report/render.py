@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -19,6 +22,7 @@ from horovod_owt.runs.records import utc
 PAGE = "horovod_owt.report.page"
 MOST_ROWS = 200  # of a table
 MOST_RANKS = 32  # with a bar
+MOST_LINKS = 24
 MOST_SETTING = 60  # characters
 STATES = {
     "done": "Done",
@@ -28,22 +32,35 @@ STATES = {
     "ended": "Ended without an outcome",
 }
 PARTS = (("compute_ms", "compute"), ("data_wait_ms", "wait"), ("exposed_comm_ms", "comm"))
-GLYPHS = {  # the script has the same
+GOODPUT = {  # parts of the wall time: their names here, and their colours' classes
+    "compute": ("steps that count: compute", "compute"),
+    "data": ("steps that count: images", "wait"),
+    "communication": ("steps that count: communication", "comm"),
+    "start-up": ("start-up", "startup"),
+    "validation": ("validation", "checking"),
+    "checkpoint": ("checkpoints", "saving"),
+    "lost work": ("lost work", "lossy"),
+    "queue": ("between attempts", "queue"),
+    "other": ("other", "rest"),
+}
+GLYPHS = {  # of events: an outline in a square of 12, and a name
     "start": ("M-4,-4.5L5,0L-4,4.5Z", "start"),
     "regroup": ("M0,-5L5,0L0,5L-5,0Z", "ranks regroup"),
     "fault": (
         "M-4.5,-2.5L-2.5,-4.5L0,-2L2.5,-4.5L4.5,-2.5L2,0L4.5,2.5L2.5,4.5L0,2L-2.5,4.5L-4.5,2.5L-2,0Z",
         "fault",
     ),
+    "straggler": ("M-4.5,4L0,-4.5L4.5,4Z", "slow rank"),
     "stop": ("M-4,-4H4V4H-4Z", "stop"),
     "done": ("M-4.5,0A4.5,4.5 0 1 1 4.5,0A4.5,4.5 0 1 1 -4.5,0Z", "done"),
 }
 
 
-def page(runs: Sequence[dict[str, Any]], *, most_points: int) -> str:
-    """The whole HTML document."""
+def page(runs: Sequence[dict[str, Any]], *, most_points: int, folder: Path) -> str:
+    """The whole HTML document, to be written to `folder`: links to traces are relative to it."""
     per_point = max(run["curves"]["steps_per_point"] for run in runs)
     happened = {event["what"] for run in runs for event in run["events"]}
+    glyphs = {name: path for name, (path, _) in GLYPHS.items()} | {"failure": GLYPHS["fault"][0]}
     script = _file("page.js")
     return _template().render(
         runs=runs,
@@ -56,19 +73,20 @@ def page(runs: Sequence[dict[str, Any]], *, most_points: int) -> str:
         css=Markup(_file("page.css")),
         script=Markup(script),
         policy=_policy(script),
-        curves=Markup(_script_json({"runs": [_drawn(run) for run in runs]})),
+        curves=Markup(_script_json({"runs": [_drawn(run) for run in runs], "glyphs": glyphs})),
         rows=list(zip(*map(tiles, runs), strict=True)),
         differing=_differing(runs),
         sections=_sections(runs),
         state_names=STATES,
-        glyphs={name: path for name, (path, _) in GLYPHS.items()} | {"failure": GLYPHS["fault"][0]},
+        glyphs=glyphs,
         shown_glyphs=[
             (name, text)
             for name, (_, text) in GLYPHS.items()
             if name in happened or (name == "fault" and "failure" in happened)
         ],
         parts=PARTS,
-        longest=[max((_step_ms(row) for row in run["step_shares"]), default=0) for run in runs],
+        bars=[_bars(run["step_shares"]) for run in runs],
+        links=[_links(run["traces"], folder) for run in runs],
         bucketed=f"{per_point:,} steps" if per_point > 1 else "",
         most_points=most_points,
         most_rows=MOST_ROWS,
@@ -77,6 +95,7 @@ def page(runs: Sequence[dict[str, Any]], *, most_points: int) -> str:
         has_gradient=any("grad_norm" in segment for run in runs for segment in run["curves"]["segments"]),
         any_checkpoints=any(run["checkpoints"] for run in runs),
         any_lost=any(run["figures"]["lost_steps"] for run in runs),
+        goodput_parts=GOODPUT,
         any_goodput=any(run.get("goodput") for run in runs),
         any_bad_images=any(run["bad_images"]["count"] for run in runs),
         any_evaluation=any(run.get("evaluation") for run in runs),
@@ -161,7 +180,7 @@ def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
         ("Bad images", number(bad), "", ""),
     ]
     if goodput := run.get("goodput"):
-        rows.insert(6, ("Goodput", formats.percent(goodput["share"]), "", "of wall time"))
+        rows.insert(6, ("Goodput", formats.percent(goodput["goodput"]), "", "of wall time"))
     return [dict(zip(("name", "value", "unit", "more"), row, strict=True)) for row in rows]
 
 
@@ -201,8 +220,26 @@ def _differing(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _step_ms(row: Mapping[str, Any]) -> float:
-    return sum(row[name] for name, _ in PARTS)
+def _bars(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with their sum, and the width of each part in percent; of many ranks those that are slow alone."""
+    if len(rows) > MOST_RANKS:
+        own_ms = {row["rank"]: row["compute_ms"] + row["data_wait_ms"] for row in rows}
+        rows = sorted(rows, key=lambda row: -own_ms[row["rank"]])[:MOST_RANKS]
+    sums = [sum(row[name] for name, _ in PARTS) for row in rows]
+    longest = max(sums, default=0) or 1
+    return [
+        {**row, "sum_ms": sum_ms, "widths": [(kind, 100 * row[name] / longest) for name, kind in PARTS]}
+        for row, sum_ms in zip(rows, sums, strict=True)
+    ]
+
+
+def _links(files: Sequence[str], folder: Path) -> list[tuple[str, str]]:
+    """Address and name of the first MOST_LINKS files."""
+    found = []
+    for file in files[:MOST_LINKS]:
+        address = quote(os.path.relpath(file, folder), errors="surrogateescape")
+        found.append((f"./{address}", "/".join(Path(file).parts[-2:])))  # ./: a colon is no scheme
+    return found
 
 
 def _setting(value: Any) -> str:

@@ -11,7 +11,10 @@ from typing import Any
 
 from horovod_owt.config import FIELDS
 from horovod_owt.errors import ConfigError
+from horovod_owt.report.evaluation import evaluation_of
+from horovod_owt.report.formats import integer, is_number
 from horovod_owt.report.series import clock_of, curves, finite, rounded
+from horovod_owt.report.shares import step_shares
 from horovod_owt.report.timeline import (
     checkpoints_of,
     events_of,
@@ -21,8 +24,16 @@ from horovod_owt.report.timeline import (
     starts_of,
 )
 from horovod_owt.report.wire import bytes_on_the_wire
-from horovod_owt.runs.folder import outcome_stamp, read_config, read_outcome
-from horovod_owt.runs.history import Event, History, read_history, time_of
+from horovod_owt.runs.folder import (
+    evaluation_file,
+    outcome_stamp,
+    profile_files,
+    read_config,
+    read_outcome,
+    timeline_files,
+)
+from horovod_owt.runs.goodput import goodput
+from horovod_owt.runs.history import Event, History, moment_of, read_history
 from horovod_owt.runs.owner import active_owner
 from horovod_owt.runs.records import METRICS, utc
 
@@ -30,9 +41,17 @@ MOST_IMAGES = 100  # bad images listed by name
 SCORES = ("epoch", "step", "images", "correct_top1", "correct_top5", "top1", "top5", "loss")
 
 
-def summarize_all(run_dirs: Sequence[Path], *, most_points: int) -> list[dict[str, Any]]:
-    """The same of several runs, with names that tell them apart."""
-    found = [summarize(run_dir, most_points=most_points) for run_dir in run_dirs]
+def summarize_all(
+    run_dirs: Sequence[Path], *, most_points: int, evaluation: Path | None = None
+) -> list[dict[str, Any]]:
+    """The same of several runs, with names that tell them apart. `evaluation` is a file about a lone one."""
+    if evaluation and len(run_dirs) > 1:
+        raise ConfigError(
+            "--evaluation with several runs",
+            wanted="one run",
+            fix=f"copy each to its run folder: cp {evaluation} {evaluation_file(run_dirs[0])}",
+        )
+    found = [summarize(run_dir, most_points=most_points, evaluation=evaluation) for run_dir in run_dirs]
     names = Counter(run["name"] for run in found)
     for run in found:
         if names[run["name"]] > 1:
@@ -40,7 +59,7 @@ def summarize_all(run_dirs: Sequence[Path], *, most_points: int) -> list[dict[st
     return found
 
 
-def summarize(run_dir: Path, *, most_points: int) -> dict[str, Any]:
+def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None) -> dict[str, Any]:
     """The facts and curves of a run; raises ConfigError for a folder that is no run's, or has no records."""
     history = read_history(run_dir)
     if not history.lines:
@@ -63,11 +82,11 @@ def summarize(run_dir: Path, *, most_points: int) -> dict[str, Any]:
         "wall_s": _wall_s(history, clock),
         "has_times": history.has_times(),
         "data": last.get("data"),
-        "train_images": last.get("train_images"),
-        "val_images": last.get("val_images"),
-        "world_size": last.get("world_size"),
+        "train_images": integer(last.get("train_images")),
+        "val_images": integer(last.get("val_images")),
+        "world_size": integer(last.get("world_size")),
         "hosts": dict(Counter(map(str, list_of(last.get("hosts"))))),
-        "global_batch": last.get("global_batch"),
+        "global_batch": integer(last.get("global_batch")),
         "config": config,
         "changed": {key: value for key, value in config.items() if _is_changed(key, value)},
         "versions": last.get("versions") if isinstance(last.get("versions"), dict) else {},
@@ -77,9 +96,12 @@ def summarize(run_dir: Path, *, most_points: int) -> dict[str, Any]:
         "events": events,
         "events_left_out": events_left_out,
         "checkpoints": checkpoints_of(history, clock),
-        "step_shares": _step_shares(history, last),
+        "step_shares": step_shares(history),
         "bytes": bytes_on_the_wire(history),
+        "goodput": _goodput(run_dir, notes),
         "bad_images": _bad_images(history, outcome),
+        "evaluation": _evaluation(run_dir, evaluation, notes),
+        "traces": [str(file) for file in [*profile_files(run_dir), *timeline_files(run_dir)]],
         "curves": curves(history, most_points),
     }
     return _without_nan(found)
@@ -87,7 +109,7 @@ def summarize(run_dir: Path, *, most_points: int) -> dict[str, Any]:
 
 def _validation(history: History, event: Event, clock: Any) -> dict[str, Any]:
     scores = {name: event.record.get(name) for name in SCORES}
-    return scores | {"time": since_begin(history, time_of(event.record), event.row, clock)}
+    return scores | {"time": since_begin(history, moment_of(event.record), event.row, clock)}
 
 
 def _refuse(run_dir: Path) -> None:
@@ -119,7 +141,7 @@ def _outcome(run_dir: Path, history: History) -> tuple[dict[str, Any], list[str]
 def _state(run_dir: Path, history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
     """How the run stands in a word, why, and the exit code of an outcome."""
     if outcome:
-        code = outcome.get("exit_code")
+        code = integer(outcome.get("exit_code"))
         word = {0: "done", 75: "stopped"}.get(code, "failed")
         return {"state": word, "reason": str(outcome.get("reason", "")), "exit_code": code}
     if owner := active_owner(run_dir):
@@ -140,6 +162,27 @@ def _config(run_dir: Path, last: Mapping[str, Any], notes: list[str]) -> dict[st
 
 def _is_changed(key: str, value: Any) -> bool:
     return key in FIELDS and value != FIELDS[key].default
+
+
+def _goodput(run_dir: Path, notes: list[str]) -> dict[str, Any] | None:
+    """By runs.goodput; None for records without times."""
+    try:
+        found = goodput(run_dir)
+    except (TypeError, ValueError, ArithmeticError) as error:  # a value of another type in a damaged record
+        notes.append(f"no goodput: {error}")
+        return None
+    return found and {**found.to_dict(), "shares": found.shares()}
+
+
+def _evaluation(run_dir: Path, file: Path | None, notes: list[str]) -> dict[str, Any] | None:
+    """That in the run folder may be damaged; one that was asked for raises ConfigError."""
+    try:
+        return evaluation_of(run_dir, file)
+    except ConfigError as error:
+        if file:
+            raise
+        notes.append(error.saw)
+        return None
 
 
 def _wall_s(history: History, clock: Any) -> float | None:
@@ -179,7 +222,7 @@ def _figures(history: History) -> dict[str, Any]:
 
 def _score(validation: Mapping[str, Any]) -> float:
     top1 = validation.get("top1")
-    return top1 if isinstance(top1, (int, float)) else -1.0
+    return top1 if is_number(top1) else -1.0
 
 
 def _kept(history: History, name: str) -> list[float]:
@@ -195,37 +238,15 @@ def _quartiles(values: list[float]) -> dict[str, Any] | None:
     return {"min": rounded(min(values)), "p25": rounded(p25), "median": rounded(median), "p75": rounded(p75)}
 
 
-def _step_shares(history: History, last: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where the mean step of the last start goes, a row for each rank that recorded it."""
-    first = history.starts[-1].first_row if history.starts else 0
-    columns = {
-        name: finite(history.steps[name][first:]) for name in ("step_ms", "data_wait_ms", "exposed_comm_ms")
-    }
-    if not columns["step_ms"]:
-        return []
-    mean = {name: math.fsum(values) / len(values) if values else 0.0 for name, values in columns.items()}
-    compute = max(0.0, mean["step_ms"] - mean["data_wait_ms"] - mean["exposed_comm_ms"])
-    hosts = list_of(last.get("hosts"))
-    return [
-        {
-            "rank": 0,
-            "host": str(hosts[0]) if hosts else "",
-            "compute_ms": rounded(compute),
-            "data_wait_ms": rounded(mean["data_wait_ms"]),
-            "exposed_comm_ms": rounded(mean["exposed_comm_ms"]),
-        }
-    ]
-
-
 def _bad_images(history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
     """The images that were skipped or ended the run: how many, of which faults, and the first by name."""
     images: dict[str, dict[str, Any]] = {}
     for event in history.events:
         if is_image(event):
             images.setdefault(str(event.record["path"]), event.record)
-    counted = outcome.get("bad_images")
+    counted = integer(outcome.get("bad_images"))
     return {
-        "count": max(len(images), counted if isinstance(counted, int) else 0),
+        "count": max(len(images), counted or 0),
         "faults": dict(Counter(str(image.get("fault")) for image in images.values()).most_common()),
         "images": [
             {"path": path, **{key: image.get(key) for key in ("fault", "rank", "step")}}

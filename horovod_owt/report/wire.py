@@ -8,16 +8,17 @@ from typing import Any
 from horovod_owt.config import from_mapping
 from horovod_owt.errors import ConfigError
 from horovod_owt.perf.traffic import bytes_sent_per_step
+from horovod_owt.report.formats import integer
 from horovod_owt.report.series import rounded
 from horovod_owt.runs.history import History, Start
 
 
 def bytes_on_the_wire(history: History) -> list[dict[str, Any]]:
     """For each size of the job, mean bytes per step by what they carry, as sent and as expected."""
-    groups: dict[tuple[Any, str], list[Start]] = {}
+    groups: dict[tuple[int | None, str], list[Start]] = {}
     for start in history.starts:
         if start.sent_steps:
-            key = (start.record.get("world_size"), repr(sorted(_expected(start).items())))
+            key = (integer(start.record.get("world_size")), repr(sorted(_expected(start).items())))
             groups.setdefault(key, []).append(start)
     return [_group(starts) for starts in groups.values()]
 
@@ -37,7 +38,7 @@ def _group(starts: list[Start]) -> dict[str, Any]:
         }
         for what in names
     ]
-    return {"world_size": starts[0].record.get("world_size"), "steps": steps, "rows": rows}
+    return {"world_size": integer(starts[0].record.get("world_size")), "steps": steps, "rows": rows}
 
 
 def _expected(start: Start) -> dict[str, int]:

@@ -81,6 +81,11 @@ def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:
     return stat.st_ino, stat.st_mtime_ns
 
 
+def evaluation_file(run_dir: Path) -> Path:
+    """Where `owt report` looks for the output of `owt evaluate --json`."""
+    return run_dir / "evaluation.json"
+
+
 def report_file(folder: Path) -> Path:
     """The page about a run, in its folder; about several, in a folder of the user's."""
     return folder / "report.html"
@@ -106,6 +111,11 @@ def profile_trace(run_dir: Path, rank: int) -> Path:
 
 def profile_table(run_dir: Path, rank: int) -> Path:
     return run_dir / PROFILE / f"rank-{rank:04d}.txt"
+
+
+def profile_files(run_dir: Path) -> list[Path]:
+    """The traces and tables that there are, by rank."""
+    return sorted((run_dir / PROFILE).glob("rank-*"))
 
 
 def timeline_file(run_dir: Path, step: int) -> Path:

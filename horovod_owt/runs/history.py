@@ -6,21 +6,15 @@ A step is a row in columns of numbers, 100 bytes: a million steps fit in 100 MB.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.errors import ConfigError
-from horovod_owt.runs.records import METRICS
-
-log = logging.getLogger(__name__)
+from horovod_owt.runs.records import METRICS, lacks_step, records, shown, time_of
 
 NUMBERS = (  # of a step record, each a column; NaN where a record has none
     "epoch",
@@ -32,7 +26,6 @@ NUMBERS = (  # of a step record, each a column; NaN where a record has none
     "exposed_comm_ms",
     "grad_norm",
 )
-MOST_STEPS = 1 << 62
 MOST_FAULTS = 10_000  # kept with their text; further ones are counted
 
 
@@ -56,7 +49,7 @@ class Steps:
 
     def append(self, record: dict[str, Any]) -> None:
         self.step.append(record["step"])
-        self.time.append(time_of(record))
+        self.time.append(moment_of(record))
         for name, column in self.columns.items():
             column.append(_number(record.get(name)))
         self.kept.append(1)
@@ -83,7 +76,7 @@ class Start:
     def began_at(self) -> float:
         """When its process was started, or else when it had gathered its ranks; NaN in old records."""
         started = time_of(self.record, "started")
-        return time_of(self.record) if math.isnan(started) else started
+        return moment_of(self.record) if started is None else started
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ class Event:
 
     @property
     def kind(self) -> str:
-        return self.record["kind"]
+        return str(self.record.get("kind"))
 
 
 @dataclass
@@ -107,11 +100,15 @@ class History:
     starts: list[Start] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     validations: list[Event] = field(default_factory=list)  # without those of lost steps
-    ranks: dict[str, Any] = field(default_factory=dict)  # the newest record of every rank's shares of a step
     lines: int = 0
     damaged: int = 0
     first_damaged: str = ""
     more_faults: int = 0  # beyond MOST_FAULTS
+
+    def note_damage(self, line: bytes) -> None:
+        self.lines += 1
+        self.damaged += 1
+        self.first_damaged = self.first_damaged or shown(line)
 
     def of_kind(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
@@ -123,12 +120,12 @@ class History:
     def began_at(self) -> float:
         """The earliest time in the records, in seconds since 1970; NaN if they have none."""
         first = [start.began_at() for start in self.starts[:1]]
-        times = [*first, *(time_of(event.record) for event in self.events[:1]), *self.steps.time[:1]]
+        times = [*first, *(moment_of(event.record) for event in self.events[:1]), *self.steps.time[:1]]
         return min((time for time in times if not math.isnan(time)), default=math.nan)
 
     def ended_at(self) -> float:
         """The latest time in the records; NaN if they have none."""
-        times = [*(time_of(event.record) for event in self.events[-1:]), *self.steps.time[-1:]]
+        times = [*(moment_of(event.record) for event in self.events[-1:]), *self.steps.time[-1:]]
         return max((time for time in times if not math.isnan(time)), default=math.nan)
 
 
@@ -139,31 +136,28 @@ def read_history(run_dir: Path) -> History:
     """
     history = History()
     faults = 0
-    for line in _lines(run_dir / METRICS):
+    for record in records(run_dir / METRICS, history.note_damage):
+        if lacks_step(record):
+            history.note_damage(json.dumps(record).encode())
+            continue
         history.lines += 1
-        record = _parsed(line)
-        if record is None:
-            history.damaged += 1
-            history.first_damaged = history.first_damaged or repr(line[:40])[1:]
-        elif record["kind"] == "step":
+        kind = record.get("kind")
+        if kind == "step":
             _add_step(history, record)
-        elif record["kind"] == "run":
+        elif kind == "run":
             _add_start(history, record)
+        elif kind == "fault" and faults == MOST_FAULTS:
+            history.more_faults += 1
         else:
-            faults += record["kind"] == "fault"
-            if record["kind"] == "fault" and faults > MOST_FAULTS:
-                history.more_faults += 1
-                continue
+            faults += kind == "fault"
             _add_event(history, record)
     return history
 
 
-def time_of(record: dict[str, Any], key: str = "time") -> float:
-    """Seconds since 1970 of a record with a time in ISO 8601; NaN without, as in old records."""
-    try:
-        return datetime.fromisoformat(record[key].replace("Z", "+00:00")).timestamp()
-    except (KeyError, ValueError, AttributeError):
-        return math.nan
+def moment_of(record: dict[str, Any]) -> float:
+    """When a record was written, in seconds since 1970; NaN in old records."""
+    moment = time_of(record)
+    return math.nan if moment is None else moment
 
 
 def _add_step(history: History, record: dict[str, Any]) -> None:
@@ -194,37 +188,9 @@ def _add_start(history: History, record: dict[str, Any]) -> None:
 
 def _add_event(history: History, record: dict[str, Any]) -> None:
     event = Event(record, len(history.steps), len(history.starts) - 1)
-    if record["kind"] == "validation" and isinstance(record.get("step"), int):
+    if event.kind == "validation":
         history.validations.append(event)
     history.events.append(event)
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    """The complete lines of a file, without zeros that a power cut left."""
-    try:
-        with file.open("rb") as lines:
-            for line in lines:
-                if line.endswith(b"\n") and (text := line.strip(b"\0\n\r ")):
-                    yield text
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        fix = "check its permissions and the file system"
-        raise ConfigError(f"{file}: {error.strerror}", wanted="a file of records", fix=fix) from None
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A record with a kind, and with a step if it is one of a step; None for anything else."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        return None
-    if record["kind"] == "step":
-        step = record.get("step")
-        return record if isinstance(step, int) and 0 <= step < MOST_STEPS else None
-    return record
 
 
 def _number(value: Any) -> float:

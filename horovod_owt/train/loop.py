@@ -42,6 +42,7 @@ from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.profile import Profile
 from horovod_owt.train.progress import Progress
+from horovod_owt.train.rank_times import MeanRankTimes
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.slow_steps import SlowSteps, place
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
@@ -184,6 +185,7 @@ class Run:
             every=cfg.log_every,
             show=self.world.is_root,
         )
+        rank_times = MeanRankTimes(self._record)
         batches = training_pipeline(
             cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
         )
@@ -221,6 +223,7 @@ class Run:
                     slow_steps.step(report)
                 self._record_step(lr, report)
                 self.observers.ranks(report.ranks)
+                rank_times.add(report.ranks)
                 if report.any_unnamed:
                     bad_images.announce(position.step)
                 profile.step()
@@ -230,6 +233,7 @@ class Run:
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
                 keep = epoch_over or last or due or report.stop_asked
                 if keep:
+                    rank_times.write(position.step)
                     self.replica.strategy.average_running_statistics()
                     self._checkpoint(validation_due=epoch_over or last)
                 if report.stop_asked:

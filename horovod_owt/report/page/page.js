@@ -1,6 +1,6 @@
 (() => {
   "use strict";
-  const { runs } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, glyphs } = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const HEIGHT = 230, TALL = 270, TOP = 10, BOTTOM = 24, RIGHT = 10, GLYPHS = 16, RIBBON = 12;
   const NEAR = 7; // pixels from an event at which the readout names it
@@ -87,6 +87,14 @@
       }));
   }
 
+  // what is measured in some steps only, without the others
+  function sparse(run, name, xName) {
+    return curve(run, name, xName).map(({ x, y, low, high }) => {
+      const there = (_, i) => y[i] !== null;
+      return { x: x.filter(there), y: y.filter(there), low: low?.filter(there), high: high?.filter(there) };
+    });
+  }
+
   function scores(run, name, xName) {
     const rows = runs[run].validations.filter((row) => typeof row[name] === "number" && row[xName] !== null);
     return rows.length ? [{ x: rows.map((row) => row[xName]), y: rows.map((row) => row[name]), dots: true }] : [];
@@ -110,7 +118,7 @@
     lr: { y: "learning rate", zero: true, lines: () => lines([["lr", "lr"]], curve, { x: settings.x }) },
     gradient: {
       y: "gradient norm", log: true,
-      lines: () => lines([["grad_norm", "gradient norm"]], curve, { x: settings.x }),
+      lines: () => lines([["grad_norm", "gradient norm"]], sparse, { x: settings.x }),
     },
     throughput: {
       y: "images/s", zero: true, x: "time", tall: true, events: true,
@@ -161,14 +169,6 @@
     return { edge: edge.join(""), bands };
   }
 
-  const GLYPH = {
-    start: "M-4,-4.5L5,0L-4,4.5Z",
-    regroup: "M0,-5L5,0L0,5L-5,0Z",
-    fault: "M-4.5,-2.5L-2.5,-4.5L0,-2L2.5,-4.5L4.5,-2.5L2,0L4.5,2.5L2.5,4.5L0,2L-2.5,4.5L-4.5,2.5L-2,0Z",
-    stop: "M-4,-4H4V4H-4Z",
-    done: "M-4.5,0A4.5,4.5 0 1 1 4.5,0A4.5,4.5 0 1 1 -4.5,0Z",
-  };
-  GLYPH.failure = GLYPH.fault;
   const glyphClass = (what) => (what === "done" ? "done-mark" : what);
 
   function drawEvents(plot, toX, top, bottom, shown) {
@@ -177,7 +177,7 @@
       const x = toX(event.time), kind = glyphClass(event.what);
       svg("line", { x1: x, x2: x, y1: top, y2: bottom, class: `mark ${kind}` }, plot);
       if (x < free) continue; // glyphs would cover each other; the readout and the table have them all
-      svg("path", { d: GLYPH[event.what] ?? GLYPH.fault, class: `glyph ${kind}`, transform: `translate(${x},${top - 8})` }, plot);
+      svg("path", { d: glyphs[event.what], class: `glyph ${kind}`, transform: `translate(${x},${top - 8})` }, plot);
       free = x + 9;
     }
   }
