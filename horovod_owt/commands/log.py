@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from horovod_owt.text import without_terminal_codes
 from horovod_owt.topology import read_topology
 
 
@@ -12,11 +13,12 @@ class _RankPrefix(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = self.formatTime(record, "%H:%M:%S")
+        message = without_terminal_codes(record.getMessage())
         if record.levelno < logging.WARNING:
-            return f"{time} {record.getMessage()}"
+            return f"{time} {message}"
         topology = read_topology()
         who = f" [rank {topology.rank} {topology.host}]" if topology.world_size > 1 else ""
-        return f"{time} {record.levelname}{who} {record.getMessage()}"
+        return f"{time} {record.levelname}{who} {message}"
 
 
 def log_to_stderr() -> None:

@@ -22,6 +22,12 @@ NEWEST_OPTION = click.option(
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 
 
+def with_profile(profile: int | None, timeline: bool, settings: tuple[str, ...]) -> tuple[str, ...]:
+    """`--profile 10` is short for `--set profile=10`, and `--timeline` for `--set timeline=true`."""
+    settings = settings if profile is None else (*settings, f"profile={profile}")
+    return (*settings, "timeline=true") if timeline else settings
+
+
 def with_parallel(parallel: str | None, settings: tuple[str, ...]) -> tuple[str, ...]:
     """`--parallel hybrid` is short for `--set parallel=hybrid`."""
     return (*settings, f"parallel={parallel}") if parallel else settings

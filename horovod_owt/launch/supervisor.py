@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import psutil
 
 from horovod_owt.errors import ConfigError, Preempted
-from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, run_dir_of
+from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, append_attempt, run_dir_of
 from horovod_owt.topology import LAUNCHERS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -77,6 +77,7 @@ class Supervisor:
         attempts: list[Attempt] = []
         while True:
             attempts.append(self._attempt())
+            self._note_attempt(attempts)
             end, last = reason_not_to_restart(attempts, self._max_restarts), attempts[-1]
             if end:
                 if last.exit_code != 0:
@@ -89,6 +90,12 @@ class Supervisor:
             say(f"exit code {last.exit_code} after step {last.last_step}: {last.reason}")
             say(f"{start}, from {place}")
 
+    def _note_attempt(self, attempts: Sequence[Attempt]) -> None:
+        try:
+            append_attempt(self._run_dir, attempts[-1], start=self._start, restarts=len(attempts) - 1)
+        except OSError as error:
+            say(f"WARNING {error.filename}: {error.strerror}")
+
     def _set_up_process(self) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt the ranks of a dead launcher
         for number in PASSED_ON:
@@ -96,6 +103,7 @@ class Supervisor:
 
     def _attempt(self) -> Attempt:
         watch = AttemptWatch(self._run_dir)
+        self._start = watch.start
         if self._asked_to_stop:  # between two attempts
             return watch.attempt(Preempted.exit_code, asked_to_stop=True)
         try:

@@ -1,9 +1,10 @@
 """Files of a run folder: configuration, outcome, and stack dumps of the ranks.
 
     RUN/  config.json  metrics.jsonl  outcome.json  attempts.jsonl  checkpoints/  owner/  stacks/
+          tensorboard/  profile/  timeline/
 
 The others belong to `records`, `attempts`, `checkpoints` and `owner`. Only rank 0 writes, except that each
-rank writes its own stacks.
+rank writes its own stacks and its own profile.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from horovod_owt.files import write_text
 log = logging.getLogger(__name__)
 
 CONFIG, OUTCOME, STACKS = "config.json", "outcome.json", "stacks"
+TENSORBOARD, PROFILE, TIMELINE = "tensorboard", "profile", "timeline"
 
 
 def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
@@ -79,6 +81,16 @@ def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:
     return stat.st_ino, stat.st_mtime_ns
 
 
+def evaluation_file(run_dir: Path) -> Path:
+    """Where `owt report` looks for the output of `owt evaluate --json`."""
+    return run_dir / "evaluation.json"
+
+
+def report_file(folder: Path) -> Path:
+    """The page about a run, in its folder; about several, in a folder of the user's."""
+    return folder / "report.html"
+
+
 def stacks_folder(run_dir: Path) -> Path:
     """The folder of the stack dumps of hung ranks."""
     return run_dir / STACKS
@@ -86,3 +98,31 @@ def stacks_folder(run_dir: Path) -> Path:
 
 def stacks_file(run_dir: Path, rank: int) -> Path:
     return stacks_folder(run_dir) / f"rank-{rank:04d}.txt"
+
+
+def tensorboard_folder(run_dir: Path) -> Path:
+    return run_dir / TENSORBOARD
+
+
+def profile_trace(run_dir: Path, rank: int) -> Path:
+    """A rank's trace for Perfetto; its table of operations is next to it."""
+    return run_dir / PROFILE / f"rank-{rank:04d}.json.gz"
+
+
+def profile_table(run_dir: Path, rank: int) -> Path:
+    return run_dir / PROFILE / f"rank-{rank:04d}.txt"
+
+
+def profile_files(run_dir: Path) -> list[Path]:
+    """The traces and tables that there are, by rank."""
+    return sorted((run_dir / PROFILE).glob("rank-*"))
+
+
+def timeline_file(run_dir: Path, step: int) -> Path:
+    """Horovod's timeline of the ranks that started after `step`."""
+    return run_dir / TIMELINE / f"step-{step:08d}.json"
+
+
+def timeline_files(run_dir: Path) -> list[Path]:
+    """Those that there are, oldest first."""
+    return sorted((run_dir / TIMELINE).glob("step-*.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from contextlib import nullcontext
@@ -21,21 +22,27 @@ from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.elastic import RESETS, Committed, regroup_reason
+from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.timeline import start_timeline, stop_timeline
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.runs.attempts import job_name
-from horovod_owt.runs.folder import write_config, write_outcome
+from horovod_owt.runs.folder import timeline_file, write_config, write_outcome
 from horovod_owt.runs.opening import Opened, Resume, open_run_folder
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.records import MetricsLog, utc
+from horovod_owt.runs.timeline import complete_timelines
 from horovod_owt.schedule import learning_rate
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
 from horovod_owt.train.evaluate import validate
+from horovod_owt.train.observers import Observers
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
+from horovod_owt.train.profile import Profile
 from horovod_owt.train.progress import Progress
+from horovod_owt.train.rank_times import MeanRankTimes
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.slow_steps import SlowSteps, place
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
@@ -54,6 +61,7 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume)
         request.device,
         stall_limit_s=request.cfg.stall_limit_s,
         fc_group_size=request.cfg.fc_group_size,
+        timeline=request.cfg.timeline,
     )
     with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
         check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
@@ -87,6 +95,7 @@ class Run:
         self.start, self._began = opened.start, time.time()
         self.metrics = MetricsLog(self.run_dir, self.start) if world.is_root else None
         self.writer: CheckpointWriter | None = None  # on rank 0, once the state is complete
+        self.observers = Observers()
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
 
@@ -104,7 +113,7 @@ class Run:
         )
         try:
             with watch as heartbeat, nullcontext() if elastic else explain_lost_ranks(heartbeat.lost):
-                self._begin()
+                self._begin(heartbeat)
                 places = gather_objects(place(self.world), "places")
                 self._record_start([host for host, *_ in places])
                 if self._validation_due:
@@ -127,7 +136,7 @@ class Run:
         finally:
             self._close(exit_code, reason)
 
-    def _begin(self) -> None:
+    def _begin(self, heartbeat: Heartbeat) -> None:
         """Build the replica and restore its state: the first collectives on the devices, already watched."""
         cfg, self.predicted_step_ms = choose_parallel(self.cfg, self.world)
         if cfg != self.cfg:
@@ -147,7 +156,25 @@ class Run:
             step=self.position.step,
             consumed=self.position.consumed,
         )
+        on_root(lambda: self._show(heartbeat), "observers")
         self.writer = self._make_writer() if self.world.is_root else None
+
+    def _show(self, heartbeat: Heartbeat) -> None:
+        """Start what shows the run to others, on rank 0."""
+        if self.cfg.timeline:
+            complete_timelines(self.run_dir)  # of an attempt that was killed
+            start_timeline(timeline_file(self.run_dir, self.position.step))
+        epoch = math.ceil(self.position.num_samples / self.global_batch)
+        self.observers.open(
+            self.cfg,
+            self.run_dir,
+            self.start,
+            step=self.position.step,
+            total_steps=self.total_steps,
+            checkpoint_steps=min(self.cfg.checkpoint_every or epoch, epoch),
+            heartbeat=heartbeat,
+            resumes=self.position.step > 0,
+        )
 
     def _run_steps(self, stop: StopRequest, slow_steps: SlowSteps | None) -> None:
         cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
@@ -158,13 +185,16 @@ class Run:
             every=cfg.log_every,
             show=self.world.is_root,
         )
+        rank_times = MeanRankTimes(self._record)
         batches = training_pipeline(
             cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
         )
-        with batches, progress:
+        with batches, progress, Profile(cfg.profile, self.world, self.run_dir) as profile:
             early = FetchedEarly(batches)
-            next_batch = bad_images.collect(early).__next__
+            collected = bad_images.collect(early)
+            next_batch = self.observers.looking_at(collected, position.step + 1).__next__
             # CPU cores have no time to spare within a step
+            every = cfg.grad_norm_every
             fetching = {"fetch_next": early.fetch} if self.world.device.type == "cuda" else {}
             while position.step < self.total_steps:
                 epoch_before, lr = int(position.epoch), self._learning_rate()
@@ -175,6 +205,7 @@ class Run:
                         lr=lr,
                         stop=stop.asked,
                         named=bad_images.known.named,
+                        measure_norm=bool(every) and (position.step + 1) % every == 0,
                         **fetching,
                     )
                 except FloatingPointError as error:
@@ -191,14 +222,18 @@ class Run:
                 if slow_steps is not None:
                     slow_steps.step(report)
                 self._record_step(lr, report)
+                self.observers.ranks(report.ranks)
+                rank_times.add(report.ranks)
                 if report.any_unnamed:
                     bad_images.announce(position.step)
+                profile.step()
 
                 epoch_over = int(position.epoch) > epoch_before
                 last = position.step == self.total_steps
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
                 keep = epoch_over or last or due or report.stop_asked
                 if keep:
+                    rank_times.write(position.step)
                     self.replica.strategy.average_running_statistics()
                     self._checkpoint(validation_due=epoch_over or last)
                 if report.stop_asked:
@@ -225,6 +260,7 @@ class Run:
     def _not_finite(self, error: FloatingPointError, lr: float) -> OwtError:
         """The error for a NaN or infinite loss, with the images of the step."""
         position = self.position
+        self._record("fault", fault=str(error), step=position.step + 1, loss_not_finite=True)
         _, indices = SampleOrder(position.num_samples, self.cfg.seed).at(position.consumed, self.global_batch)
         return RunError(
             f"{error} at step {position.step + 1}, lr {lr:.2e}, image indices {indices.tolist()}",
@@ -251,6 +287,7 @@ class Run:
         )
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
+            self.observers.per_class(position.step, score.class_top1(), self.folder.classes)
             self.writer.score(step=position.step, epoch=position.epoch, top1=score.top1)
 
     def _checkpoint(self, *, validation_due: bool) -> None:
@@ -355,6 +392,7 @@ class Run:
     def _record(self, kind: str, **values) -> None:
         if self.metrics is not None:
             self.metrics.write(kind, **values)
+            self.observers.record(kind, values)
 
     def _close(self, exit_code: int | None, reason: str) -> None:
         """Write the outcome, unless an elastic job continues (exit code None), and close the files."""
@@ -362,6 +400,9 @@ class Run:
             return
         if self.writer is not None:
             self.writer.close()
+        if self.cfg.timeline:
+            stop_timeline()
+            complete_timelines(self.run_dir)
         if exit_code is not None and self.writer is not None:
             outcome = {
                 "exit_code": exit_code,
@@ -372,4 +413,5 @@ class Run:
             }
             self.metrics.write("outcome", **outcome)
             write_outcome(self.run_dir, {**self.start.stamp(), **outcome})
+        self.observers.close()
         self.metrics.close()

@@ -5,8 +5,9 @@ The three numbers of the step before travel with the loss: no collective of thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,3 +39,35 @@ class RankTimes:
         """Minimum, median and maximum over the ranks, in seconds."""
         of_ranks = self.part(name)
         return float(of_ranks.min()), float(np.median(of_ranks)), float(of_ranks.max())
+
+
+class MeanRankTimes:
+    """The mean times of all ranks since the last record of them, for the run's records."""
+
+    def __init__(self, record: Callable[..., Any]) -> None:
+        """`record` writes a line to the run's metrics."""
+        self._record = record
+        self._sum: np.ndarray | None = None
+        self._steps = -1  # the first step of a world warms up
+
+    def add(self, times: RankTimes | None) -> None:
+        if times is None:
+            return
+        self._steps += 1
+        if self._steps > 0:
+            self._sum = times.seconds if self._sum is None else self._sum + times.seconds
+
+    def write(self, step: int) -> None:
+        """Write a `ranks` record, if there was a step, and start again."""
+        if self._sum is None:
+            return
+        compute, data, communication = np.round(1e3 * self._sum.T / self._steps, 3).tolist()
+        self._record(
+            "ranks",
+            step=step,
+            steps=self._steps,
+            compute_ms=compute,
+            data_wait_ms=data,
+            exposed_comm_ms=communication,
+        )
+        self._sum, self._steps = None, 0

@@ -198,3 +198,22 @@ def test_attempts_have_one_number_in_all_records_of_a_folder(tmp_path, monkeypat
 )
 def test_the_job_id_is_the_schedulers(env, job_id):
     assert scheduler_job_id(env) == job_id
+
+
+def test_the_supervisor_records_each_attempt(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor.Supervisor, "_set_up_process", lambda self: None)
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.0)
+    script = """
+        done=$(cat "$1/metrics.jsonl" 2>/dev/null | wc -l)
+        echo '{"kind": "step", "step": '$((done + 1))'}' >>"$1/metrics.jsonl"
+        exit 1
+    """
+    command = ["sh", "-c", script, "job", str(tmp_path), "--run-dir", str(tmp_path)]
+    supervisor.Supervisor(command, max_restarts=2).run()
+    found = list(newest_records(tmp_path / "attempts.jsonl"))[::-1]
+    assert [(one["attempt"], one["restarts"], one["last_step"]) for one in found] == [
+        (1, 0, 1),
+        (2, 1, 2),
+        (3, 2, 3),
+    ]
+    assert all(one["exit_code"] == 1 and one["time"] for one in found)

@@ -1,0 +1,194 @@
+"""Where the wall time of a run went, over all its attempts, from the records in its folder alone.
+
+Goodput is the share of steps that counted: those that no later attempt did again. A span is the time from a
+`run` record's `started` to the end of its attempt, or of its world of ranks in an elastic job:
+
+    started ........ first step ..................... last step that counts ..... end ..... next started
+    start-up         steps, validation, checkpoints   lost work                   queue
+
+The times within a step are those of rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from horovod_owt.errors import Preempted
+from horovod_owt.runs.attempts import ATTEMPTS
+from horovod_owt.runs.records import METRICS, lacks_step, newest_records, records, time_of
+
+STEP_PARTS = ("compute", "data", "communication")
+LOSSES = ("start-up", "validation", "checkpoint", "lost work", "queue", "other")
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Seconds of a run, by STEP_PARTS of the steps that counted and by LOSSES; together the wall time."""
+
+    seconds: dict[str, float]
+    attempts: int
+    steps: int  # that counted
+    steps_lost: int  # done again, or to be done again
+
+    @property
+    def wall_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def share(self) -> float:
+        """The goodput: the share of the wall time spent on steps that counted."""
+        return sum(self.shares()[part] for part in STEP_PARTS)
+
+    def shares(self) -> dict[str, float]:
+        """The parts of the wall time, which add up to 1."""
+        wall_s = self.wall_s or 1.0
+        return {part: seconds / wall_s for part, seconds in self.seconds.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "goodput": self.share,
+            "wall_s": self.wall_s,
+            "seconds": self.seconds,
+            "attempts": self.attempts,
+            "steps": self.steps,
+            "steps_lost": self.steps_lost,
+        }
+
+
+def goodput(run_dir: Path) -> Goodput | None:
+    """The goodput of a run so far; None if its records have no times, as those of older versions.
+
+    Raises ConfigError if they cannot be read. Of a run that failed, the steps after its last checkpoint do
+    not count; of one that is under way they do, for now.
+    """
+    spans = _spans(records(run_dir / METRICS), _ends_of_attempts(run_dir))
+    if not spans:
+        return None
+    total = dict.fromkeys((*STEP_PARTS, *LOSSES), 0.0)
+    steps = lost = 0
+    for span, following, upto in zip_longest(spans, spans[1:], _kept(spans)):
+        for part, seconds in span.parts(upto, last=following is None).items():
+            total[part] += seconds
+        steps += sum(step.number <= upto for step in span.steps)
+        lost += sum(step.number > upto for step in span.steps)
+        if following:
+            between = "queue" if following.attempt != span.attempt else "lost work"  # the ranks regroup
+            total[between] += max(0.0, following.started - span.end)
+    return Goodput(total, len({span.attempt for span in spans}), steps, lost)
+
+
+@dataclass(frozen=True)
+class _Step:
+    number: int
+    end: float
+    step_s: float
+    data_s: float
+    comm_s: float
+
+
+@dataclass
+class _Span:
+    """An attempt, or one world of an elastic one."""
+
+    started: float
+    attempt: int
+    first_step: int
+    end: float
+    exit_code: int | None = None  # None if it was killed, or is under way
+    steps: list[_Step] = field(default_factory=list)
+    validations: list[tuple[int, float, float]] = field(default_factory=list)  # step, end, seconds
+    stalls: dict[int, float] = field(default_factory=dict)  # for checkpoints: seconds by step
+
+    def kept_step(self) -> int:
+        """The last step that counts if nothing follows."""
+        failed = self.exit_code not in (None, 0, Preempted.exit_code)
+        if failed:
+            return max(self.stalls, default=self.first_step)
+        return self.steps[-1].number if self.steps else self.first_step
+
+    def parts(self, upto: int, *, last: bool) -> dict[str, float]:
+        """Seconds by part; steps after `upto` are lost. `last`: nothing follows this span."""
+        counted = [step for step in self.steps if step.number <= upto]
+        validated = [(end, seconds) for step, end, seconds in self.validations if step <= upto]
+        found = {
+            "compute": sum(step.step_s - step.data_s - step.comm_s for step in counted),
+            "data": sum(step.data_s for step in counted),
+            "communication": sum(step.comm_s for step in counted),
+            "validation": sum(seconds for _, seconds in validated),
+            "checkpoint": sum(seconds for step, seconds in self.stalls.items() if step <= upto),
+        }
+        at_work = self._start_of_work()
+        ends = [step.end + self.stalls.get(step.number, 0.0) for step in counted]
+        kept_until = max(ends + [end for end, _ in validated], default=at_work)
+        redone = [step for step in self.steps if step.number > upto]
+        if redone:
+            kept_until = max(kept_until, redone[0].end - redone[0].step_s)
+        gracefully = self.exit_code in (0, Preempted.exit_code)
+        under_way = last and self.exit_code is None
+        # A run that stops or ends waits for its last checkpoint; after any other end the rest was in vain.
+        tail = "checkpoint" if gracefully and not redone else "other" if under_way else "lost work"
+        found["start-up"] = at_work - self.started
+        found["other"] = max(0.0, kept_until - self.started - sum(found.values()))
+        found[tail] = found.get(tail, 0.0) + max(0.0, self.end - kept_until)
+        return found
+
+    def _start_of_work(self) -> float:
+        """When the first step or validation began."""
+        begins = [step.end - step.step_s for step in self.steps[:1]]
+        begins += [end - seconds for _, end, seconds in self.validations[:1]]
+        return max(self.started, min(begins, default=self.end))
+
+
+def _kept(spans: list[_Span]) -> list[int]:
+    """For each span, the last step that no later span did again."""
+    kept = [spans[-1].kept_step()]
+    for following in reversed(spans[1:]):
+        kept.append(min(kept[-1], following.first_step))
+    return kept[::-1]
+
+
+def _spans(found: Iterable[dict[str, Any]], ends: dict[int, float]) -> list[_Span]:
+    spans: list[_Span] = []
+    for record in found:
+        time, kind = time_of(record), record.get("kind")
+        if time is None or lacks_step(record):
+            continue
+        if kind == "run":
+            started = time_of(record, "started") or time
+            attempt, first_step = record.get("attempt", 0), record.get("first_step", 0)
+            spans.append(_Span(started, attempt, first_step, end=time))
+        elif spans:
+            _note(spans[-1], kind, time, record)
+    for span, following in zip_longest(spans, spans[1:]):
+        if following is None or following.attempt != span.attempt:
+            span.end = max(span.end, ends.get(span.attempt, span.end))
+        if following is not None:
+            span.end = min(span.end, max(following.started, span.steps[-1].end if span.steps else 0.0))
+    return spans
+
+
+def _note(span: _Span, kind: str | None, time: float, record: dict[str, Any]) -> None:
+    if (
+        kind == "fault" and "world_size" in record
+    ):  # written by the next world, after the ranks have regrouped
+        return
+    span.end = max(span.end, time)
+    if kind == "step":
+        ms = (record.get(key) or 0.0 for key in ("step_ms", "data_wait_ms", "exposed_comm_ms"))
+        span.steps.append(_Step(record["step"], time, *(value / 1e3 for value in ms)))
+    elif kind == "validation":
+        span.validations.append((record["step"], time, record.get("validation_s") or 0.0))
+    elif kind == "checkpoint":
+        span.stalls[record["step"]] = record.get("stall_ms", 0.0) / 1e3
+    elif kind == "outcome":
+        span.exit_code = record.get("exit_code")
+
+
+def _ends_of_attempts(run_dir: Path) -> dict[int, float]:
+    """When the launcher of an attempt had ended, by attempt; none without a supervisor or a batch process."""
+    found = ((record.get("attempt"), time_of(record)) for record in newest_records(run_dir / ATTEMPTS))
+    return {attempt: time for attempt, time in found if time is not None}
