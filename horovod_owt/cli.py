@@ -22,7 +22,7 @@ from horovod_owt.commands.launch import launch
 from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.preflight import preflight
-from horovod_owt.commands.report import report
+from horovod_owt.commands.report import plot, report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
@@ -59,6 +59,7 @@ for command in (
     evaluate,
     checkpoint,
     report,
+    plot,
     goodput_command,
     metrics,
     devices,
