@@ -15,12 +15,14 @@ from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
 from horovod_owt.commands.evaluate import evaluate
+from horovod_owt.commands.export import export
 from horovod_owt.commands.goodput import goodput_command
 from horovod_owt.commands.info import info
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
 from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
+from horovod_owt.commands.predict import predict
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.report import plot, report
 from horovod_owt.commands.streams import survive_lost_readers
@@ -57,6 +59,8 @@ for command in (
     data,
     train,
     evaluate,
+    predict,
+    export,
     checkpoint,
     report,
     plot,

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 IMAGES = 8  # of a batch
 MOST_CURVES = 20  # classes that have a curve each; of more, the worst are listed
-FLUSH_S = 10.0
 CLOSE_S = 10.0  # for what is left to write at the end: a disk may hang
 MEANS = {  # tag -> key of the records of steps, whose mean is shown
     "train/loss": "loss",
@@ -120,13 +119,11 @@ class TensorBoard:
                 pass
 
     def _write_queue(self) -> None:
-        flushed = time.monotonic()
         while (item := self._queue.get()) is not END:
             write, *values = item
             write(*values)
-            if time.monotonic() - flushed > FLUSH_S:
+            if self._queue.empty():  # so that a kill loses nothing that a checkpoint has
                 self._file.flush()
-                flushed = time.monotonic()
 
     def _write_steps(self, steps: Sequence[Mapping[str, Any]]) -> None:
         step = steps[-1]["step"]

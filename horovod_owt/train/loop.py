@@ -287,6 +287,7 @@ class Run:
         )
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
+            self.observers.per_class(position.step, score.class_top1(), self.folder.classes)
             self.writer.score(step=position.step, epoch=position.epoch, top1=score.top1)
 
     def _checkpoint(self, *, validation_due: bool) -> None:

@@ -94,8 +94,9 @@ class Observers:
             yield batch
 
     def per_class(self, step: int, accuracy: Sequence[float], names: Sequence[str]) -> None:
+        """Show the accuracy of each class in percent; outputs beyond the data set's classes have no name."""
         if self._tensorboard is not None:
-            self._tensorboard.per_class(step, accuracy, names)
+            self._tensorboard.per_class(step, accuracy[: len(names)], names)
 
     def close(self) -> None:
         if self._tensorboard is not None:
