@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -36,10 +37,12 @@ from horovod_owt.train.evaluate import validate
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
+from horovod_owt.train.rank_times import RankRecords
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.slow_steps import SlowSteps, place
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
 from horovod_owt.train.stop import StopRequest
+from horovod_owt.train.stragglers import Stragglers
 from horovod_owt.train.watch import watched
 
 log = logging.getLogger(__name__)
@@ -109,8 +112,8 @@ class Run:
                 self._record_start([host for host, *_ in places])
                 if self._validation_due:
                     self._validate(stop)
-                slow_steps = SlowSteps(self.cfg, self.world, places) if self.world.is_root else None
-                self._run_steps(stop, slow_steps)
+                observers = self._observers(places) if self.world.is_root else []
+                self._run_steps(stop, observers)
         except RESETS as error:
             exit_code = None
             self._committed.regrouped = {
@@ -149,7 +152,18 @@ class Run:
         )
         self.writer = self._make_writer() if self.world.is_root else None
 
-    def _run_steps(self, stop: StopRequest, slow_steps: SlowSteps | None) -> None:
+    def _observers(self, places: list[list]) -> list[Callable[[int, StepReport], None]]:
+        """What looks at each step on rank 0."""
+        slow_steps = SlowSteps(self.cfg, self.world, places)
+        stragglers = Stragglers([host for host, *_ in places], self._record)
+        records = RankRecords(self._record)
+        return [
+            lambda _, report: slow_steps.step(report),
+            lambda step, report: stragglers.step(step, report.ranks),
+            lambda step, report: records.step(step, report.ranks),
+        ]
+
+    def _run_steps(self, stop: StopRequest, observers: list[Callable[[int, StepReport], None]]) -> None:
         cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
         progress = Progress(
             total_steps=self.total_steps,
@@ -188,8 +202,8 @@ class Run:
                     self.writer.poll()
                 position.consumed += self.global_batch
                 progress.step(position.step, position.epoch, lr, report)
-                if slow_steps is not None:
-                    slow_steps.step(report)
+                for observe in observers:
+                    observe(position.step, report)
                 self._record_step(lr, report)
                 if report.any_unnamed:
                     bad_images.announce(position.step)

@@ -5,12 +5,13 @@ The three numbers of the step before travel with the loss: no collective of thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 PARTS = ("compute", "data", "communication")
+FIRST, EVERY = 10, 50  # steps whose means are a record, at first and later
 
 
 def spent(*, step_s: float, data_wait_s: float, exposed_comm_s: float) -> tuple[float, float, float]:
@@ -38,3 +39,23 @@ class RankTimes:
         """Minimum, median and maximum over the ranks, in seconds."""
         of_ranks = self.part(name)
         return float(of_ranks.min()), float(np.median(of_ranks)), float(of_ranks.max())
+
+
+class RankRecords:
+    """Records every rank's mean times, as lines of kind `ranks`: after FIRST steps, then more rarely."""
+
+    def __init__(self, record: Callable[..., None]) -> None:
+        self._record, self._due = record, FIRST
+        self._sum, self._steps = 0.0, 0
+
+    def step(self, step: int, times: RankTimes | None) -> None:
+        """Note the times of the step before `step`."""
+        if times is None:
+            return
+        self._sum, self._steps = self._sum + times.seconds, self._steps + 1
+        if self._steps < self._due:
+            return
+        means = (1e3 * self._sum / self._steps).round(3).T.tolist()
+        names = ("compute_ms", "data_wait_ms", "exposed_comm_ms")
+        self._record("ranks", step=step - 1, steps=self._steps, **dict(zip(names, means, strict=True)))
+        self._sum, self._steps, self._due = 0.0, 0, min(2 * self._due, EVERY)
