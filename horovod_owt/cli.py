@@ -12,6 +12,7 @@ import click
 from horovod_owt import __version__
 from horovod_owt.commands.bench import bench
 from horovod_owt.commands.checkpoint import checkpoint
+from horovod_owt.commands.control import save, stop
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
 from horovod_owt.commands.goodput import goodput_command
@@ -49,7 +50,20 @@ def cli() -> None:
     """
 
 
-for command in (data, train, checkpoint, goodput_command, devices, preflight, plan, bench, launch, job):
+for command in (
+    data,
+    train,
+    checkpoint,
+    goodput_command,
+    stop,
+    save,
+    devices,
+    preflight,
+    plan,
+    bench,
+    launch,
+    job,
+):
     cli.add_command(command)
 
 

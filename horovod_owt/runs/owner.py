@@ -70,6 +70,21 @@ def elastic_driver(env: Mapping[str, str]) -> str:
     return f"{address}:{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT')}"
 
 
+def find_owner(run_dir: Path) -> Owner | None:
+    """The process that owns a run folder, unless it is known to be gone; found without waiting."""
+    folder = run_dir / OWNER
+    try:
+        number = max(_numbers(folder), default=0)
+    except OSError:
+        return None
+    owner, renewed = _read(folder, number), _renewed(folder, number) if number else None
+    if owner is None or renewed is None or owner.left:
+        return None
+    if owner.kernel == _kernel():
+        return owner if _start_ticks(owner.pid) == owner.start_ticks else None
+    return owner if _now(folder) - renewed < STALE_S else None
+
+
 class Ownership:
     """This process's right to write to a run folder, from `take` to the end of the `with` block.
 
@@ -80,6 +95,7 @@ class Ownership:
     def __init__(self, on_loss: Callable[[str], None] | None = None) -> None:
         self._on_loss = on_loss or _end_this_process
         self._file: Path | None = None
+        self.since = 0.0  # by the file system's clock
         self._enough = Event()
         self._renewing: Thread | None = None
 
@@ -104,6 +120,7 @@ class Ownership:
         while self._file is None:
             number = _wait_for_turn(run_dir, me)
             self._file = _create(folder, number + 1, me)
+        self.since = self._file.stat().st_mtime
         for older in _numbers(folder):
             if older < _number(self._file):
                 unlink_quietly(_path(folder, older))

@@ -73,7 +73,8 @@ class MetricsLog:
         self._one_at_a_time = Lock()
         self._refused = False
 
-    def write(self, kind: str, **values: Any) -> None:
+    def write(self, kind: str, **values: Any) -> dict[str, Any]:
+        """Write a line; returns its record."""
         with self._one_at_a_time:
             record = {"kind": kind, **self._start.stamp(), **values}
             self._unwritten += (json.dumps(record) + "\n").encode()
@@ -87,6 +88,7 @@ class MetricsLog:
                         "%s: %s; lines are kept in memory until it is writable", METRICS, error.strerror
                     )
                 self._refused = True
+        return record
 
     def close(self) -> None:
         try:

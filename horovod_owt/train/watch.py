@@ -82,8 +82,8 @@ def watched(
     def give_up(who: str) -> None:
         reason = RunError(f"stalled: {who}", fix=_how_to_resume(run_dir))
         outcome = {"exit_code": 1, "reason": str(reason), "step": now.step}
-        record("outcome", **outcome)
         write_outcome(run_dir, {**start.stamp(), **outcome})
+        record("outcome", **outcome)
         print(f"owt: [rank {world.rank} {world.host}] {reason}", file=sys.stderr, flush=True)
         os._exit(1)  # the main thread hangs in a collective; the launcher ends the other ranks
 
