@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from horovod_owt.commands.loading import loading
-from horovod_owt.commands.log import log_to_stderr
+from horovod_owt.commands.log import LOG_FORMAT_OPTION, log_to_stderr
 from horovod_owt.commands.options import PARALLEL_OPTION, RECIPE_OPTION, SET_OPTION, with_parallel
 
 
@@ -28,6 +28,7 @@ from horovod_owt.commands.options import PARALLEL_OPTION, RECIPE_OPTION, SET_OPT
 @click.option("--other-data", is_flag=True, help="Allow resuming on another data set than the checkpoint's.")
 @PARALLEL_OPTION
 @SET_OPTION
+@LOG_FORMAT_OPTION
 def train(
     data: Path,
     run_dir: Path | None,
@@ -36,6 +37,7 @@ def train(
     other_data: bool,
     parallel: str | None,
     settings: tuple[str, ...],
+    log_format: str,
 ) -> None:
     """Train on the images in DATA (train/CLASS/*.JPEG, val/CLASS/*.JPEG, or packed); each rank runs this.
 
@@ -46,9 +48,10 @@ def train(
                torchrun --nproc-per-node 4 --no-python owt train /data/imagenet --run-dir runs/first
                horovodrun -np 8 owt train /data/imagenet --parallel hybrid --set fc_group_size=4
 
-    Ctrl-C, TERM, USR1 and USR2 stop it after the current step, with a checkpoint and exit code 75.
+    Ctrl-C, TERM, USR1 and USR2 stop it after the current step, with a checkpoint and exit code 75; so does
+    `owt stop RUN`.
     """
-    log_to_stderr()
+    log_to_stderr(log_format)
     from horovod_owt.data.machine import allow_open_files
     from horovod_owt.train.prepare import prepare_alone
 

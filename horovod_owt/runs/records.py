@@ -11,23 +11,18 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.logs import utc
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 BLOCK_BYTES = 1 << 16  # per read, from the end of the file
-
-
-def utc(seconds: float | None = None) -> str:
-    """A time, by default now, as in records: 2026-11-26T09:05:00.123Z."""
-    moment = datetime.now(timezone.utc) if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def time_of(record: Mapping[str, Any], key: str = "time") -> float | None:

@@ -18,6 +18,7 @@ from horovod_owt.data.listing import left_out_text
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.prefetch import FetchedEarly
 from horovod_owt.errors import OwtError, Preempted, RunError, explained
+from horovod_owt.logs import utc
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
@@ -30,7 +31,6 @@ from horovod_owt.runs.control import STOP
 from horovod_owt.runs.folder import write_config
 from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.runs.owner import Ownership
-from horovod_owt.runs.records import utc
 from horovod_owt.schedule import learning_rate
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
@@ -40,6 +40,7 @@ from horovod_owt.train.journal import Journal, open_run
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.progress import Progress
+from horovod_owt.train.rank_log import RankLog
 from horovod_owt.train.rank_times import RankRecords
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.slow_steps import SlowSteps, place
@@ -99,6 +100,8 @@ class Run:
     def train(self) -> None:
         """Train to the end; the run folder records the outcome, unless training could not begin."""
         reason, exit_code, now.step = "done", 0, 0
+        bug: BaseException | None = None
+        rank_log = RankLog(self.run_dir, self.start, self.world)
         elastic = self._committed is not None
         watch = watched(
             self.world,
@@ -129,13 +132,18 @@ class Run:
                 "step": self.position.step,
                 "world_size": self.world.size,
             }
+            reason = self._committed.regrouped["fault"]
             raise
         except BaseException as error:
             known = explained(error)
             reason = str(known) if known else f"a bug: {type(error).__name__}, see the traceback in the log"
             exit_code = known.exit_code if known else 1
+            bug = None if known else error
             raise
         finally:
+            went_well = exit_code in (None, 0, Preempted.exit_code)
+            rank_log.note(logging.INFO if went_well else logging.ERROR, reason, error=bug)
+            rank_log.close()
             self._close(exit_code, reason)
 
     def _begin(self) -> None:

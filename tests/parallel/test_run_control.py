@@ -1,4 +1,4 @@
-"""A real run controlled by files in its folder, with a hook; and a run that is killed three times, measured."""
+"""A real run controlled by files in its folder, with a hook; and one that is killed three times, measured."""
 
 import json
 import subprocess
