@@ -15,16 +15,22 @@ from horovod_owt.commands.checkpoint import checkpoint
 from horovod_owt.commands.control import save, stop
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
+from horovod_owt.commands.evaluate import evaluate
+from horovod_owt.commands.export import export
 from horovod_owt.commands.goodput import goodput_command
+from horovod_owt.commands.info import info
 from horovod_owt.commands.job import job
 from horovod_owt.commands.launch import launch
+from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
+from horovod_owt.commands.predict import predict
 from horovod_owt.commands.preflight import preflight
+from horovod_owt.commands.report import report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
 from horovod_owt.logs import print_error
-from horovod_owt.text import tolerant_streams
+from horovod_owt.text import tolerant_streams, without_terminal_codes
 from horovod_owt.topology import read_topology
 
 # How long the other ranks of a host wait before they print an error that all ranks raised: by then the
@@ -54,11 +60,17 @@ def cli() -> None:
 for command in (
     data,
     train,
+    evaluate,
+    predict,
+    export,
     checkpoint,
+    report,
     goodput_command,
     stop,
     save,
+    metrics,
     devices,
+    info,
     preflight,
     plan,
     bench,
@@ -91,7 +103,7 @@ def main() -> None:
             if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
                 time.sleep(SPEAKER_GRACE_S)
             if error.speaker is not Speaker.RANK_0 or error.rank == 0:
-                print_error(f"{who}{error}")
+                print_error(f"{who}{without_terminal_codes(str(error))}")
         exit_code = error.exit_code if error else 1
     if alone:
         sys.exit(exit_code)

@@ -33,6 +33,7 @@ CHOICES = {
     "pipeline": ("auto", "dali", "torchvision"),
     "bad_images": ("fail", "skip"),
     "elastic_batch": ("scale", "keep"),
+    "tensorboard": ("auto", "always", "never"),
 }
 
 
@@ -84,6 +85,13 @@ class TrainConfig:
     hook: str = ""  # command that rank 0 runs on events, with EVENT RUN appended; no shell
     hook_limit_s: float = 20.0  # seconds after which it is killed
     stall_limit_s: float = 600.0  # seconds that ranks wait in a collective for a hung one before the run ends
+
+    tensorboard: str = "auto"  # files for TensorBoard; auto: if its package is installed; always; never
+    grad_norm_every: int = 50  # steps between gradient norms in the records; 0: only with clip_norm
+    metrics_port: int = 0  # port on rank 0's host that serves metrics to Prometheus; 0: none
+    metrics_address: str = "127.0.0.1"  # where: an address of rank 0's host or an interface; 0.0.0.0: all
+    profile: int = 0  # steps to profile on every rank, after the first five; 0: none
+    timeline: bool = False  # write Horovod's timeline of all collectives; takes a core of rank 0's host
 
     def __post_init__(self) -> None:
         _check(self)
@@ -226,6 +234,9 @@ def _check(cfg: TrainConfig) -> None:
         **{key: (0, MOST) for key in ("checkpoint_every", "checkpoint_retries")},
         "clip_norm": (0, math.inf),
         "decode_threads": (0, 1024),
+        "metrics_port": (0, 65535),
+        "grad_norm_every": (0, MOST),
+        "profile": (0, 1000),
         "image_size": (MIN_IMAGE_SIZE, 8192),
         "crop_scale_min": (0.01, 1),
         "momentum": (0, 0.9999),

@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import datetime, timezone
 
+from horovod_owt.text import without_terminal_codes
 from horovod_owt.topology import read_topology
 
 TEXT, JSON = "text", "json"
@@ -28,13 +29,15 @@ class TextLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if self._in_file:
-            return f"{utc(record.created)} {record.levelname} {_with_traceback(self, record)}"
+            text = without_terminal_codes(_with_traceback(self, record))
+            return f"{utc(record.created)} {record.levelname} {text}"
         clock = self.formatTime(record, "%H:%M:%S")
+        message = without_terminal_codes(record.getMessage())
         if record.levelno < logging.WARNING:
-            return f"{clock} {record.getMessage()}"
+            return f"{clock} {message}"
         topology = read_topology()
         who = f" [rank {topology.rank} {topology.host}]" if topology.world_size > 1 else ""
-        return f"{clock} {record.levelname}{who} {record.getMessage()}"
+        return f"{clock} {record.levelname}{who} {message}"
 
 
 class JsonLines(logging.Formatter):

@@ -7,9 +7,11 @@ streams of `tolerant_streams` write the bytes.
 from __future__ import annotations
 
 import codecs
+import re
 import sys
 
 NAME_BYTES = "horovod_owt.name_bytes"  # an error handler, for names in any encoding
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def tolerant_streams() -> None:
@@ -22,6 +24,20 @@ def tolerant_streams() -> None:
             # click takes ASCII for a locale that nobody set: it writes UTF-8, with ? for names
             ascii_only = codecs.lookup(stream.encoding).name == "ascii"
             stream.reconfigure(encoding="utf-8" if ascii_only else None, errors=errors)
+
+
+def one_line(text: str) -> str:
+    """The text with control characters escaped: a file's name may hold a newline or a terminal's codes."""
+    return text if text.isprintable() else _CONTROL.sub(lambda found: _escaped(found[0]), text)
+
+
+def without_terminal_codes(text: str) -> str:
+    """The same for text of several lines."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def encode(text: str) -> bytes:

@@ -15,16 +15,20 @@ PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
 def installed_versions() -> dict[str, str]:
     """Versions of this package, Python and those of PACKAGES and DALI that are installed, by name."""
-    return {"horovod_owt": horovod_owt.__version__, "python": platform.python_version(), **_packages()}
+    own = {"horovod_owt": horovod_owt.__version__, "python": platform.python_version()}
+    return own | package_versions(PACKAGES)
 
 
 @cache
-def _packages() -> dict[str, str]:
-    """Cached: reading the metadata of all distributions takes 0.1 s."""
+def package_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Those of DALI and of these packages that are installed.
+
+    Cached: reading the metadata of all distributions takes 0.1 s.
+    """
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower()
-        if name in PACKAGES or name.startswith("nvidia-dali"):
+        if name in names or name.startswith("nvidia-dali"):
             found.setdefault(name, distribution.version)  # the first on sys.path is imported
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from horovod_owt.commands.options import JSON_OPTION
-from horovod_owt.errors import ConfigError, ProblemFound
+from horovod_owt.errors import ConfigError, ProblemFound, RunError
 from horovod_owt.runs.checkpoints import find_fault, list_checkpoints, read_best, read_state, step_of
 
 RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path))
@@ -57,7 +57,7 @@ def verify(run_dir: Path, as_json: bool) -> None:
     """
     rows = []
     for folder in _folders(run_dir):
-        rows.append({"path": str(folder), "fault": find_fault(folder)})
+        rows.append({"path": str(folder), "fault": _fault(folder)})
         if not as_json:
             click.echo(f"{folder.name}  {rows[-1]['fault'] or 'whole'}")
     if as_json:
@@ -67,6 +67,13 @@ def verify(run_dir: Path, as_json: bool) -> None:
             f"{bad} of {len(rows)} checkpoints damaged",
             fix="none needed: --resume auto skips damaged ones",
         )
+
+
+def _fault(folder: Path) -> str:
+    try:
+        return find_fault(folder)
+    except RunError as error:  # of the disk: the others are verified all the same
+        return f"unreadable: {error}"
 
 
 def _folders(run_dir: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.text import one_line
 
 if TYPE_CHECKING:
     from horovod_owt.data.listing import LeftOut
@@ -167,4 +168,4 @@ def _text(found, left_out: list[LeftOut], images: int, kind: str, seconds: float
         + (f", {len(found.unread)} not read" if found.unread else "")
         + (f", {sum(each.images for each in left_out)} left out" if left_out else "")
     )
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))

@@ -16,7 +16,16 @@ PARALLEL_OPTION = click.option(
 RECIPE_OPTION = click.option(
     "--recipe", metavar="NAME|FILE", help="Recipe to start from.  [default: torchvision-90]"
 )
+NEWEST_OPTION = click.option(
+    "--newest", is_flag=True, help="Of a run folder its newest checkpoint, not the best by validation."
+)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
+
+
+def with_profile(profile: int | None, timeline: bool, settings: tuple[str, ...]) -> tuple[str, ...]:
+    """`--profile 10` is short for `--set profile=10`, and `--timeline` for `--set timeline=true`."""
+    settings = settings if profile is None else (*settings, f"profile={profile}")
+    return (*settings, "timeline=true") if timeline else settings
 
 
 def with_parallel(parallel: str | None, settings: tuple[str, ...]) -> tuple[str, ...]:

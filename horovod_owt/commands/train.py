@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import LOG_FORMAT_OPTION, log_to_stderr
-from horovod_owt.commands.options import PARALLEL_OPTION, RECIPE_OPTION, SET_OPTION, with_parallel
+from horovod_owt.commands.options import (
+    PARALLEL_OPTION,
+    RECIPE_OPTION,
+    SET_OPTION,
+    with_parallel,
+    with_profile,
+)
 
 
 @click.command()
@@ -27,6 +34,21 @@ from horovod_owt.commands.options import PARALLEL_OPTION, RECIPE_OPTION, SET_OPT
 )
 @click.option("--other-data", is_flag=True, help="Allow resuming on another data set than the checkpoint's.")
 @PARALLEL_OPTION
+@click.option(
+    "--profile",
+    type=int,
+    metavar="STEPS",
+    help="Profile that many steps on every rank, after the first five: RUN/profile/rank-0000.json.gz for "
+    "Perfetto, and a table of the ten dearest operations.",
+)
+@click.option(
+    "--timeline",
+    "--horovod-timeline",
+    "timeline",
+    is_flag=True,
+    help="Write Horovod's timeline of all collectives to RUN/timeline, for Perfetto. Under "
+    "horovodrun without `owt launch` only the long name works.",
+)
 @SET_OPTION
 @LOG_FORMAT_OPTION
 def train(
@@ -36,6 +58,8 @@ def train(
     resume: str,
     other_data: bool,
     parallel: str | None,
+    profile: int | None,
+    timeline: bool,
     settings: tuple[str, ...],
     log_format: str,
 ) -> None:
@@ -57,8 +81,11 @@ def train(
 
     allow_open_files()
     # validate the input before heavy modules are loaded
-    request = prepare_alone(data, recipe, with_parallel(parallel, settings))
+    settings = with_profile(profile, timeline, with_parallel(parallel, settings))
+    request = prepare_alone(data, recipe, settings)
 
+    if request.cfg.profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports a missing GPU as an error
     with loading():
         from horovod_owt.parallel.elastic import is_elastic
         from horovod_owt.runs.opening import Resume

@@ -1,11 +1,14 @@
-"""The window of an image that is cropped, and whether it is mirrored.
+"""The window of an image that is decoded, what is cut out of it, and whether it is mirrored.
 
 Training draws are a function of (seed, epoch, index), so a sample looks the same whichever rank decodes it.
-Training and validation then share one path: crop the window, resize it to a square, mirror, normalise.
-A window is a row (top, left, height, width), in pixels of the stored image.
+Training and validation then share one path: decode the window, resize it, cut out square crops, mirror,
+normalise. A window is a row (top, left, height, width), in pixels of the stored image. A view says to what
+size windows are resized, and where the crops begin: training shows the whole window, validation its centre.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,7 +18,11 @@ SCALE = (0.08, 1.0)  # share of the image's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 TRIES = 10
 
-VALIDATION_CROP = 224 / 256  # of the shorter side
+SHORT_SIDE = 256 / 224  # of the resized image, in crops: torchvision's Resize(256), CenterCrop(224)
+LONGEST = 16  # times the shorter side: more of an image is not resized, which would take gigabytes
+
+# (n, 2) shapes of windows, side of crops -> (n, 2) sizes to resize them to, (n, K, 2) corners of crops there
+View = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 _AUGMENT = 1  # separates these draws from those of the sample order
 
@@ -52,8 +59,41 @@ def _largest_centred(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float
 
 
 def validation_windows(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The windows of "resize the shorter side to 256, crop the centre 224 x 224"; no flips."""
+    """Windows of whole images, but for the ends of very long ones; no flips."""
     sizes = np.asarray(sizes, np.int64)
-    side = np.rint(sizes.min(axis=1) * VALIDATION_CROP).clip(1)
-    top, left = ((sizes - side[:, None]) // 2).T
-    return np.stack([top, left, side, side], axis=1).astype(np.int32), np.zeros(len(sizes), bool)
+    kept = np.minimum(sizes, LONGEST * sizes.min(axis=1, keepdims=True))
+    return np.concatenate([(sizes - kept) // 2, kept], axis=1).astype(np.int32), np.zeros(len(sizes), bool)
+
+
+def whole_window(shapes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The view of training: the window, squeezed into a square."""
+    return np.full((len(shapes), 2), side, np.int64), np.zeros((len(shapes), 1, 2), np.int64)
+
+
+def centre_crop(shapes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """torchvision's Resize(256), CenterCrop(224), for any side of the crop."""
+    sizes = _short_side_resized(shapes, side)
+    return sizes, _centre(sizes, side)[:, None]
+
+
+def five_crops(shapes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """torchvision's Resize(256), FiveCrop(224): the corners and the centre.
+
+    With their mirror images, these are the ten crops of Krizhevsky et al. 2012, section 4.1.
+    """
+    sizes = _short_side_resized(shapes, side)
+    bottom, right = (sizes - side).T
+    zero = np.zeros_like(bottom)
+    corners = [
+        np.stack(each, axis=1) for each in ((zero, zero), (zero, right), (bottom, zero), (bottom, right))
+    ]
+    return sizes, np.stack([*corners, _centre(sizes, side)], axis=1)
+
+
+def _short_side_resized(shapes: np.ndarray, side: int) -> np.ndarray:
+    shapes = np.asarray(shapes, np.int64)
+    return round(side * SHORT_SIDE) * shapes // shapes.min(axis=1, keepdims=True)
+
+
+def _centre(sizes: np.ndarray, side: int) -> np.ndarray:
+    return np.rint((sizes - side) / 2).astype(np.int64)  # half a pixel to the even one, as torchvision does

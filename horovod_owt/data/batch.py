@@ -18,9 +18,12 @@ STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Batch:
-    """b images, ready for the net, in memory that the caller may keep."""
+    """b images, ready for the net, in memory that the caller may keep.
 
-    images: torch.Tensor  # (b, 3, S, S) float32, normalised, channels_last in memory, on the device
+    Of a view with K crops `images` has K * b rows: the first crop of each image, then the second ones.
+    """
+
+    images: torch.Tensor  # (K*b, 3, S, S) float32, normalised, channels_last in memory, on the device
     labels: torch.Tensor  # (b,) int64, on the device; feed.IGNORED where not valid
     valid: torch.Tensor  # (b,) bool, on the device; False for padding and in place of a bad image
     indices: np.ndarray  # (b,) int64, on the host, for messages
@@ -28,7 +31,7 @@ class Batch:
 
     @classmethod
     def of(cls, encoded: EncodedBatch, images: torch.Tensor) -> Batch:
-        """The batch of `encoded`, decoded to `images` (b, S, S, 3) on the device."""
+        """The batch of `encoded`, decoded to `images` (K*b, S, S, 3) on the device."""
         return cls(
             images=images.permute(0, 3, 1, 2),  # a view: the memory stays channels_last
             labels=upload(encoded.labels, images.device),

@@ -89,11 +89,18 @@ class Feed:
     With `bad_images` a bad image is replaced by another one, not counted, and listed in the batch's faults;
     without, it is a RunError. Pipelines report images that they cannot decode to `without`. An error of the
     machine is a RunError in any case: a good image must not be left out for it.
+    `view` tells pipelines what to show of each window.
     """
 
-    def __init__(self, store: Store, batch: int, bad_images: BadImages | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        batch: int,
+        bad_images: BadImages | None = None,
+        view: augment.View = augment.whole_window,
+    ) -> None:
         assert batch > 0
-        self.store, self.batch = store, batch
+        self.store, self.batch, self.view = store, batch, view
         self._bad_images = bad_images
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read-image")
         self._batches = Prefetched(self._read_batches(), READ_AHEAD, "read-batches")
@@ -212,9 +219,10 @@ class ValidationFeed(Feed):
         rank: int = 0,
         world_size: int = 1,
         bad_images: BadImages | None = None,
+        view: augment.View = augment.centre_crop,
     ) -> None:
         self._slice = validation_slice(len(store), rank, world_size)
-        super().__init__(store, batch, bad_images)
+        super().__init__(store, batch, bad_images, view)
 
     def _read_batches(self) -> Iterator[EncodedBatch]:
         for start in range(self._slice.start, self._slice.stop, self.batch):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import resized_crop
 
+from horovod_owt.data.augment import View, whole_window
 from horovod_owt.data.feed import EncodedBatch
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,11 @@ def nvjpeg_decoder(device: torch.device) -> Decode | None:
 class GpuDecoder:
     """Decodes, crops, resizes and mirrors the rows of a batch on the GPU."""
 
-    def __init__(self, decode: Decode, *, image_size: int) -> None:
-        self._decode, self._image_size = decode, image_size
+    def __init__(self, decode: Decode, *, image_size: int, view: View = whole_window) -> None:
+        self._decode, self._image_size, self._view = decode, image_size, view
 
     def decode_rows(self, encoded: EncodedBatch, out: Tensor) -> list[int]:
-        """Fill rows of `out` (b, S, S, 3) uint8, on its device; returns the rows that are left to the CPU.
+        """Fill rows of `out` (K, b, S, S, 3) uint8, on its device; returns the rows that are left to the CPU.
 
         nvJPEG takes a whole batch or refuses it, and does not say for which image.
         """
@@ -54,8 +55,14 @@ class GpuDecoder:
         if decoded is None:
             alone = {row: self._try(encoded, [row]) for row in rows}
             decoded = {row: image[row] for row, image in alone.items() if image is not None}
+        side, sizes_and_corners = self._image_size, self._view(encoded.windows[:, 2:], self._image_size)
+        sizes, corners = (each.tolist() for each in sizes_and_corners)
         for row, image in decoded.items():
-            out[row] = self._cropped(image, encoded.windows[row], bool(encoded.flips[row])).permute(1, 2, 0)
+            window = encoded.windows[row].tolist()
+            pixels = resized_crop(image, *window, size=sizes[row], antialias=True).permute(1, 2, 0)
+            for crop, (top, left) in enumerate(corners[row]):
+                cut = pixels[top : top + side, left : left + side]
+                out[crop, row] = cut.flip(1) if encoded.flips[row] else cut
         return [row for row in range(len(encoded.jpegs)) if row not in decoded]
 
     def _try(self, encoded: EncodedBatch, rows: Sequence[int]) -> dict[int, Tensor] | None:
@@ -64,7 +71,3 @@ class GpuDecoder:
             return dict(zip(rows, self._decode(files), strict=True)) if rows else {}
         except RuntimeError:
             return None
-
-    def _cropped(self, image: Tensor, window: np.ndarray, flip: bool) -> Tensor:
-        image = resized_crop(image, *window.tolist(), size=[self._image_size] * 2, antialias=True)
-        return image.flip(-1) if flip else image

@@ -20,7 +20,8 @@ from horovod_owt.errors import RunError
 
 PREFETCH = 2  # batches that DALI decodes ahead
 
-Inputs = tuple[list[tensors.TensorCPU], np.ndarray, np.ndarray, np.ndarray]  # bytes, anchors, shapes, mirror
+# bytes; anchors and shapes of windows; sizes to resize to; places of crops, 0 to 1; mirror
+Inputs = tuple[list[tensors.TensorCPU], np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class DaliPipeline:
@@ -39,7 +40,7 @@ class DaliPipeline:
         self._in_flight: deque[tuple[EncodedBatch, Inputs]] = deque()
         self._retry: deque[EncodedBatch] = deque()  # to be passed to DALI again, before the feed's next
         # made by a thread: the training thread would take 1 to 2 ms for 256 images
-        self._ready = Prefetched(((e, _inputs(e, slice(None))) for e in feed), 1, "dali-inputs")
+        self._ready = Prefetched(((e, self._inputs(e, slice(None))) for e in feed), 1, "dali-inputs")
         self._fault: RunError | None = None  # from the feed; raised after the batches before it
         self._closed = False
         self._begin()
@@ -59,7 +60,7 @@ class DaliPipeline:
                 if not self._started:
                     self._pipe.schedule_run()  # the first time, this schedules PREFETCH batches
                     self._started = True
-                (decoded,) = self._pipe.share_outputs()
+                decoded = self._pipe.share_outputs()
             except StopIteration:  # from share_outputs: nothing is scheduled
                 if self._fault:
                     raise self._fault from None
@@ -67,7 +68,7 @@ class DaliPipeline:
             except RuntimeError as error:
                 self._recover(error)
                 continue
-            images = self._copied(decoded.as_tensor())
+            images = self._copied([crop.as_tensor() for crop in decoded])
             encoded, _ = self._in_flight.popleft()
             try:
                 self._pipe.release_outputs()
@@ -96,7 +97,8 @@ class DaliPipeline:
     def _build(self, source: Callable[[], Inputs], *, batch: int, prefetch: int = 1) -> Pipeline:
         pipe = Pipeline(batch, self._num_threads, self._device_id, prefetch_queue_depth=prefetch)
         with pipe:
-            pipe.set_outputs(_graph(source, self._image_size, on_gpu=self._device_id is not None))
+            crops = self._feed.view(np.ones((1, 2), np.int64), self._image_size)[1].shape[1]
+            pipe.set_outputs(*_graph(source, self._image_size, crops, on_gpu=self._device_id is not None))
         pipe.build()
         return pipe
 
@@ -105,7 +107,7 @@ class DaliPipeline:
         try:
             if self._retry:
                 encoded = self._retry.popleft()
-                inputs = _inputs(encoded, slice(None))
+                inputs = self._inputs(encoded, slice(None))
             else:
                 encoded, inputs = next(self._ready)
         except RunError as fault:  # DALI finishes what is scheduled, then __next__ raises the fault
@@ -114,11 +116,13 @@ class DaliPipeline:
         self._in_flight.append((encoded, inputs))
         return inputs
 
-    def _copied(self, tensor) -> torch.Tensor:
-        """Copy the batch to a torch tensor, on torch's stream: DALI reuses its buffers."""
-        images = torch.empty(tensor.shape(), dtype=torch.float32, device=self._device)
+    def _copied(self, crops: list) -> torch.Tensor:
+        """Copy the batch, crop after crop, to a torch tensor, on torch's stream: DALI reuses its buffers."""
+        images = torch.empty([len(crops), *crops[0].shape()], dtype=torch.float32, device=self._device)
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        return feed_ndarray(tensor, images, cuda_stream=stream)
+        for crop, copy in zip(crops, images, strict=True):
+            feed_ndarray(crop, copy, cuda_stream=stream)
+        return images.flatten(0, 1)
 
     def _recover(self, error: RuntimeError) -> None:
         """Start a new pipeline with the batches in flight, without the images that DALI fails to decode.
@@ -145,31 +149,35 @@ class DaliPipeline:
 
     def _refused(self, encoded: EncodedBatch) -> dict[int, str]:
         """row -> fault, for the rows that DALI fails to decode."""
-        if not find_refused(partial(self._build, batch=self._feed.batch), [_inputs(encoded, slice(None))]):
+        whole = self._inputs(encoded, slice(None))
+        if not find_refused(partial(self._build, batch=self._feed.batch), [whole]):
             return {}
-        alone = (_inputs(encoded, slice(row, row + 1)) for row in range(len(encoded.jpegs)))
+        alone = (self._inputs(encoded, slice(row, row + 1)) for row in range(len(encoded.jpegs)))
         refused = find_refused(partial(self._build, batch=1), alone)
         return {row: undecodable(encoded.jpegs[row].tobytes()) for row in refused}
 
+    def _inputs(self, encoded: EncodedBatch, rows: slice) -> Inputs:
+        anchors, shapes = np.split(encoded.windows[rows], 2, axis=1)
+        sizes, corners = self._feed.view(shapes, self._image_size)
+        room = sizes[:, None] - self._image_size
+        return (
+            [tensors.TensorCPU(jpeg) for jpeg in encoded.jpegs[rows]],  # views
+            np.ascontiguousarray(anchors),
+            np.ascontiguousarray(shapes),
+            sizes.astype(np.float32),
+            (corners / np.maximum(room, 1)).astype(np.float32),
+            encoded.flips[rows].astype(np.int32),
+        )
 
-def _inputs(encoded: EncodedBatch, rows: slice) -> Inputs:
-    anchors, shapes = np.split(encoded.windows[rows], 2, axis=1)
-    return (
-        [tensors.TensorCPU(jpeg) for jpeg in encoded.jpegs[rows]],  # views
-        np.ascontiguousarray(anchors),
-        np.ascontiguousarray(shapes),
-        encoded.flips[rows].astype(np.int32),
-    )
 
-
-def _graph(source, image_size: int, *, on_gpu: bool):
-    """The graph of training and validation, CPU and GPU: (b, S, S, 3) float32."""
-    jpegs, anchors, shapes, mirror = fn.external_source(
+def _graph(source, image_size: int, crops: int, *, on_gpu: bool):
+    """The graph of training and validation, CPU and GPU: for each crop (b, S, S, 3) float32."""
+    jpegs, anchors, shapes, sizes, places, mirror = fn.external_source(
         source,
-        num_outputs=4,
+        num_outputs=6,
         no_copy=True,  # a copy of 256 JPEGs would take the training thread some 5 ms
-        dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
-        ndim=[1, 1, 1, 0],
+        dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.INT32],
+        ndim=[1, 1, 1, 1, 2, 0],
     )
     images = fn.decoders.image_slice(
         jpegs,
@@ -178,12 +186,18 @@ def _graph(source, image_size: int, *, on_gpu: bool):
         axes=[0, 1],  # height, width
         **decoder_options(on_gpu=on_gpu),
     )
-    images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.crop_mirror_normalize(
-        images,
-        mirror=mirror,
-        dtype=types.FLOAT,
-        output_layout="HWC",
-        mean=[255 * mean for mean in MEAN],
-        std=[255 * std for std in STD],
-    )
+    images = fn.resize(images, size=sizes, interp_type=types.INTERP_LINEAR, antialias=True)
+    return [
+        fn.crop_mirror_normalize(
+            images,
+            crop=(image_size, image_size),
+            crop_pos_y=places[crop, 0],
+            crop_pos_x=places[crop, 1],
+            mirror=mirror,
+            dtype=types.FLOAT,
+            output_layout="HWC",
+            mean=[255 * mean for mean in MEAN],
+            std=[255 * std for std in STD],
+        )
+        for crop in range(crops)
+    ]

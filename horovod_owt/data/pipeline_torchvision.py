@@ -35,7 +35,7 @@ class TorchvisionPipeline:
         self._std = torch.tensor(STD, device=self._device) * 255
         self._gpu_decoder, self._stream = None, None
         if device_id is not None and (decode := nvjpeg_decoder(self._device)):
-            self._gpu_decoder = GpuDecoder(decode, image_size=image_size)
+            self._gpu_decoder = GpuDecoder(decode, image_size=image_size, view=feed.view)
             self._stream = torch.cuda.Stream(self._device)
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode-image")
         self._decoded = Prefetched(self._decode_batches(), PREFETCH, "decode-batches")
@@ -50,7 +50,7 @@ class TorchvisionPipeline:
             current.wait_stream(self._stream)
             pixels.record_stream(current)
         images = upload(pixels, self._device).float()  # 8 bits over the bus, a quarter of normalised ones
-        return Batch.of(encoded, images.sub_(self._mean).div_(self._std))
+        return Batch.of(encoded, images.sub_(self._mean).div_(self._std).flatten(0, 1))
 
     def __enter__(self) -> TorchvisionPipeline:
         return self
@@ -64,15 +64,16 @@ class TorchvisionPipeline:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def _decode_batches(self) -> Iterator[tuple[EncodedBatch, Tensor]]:
-        """Batches with their pixels (b, S, S, 3) uint8, on the host or decoded on the device."""
+        """Batches with their pixels (K, b, S, S, 3) uint8, on the host or decoded on the device."""
         for encoded in self._feed:
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 batch = self._decode_batch(encoded)
             yield batch
 
     def _decode_batch(self, encoded: EncodedBatch) -> tuple[EncodedBatch, Tensor]:
-        shape = (len(encoded.jpegs), self._image_size, self._image_size, 3)
-        on_gpu, rows = None, list(range(shape[0]))
+        _, corners = self._feed.view(encoded.windows[:, 2:], self._image_size)
+        shape = (corners.shape[1], len(encoded.jpegs), self._image_size, self._image_size, 3)
+        on_gpu, rows = None, list(range(shape[1]))
         if self._gpu_decoder:
             on_gpu = torch.empty(shape, dtype=torch.uint8, device=self._device)
             rows = self._gpu_decoder.decode_rows(encoded, on_gpu)
@@ -86,12 +87,14 @@ class TorchvisionPipeline:
         if on_gpu is None:
             return encoded, pixels
         for row in by_cpu:
-            on_gpu[row].copy_(pixels[row], non_blocking=True)
+            on_gpu[:, row].copy_(pixels[:, row], non_blocking=True)
         return encoded, on_gpu
 
     def _decode_rows(self, encoded: EncodedBatch, rows: Sequence[int], out: np.ndarray) -> dict[int, str]:
         """Decode these rows into `out`; row -> fault for those that cannot be decoded."""
         faults: dict[int, str] = {}
+        side, sizes_and_corners = self._image_size, self._feed.view(encoded.windows[:, 2:], self._image_size)
+        sizes, corners = (each.tolist() for each in sizes_and_corners)
 
         def decode(row: int) -> None:
             try:
@@ -102,9 +105,10 @@ class TorchvisionPipeline:
             except MemoryError as error:
                 path = self._feed.store.path(int(encoded.indices[row]))
                 raise machine_error(error, f"cannot decode {path}") from error
-            window = encoded.windows[row].tolist()
-            pixels = np.asarray(resized_crop(image, *window, size=[self._image_size] * 2))
-            out[row] = pixels[:, ::-1] if encoded.flips[row] else pixels
+            pixels = np.asarray(resized_crop(image, *encoded.windows[row].tolist(), size=sizes[row]))
+            for crop, (top, left) in enumerate(corners[row]):
+                cut = pixels[top : top + side, left : left + side]
+                out[crop, row] = cut[:, ::-1] if encoded.flips[row] else cut
 
         list(self._decoders.map(decode, rows))
         return dict(sorted(faults.items()))

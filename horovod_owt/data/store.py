@@ -62,13 +62,7 @@ class DataSet:
 
     @cached_property  # takes a second for a million names
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for store in (self.train, self.val):
-            digest.update(os.fsencode("\0".join(store.classes)))
-            digest.update(store.labels.tobytes())
-            digest.update(b"\0".join(map(store.name, range(len(store)))))
-        counts = f"{len(self.train)} + {len(self.val)} images of {len(self.classes)} classes"
-        return f"{counts}, sha256 {digest.hexdigest()[:12]}"
+        return fingerprint(self.train, self.val)
 
     def identity(self) -> dict[str, Any]:
         """The fingerprint, and details that show how another data set differs; stored in checkpoints."""
@@ -80,13 +74,31 @@ class DataSet:
         }
 
 
+def fingerprint(*splits: Store) -> str:
+    """Counts, and a hash of names and labels."""
+    digest = hashlib.sha256()
+    for store in splits:
+        digest.update(os.fsencode("\0".join(store.classes)))
+        digest.update(store.labels.tobytes())
+        digest.update(b"\0".join(map(store.name, range(len(store)))))
+    counts = f"{' + '.join(str(len(store)) for store in splits)} images of {len(splits[0].classes)} classes"
+    return f"{counts}, sha256 {digest.hexdigest()[:12]}"
+
+
+def open_validation_set(root: Path) -> Store:
+    """Open `root`'s split `val`; `train` may be missing. Raises DataError."""
+    root = Path(root)
+    _check_root(root, ("val",))
+    return _open_split(root / "val")
+
+
 def open_data_set(root: Path) -> DataSet:
     """Open both splits of `root`, each a folder of class folders or packed; raises DataError.
 
     They must have the same classes.
     """
     root = Path(root)
-    _check_root(root)
+    _check_root(root, SPLITS)
     train, val = (_open_split(root / split) for split in SPLITS)
     if train.classes != val.classes:
         only_train, only_val = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
@@ -99,13 +111,13 @@ def open_data_set(root: Path) -> DataSet:
     return DataSet(train, val)
 
 
-def _check_root(root: Path) -> None:
+def _check_root(root: Path, wanted: Sequence[str]) -> None:
     if not os.path.lexists(root):
         saw = f"{root} does not exist"
         raise DataError(saw, wanted=f"a folder with {LAYOUT}", fix="pass the path of the data set")
     entries = scan(os.fsencode(root))
     folders = {os.fsdecode(entry.name) for entry in entries if entry.is_dir()}
-    if missing := [split for split in SPLITS if split not in folders]:
+    if missing := [split for split in wanted if split not in folders]:
         if (root / UNFINISHED).is_dir():
             fix = "run the command that makes it again: it continues"
             raise DataError(f"{root} is not finished", wanted="a complete data set", fix=fix)
@@ -114,7 +126,7 @@ def _check_root(root: Path) -> None:
         raise DataError(
             f"{root} {content}: no folder {' nor '.join(missing)}",
             wanted=f"{LAYOUT} below it",
-            fix="pass the folder that contains train and val, or make one with `owt data synth`",
+            fix=f"pass the folder that contains {' and '.join(wanted)}, or make one with `owt data synth`",
         )
 
 

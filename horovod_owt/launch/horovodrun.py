@@ -22,6 +22,11 @@ def drop_unspeakable(env: MutableMapping[str, str] = os.environ) -> None:
         del env[name]
 
 
+def _spelled_out(word: str) -> str:
+    """horovodrun reads the options of the command too, and takes this one for the start of its own."""
+    return "--horovod-timeline" if word == "--timeline" else word
+
+
 def run(words: Sequence[str]) -> None:
     """Run horovodrun with these arguments; it exits the process if the job fails."""
     from horovod.runner import launch
@@ -36,5 +41,5 @@ def run(words: Sequence[str]) -> None:
         ipv4_address_of(interface)  # or an error that says what is wanted
         guard_launcher(interface)
     # Its cache of ssh checks is a pickle in ~/.horovod, and without a writable home it ends.
-    sys.argv = ["horovodrun", "--disable-cache", *words]
+    sys.argv = ["horovodrun", "--disable-cache", *map(_spelled_out, words)]
     launch.run_commandline()

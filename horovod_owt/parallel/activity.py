@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -16,6 +16,7 @@ class Activity:
     waiting: bool = False  # for other ranks, in collective `what`
     since: float = field(default_factory=monotonic)
     step: int = 0  # optimizer updates done
+    annotate: Callable[[str], AbstractContextManager] = nullcontext  # a profiler's, around each phase
 
     @contextmanager
     def waiting_in(self, collective: str) -> Iterator[None]:
@@ -32,7 +33,8 @@ class Activity:
         before = self.what, self.waiting
         self.what, self.waiting, self.since = what, waiting, monotonic()
         try:
-            yield
+            with self.annotate(f"waiting for {what}" if waiting else what):
+                yield
         finally:
             (self.what, self.waiting), self.since = before, monotonic()
 

@@ -113,6 +113,12 @@ class Heartbeat:
         self._someone_lost.wait(wait_s)
         return ", ".join(f"{peer} (last heard from after step {peer.step})" for peer in self._lost)
 
+    def silent(self) -> list[Peer]:
+        """On rank 0: the ranks that are silent now or have died. Any thread may ask."""
+        moment = monotonic()
+        hung = [peer for peer in list(self._peers.values()) if moment - peer.heard > SILENT_S]
+        return [*self._lost, *hung]
+
     def _run(self) -> None:
         try:
             if self._rendezvous:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 import psutil
 
 from horovod_owt.errors import ConfigError
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)  # in this order, as horovodrun: Horovod's Gloo needs IPv4
+SYSFS_NET = Path("/sys/class/net")
 # Where the interface of a job is set, by horovodrun, by us or by the user.
 INTERFACE_VARIABLES = (
     "HOROVOD_GLOO_IFACE",
@@ -139,6 +141,18 @@ def addresses_of(interface: str) -> list[str]:
     found = [a for a in psutil.net_if_addrs().get(interface, []) if a.family in FAMILIES]
     ordered = sorted(found, key=lambda a: FAMILIES.index(a.family))
     return [a.address for a in ordered if not ipaddress.ip_address(a.address).is_link_local]
+
+
+def link(interface: str, net: Path = SYSFS_NET) -> dict[str, int | None]:
+    """Its mtu and its speed; None where the driver reports none, or -1."""
+    return {"mtu": _number(net / interface / "mtu"), "mbit_per_s": _number(net / interface / "speed")}
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return max(0, int(file.read_text())) or None
+    except (OSError, ValueError):
+        return None
 
 
 def usable(addresses: set[str]) -> set[str]:

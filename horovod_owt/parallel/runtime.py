@@ -15,6 +15,7 @@ from horovod_owt.parallel.cores import use_own_cores
 from horovod_owt.parallel.device import Device, check_not_shared, shares_devices
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
 from horovod_owt.parallel.mpi import yield_when_idle
+from horovod_owt.parallel.timeline import ENVIRONMENT as TIMELINE
 from horovod_owt.parallel.torchrun import close_server, join_torchrun
 from horovod_owt.topology import Launcher, Topology, place_on_box, read_topology
 from horovod_owt.versions import installed_versions
@@ -52,12 +53,15 @@ class World:
         return group_of(self.rank, shard_group_ranks(self.size, group_size), self.process_sets)
 
 
-def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1) -> World:
+def init(
+    device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1, timeline: bool = False
+) -> World:
     """Join the job with this device, once per process: Gloo does not survive repeated initialisation.
 
     Groups of `fc_group_size` ranks get their process sets here: sets added later cost a round trip in each
-    cycle. The fusion threshold is 0, because pieces of a flat buffer need no fusion buffer: 0.152 instead of
-    0.175 s for 244 MB on two ranks. Variables that the user has set are kept.
+    cycle. `timeline` allows `start_timeline`. The fusion threshold is 0, because pieces of a flat buffer need
+    no fusion buffer: 0.152 instead of 0.175 s for 244 MB on two ranks. Variables that the user has set are
+    kept.
     """
     topology = read_topology()
     if topology.launcher is Launcher.TORCHRUN:
@@ -71,6 +75,8 @@ def init(device: Device, *, stall_limit_s: float = 600.0, fc_group_size: int = 1
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(int(stall_limit_s) + 30),
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(stall_limit_s) + 60),  # its default of 30 s is too short
     }
+    if timeline:
+        defaults |= TIMELINE
     defaults |= _background_thread_sleep(topology.world_size, fc_group_size, on_gpu=device.gpu is not None)
     if device.gpu is None:
         yield_when_idle()

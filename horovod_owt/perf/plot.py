@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,10 @@ def plot_lines(
     lines: dict[str, list[tuple[float, float]]], path: Path, *, title: str, x: str, y: str, dashed: str = ""
 ) -> None:
     """Lines through (x, y) points on logarithmic axes, written as an SVG; raises ConfigError."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "--plot without matplotlib", wanted="matplotlib", fix="pip install 'horovod_owt[plots]'"
-        ) from None
-    if path.suffix != ".svg":
-        raise ConfigError(f"--plot {path}", wanted="a name that ends in .svg")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: no folder {path.parent}", wanted="an existing folder")
+    check_plot(path, "--plot", (".svg",))
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context({"svg.hashsalt": "owt", "svg.fonttype": "none"}):  # the same bytes each time
         figure = Figure(figsize=(7.2, 4.5), layout="constrained")
         axes = figure.subplots()
@@ -74,3 +68,14 @@ def plot_lines(
         axes.legend(fontsize="small")
         with atomic_file(path) as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def check_plot(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
+    """Raise ConfigError if a picture cannot be drawn, or not to that file."""
+    if importlib.util.find_spec("matplotlib") is None:
+        fix = "pip install 'horovod_owt[plots]'"
+        raise ConfigError(f"{option} without matplotlib", wanted="matplotlib", fix=fix)
+    if path.suffix not in suffixes:
+        raise ConfigError(f"{option} {path}", wanted=f"a name that ends in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: no folder {path.parent}", wanted="an existing folder")

@@ -12,7 +12,7 @@ from typing import Any
 
 from horovod_owt.errors import RunError
 from horovod_owt.parallel.device import Device
-from horovod_owt.parallel.interfaces import address_of, interface_between
+from horovod_owt.parallel.interfaces import SYSFS_NET, address_of, interface_between, link
 from horovod_owt.preflight import wire
 from horovod_owt.preflight.findings import Answer, Finding, differing, grouped, hosts_of, who
 from horovod_owt.preflight.wire import Pair
@@ -26,19 +26,14 @@ ALLREDUCE_S = 1.0  # approximate duration of the test
 Pairs = Mapping[tuple[str, str], Pair]
 
 
-def interface(table: Mapping[str, Sequence[str]], net: Path = Path("/sys/class/net")) -> dict[str, Any]:
+def interface(table: Mapping[str, Sequence[str]], net: Path = SYSFS_NET) -> dict[str, Any]:
     """The interface by which this host reaches all of `table`; raises ConfigError if there is none.
 
     Names are resolved, as launchers do; a name that does not resolve is reported by another check and
     replaced by its host's first address.
     """
     name = interface_between([host if _resolves(host) else addresses[0] for host, addresses in table.items()])
-    return {
-        "name": name,
-        "address": address_of(name),
-        "mtu": _number(net / name / "mtu"),
-        "mbit_per_s": _number(net / name / "speed"),
-    }
+    return {"name": name, "address": address_of(name), **link(name, net)}
 
 
 def _resolves(host: str) -> bool:
@@ -47,14 +42,6 @@ def _resolves(host: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _number(file: Path) -> int | None:
-    """None where the driver reports none, or -1."""
-    try:
-        return max(0, int(file.read_text())) or None
-    except (OSError, ValueError):
-        return None
 
 
 def judge_interfaces(answers: Sequence[Answer]) -> list[Finding]:

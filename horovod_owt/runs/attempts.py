@@ -23,6 +23,7 @@ from horovod_owt.runs.records import (
     newest_records,
     records_size,
 )
+from horovod_owt.runs.timeline import complete_timelines
 
 ATTEMPTS = "attempts.jsonl"
 JOB = "HOROVOD_OWT_JOB"  # environment variable: a name that all restarts of a job share
@@ -107,6 +108,7 @@ class AttemptWatch:
             outcome |= self._own_outcome()
         if launcher_code and not outcome["exit_code"]:  # done, but a rank failed at exit
             outcome |= {"exit_code": exit_code}
+        complete_timelines(self._run_dir)  # nobody writes them now
         newest = self._newest_checkpoint()
         step, _ = last_step(self._run_dir, start=self._records_before)
         return Attempt(

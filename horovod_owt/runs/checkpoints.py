@@ -16,14 +16,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.errors import RunError
+from horovod_owt.errors import ConfigError, RunError, explained
 from horovod_owt.files import atomic_folder, remove_folder, write_text
 from horovod_owt.filesystem import PARTIAL, rename_folder
+from horovod_owt.runs.folder import CONFIG
 from horovod_owt.runs.records import validations
 
 log = logging.getLogger(__name__)
@@ -57,16 +58,24 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def find_fault(folder: Path) -> str:
-    """The fault of a checkpoint in a few words; empty if every file matches the manifest."""
+def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
+    """The fault of a checkpoint in a few words; empty if every one of its `files` matches the manifest.
+
+    Raises RunError for errors of the machine: a file that a disk or a file server does not give now is
+    not damaged, and a run that took it for that would lose the steps since an older one.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())["sha256"]
-        for name in FILES:
+        for name in files:
             if _sha256(folder / name) != manifest[name]:
                 return f"{name} does not match {MANIFEST}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        if machine := explained(error):
+            raise machine from error
+        return f"unreadable: {error}"
+    except (ValueError, KeyError, TypeError) as error:
         return f"unreadable: {error}"
     return ""
 
@@ -99,6 +108,36 @@ def newest_sound(run_dir: Path) -> Path | None:
     return None
 
 
+def checkpoint_to_use(path: Path, *, newest: bool = False) -> Path:
+    """A checkpoint folder, or a run's best checkpoint by validation, else its newest, with intact weights.
+
+    A run may write at the same time: a checkpoint that it deletes meanwhile is passed over. Its files may
+    be gone when they are read, too. Raises ConfigError if there is none, RunError if all are damaged.
+    """
+    if (path / MANIFEST).exists() or path.name.startswith("step-"):
+        if fault := find_fault(path, (MODEL, STATE)):
+            raise RunError(f"checkpoint {path}: {fault}", wanted="an intact checkpoint")
+        return path
+    while folders := list_checkpoints(path):
+        best = None if newest else read_best(path).get("step")
+        for folder in sorted(folders, key=lambda folder: step_of(folder) != best):
+            if not (fault := find_fault(folder, (MODEL, STATE))):
+                return folder
+            if not folder.exists():
+                break
+            log.warning("checkpoint %s skipped: %s", folder, fault)
+        else:
+            raise RunError(
+                f"{path}: none of {len(folders)} checkpoints is intact, the last: {fault}",
+                fix="restore one; `owt checkpoint verify` lists the faults",
+            )
+    is_run = (path / CHECKPOINTS).is_dir() or (path / CONFIG).exists()
+    raise ConfigError(
+        f"{path} {'has no checkpoints yet' if is_run else 'is no run folder'}",
+        wanted="a run folder with checkpoints, a checkpoint, or a .safetensors or .pth file",
+    )
+
+
 def resume_at(run_dir: Path, step: int) -> None:
     """Make `step` the newest checkpoint of the run; later ones are damaged.
 
@@ -120,17 +159,21 @@ def resume_at(run_dir: Path, step: int) -> None:
 def read_best(run_dir: Path) -> dict[str, Any]:
     """`step`, `epoch` and `top1` (percent) of the best validation so far; empty before the first.
 
-    Also empty if the file is damaged, which is logged.
+    Also empty if the file is damaged, which is logged. Raises OSError if it cannot be read.
     """
-    file = run_dir / CHECKPOINTS / BEST
     try:
-        best = json.loads(file.read_text())
-        return {"step": int(best["step"]), "epoch": float(best["epoch"]), "top1": float(best["top1"])}
+        return _load_best(run_dir)
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged: %s", run_dir / CHECKPOINTS / BEST, error)
+        return {}
+
+
+def _load_best(run_dir: Path) -> dict[str, Any]:
+    try:
+        best = json.loads((run_dir / CHECKPOINTS / BEST).read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged: %s", file, error)
-        return {}
+    return {"step": int(best["step"]), "epoch": float(best["epoch"]), "top1": float(best["top1"])}
 
 
 def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
@@ -149,9 +192,9 @@ def _elect_best(run_dir: Path, *, upto: int) -> None:
     """If best.json is damaged or its checkpoint is missing, choose the best existing one."""
     file = run_dir / CHECKPOINTS / BEST
     folders = {step_of(folder): folder for folder in list_checkpoints(run_dir) if step_of(folder) <= upto}
-    if not file.exists() or (read_best(run_dir).get("step") in folders):
-        return
     try:
+        if not file.exists() or read_best(run_dir).get("step") in folders:
+            return
         scores = validations(run_dir, set(folders)).values()
         if scores:
             best = max(scores, key=lambda score: (score["top1"], -score["step"]))
@@ -185,7 +228,10 @@ def drop_old(run_dir: Path, *, keep: int, newest: int) -> list[str]:
 
     Returns messages about those that could not be deleted, which must not end a run.
     """
-    best, faults = read_best(run_dir).get("step"), []
+    try:
+        best, faults = _load_best(run_dir).get("step"), []
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the best one could be among them
+        return [f"old checkpoints kept: {run_dir / CHECKPOINTS / BEST} cannot be read: {error}"]
     folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest]
     for old in folders[keep:]:
         if step_of(old) != best:

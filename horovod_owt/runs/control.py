@@ -16,7 +16,7 @@ from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.filesystem import unlink_quietly
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import read_outcome
-from horovod_owt.runs.owner import Owner, find_owner
+from horovod_owt.runs.owner import Owner, active_owner
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def withdraw_older(run_dir: Path, since: float) -> None:
 
 def wait_for_end(run_dir: Path, owner: Owner, limit_s: float) -> str:
     """Wait until the owner has left the folder; returns how its run ended. RunError after `limit_s`."""
-    _wait(lambda: find_owner(run_dir) != owner, limit_s, f"{run_dir} is still in use by {owner}")
+    _wait(lambda: active_owner(run_dir) != owner, limit_s, f"{run_dir} is still in use by {owner}")
     try:
         return read_outcome(run_dir)["reason"]
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:
     """
 
     def done() -> bool:
-        return not (run_dir / SAVE).exists() or find_owner(run_dir) != owner
+        return not (run_dir / SAVE).exists() or active_owner(run_dir) != owner
 
     _wait(done, limit_s, f"{run_dir} has no new checkpoint yet")
     found = list_checkpoints(run_dir)
@@ -88,7 +88,7 @@ def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:
 def _owner(run_dir: Path) -> Owner:
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir} does not exist", wanted="the --run-dir of a run under way")
-    owner = find_owner(run_dir)
+    owner = active_owner(run_dir)
     if owner is None:
         raise ConfigError(
             f"nothing runs in {run_dir}",

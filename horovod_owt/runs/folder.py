@@ -1,9 +1,10 @@
 """Files of a run folder: configuration, outcome, and stack dumps of the ranks.
 
     RUN/  config.json  metrics.jsonl  outcome.json  attempts.jsonl  checkpoints/  owner/  stacks/  logs/
+          tensorboard/  profile/  timeline/
 
 The others belong to `records`, `attempts`, `checkpoints` and `owner`. Only rank 0 writes, except that each
-rank writes its own stacks and its own log.
+rank writes its own stacks, log and profile.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from horovod_owt.errors import ConfigError
+from horovod_owt.errors import ConfigError, explained
 from horovod_owt.files import write_text
 
 log = logging.getLogger(__name__)
 
 CONFIG, OUTCOME, STACKS, LOGS = "config.json", "outcome.json", "stacks", "logs"
+TENSORBOARD, PROFILE, TIMELINE = "tensorboard", "profile", "timeline"
 KEPT_LOGS = 10  # attempts
 
 
@@ -34,6 +36,8 @@ def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
+        if machine := explained(error):  # the file may be all right
+            raise machine from error
         fault = f"is unreadable: {error}"
     raise ConfigError(f"{file} {fault}", wanted=what, fix=fix)
 
@@ -80,6 +84,16 @@ def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:
     return stat.st_ino, stat.st_mtime_ns
 
 
+def evaluation_file(run_dir: Path) -> Path:
+    """Where `owt report` looks for the output of `owt evaluate --json`."""
+    return run_dir / "evaluation.json"
+
+
+def report_file(folder: Path) -> Path:
+    """The page about a run, in its folder; about several, in a folder of the user's."""
+    return folder / "report.html"
+
+
 def stacks_folder(run_dir: Path) -> Path:
     """The folder of the stack dumps of hung ranks."""
     return run_dir / STACKS
@@ -111,3 +125,31 @@ def drop_old_logs(run_dir: Path) -> None:
     """Remove the log files of all but the last attempts."""
     for folder in sorted((run_dir / LOGS).glob("attempt-*"))[:-KEPT_LOGS]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def tensorboard_folder(run_dir: Path) -> Path:
+    return run_dir / TENSORBOARD
+
+
+def profile_trace(run_dir: Path, rank: int) -> Path:
+    """A rank's trace for Perfetto; its table of operations is next to it."""
+    return run_dir / PROFILE / f"rank-{rank:04d}.json.gz"
+
+
+def profile_table(run_dir: Path, rank: int) -> Path:
+    return run_dir / PROFILE / f"rank-{rank:04d}.txt"
+
+
+def profile_files(run_dir: Path) -> list[Path]:
+    """The traces and tables that there are, by rank."""
+    return sorted((run_dir / PROFILE).glob("rank-*"))
+
+
+def timeline_file(run_dir: Path, step: int) -> Path:
+    """Horovod's timeline of the ranks that started after `step`."""
+    return run_dir / TIMELINE / f"step-{step:08d}.json"
+
+
+def timeline_files(run_dir: Path) -> list[Path]:
+    """Those that there are, oldest first."""
+    return sorted((run_dir / TIMELINE).glob("step-*.json"))

@@ -19,7 +19,7 @@ from typing import Any
 
 from horovod_owt.errors import Preempted
 from horovod_owt.runs.attempts import ATTEMPTS
-from horovod_owt.runs.records import METRICS, newest_records, records, time_of
+from horovod_owt.runs.records import METRICS, lacks_step, newest_records, records, time_of
 
 STEP_PARTS = ("compute", "data", "communication")
 LOSSES = ("start-up", "validation", "checkpoint", "lost work", "queue", "other")
@@ -155,7 +155,7 @@ def _spans(found: Iterable[dict[str, Any]], ends: dict[int, float]) -> list[_Spa
     spans: list[_Span] = []
     for record in found:
         time, kind = time_of(record), record.get("kind")
-        if time is None:
+        if time is None or lacks_step(record):
             continue
         if kind == "run":
             started = time_of(record, "started") or time

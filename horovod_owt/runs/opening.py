@@ -16,7 +16,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,12 +170,18 @@ def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for key, what in (("train_images", "training images"), ("val_images", "validation images")):
         if before.get(key, now[key]) != now[key]:
             found.append(f"{before[key]} {what}, now {now[key]}")
-    before_and_now = before.get("classes", now["classes"]), now["classes"]
-    classes = list(itertools.zip_longest(*before_and_now, fillvalue="none"))
-    odd = [(label, old, new) for label, (old, new) in enumerate(classes) if old != new]
-    if odd:
-        label, old, new = odd[0]
-        found.append(f"{len(odd)} of {len(classes)} labels changed class, first {label}: {old}, now {new}")
+    if differs := label_differences(before.get("classes", now["classes"]), now["classes"]):
+        found.append(differs)
     if not found and before.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
         found.append("other file names, or files in other classes")
     return "; ".join(found)
+
+
+def label_differences(before: Sequence[str], now: Sequence[str]) -> str:
+    """How the classes of labels differ; empty if they do not."""
+    classes = list(itertools.zip_longest(before, now, fillvalue="none"))
+    odd = [(label, old, new) for label, (old, new) in enumerate(classes) if old != new]
+    if not odd:
+        return ""
+    label, old, new = odd[0]
+    return f"{len(odd)} of {len(classes)} labels changed class, first {label}: {old}, now {new}"

@@ -70,19 +70,19 @@ def elastic_driver(env: Mapping[str, str]) -> str:
     return f"{address}:{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT')}"
 
 
-def find_owner(run_dir: Path) -> Owner | None:
-    """The process that owns a run folder, unless it is known to be gone; found without waiting."""
+def active_owner(run_dir: Path) -> Owner | None:
+    """The process that owns a run folder and is alive, as far as that can be told without waiting."""
     folder = run_dir / OWNER
     try:
         number = max(_numbers(folder), default=0)
     except OSError:
         return None
-    owner, renewed = _read(folder, number), _renewed(folder, number) if number else None
-    if owner is None or renewed is None or owner.left:
+    owner, renewed = _read(folder, number), _renewed(folder, number)
+    if owner is None or owner.left or renewed is None:
         return None
     if owner.kernel == _kernel():
         return owner if _start_ticks(owner.pid) == owner.start_ticks else None
-    return owner if _now(folder) - renewed < STALE_S else None
+    return owner if time.time() - renewed < STALE_S else None
 
 
 class Ownership:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,8 @@ from horovod_owt.logs import utc
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+STEP_KINDS = ("step", "validation", "checkpoint")  # records that name a step
+MOST_STEPS = 1 << 62
 BLOCK_BYTES = 1 << 16  # per read, from the end of the file
 
 
@@ -127,15 +129,24 @@ def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | Non
     return None, None
 
 
+def lacks_step(record: Mapping[str, Any]) -> bool:
+    """Whether a record of a step, a validation or a checkpoint does not say of which step: it is damaged."""
+    step = record.get("step")
+    return record.get("kind") in STEP_KINDS and not (isinstance(step, int) and 0 <= step < MOST_STEPS)
+
+
 def last_attempt(file: Path) -> int:
     """The number of the attempt that wrote the last record of a file; 0 if there is none with a number."""
     numbers = (record.get("attempt") for record in newest_records(file))
     return next((number for number in numbers if isinstance(number, int)), 0)
 
 
-def records(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines, first one first; otherwise like `newest_records`."""
-    yield from _parsed_lines(file, _lines_forwards(file))
+def records(file: Path, on_damage: Callable[[bytes], None] | None = None) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, first one first; otherwise like `newest_records`.
+
+    `on_damage` is called with each damaged line, instead of the warning.
+    """
+    yield from _parsed_lines(file, _lines_forwards(file), on_damage)
 
 
 def newest_records(file: Path, *, start: int = 0) -> Iterator[dict[str, Any]]:
@@ -147,17 +158,21 @@ def newest_records(file: Path, *, start: int = 0) -> Iterator[dict[str, Any]]:
     yield from _parsed_lines(file, _lines_backwards(file, start))
 
 
-def _parsed_lines(file: Path, lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+def _parsed_lines(
+    file: Path, lines: Iterator[bytes], on_damage: Callable[[bytes], None] | None = None
+) -> Iterator[dict[str, Any]]:
     damaged = 0
     try:
         for line in lines:
             record = _parsed(line)
             if record is not None:
                 yield record
+            elif on_damage:
+                on_damage(line)
             elif not damaged:
                 damaged = 1
-                log.warning("%s: damaged line skipped: %s", file, _shown(line))
-    except FileNotFoundError:
+                log.warning("%s: damaged line skipped: %s", file, shown(line))
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         fix = "check its permissions and the file system"
@@ -220,10 +235,11 @@ def _lines_forwards(path: Path) -> Iterator[bytes]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
 
-def _shown(line: bytes) -> str:
+def shown(line: bytes) -> str:
+    """The beginning of a damaged line."""
     return repr(line[:40])[1:] + (f" and {len(line) - 40} bytes more" if len(line) > 40 else "")

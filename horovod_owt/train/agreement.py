@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
+from horovod_owt.parallel.device import Device
 from horovod_owt.parallel.runtime import World
-from horovod_owt.train.prepare import Request
 from horovod_owt.versions import code_digest
 
 FIX = {  # by the first word of what differs
@@ -18,12 +19,12 @@ FIX = {  # by the first word of what differs
 }
 
 
-def check_agreement(request: Request, world: World) -> None:
+def check_agreement(cfg: TrainConfig, fingerprint: str, device: Device, world: World) -> None:
     """Raise ConfigError on every rank, with a table of values and ranks, if ranks differ.
 
-    Raises DeviceError if ranks share a device.
+    `fingerprint` is the data set's. Raises DeviceError if ranks share a device.
     """
-    everyone = gather_objects((world.host, facts(request)), "agreement")
+    everyone = gather_objects((world.host, facts(cfg, fingerprint, device)), "agreement")
     if table := differences(everyone):
         kinds = dict.fromkeys(line.split()[0] for line in table if not line.startswith(" "))
         rows = "".join(f"\n  {line}" for line in table)
@@ -32,19 +33,19 @@ def check_agreement(request: Request, world: World) -> None:
             wanted="the same on every rank",
             fix="; ".join(FIX[kind] for kind in kinds),
         ).on_every_rank()
-    runtime.check_devices(request.device, world)
+    runtime.check_devices(device, world)
 
 
-def facts(request: Request) -> dict[str, str]:
+def facts(cfg: TrainConfig, fingerprint: str, device: Device) -> dict[str, str]:
     """What must be equal on every rank, by a two-word name."""
     versions = {f"version {name}": value for name, value in runtime.versions().items()}
-    config = {f"config {key}": str(value) for key, value in request.cfg.to_dict().items()}
+    config = {f"config {key}": str(value) for key, value in cfg.to_dict().items()}
     return {
         **versions,
         "code sha256": code_digest(),
         **config,
-        "data set": request.folder.fingerprint(),
-        "device kind": "GPU" if request.device.gpu else "CPU",
+        "data set": fingerprint,
+        "device kind": "GPU" if device.gpu else "CPU",
     }
 
 

@@ -31,7 +31,9 @@ class BadImage:
 class BadImageLog:
     """The bad images of one split."""
 
-    def __init__(self, store: Store, world: World, record: Callable[..., None]) -> None:
+    def __init__(
+        self, store: Store, world: World, record: Callable[..., None] = lambda *_, **__: None
+    ) -> None:
         """`record` writes a line to the run's metrics on rank 0."""
         self.known = BadImages()  # for the feeds
         self._store, self._world, self._record = store, world, record
@@ -45,7 +47,7 @@ class BadImageLog:
                     self._unnamed[index] = fault
             yield batch
 
-    def announce(self, step: int) -> None:
+    def announce(self, step: int | None = None) -> None:
         """Announce the new bad images to all ranks: a warning, and a line in the metrics.
 
         Every rank must call it.
@@ -55,26 +57,28 @@ class BadImageLog:
                 log.warning("%s; skipped", image)
             self._record_fault(image, step)
 
-    def fatal_error(self, step: int, *, none_is_good: bool = False) -> RunError:
+    def fatal_error(self, step: int | None = None, *, none_is_good: bool = False) -> RunError:
         """The error that reports them and ends the run; every rank must call it and raise the result."""
         images = self._gather()
         for image in images:
             self._record_fault(image, step)
         such = f"{images[0]}" if images else "all were reported before"
+        of_step = "" if step is None else f" in step {step}"
         if none_is_good:
             error = RunError(
-                f"no good image in step {step}: {such}",
+                f"no good image{of_step}: {such}",
                 wanted="at least one",
                 fix="check that the file system is mounted; `owt data verify` lists bad images",
             )
         else:
-            more = f" (and {len(images) - 1} more in step {step})" if images[1:] else ""
+            more = f" (and {len(images) - 1} more{of_step})" if images[1:] else ""
             fix = "replace or remove it, or --set bad_images=skip; `owt data verify` lists all bad images"
             error = RunError(f"{such}{more}", fix=fix)
         return error.on_every_rank()
 
-    def _record_fault(self, image: BadImage, step: int) -> None:
-        self._record("fault", path=image.path, fault=image.fault, rank=image.rank, step=step)
+    def _record_fault(self, image: BadImage, step: int | None) -> None:
+        if self._record is not None:
+            self._record("fault", path=image.path, fault=image.fault, rank=image.rank, step=step)
 
     def _gather(self) -> list[BadImage]:
         """The bad images that any rank has read since the last call, in file order; equal on all ranks."""

@@ -38,7 +38,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             wanted="parallel=data",
             fix="--parallel data, or `owt launch supervise`, which restarts from the last checkpoint",
         ).on_every_rank()
-    runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s)
+    runtime.init(request.device, stall_limit_s=request.cfg.stall_limit_s, timeline=request.cfg.timeline)
     opened: Opened | None = None
     with StopRequest() as stop, Ownership() as ownership:
 
@@ -47,7 +47,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             world = runtime.current_world(request.device)
             if not world.is_root:
                 ownership.hand_over()  # before the next collective, so before the new rank 0 takes it
-            check_agreement(request, world)
+            check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
             cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
             where = opened.run_dir if opened else run_dir
             opened = on_root(lambda: _open(where, cfg, state), "run_dir", kind=Opened)
@@ -76,11 +76,13 @@ def in_world_of(ranks: int, cfg: TrainConfig, first_global_batch: int) -> TrainC
 
     With elastic_batch=scale it is unchanged: the global batch, and with it the learning rate, follows the
     number of ranks. With keep, each rank takes its share of the first global batch, in micro-batches of at
-    most `batch` images; a share that is not a whole number is rounded, with a warning.
+    most `batch` images; a share that is not a whole number is rounded, with a warning. With batch
+    normalisation it is at least two images, which have a variance.
     """
     if cfg.elastic_batch == "scale":
         return cfg
-    share = max(1, round(first_global_batch / ranks))
+    least = min(cfg.batch, 2) if cfg.model == "alexnet-owt-bn" else 1
+    share = max(least, round(first_global_batch / ranks))
     accum_steps = math.ceil(share / cfg.batch)
     kept = dataclasses.replace(cfg, batch=max(1, round(share / accum_steps)), accum_steps=accum_steps)
     if kept.global_batch(ranks) != first_global_batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ class Score:
     correct_top5: int
     loss: float
     bad_images: int = 0  # skipped
+    class_images: tuple[int, ...] = ()  # by label
+    class_correct: tuple[int, ...] = ()  # in top 1
 
     @property
     def top1(self) -> float:
@@ -32,6 +35,11 @@ class Score:
     def top5(self) -> float:
         """Percent."""
         return 100 * self.correct_top5 / max(self.images, 1)
+
+    def class_top1(self) -> list[float]:
+        """Percent, by label; NaN for a class without images."""
+        counts = zip(self.class_correct, self.class_images, strict=True)
+        return [100 * correct / images if images else math.nan for correct, images in counts]
 
     def __str__(self) -> str:
         top1 = f"top-1 {self.top1:.2f} % ({self.correct_top1} of {self.images})"
@@ -58,28 +66,53 @@ def validate(
     Returns None on every rank if any rank was asked to stop before it was done. The last batch of a slice is
     padded; padding and bad images are not counted. Sums are float64, exact for the counts.
     """
-    totals = torch.zeros(6, dtype=torch.float64)
+    classes = replica.cfg.classes
+    counts, bad_and_stopped = torch.zeros(4 + 2 * classes, dtype=torch.float64), torch.zeros(2).double()
     with replica.evaluating() as logits_of:
         for batch in batches:
             if stop_asked():
-                totals[5] = 1
+                bad_and_stopped[1] = 1
                 break
-            totals[:4] += _count(logits_of(batch.images), batch).cpu()
-            totals[4] += len(batch.faults)
-    images, top1, top5, loss, bad, stopped = sum_over_ranks(totals, "validation").tolist()
+            counts += _count(logits_of(batch.images), batch).cpu()
+            bad_and_stopped[0] += len(batch.faults)
+    totals = sum_over_ranks(torch.cat([bad_and_stopped, counts]), "validation").tolist()
+    bad, stopped, images, top1, top5, loss, *of_classes = totals
     if stopped:
         return None
-    return Score(int(images), int(top1), int(top5), loss / max(images, 1), int(bad))
+    of_classes = tuple(map(int, of_classes))
+    return Score(
+        images=int(images),
+        correct_top1=int(top1),
+        correct_top5=int(top5),
+        loss=loss / max(images, 1),
+        bad_images=int(bad),
+        class_images=of_classes[:classes],
+        class_correct=of_classes[classes:],
+    )
+
+
+def places(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The place of each label among its row's scores (b, classes), from 0; negative labels have any place.
+
+    Of equal scores, which 16-bit numbers often are, the first one is the best, as in a stable sort. A NaN
+    score has the last place.
+    """
+    labels = labels[:, None].clamp(min=0)
+    own = scores.gather(1, labels)
+    before = torch.arange(scores.shape[1], device=scores.device) < labels
+    place = ((scores > own) | ((scores == own) & before)).sum(dim=1)
+    return place.masked_fill(own[:, 0].isnan(), scores.shape[1])
 
 
 def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Of the valid images: number, correct in top 1, correct in top 5, sum of losses."""
+    """Of the valid images: number, correct in top 1, correct in top 5, sum of losses; then of each class the
+    number, and of each class those correct in top 1.
+    """
     valid = batch.valid.double()
     losses = F.cross_entropy(logits, batch.labels, reduction="none").double()  # 0 for a negative label
-    # A label's rank is the number of classes that score higher; a NaN score is never correct.
-    own = logits.gather(1, batch.labels[:, None].clamp(min=0))
-    place = (logits > own).sum(dim=1) + 1_000_000 * own[:, 0].isnan()
-    return torch.stack(
+    place = places(logits, batch.labels)
+    of_class = (batch.labels[:, None] == torch.arange(logits.shape[1], device=logits.device)).double()
+    totals = torch.stack(
         [
             valid.sum(),
             ((place < 1) * valid).sum(),
@@ -87,3 +120,4 @@ def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
             torch.where(batch.valid, losses, torch.zeros_like(losses)).sum(),
         ]
     )
+    return torch.cat([totals, valid @ of_class, ((place < 1) * valid) @ of_class])

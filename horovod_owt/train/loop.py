@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import perf_counter
@@ -24,24 +24,29 @@ from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.elastic import RESETS, Committed, regroup_reason
+from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
+from horovod_owt.parallel.timeline import start_timeline, stop_timeline
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.runs.attempts import job_name
 from horovod_owt.runs.control import STOP
-from horovod_owt.runs.folder import write_config
+from horovod_owt.runs.folder import timeline_file, write_config
 from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.runs.owner import Ownership
+from horovod_owt.runs.timeline import complete_timelines
 from horovod_owt.schedule import learning_rate
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
 from horovod_owt.train.evaluate import validate
 from horovod_owt.train.journal import Journal, open_run
+from horovod_owt.train.observers import Observers
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
+from horovod_owt.train.profile import Profile
 from horovod_owt.train.progress import Progress
 from horovod_owt.train.rank_log import RankLog
-from horovod_owt.train.rank_times import RankRecords
+from horovod_owt.train.rank_times import MeanRankTimes
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.slow_steps import SlowSteps, place
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
@@ -61,9 +66,10 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume)
         request.device,
         stall_limit_s=request.cfg.stall_limit_s,
         fc_group_size=request.cfg.fc_group_size,
+        timeline=request.cfg.timeline,
     )
     with explain_lost_ranks(), StopRequest() as stop, Ownership() as ownership:
-        check_agreement(request, world)
+        check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
         cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
         data = request.folder.identity()
         opened = on_root(lambda: open_run(run_dir, cfg, data, resume, ownership), "run_dir", kind=Opened)
@@ -94,6 +100,7 @@ class Run:
         self.journal = Journal(self.run_dir, self.start, cfg, stop) if world.is_root else None
         self._stop, self._stopped_by = stop, ""
         self.writer: CheckpointWriter | None = None  # on rank 0, once the state is complete
+        self.observers = Observers()
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
 
@@ -118,13 +125,15 @@ class Run:
                 watch as heartbeat,
                 nullcontext() if elastic else explain_lost_ranks(heartbeat.lost),
             ):
-                self._begin()
+                self._begin(heartbeat)
                 places = gather_objects(place(self.world), "places")
                 self._record_start([host for host, *_ in places])
                 if self._validation_due:
                     self._validate()
-                observers = self._observers(places) if self.world.is_root else []
-                self._run_steps(observers)
+                slow_steps = SlowSteps(self.cfg, self.world, places) if self.world.is_root else None
+                hosts = [host for host, *_ in places]
+                stragglers = Stragglers(hosts, self._record) if self.world.is_root else None
+                self._run_steps(slow_steps, stragglers)
         except RESETS as error:
             exit_code = None
             self._committed.regrouped = {
@@ -146,7 +155,7 @@ class Run:
             rank_log.close()
             self._close(exit_code, reason)
 
-    def _begin(self) -> None:
+    def _begin(self, heartbeat: Heartbeat) -> None:
         """Build the replica and restore its state: the first collectives on the devices, already watched."""
         cfg, self.predicted_step_ms = choose_parallel(self.cfg, self.world)
         if cfg != self.cfg:
@@ -166,20 +175,27 @@ class Run:
             step=self.position.step,
             consumed=self.position.consumed,
         )
+        on_root(lambda: self._show(heartbeat), "observers")
         self.writer = self._make_writer() if self.world.is_root else None
 
-    def _observers(self, places: list[list]) -> list[Callable[[int, StepReport], None]]:
-        """What looks at each step on rank 0."""
-        slow_steps = SlowSteps(self.cfg, self.world, places)
-        stragglers = Stragglers([host for host, *_ in places], self._record)
-        records = RankRecords(self._record)
-        return [
-            lambda _, report: slow_steps.step(report),
-            lambda step, report: stragglers.step(step, report.ranks),
-            lambda step, report: records.step(step, report.ranks),
-        ]
+    def _show(self, heartbeat: Heartbeat) -> None:
+        """Start what shows the run to others, on rank 0."""
+        if self.cfg.timeline:
+            complete_timelines(self.run_dir)  # of an attempt that was killed
+            start_timeline(timeline_file(self.run_dir, self.position.step))
+        epoch = math.ceil(self.position.num_samples / self.global_batch)
+        self.observers.open(
+            self.cfg,
+            self.run_dir,
+            self.start,
+            step=self.position.step,
+            total_steps=self.total_steps,
+            checkpoint_steps=min(self.cfg.checkpoint_every or epoch, epoch),
+            heartbeat=heartbeat,
+            resumes=self.position.step > 0,
+        )
 
-    def _run_steps(self, observers: list[Callable[[int, StepReport], None]]) -> None:
+    def _run_steps(self, slow_steps: SlowSteps | None, stragglers: Stragglers | None) -> None:
         cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
         progress = Progress(
             total_steps=self.total_steps,
@@ -188,13 +204,16 @@ class Run:
             every=cfg.log_every,
             show=self.world.is_root,
         )
+        rank_times = MeanRankTimes(self._record)
         batches = training_pipeline(
             cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
         )
-        with batches, progress:
+        with batches, progress, Profile(cfg.profile, self.world, self.run_dir) as profile:
             early = FetchedEarly(batches)
-            next_batch = bad_images.collect(early).__next__
+            collected = bad_images.collect(early)
+            next_batch = self.observers.looking_at(collected, position.step + 1).__next__
             # CPU cores have no time to spare within a step
+            every = cfg.grad_norm_every
             fetching = {"fetch_next": early.fetch} if self.world.device.type == "cuda" else {}
             while position.step < self.total_steps:
                 epoch_before, lr = int(position.epoch), self._learning_rate()
@@ -206,6 +225,7 @@ class Run:
                         stop=self._stop.asked,
                         save=self.journal is not None and self.journal.requests.save_asked,
                         named=bad_images.known.named,
+                        measure_norm=bool(every) and (position.step + 1) % every == 0,
                         **fetching,
                     )
                 except FloatingPointError as error:
@@ -219,17 +239,23 @@ class Run:
                     self.writer.poll()
                 position.consumed += self.global_batch
                 progress.step(position.step, position.epoch, lr, report)
-                for observe in observers:
-                    observe(position.step, report)
+                if slow_steps is not None:
+                    slow_steps.step(report)
+                if stragglers is not None:
+                    stragglers.step(position.step, report.ranks)
                 self._record_step(lr, report)
+                self.observers.ranks(report.ranks)
+                rank_times.add(report.ranks)
                 if report.any_unnamed:
                     bad_images.announce(position.step)
+                profile.step()
 
                 epoch_over = int(position.epoch) > epoch_before
                 last = position.step == self.total_steps
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
                 keep = epoch_over or last or due or report.stop_asked or report.save_asked
                 if keep:
+                    rank_times.write(position.step)
                     self.replica.strategy.average_running_statistics()
                     self._checkpoint(validation_due=epoch_over or last)
                 if report.stop_asked:
@@ -256,6 +282,7 @@ class Run:
     def _not_finite(self, error: FloatingPointError, lr: float) -> OwtError:
         """The error for a NaN or infinite loss, with the images of the step."""
         position = self.position
+        self._record("fault", fault=str(error), step=position.step + 1, loss_not_finite=True)
         _, indices = SampleOrder(position.num_samples, self.cfg.seed).at(position.consumed, self.global_batch)
         return RunError(
             f"{error} at step {position.step + 1}, lr {lr:.2e}, image indices {indices.tolist()}",
@@ -266,7 +293,8 @@ class Run:
     def _validate(self) -> None:
         """Validate the net. After a stop signal the state is on disk, and the resumed run validates first."""
         position, bad_images, start = self.position, self.bad_validation_images, perf_counter()
-        with validation_pipeline(self.cfg, self.folder, self.world, bad_images=bad_images.known) as batches:
+        images = self.folder.val
+        with validation_pipeline(self.cfg, images, self.world, bad_images=bad_images.known) as batches:
             with now.phase("validating"):
                 score = validate(
                     self.replica, bad_images.collect(batches), stop_asked=lambda: self._stop.asked
@@ -283,6 +311,7 @@ class Run:
         )
         if self.world.is_root:
             log.info("validation | epoch %.2f | %s", position.epoch, score)
+            self.observers.per_class(position.step, score.class_top1(), self.folder.classes)
             self.writer.score(step=position.step, epoch=position.epoch, top1=score.top1)
 
     def _checkpoint(self, *, validation_due: bool) -> None:
@@ -391,14 +420,19 @@ class Run:
     def _record(self, kind: str, **values) -> None:
         if self.journal is not None:
             self.journal.record(kind, **values)
+            self.observers.record(kind, values)
 
     def _close(self, exit_code: int | None, reason: str) -> None:
         """Write the outcome, unless an elastic job continues (exit code None), and close the files."""
         if self.journal is not None:
             if self.writer is not None:
                 self.writer.close()
+            if self.cfg.timeline:
+                stop_timeline()
+                complete_timelines(self.run_dir)
             if exit_code is not None and self.writer is not None:
                 self.journal.end(self._outcome(exit_code, reason))
+            self.observers.close()
             self.journal.close()
         if self.cfg.hook and exit_code in (0, Preempted.exit_code):
             # A launcher ends rank 0, and the hook with it, soon after the first rank has exited.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from horovod_owt.config import TrainConfig
+from horovod_owt.data.augment import View, centre_crop
 from horovod_owt.data.batch import Pipeline
 from horovod_owt.data.faults import BadImages
 from horovod_owt.data.feed import Feed, TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import make_pipeline
-from horovod_owt.data.store import DataSet
+from horovod_owt.data.store import DataSet, Store
 from horovod_owt.parallel.runtime import World
 
 
@@ -38,11 +39,21 @@ def training_pipeline(
 
 
 def validation_pipeline(
-    cfg: TrainConfig, folder: DataSet, world: World, *, bad_images: BadImages | None = None
+    cfg: TrainConfig,
+    images: Store,
+    world: World,
+    *,
+    bad_images: BadImages | None = None,
+    view: View = centre_crop,
 ) -> Pipeline:
     """This rank's share of the validation images, each once, with the last batch padded."""
     feed = ValidationFeed(
-        folder.val, batch=cfg.batch, rank=world.rank, world_size=world.size, bad_images=bad_images
+        images,
+        batch=cfg.batch,
+        rank=world.rank,
+        world_size=world.size,
+        bad_images=bad_images,
+        view=view,
     )
     return _pipeline(cfg, feed, world)
 

@@ -61,15 +61,19 @@ def _group_size(cfg: TrainConfig, topology: Topology) -> int:
     return 1 if cfg.parallel == "data" else resolve_group_size(cfg.fc_group_size, topology)
 
 
-def choose_device(cfg: TrainConfig, topology: Topology) -> Device:
-    """This rank's device; raises OwtError if there is none for it, or it cannot run the configuration."""
+def choose_device(cfg: TrainConfig, topology: Topology, *, alone: bool = False) -> Device:
+    """This rank's device; raises OwtError if there is none for it, or it cannot run the configuration.
+
+    A process that is `alone` needs no Horovod.
+    """
     device = claim_device(topology)
     if device.gpu is not None:
         if cfg.deterministic:  # cuBLAS reads it once, when CUDA starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         _check_precision(cfg, device.gpu)
         _check_torch_can_use(device, topology)
-        _check_horovod_can_use(device, topology)
+        if not alone:
+            _check_horovod_can_use(device, topology)
     elif cfg.precision == "fp16":
         raise ConfigError("precision=fp16 on a CPU", wanted="fp32 or bf16", fix="--set precision=bf16")
     return device

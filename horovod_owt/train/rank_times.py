@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,21 +42,33 @@ class RankTimes:
         return float(of_ranks.min()), float(np.median(of_ranks)), float(of_ranks.max())
 
 
-class RankRecords:
-    """Records every rank's mean times, as lines of kind `ranks`: after FIRST steps, then more rarely."""
+class MeanRankTimes:
+    """The mean times of all ranks since the last record of them, for the run's records."""
 
-    def __init__(self, record: Callable[..., None]) -> None:
-        self._record, self._due = record, FIRST
-        self._sum, self._steps = 0.0, 0
+    def __init__(self, record: Callable[..., Any]) -> None:
+        """`record` writes a line to the run's metrics."""
+        self._record = record
+        self._sum: np.ndarray | None = None
+        self._steps = -1  # the first step of a world warms up
 
-    def step(self, step: int, times: RankTimes | None) -> None:
-        """Note the times of the step before `step`."""
+    def add(self, times: RankTimes | None) -> None:
         if times is None:
             return
-        self._sum, self._steps = self._sum + times.seconds, self._steps + 1
-        if self._steps < self._due:
+        self._steps += 1
+        if self._steps > 0:
+            self._sum = times.seconds if self._sum is None else self._sum + times.seconds
+
+    def write(self, step: int) -> None:
+        """Write a `ranks` record, if there was a step, and start again."""
+        if self._sum is None:
             return
-        means = (1e3 * self._sum / self._steps).round(3).T.tolist()
-        names = ("compute_ms", "data_wait_ms", "exposed_comm_ms")
-        self._record("ranks", step=step - 1, steps=self._steps, **dict(zip(names, means, strict=True)))
-        self._sum, self._steps, self._due = 0.0, 0, min(2 * self._due, EVERY)
+        compute, data, communication = np.round(1e3 * self._sum.T / self._steps, 3).tolist()
+        self._record(
+            "ranks",
+            step=step,
+            steps=self._steps,
+            compute_ms=compute,
+            data_wait_ms=data,
+            exposed_comm_ms=communication,
+        )
+        self._sum, self._steps = None, 0

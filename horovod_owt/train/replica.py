@@ -42,7 +42,7 @@ class StepReport:
     bytes_received: dict[str, int] = field(default_factory=dict)
     bad_images: int = 0  # in the global batch, not counted
     any_unnamed: bool = False  # whether a rank read a bad image that is not announced yet
-    grad_norm: float | None = None  # of the whole net, before clipping; None without clip_norm
+    grad_norm: float | None = None  # of the whole net, before clipping; None if it was not measured
     ranks: RankTimes | None = None  # of the step before, on rank 0; None in the first
 
 
@@ -97,18 +97,21 @@ class Replica:
         stop: bool = False,
         save: bool = False,
         named: Container[int] = (),
+        measure_norm: bool = False,
         fetch_next: Callable[[], None] = lambda: None,
     ) -> StepReport:
         """One optimizer update over `accum_steps` micro-batches.
 
         `stop` asks all ranks to stop after it, `save` to write a checkpoint.
 
+        `measure_norm` asks for the gradient norm without clip_norm, on all ranks.
+
         `fetch_next` is called while the device is at work on a micro-batch, to fetch the next one meanwhile.
 
         `consumed` samples of the endless stream came before this step; `named` are the bad images already
         announced to all ranks. Raises on every rank, before the update: FloatingPointError if the loss (or
-        the gradient norm, with clip_norm) is NaN or infinite on any rank, and BadBatch for a bad image under
-        bad_images=fail, or if no image is good.
+        the gradient norm, if it is measured) is NaN or infinite on any rank, and BadBatch for a bad image
+        under bad_images=fail, or if no image is good.
         """
         start, data_wait_s, strategy = perf_counter(), 0.0, self.strategy
         strategy.model.train()
@@ -138,7 +141,7 @@ class Replica:
                 fetch_next()
             data_wait_s += perf_counter() - asked
         strategy.finish()
-        facts = self._update(facts.wait())
+        facts = self._update(facts.wait(), measure_norm)
         times = dict(
             step_s=perf_counter() - start,
             data_wait_s=data_wait_s,
@@ -220,14 +223,16 @@ class Replica:
         facts[NUM_SUMS:].reshape(-1, len(PARTS))[self.world.rank] = self._spent
         return facts
 
-    def _update(self, facts: Tensor) -> _Facts:
+    def _update(self, facts: Tensor, measure_norm: bool) -> _Facts:
         """Update the weights, or raise.
 
         `facts` are summed over the ranks, on the device. The host waits for the device once.
         """
-        if self._scaler and self.cfg.clip_norm:
+        # With fc_batch=local the gradients of the FC layers are those of the last turn only.
+        measure_norm = self.cfg.clip_norm > 0 or (measure_norm and self.cfg.fc_batch == "global")
+        if self._scaler and measure_norm:
             self._scaler.unscale_(self._optimizers[-1])
-        norm = self.strategy.gradient_norm() if self.cfg.clip_norm else None
+        norm = self.strategy.gradient_norm() if measure_norm else None
         arriving = Download(facts if norm is None else torch.cat([facts.double(), norm]))
         if self._update_decides:
             self._update_unless_forbidden(facts, norm)
@@ -245,7 +250,7 @@ class Replica:
         if not self._update_decides:
             if bad:
                 self.strategy.exclude_bad_images(round(bad))
-            if grad_norm is not None and grad_norm > self.cfg.clip_norm:  # Pascanu et al. 2013
+            if grad_norm is not None and 0 < self.cfg.clip_norm < grad_norm:  # Pascanu et al. 2013
                 self.strategy.scale_gradients(self.cfg.clip_norm / grad_norm)
             self._step_optimizer()
         self.weights_changed()
@@ -263,9 +268,10 @@ class Replica:
         images, tolerant = self.cfg.global_batch(self.world.size), self.cfg.bad_images == "skip"
         loss, bad = facts[0], facts[2]
         skip = skip_flag(loss, bad, most_bad=images - 1 if tolerant else 0, norm=norm)
+        clip = norm if self.cfg.clip_norm else None
         divide_by = (
-            divisor(bad, images, norm=norm, clip_norm=self.cfg.clip_norm)
-            if tolerant or norm is not None
+            divisor(bad, images, norm=clip, clip_norm=self.cfg.clip_norm)
+            if tolerant or clip is not None
             else None
         )
         step_unless(self._optimizers[-1], self._or_earlier(skip), divide_by)

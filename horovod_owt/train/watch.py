@@ -20,6 +20,7 @@ from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import stacks_file, stacks_folder, write_outcome
 from horovod_owt.runs.records import Start
+from horovod_owt.runs.timeline import complete_timelines
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,9 @@ def watched(
         if world.rank in (0, 1) and not elastic:
             outcome = {"exit_code": 1, "reason": f"lost contact with {who}: it died", "step": now.step}
             write_outcome(run_dir, {**start.stamp(), **outcome})
+
+        if world.rank == 1:  # which is told of the death of rank 0 alone
+            complete_timelines(run_dir)
 
     stacks = Stacks(run_dir, world.rank)
     try:

@@ -8,9 +8,8 @@ ERROR_LINES = (  # in this order: a full disk and a killed compiler cause furthe
     re.compile(r"^[^\s:]+:\d+:(\d+:)? (fatal )?error: "),
     re.compile(r"^\S*(c\+\+|g\+\+|gcc|cc1plus|clang|nvcc)\S*: .*error: "),
     re.compile(r"undefined reference to|multiple definition of|cannot find -l"),
-    re.compile(
-        r"^(?:\S+ )*?(?:Could NOT find|Could not find|Unable to find) "
-    ),  # CMake; what follows is less plain
+    # CMake; what follows is less plain. "-- Could NOT find" is no error.
+    re.compile(r"^(?!-- )(?:\S+ )*?(?:Could NOT find|Could not find|Unable to find) "),
     re.compile(r"^CMake Error"),
     re.compile(r"\berror:|^ERROR|Error:"),
 )

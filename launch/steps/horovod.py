@@ -51,7 +51,9 @@ def build(place: Place, lane: Lane, tools: Tools, mpi: Mpi, gpus: Sequence[Gpu])
     place.mark("horovod", None)
     wheel = cached_wheel(place, key)
     if wheel is None:
-        wheel = build_wheel(place, lane, tools, mpi, ingredients, built)
+        with place.named_without_blanks() as named:
+            build_wheel(named, lane, tools, mpi, ingredients, built)
+        wheel = next((place.cache / "wheels" / key).glob("*.whl"))
     else:
         say(f"Horovod {built.version}: from the cache ({wheel})")
     pip(place, "horovod-install", "install", "--no-deps", "--force-reinstall", wheel)
@@ -200,6 +202,8 @@ def build_settings(
         "LDFLAGS": RELATIVE_RPATH,
         "MAKEFLAGS": f"-j{jobs}",
         "CXX": tools.cxx.command,
+        # mpicc finds its folder itself, but by its real name
+        **({"OPAL_PREFIX": str(place.venv)} if mpi.source == "pip" else {}),
         **({"CC": tools.cxx.c_compiler} if tools.cxx.c_compiler else {}),
     }
     if lane.cuda_major is None:

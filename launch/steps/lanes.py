@@ -40,10 +40,10 @@ LANES = {
     lane.name: lane
     for lane in (
         # torch 2.14 requires C++20: g++ 10
-        Lane("cpu", ("dali", "plots", "test", "docs"), GccRange(10), "2.14.1", python_newest=14),
+        Lane("cpu", ("dali", "plots", "export", "test", "docs"), GccRange(10), "2.14.1", python_newest=14),
         Lane(
             "cuda",
-            ("dali", "plots", "test", "docs"),
+            ("dali", "plots", "export", "test", "docs"),
             GccRange(10),
             "2.14.1",
             python_newest=14,
@@ -57,7 +57,7 @@ LANES = {
         # torch 2.10 is the last wheel for CUDA 12, whose nvcc supports g++ up to 14
         Lane(
             "cuda12",
-            ("dali-cuda12", "plots", "test", "docs"),
+            ("dali-cuda12", "plots", "export", "test", "docs"),
             GccRange(9, 14),
             "2.10.0",
             python_newest=14,

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,10 @@ def patch_digest(patch: Path) -> str:
     """Digest of a patch's changes; a new header does not cause a new build."""
     _header, diff, rest = patch.read_text().partition("diff --git ")
     return hashlib.sha256((diff + rest).encode()).hexdigest()
+
+
+def has_blank(path: str | Path) -> bool:
+    return any(map(str.isspace, str(path)))
 
 
 def cache_home(environ: Mapping[str, str]) -> Path:
@@ -201,6 +206,27 @@ class Place:
             raise Missing(f"{self.cache} is not writable: set XDG_CACHE_HOME to a writable folder")
         if found.st_mode & 0o022:
             self.cache.chmod(found.st_mode & 0o755)
+
+    @contextmanager
+    def named_without_blanks(self) -> Iterator["Place"]:
+        """The same folders by names that CMake's FindMPI can read: it takes `mpicc -show` apart at blanks.
+
+        The links are in a folder of this user, because the built library keeps their names in its RUNPATH.
+        """
+        if not has_blank(self.venv) and not has_blank(self.cache):
+            yield self
+            return
+        folders = [self.environ.get(name) for name in ("HOME", "XDG_RUNTIME_DIR")]
+        home = next((f for f in folders if f and not has_blank(f) and os.access(f, os.W_OK)), None)
+        if home is None:
+            raise Missing(
+                f"{self.venv} or {self.cache} has a blank, where Horovod cannot be built: "
+                "use --venv and XDG_CACHE_HOME"
+            )
+        with tempfile.TemporaryDirectory(prefix=".owt-build-", dir=home) as links:
+            for name, folder in (("venv", self.venv), ("cache", self.cache.parent)):
+                Path(links, name).symlink_to(folder)
+            yield Place(Path(links, "venv"), {**self.environ, "XDG_CACHE_HOME": f"{links}/cache"})
 
     @property
     def scratch(self) -> Path:

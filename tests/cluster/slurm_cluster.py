@@ -9,8 +9,6 @@ and networks go with their last process. If this process dies, however it dies, 
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import glob
 import os
 import re
 import shutil
@@ -21,7 +19,9 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import debian_packages
 import psutil
+from debian_packages import SYSTEM_PATH, Unfit, find
 
 # what the cluster is made of: a program, or a pattern of files, and the package that brings it
 PACKAGES = {
@@ -36,7 +36,6 @@ PACKAGES = {
     # takes from pip brings PMIx 5 for its ranks, which speaks with the PMIx 4 of this package.
     "/usr/lib/*/pmix2/lib/libpmix.so": "libpmix-dev",
 }
-SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NODES = ("n1", "n2", "n3")
 ADDRESSES = {"login": "198.18.0.1", "n1": "198.18.0.11", "n2": "198.18.0.12", "n3": "198.18.0.13"}
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -59,57 +58,11 @@ while wait; do read -r go; done
 """
 
 
-class Unfit(Exception):
-    """What this machine or this user cannot do, in one line."""
-
-
 def install() -> None:
     """Install what is missing with apt; raises Unfit where that is not for us to do."""
     if os.geteuid() != 0:
         raise Unfit("namespaces and slurmd need root")
-    with open(Path(tempfile.gettempdir()) / "owt-slurm-install.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes may want the same
-        missing = sorted({package for tool, package in PACKAGES.items() if not find(tool)})
-        if missing:
-            apt_install(missing)
-
-
-def apt_install(packages: list[str]) -> None:
-    if not Path("/etc/debian_version").exists():
-        raise Unfit(f"{', '.join(packages)} missing, and this is neither Debian nor Ubuntu")
-    with daemons_stay_off():
-        apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
-        for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            done = subprocess.run(
-                [*apt, *step],
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-    if done.returncode:
-        raise Unfit(f"apt-get could not install {' '.join(packages)}: {done.stderr.strip()[-300:]}")
-
-
-def find(tool: str) -> str | None:
-    if "*" in tool:
-        return next(iter(glob.glob(tool)), None)
-    return shutil.which(tool, path=SYSTEM_PATH)
-
-
-@contextmanager
-def daemons_stay_off():
-    """Debian starts a daemon once it is installed, unless this file says no."""
-    policy = Path("/usr/sbin/policy-rc.d")
-    if policy.exists():
-        yield
-        return
-    policy.write_text("#!/bin/sh\nexit 101\n")
-    policy.chmod(0o755)
-    try:
-        yield
-    finally:
-        policy.unlink()
+    debian_packages.install(PACKAGES)
 
 
 class Host:
@@ -157,18 +110,11 @@ class Host:
         """Its first process ends when the kernel has ended all others; a zombie has, whoever reaps it."""
         self._unshare.wait()
         try:
-            wait_for(lambda: not alive(self._first), 60)
-        except TimeoutError:
+            self._first.wait(60)
+        except psutil.TimeoutExpired:
             family = [self._first, *self._first.children(recursive=True)]
             left = [(process.pid, process.status(), process.cmdline()) for process in family]
             raise TimeoutError(f"host {self.name} was killed 60 s ago and is still there: {left}") from None
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # the same, not its number
-    except psutil.NoSuchProcess:
-        return False
 
 
 def be_host_on(cores: set[int]) -> None:

@@ -1,5 +1,6 @@
 """The test cluster itself: it leaves nothing, and does not mind another one."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,11 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def test_nothing_stays_behind_however_its_owner_ends(slurm, number):
     """Beside a second one, whose hosts have the same names and addresses."""
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
     ) as owner:
         folder = Path(owner.stdout.readline().strip())
         family = psutil.Process(owner.pid).children(recursive=True)

@@ -11,26 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-PRETENDED = "OWT_TEST_PRETENDED_CUDA"
-
-
-def under_pretended_cuda() -> None:
-    """Start this program again, with the stand-in for the CUDA runtime preloaded."""
-    if PRETENDED in os.environ:
-        return
-    with tempfile.TemporaryDirectory(prefix="pretended-cuda-") as folder:
-        library = Path(folder, "libcuda.so.1")
-        source = Path(__file__).with_name("pretended_cuda.c")
-        options = ["-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
-        subprocess.run(["cc", *options, "-o", library, source], check=True)
-        env = {**os.environ, PRETENDED: "1", "LD_PRELOAD": str(library), "LD_LIBRARY_PATH": folder}
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env=env).returncode)
-
+from preload import under_pretended_cuda
 
 if __name__ == "__main__":
     under_pretended_cuda()
@@ -56,6 +41,7 @@ from horovod_owt.parallel import groups, runtime  # noqa: E402
 from horovod_owt.parallel.choose import choose_parallel  # noqa: E402
 from horovod_owt.parallel.elastic import Committed  # noqa: E402
 from horovod_owt.parallel.runtime import World  # noqa: E402
+from horovod_owt.runs.opening import Opened  # noqa: E402
 from horovod_owt.train import state  # noqa: E402
 from horovod_owt.train.checkpoint import Checkpoint  # noqa: E402
 from horovod_owt.train.evaluate import validate  # noqa: E402
@@ -187,9 +173,9 @@ class Rehearsal:
         committed.check_host_updates = lambda: None
         position = state.Position(10_000, 2, 2 * self.images)
         with self._phase("first commit"):
-            state.commit(replica, position, committed, Path("run"))
+            state.commit(replica, position, committed, Opened(Path("run")))
         with self._phase("commit"):
-            state.commit(replica, position, committed, Path("run"))
+            state.commit(replica, position, committed, Opened(Path("run")))
         committed.sync()
         with self._phase("restore commit"):
             state.restore_commit(replica, position, committed)

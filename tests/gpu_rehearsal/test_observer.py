@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
-import rehearse
-rehearse.under_pretended_cuda()
+from preload import under_pretended_cuda
+under_pretended_cuda()
 import horovod.torch as hvd, pytest, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from collectives import Collectives, Refused

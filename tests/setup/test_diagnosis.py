@@ -28,6 +28,16 @@ Call Stack (most recent call first):
 subprocess.CalledProcessError: Command '['cmake', '/x/horovod-0.28.1']' returned non-zero exit status 1.
 """
 
+BLANK = """\
+$ pip wheel
+-- Could not find CCache. Consider installing CCache to speed up compilation.
+CMake Error in /x y/CMakeFiles/CMakeScratch/TryCompile-fUp82Q/CMakeLists.txt:
+  Imported target "MPI::MPI_CXX" includes non-existent path
+
+    "/x"
+-- Configuring incomplete, errors occurred!
+"""
+
 
 @pytest.mark.parametrize(
     "log, line",
@@ -49,6 +59,7 @@ subprocess.CalledProcessError: Command '['cmake', '/x/horovod-0.28.1']' returned
             "$ pip\nCMake Error at CMakeLists.txt:1 (find_package):\n  Could not find MPI\n",
             "Could not find MPI",
         ),
+        (BLANK, 'Imported target "MPI::MPI_CXX" includes non-existent path'),
         (CUDA, "Could NOT find CUDAToolkit (missing: CUDAToolkit_INCLUDE_DIR CUDA_CUDART)"),
         ("$ pip\nerror: subprocess-exited-with-error\nERROR: No matching distribution\n", "No matching dist"),
         (
@@ -64,6 +75,7 @@ subprocess.CalledProcessError: Command '['cmake', '/x/horovod-0.28.1']' returned
         "killed",
         "compiler",
         "cmake",
+        "cmake after a remark",
         "cuda toolkit",
         "pip",
         "linker",

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from set_up_support import horovod, lanes, mpi, place
+from set_up_support import horovod, lanes, mpi, place, process
 from steps.compiler import Compiler
 from steps.machine import Gpu
 from steps.toolkit import Toolkit
@@ -102,3 +102,30 @@ def test_a_damaged_wheel_is_not_used(here):
     for damaged in (whole[:-200], whole[:100].replace(b"x = 1", b"x = 2") + whole[100:], b""):
         wheel.write_bytes(damaged)
         assert horovod.cached_wheel(here, "key") is None
+
+
+@pytest.mark.parametrize("blank", ["venv", "cache"])
+def test_a_build_sees_no_blanks_in_its_folders_names(tmp_path, blank):
+    """FindMPI splits `mpicc -show` at blanks; the names end in the library, so they are the user's own."""
+    folders = {"venv": tmp_path / "venv", "cache": tmp_path / "cache"}
+    folders[blank] = tmp_path / "Übung mit Leerzeichen" / blank
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    environ = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(folders["cache"])}
+    there = place.Place(folders["venv"], environ)
+    with there.named_without_blanks() as named:
+        assert not place.has_blank(f"{named.venv}{named.cache}") and named.venv.is_relative_to(tmp_path)
+        assert named.venv.samefile(there.venv)
+        named.scratch.mkdir(parents=True)
+        assert there.scratch.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    with (
+        pytest.raises(process.Missing, match="has a blank.*use --venv and XDG_CACHE_HOME"),
+        place.Place(folders["venv"], environ | {"HOME": f"{tmp_path}/a b"}).named_without_blanks(),
+    ):
+        pass
+
+
+def test_without_blanks_the_names_stay(here):
+    with here.named_without_blanks() as named:
+        assert named is here

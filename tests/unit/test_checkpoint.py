@@ -1,7 +1,10 @@
 """Checkpoints: whole or absent, and the newest sound one wins."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +89,30 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, name, d
     with pytest.raises(RunError, match="step-00000002"):
         sound_checkpoint(newer)
     assert sound_checkpoint(older) == older
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_a_file_that_the_machine_does_not_give_is_not_damaged(tmp_path, monkeypatch, number):
+    """Taken for damaged, a good checkpoint would be moved aside and its steps lost."""
+    older, newer = (write_checkpoint(tmp_path, checkpoint(step)) for step in (1, 2))
+    note_score(tmp_path, step=1, epoch=1.0, top1=50.0)
+    real_open = Path.open
+
+    def no_model_and_no_best(self, *args, **options):
+        if self == newer / "model.safetensors" or self.name == "best.json":
+            raise OSError(number, os.strerror(number), str(self))
+        return real_open(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", no_model_and_no_best)
+        with pytest.raises(RunError, match=f"model.safetensors: {os.strerror(number)}; fix"):
+            newest_sound(tmp_path)
+        (kept,) = drop_old(tmp_path, keep=1, newest=2)
+        assert "old checkpoints kept" in kept and os.strerror(number) in kept
+        verified = owt_checkpoint("verify", tmp_path)
+        assert verified.exception.exit_code == 3 and "step-00000001  whole" in verified.stdout
+        assert f"step-00000002  unreadable: {newer}" in verified.stdout
+    assert newest_sound(tmp_path) == newer and older.is_dir()
 
 
 def test_no_checkpoint_is_no_error(tmp_path):

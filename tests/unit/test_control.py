@@ -19,7 +19,7 @@ from horovod_owt.runs.attempts import AttemptWatch, append_attempt, earlier_atte
 from horovod_owt.runs.control import SAVE, STOP, ask, requests, wait_for_checkpoint, wait_for_end
 from horovod_owt.runs.folder import write_outcome
 from horovod_owt.runs.opening import Resume, open_run_folder
-from horovod_owt.runs.owner import Ownership, find_owner, this_process
+from horovod_owt.runs.owner import Ownership, active_owner, this_process
 from horovod_owt.runs.records import Start
 from horovod_owt.train import requests as train_requests
 from horovod_owt.train.requests import FileRequests
@@ -59,24 +59,24 @@ def owner_elsewhere(run_dir: Path, seen_s_ago: float) -> None:
 
 
 def test_the_owner_is_found_while_it_owns_the_folder(tmp_path):
-    assert find_owner(tmp_path) is None
+    assert active_owner(tmp_path) is None
     with Ownership() as ownership:
         ownership.take(tmp_path)
-        assert find_owner(tmp_path).pid == os.getpid()
-    assert find_owner(tmp_path) is None
+        assert active_owner(tmp_path).pid == os.getpid()
+    assert active_owner(tmp_path) is None
 
 
 @pytest.mark.parametrize(("seen_s_ago", "alive"), [(3, True), (60, False)])
 def test_an_owner_on_another_host_is_alive_as_long_as_it_renews_its_file(tmp_path, seen_s_ago, alive):
     owner_elsewhere(tmp_path, seen_s_ago)
-    assert (find_owner(tmp_path) is not None) == alive
+    assert (active_owner(tmp_path) is not None) == alive
 
 
 def test_an_owner_of_this_host_that_has_ended_is_none(tmp_path):
     (tmp_path / "owner").mkdir()
     gone = replace(this_process({}), start_ticks=1)  # its PID is in use again
     (tmp_path / "owner" / "00000001.json").write_text(json.dumps(asdict(gone)))
-    assert find_owner(tmp_path) is None
+    assert active_owner(tmp_path) is None
 
 
 def test_a_file_stop_is_seen_once_and_kept_until_the_end(run_dir, caplog):

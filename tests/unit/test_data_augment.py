@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import CenterCrop, FiveCrop, Resize
 
-from horovod_owt.data.augment import RATIO, SCALE, TRIES, training_windows, validation_windows
+from horovod_owt.data.augment import (
+    RATIO,
+    SCALE,
+    TRIES,
+    centre_crop,
+    five_crops,
+    training_windows,
+    validation_windows,
+    whole_window,
+)
 from horovod_owt.data.hashing import hashed, uniforms
 
 
@@ -103,7 +114,33 @@ def test_the_distribution_is_torchvisions():
     assert abs(np.corrcoef(*places)[0, 1]) < 0.02
 
 
-def test_validation_windows_are_centred_squares_of_seven_eighths():
-    windows, flips = validation_windows(np.array([[256, 256], [256, 512], [500, 375], [1, 1]]))
-    assert windows.tolist() == [[16, 16, 224, 224], [16, 144, 224, 224], [86, 23, 328, 328], [0, 0, 1, 1]]
+def test_validation_windows_are_whole_images_but_for_the_ends_of_very_long_ones():
+    windows, flips = validation_windows(np.array([[256, 512], [500, 375], [1, 1], [3, 100], [101, 6]]))
+    assert windows.tolist() == [
+        [0, 0, 256, 512],
+        [0, 0, 500, 375],
+        [0, 0, 1, 1],
+        [0, 26, 3, 48],
+        [2, 0, 96, 6],
+    ]
     assert not flips.any()
+
+
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=3))
+def test_crops_begin_where_torchvisions_do(sizes):
+    """On pictures of coordinates: a crop's first pixel says where it begins."""
+    for view, cut in ((centre_crop, lambda image: [CenterCrop(224)(image)]), (five_crops, FiveCrop(224))):
+        windows, _ = validation_windows(np.array(sizes))
+        resized, corners = view(windows[:, 2:], 224)
+        for (_, _, height, width), size, ours in zip(windows, resized, corners, strict=True):
+            usual = Resize(256)(Image.new("1", (int(width), int(height))))
+            assert size.tolist() == [usual.height, usual.width]
+            places = np.arange(usual.height * usual.width, dtype=np.int32).reshape(usual.height, usual.width)
+            firsts = [crop.getpixel((0, 0)) for crop in cut(Image.fromarray(places))]
+            top_left = np.array([divmod(first, usual.width) for first in firsts])
+            assert ours.tolist() == top_left.tolist()
+
+
+def test_training_shows_the_whole_window():
+    sizes, corners = whole_window(np.array([[10, 20], [300, 200]]), 64)
+    assert sizes.tolist() == [[64, 64]] * 2 and corners.tolist() == [[[0, 0]]] * 2

@@ -10,6 +10,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from miniature_ilsvrc2012 import CMYK, PNG, SMALL, fabricate, write_devkit
 from PIL import Image
@@ -113,6 +114,16 @@ def written(out: Path) -> int:
     return total
 
 
+def group(number: int) -> list[psutil.Process]:
+    """The processes of this process group."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == number:
+                found.append(process)
+    return found
+
+
 def stop_when(process: subprocess.Popen, out: Path, enough: int, sign: signal.Signals) -> bool:
     """Kill it as soon as that much is written; False if it was done before. Its workers must go too."""
     try:
@@ -125,12 +136,8 @@ def stop_when(process: subprocess.Popen, out: Path, enough: int, sign: signal.Si
             process.send_signal(sign)  # the workers are not told
         _, trouble = process.communicate(timeout=30)
         assert "Traceback" not in trouble
-        deadline = time.monotonic() + 20
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < deadline:
-                os.killpg(process.pid, 0)
-                time.sleep(0.01)
-            pytest.fail("workers outlive the command")
+        _, left = psutil.wait_procs(group(process.pid), timeout=20)  # a zombie has ended, whoever reaps it
+        assert not left, "workers outlive the command"
         return killed
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -43,6 +43,12 @@ def test_with_keep_the_global_batch_is_exact_where_it_can_be(before, now, batch,
         assert kept.peak_lr(now) == pytest.approx(cfg.peak_lr(before))
 
 
+def test_with_batch_normalisation_a_share_has_two_images(caplog):
+    cfg = TrainConfig(batch=4, elastic_batch="keep", model="alexnet-owt-bn")
+    assert in_world_of(8, cfg, 8).batch == 2 and "global batch 16 instead of 8" in caplog.text
+    assert in_world_of(8, config(4), 8).batch == 1
+
+
 def test_with_scale_the_configuration_is_unchanged():
     scaled = config(elastic_batch="scale")
     assert in_world_of(3, scaled, 128) is scaled

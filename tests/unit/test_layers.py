@@ -30,11 +30,14 @@ MAY_IMPORT = {
     "launch": {"runs", "parallel"},
     "slurm": {"runs", "parallel", "launch"},
     "preflight": {"perf", "data", "parallel"},
-    "train": {"perf", "data", "runs", "model", "parallel"},
+    "monitoring": {"data", "runs", "parallel"},
+    "train": {"perf", "data", "runs", "model", "parallel", "monitoring"},
+    "inference": {"perf", "data", "runs", "model", "parallel", "train"},
     "bench": {"perf", "data", "parallel", "train"},
-    "commands": {"data", "runs", "perf", "parallel", "launch", "slurm", "preflight", "train", "bench"},
+    "report": {"perf", "data", "runs"},
     "recipes": set(),
 }
+MAY_IMPORT["commands"] = set(MAY_IMPORT)
 ROOT = {
     "",
     "config",
@@ -51,7 +54,7 @@ ROOT = {
 ABOVE = {"cli": {"commands"}, "__main__": {"cli"}}
 
 # What loads on a login node, or in a moment: nothing heavy at the top of these, or of what they import there.
-LIGHT = {"", "commands", "perf", "runs", "launch", "slurm", "preflight"}
+LIGHT = {"", "commands", "perf", "report", "runs", "launch", "slurm", "preflight"}
 LIGHT_TOO = {
     "data": lambda name: not name.startswith(("batch", "copies", "dali_", "nvjpeg", "pipeline_")),
     "parallel": {
@@ -69,10 +72,11 @@ LIGHT_TOO = {
         "rendezvous",
     }.__contains__,
     "train": {"prepare"}.__contains__,
+    "inference": {"confusion", "names", "outcomes", "request"}.__contains__,
     "bench": {"request"}.__contains__,
 }
 # Not in functions either, but for the part of Horovod that starts ranks.
-TORCHLESS = {"perf", "runs", "launch", "slurm"}
+TORCHLESS = {"perf", "report", "runs", "launch", "slurm"}
 STARTERS = {"launch.horovodrun", "parallel.store"}
 
 

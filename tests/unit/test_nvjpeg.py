@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from horovod_owt.data.augment import centre_crop, five_crops
 from horovod_owt.data.feed import EncodedBatch, ValidationFeed
 from horovod_owt.data.nvjpeg import GpuDecoder, nvjpeg_decoder
 from horovod_owt.data.pipeline_torchvision import TorchvisionPipeline
@@ -61,30 +62,31 @@ def by_pillow(batch: EncodedBatch, row: int) -> np.ndarray:
 
 def test_a_batch_is_decoded_at_once_to_what_pillow_gives():
     batch, decode = encoded(*map(file, range(4))), PretendedNvjpeg()
-    out = torch.empty((4, SIDE, SIDE, 3), dtype=torch.uint8)
+    out = torch.empty((1, 4, SIDE, SIDE, 3), dtype=torch.uint8)
     assert GpuDecoder(decode, image_size=SIDE).decode_rows(batch, out) == []
     assert decode.batches == [4]
     for row in range(4):
-        assert np.abs(out[row].numpy().astype(int) - by_pillow(batch, row)).max() <= 2
+        assert np.abs(out[0, row].numpy().astype(int) - by_pillow(batch, row)).max() <= 2
 
 
 def test_what_is_refused_is_left_to_the_cpu_and_the_rest_is_not():
     batch = encoded(file(0), file(1, kind="PNG"), file(2, mode="CMYK"), file(3))
-    decode, out = PretendedNvjpeg(), torch.empty((4, SIDE, SIDE, 3), dtype=torch.uint8)
+    decode, out = PretendedNvjpeg(), torch.empty((1, 4, SIDE, SIDE, 3), dtype=torch.uint8)
     assert GpuDecoder(decode, image_size=SIDE).decode_rows(batch, out) == [1, 2]
     assert decode.batches == [3, 1, 1, 1]  # the PNG is never offered
-    assert np.abs(out[3].numpy().astype(int) - by_pillow(batch, 3)).max() <= 2
+    assert np.abs(out[0, 3].numpy().astype(int) - by_pillow(batch, 3)).max() <= 2
 
 
-def test_the_pipeline_fills_in_what_was_refused(tmp_path):
+@pytest.mark.parametrize("view", [centre_crop, five_crops])
+def test_the_pipeline_fills_in_what_was_refused(tmp_path, view):
     for split in ("train", "val"):
         (tmp_path / split / "c").mkdir(parents=True)
         for number, data in enumerate([file(0), file(1, kind="PNG"), file(2, mode="CMYK")]):
             (tmp_path / split / "c" / f"{number}.JPEG").write_bytes(data.tobytes())
-    feed = ValidationFeed(open_data_set(tmp_path).val, batch=3)
+    feed = ValidationFeed(open_data_set(tmp_path).val, batch=3, view=view)
     with TorchvisionPipeline(feed, image_size=SIDE, device_id=None, num_threads=1) as pipe:
         batch, pixels = next(pipe._decoded)
-        pipe._gpu_decoder = GpuDecoder(PretendedNvjpeg(), image_size=SIDE)
+        pipe._gpu_decoder = GpuDecoder(PretendedNvjpeg(), image_size=SIDE, view=view)
         _, mixed = pipe._decode_batch(batch)
     assert (mixed.int() - pixels.int()).abs().max() <= 2
 

@@ -8,7 +8,7 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.data.batch import Batch
 from horovod_owt.model import alexnet_owt
 from horovod_owt.parallel.runtime import World
-from horovod_owt.train.rank_times import RankRecords, RankTimes, spent
+from horovod_owt.train.rank_times import MeanRankTimes, RankTimes, spent
 from horovod_owt.train.replica import NUM_SUMS, Replica
 
 CONFIG = TrainConfig(classes=3, image_size=63, batch=2, fc_group_size=1, dropout=0.0)
@@ -64,19 +64,20 @@ def test_own_time_is_what_is_neither_data_nor_communication():
     assert spent(step_s=1.0, data_wait_s=0.5, exposed_comm_s=0.6)[0] == 0  # clocks that differ
 
 
-def test_means_of_all_ranks_are_recorded_often_at_first():
-    recorded = []
-    records = RankRecords(lambda kind, **values: recorded.append((kind, values)))
-    records.step(1, None)
-    for step in range(2, 200):
-        records.step(step, RankTimes(np.array([[step, 1, 2], [0.5, 0, 1]]) / 1e3))
-    assert [values["steps"] for _, values in recorded] == [10, 20, 40, 50, 50]
-    kind, first = recorded[0]
-    assert kind == "ranks" and first == {
-        "step": 10,
-        "steps": 10,
-        "compute_ms": [6.5, 0.5],  # reported in steps 2 to 11
-        "data_wait_ms": [1.0, 0.0],
-        "exposed_comm_ms": [2.0, 1.0],
-    }
-    assert [values["step"] for _, values in recorded] == [10, 30, 70, 120, 170]
+def test_means_of_all_ranks_are_recorded_without_the_step_that_warms_up():
+    records = []
+    means = MeanRankTimes(lambda kind, **values: records.append((kind, values)))
+    means.add(None)
+    means.write(1)
+    means.add(RankTimes(np.array([[9.0, 9, 9], [9, 9, 9]])))
+    means.write(2)
+    assert records == []
+    means.add(RankTimes(np.array([[0.1, 0, 0.3], [0.3, 0.01, 0]])))
+    means.add(RankTimes(np.array([[0.3, 0, 0.1], [0.5, 0.03, 0]])))
+    means.write(4)
+    wanted = {"compute_ms": [200, 400], "data_wait_ms": [0, 20], "exposed_comm_ms": [200, 0]}
+    assert records == [("ranks", {"step": 4, "steps": 2, **wanted})]
+    means.write(5)
+    means.add(RankTimes(np.array([[1.0, 0, 0], [1, 0, 0]])))
+    means.write(6)
+    assert [(values["step"], values["steps"]) for _, values in records] == [(4, 2), (6, 1)]

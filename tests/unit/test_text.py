@@ -120,3 +120,21 @@ def test_streams_take_any_name(monkeypatch, encoding, written):
     text.tolerant_streams()
     print("caf\udce9 ä €", end="", flush=True)
     assert out.buffer.getvalue() == written
+
+
+def test_a_name_with_a_newline_or_a_terminals_codes_is_shown_in_one_line(root):
+    """Nobody's file may write to an operator's terminal, or make up a line of a report."""
+    name = "a\nremark  b.JPEG: \x1b[2Jfine\x9b.JPEG"
+    (root / "train" / os.fsdecode(b"caf\xe9") / name).touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "horovod_owt", "data", "verify", root, "--pipeline", "torchvision"],
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 3 and "\x1b" not in said and "\x9b" not in said
+    assert not [line for line in said.splitlines() if line.startswith("remark  b.JPEG")]
+    assert r"a\nremark  b.JPEG: \x1b[2Jfine\x9b.JPEG: empty file" in done.stdout
+    assert text.one_line("ä \ud8e9 b") == "ä \ud8e9 b"
+    assert text.without_terminal_codes("a\n\x1bb") == "a\n\\x1bb"

@@ -35,6 +35,12 @@ def light(tmp_path):
 OWT = "from horovod_owt.cli import main; main()"
 
 
+def test_a_host_without_them_is_described(light):
+    found = json.loads(light(OWT, "info", "--json").stdout)
+    assert "pynvml" in found["devices"]["gpus"]["fault"]  # the parent's; torch is loaded in a child
+    assert found["network"]["interfaces"] and found["versions"]["code"] and found["host"]["kernel"]
+
+
 def test_checkpoints_and_jobs_are_looked_at_and_a_job_is_supervised(light, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()

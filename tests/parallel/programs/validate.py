@@ -16,8 +16,9 @@ from horovod_owt.train.replica import Replica
 
 cfg = resolve(str(Path(__file__).parents[1] / "small.yaml"), ["classes=8", "seed=2"])
 world = runtime.init(CPU)
-with validation_pipeline(cfg, open_data_set(Path(sys.argv[1])), world) as batches:
+with validation_pipeline(cfg, open_data_set(Path(sys.argv[1])).val, world) as batches:
     score = validate(Replica(cfg, world), batches)
 if world.is_root:
-    print(json.dumps(score.to_dict()), flush=True)
+    of_classes = {"class_images": score.class_images, "class_correct": score.class_correct}
+    print(json.dumps({**score.to_dict(), **of_classes}), flush=True)
 runtime.shutdown()

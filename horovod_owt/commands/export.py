@@ -1,0 +1,44 @@
+"""owt export: hand a trained net on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from horovod_owt.commands.loading import loading
+from horovod_owt.commands.log import log_to_stderr
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@NEWEST_OPTION
+@JSON_OPTION
+def export(checkpoint: Path, out: Path, newest: bool, as_json: bool) -> None:
+    """Write a trained net to the file OUT, by its suffix: .onnx, .pth or .safetensors.
+
+    .onnx takes any number of normalised images and gives logits; it is held against torch with ONNX Runtime
+    (extra `export`). .pth is a state dict for torchvision's `alexnet`. .safetensors has the same tensors, and
+    the names of the classes. The net is a run folder, a checkpoint or a file, as for `owt evaluate`.
+
+    \b
+    Example:  owt export runs/first first.onnx
+    """
+    log_to_stderr()
+    with loading():
+        from horovod_owt.inference.export import check_export
+        from horovod_owt.inference.export import export as export_net
+        from horovod_owt.inference.weights import read_net
+
+    check_export(out)
+    found = export_net(read_net(checkpoint, newest=newest), out)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"{found['path']}: {found['model']} of {found['checkpoint']}, {found['bytes'] / 1e6:.1f} MB")
+    if "onnxruntime_difference" in found:
+        batches = ", ".join(map(str, found["batches_checked"]))
+        click.echo(f"ONNX Runtime agrees to {found['onnxruntime_difference']:.1e} (batches of {batches})")

@@ -1,0 +1,96 @@
+"""owt predict: classify images."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from horovod_owt.commands.loading import loading
+from horovod_owt.commands.log import log_to_stderr
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
+from horovod_owt.errors import ConfigError, RunError
+
+log = logging.getLogger(__name__)
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option(
+    "--synsets",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Names of the classes: lines `n01440764 tench, Tinca tinca`, or a name in the line of each label.",
+)
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes for each image.")
+@NEWEST_OPTION
+@JSON_OPTION
+def predict(
+    checkpoint: Path,
+    images: tuple[str, ...],
+    synsets: Path | None,
+    top: int,
+    newest: bool,
+    as_json: bool,
+) -> None:
+    """Print the most probable classes of each IMAGE: a file, a folder, or - for a list of these on stdin.
+
+    The net is a run folder, a checkpoint or a file of weights, as for `owt evaluate`. Classes have the names
+    of the run's class folders; weights of others have numbers. Images that cannot be decoded are named, the
+    others are classified, and the exit code is 1.
+
+    \b
+    Examples:  owt predict runs/first cat.jpg photos/
+               find /data -name '*.JPEG' | owt predict runs/first - --json
+               owt predict alexnet-owt-7be5be79.pth cat.jpg --synsets LOC_synset_mapping.txt
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    log_to_stderr()
+    from horovod_owt.config import TrainConfig
+    from horovod_owt.data.paths import named_images
+    from horovod_owt.inference.names import class_words
+    from horovod_owt.topology import read_topology
+    from horovod_owt.train.prepare import choose_device
+
+    named = list(named_images(images, sys.stdin))
+    paths = [path for path, fault in named if not fault]
+    if not named:
+        raise ConfigError("no image on stdin", wanted="a path in each line")
+    device = choose_device(TrainConfig(), read_topology(), alone=True)
+
+    with loading():
+        from horovod_owt.inference.predict import predict as predict_images
+        from horovod_owt.inference.weights import read_net
+
+    net = read_net(checkpoint, newest=newest)
+    info, rows = net.info, []
+    labels = [*info.class_names, *map(str, range(len(info.class_names), info.classes))]
+    words = class_words(synsets, labels) if synsets else [""] * info.classes
+    bad = [{"path": path, "fault": fault} for path, fault in named if fault]
+    for found in predict_images(net, paths, top=top, device=device) if paths else ():
+        if found.fault:
+            bad.append({"path": found.path, "fault": found.fault})
+            log.warning("%s: %s", found.path, found.fault)
+            continue
+        best = [
+            {"label": label, "class": labels[label], "words": words[label], "probability": share}
+            for label, share in found.top
+        ]
+        if as_json:
+            rows.append({"path": found.path, "top": best})
+        else:
+            click.echo(_text(found.path, best))
+    if as_json:
+        click.echo(json.dumps({"checkpoint": str(info.source), "images": rows, "bad": bad}))
+    if bad:
+        raise RunError(f"{len(bad)} of {len(named)} not classified, {bad[0]['path']}: {bad[0]['fault']}")
+
+
+def _text(path: str, best: list[dict]) -> str:
+    rows = [f"  {100 * row['probability']:6.2f} %  {row['class']}  {row['words']}".rstrip() for row in best]
+    return "\n".join([path, *rows])

@@ -1,0 +1,69 @@
+"""owt report and owt plot: a page about runs, and figures for papers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.errors import ConfigError
+from horovod_owt.files import atomic_file
+
+RUNS = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+
+
+@click.command()
+@RUNS
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Where to write the page.  [default: RUN/report.html; of several runs, report.html here]",
+)
+@click.option(
+    "--evaluation",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What `owt evaluate --json` printed about the run.  [default: RUN/evaluation.json, if it is there]",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(2, 20_000),
+    default=1200,
+    show_default=True,
+    help="Most points of a curve of a run; with more steps, each point is the mean of several.",
+)
+@JSON_OPTION
+def report(
+    runs: tuple[Path, ...], output: Path | None, evaluation: Path | None, points: int, as_json: bool
+) -> None:
+    """Write one HTML page about a run, or several side by side, from its run folder alone.
+
+    \b
+    Examples:  owt report runs/first
+               owt report runs/first runs/second --output both.html
+               owt report runs/first --json
+
+    The page needs no network and no other file: mail it, or open it where you are. With --json the figures
+    and curves are printed instead of a page. A run under way, and folders of older versions, work too.
+    """
+    from horovod_owt.report.render import page
+    from horovod_owt.report.summary import summarize_all
+    from horovod_owt.runs.folder import report_file
+
+    summaries = summarize_all(runs, most_points=points, evaluation=evaluation)
+    if as_json:
+        click.echo(json.dumps({"runs": summaries}, allow_nan=False))
+        return
+    path = output or report_file(runs[0] if len(runs) == 1 else Path())
+    html = page(summaries, most_points=points, folder=path.parent)
+    try:
+        with atomic_file(path) as file:
+            file.write(html.encode(errors="backslashreplace"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror}", wanted="a place to write the page to", fix="--output FILE"
+        ) from None
+    click.echo(path)

@@ -1,0 +1,68 @@
+"""Images that are no data set: files, folders and lists that a user names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from horovod_owt.data.listing import SUFFIXES, LeftOut
+from horovod_owt.data.retry import with_retries
+
+FROM_STDIN = "-"
+
+
+class PathStore:
+    """Images by path, as a store that feeds can read; all have label 0."""
+
+    classes: tuple[str, ...] = ("",)
+    left_out: Sequence[LeftOut] = ()
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+        self.labels = np.zeros(len(paths), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        return self._paths[index]
+
+    def read(self, index: int) -> bytes:
+        return with_retries(lambda index: Path(self._paths[index]).read_bytes(), index, self.path)
+
+
+def named_images(words: Iterable[str], stdin: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(path, fault) of each image that `words` name, in order: files, folders, `-` for lines of `stdin`.
+
+    A folder stands for the images below it. A fault is a folder without images, or one that cannot be
+    listed; whether a file is an image is not looked at.
+    """
+    for word in words:
+        if word == FROM_STDIN:
+            lines = (line.rstrip("\r\n") for line in stdin)
+            yield from named_images((line for line in lines if line and line != FROM_STDIN), ())
+        elif os.path.isdir(word):
+            yield from _below(word)
+        else:
+            yield word, ""
+
+
+def _below(folder: str) -> Iterator[tuple[str, str]]:
+    faults: list[tuple[str, str]] = []
+    images: list[str] = []
+    walk = os.walk(
+        folder, onerror=lambda error: faults.append((error.filename, f"cannot be listed: {error.strerror}"))
+    )
+    for place, folders, names in walk:
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        suffixes = tuple(map(os.fsdecode, SUFFIXES))
+        images += [
+            os.path.join(place, name)
+            for name in sorted(names)
+            if name.lower().endswith(suffixes) and not name.startswith(".")
+        ]
+    yield from ((image, "") for image in images)
+    yield from faults if images or faults else [(folder, "no image in this folder")]

@@ -1,0 +1,39 @@
+"""A picture of what a net takes for what. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from horovod_owt.files import atomic_file
+from horovod_owt.perf.plot import check_plot
+
+SUFFIXES = (".svg", ".png")
+MOST_LABELS = 40  # classes whose names still fit
+
+
+def check_confusion(path: Path) -> None:
+    """Raise ConfigError if the picture cannot be drawn, or not to that file."""
+    check_plot(path, "--confusion", SUFFIXES)
+
+
+def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path, *, title: str) -> None:
+    """`matrix` counts the images of a class, by row, that were taken for each, by column."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    with rc_context({"svg.hashsalt": "owt", "svg.fonttype": "none"}):  # the same bytes each time
+        figure = Figure(figsize=(8, 7), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(share, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
+        axes.set(title=title, xlabel="taken for", ylabel="class")
+        if len(names) <= MOST_LABELS:
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+            axes.set_yticks(range(len(names)), names, fontsize="small")
+        figure.colorbar(image, label="% of the class")
+        with atomic_file(path) as file:
+            kind = path.suffix[1:]
+            figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

@@ -1,0 +1,137 @@
+"""Hand a trained net on: ONNX, a state dict for torchvision, safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from horovod_owt.data.batch import MEAN, STD
+from horovod_owt.errors import ConfigError, RunError, fix_of
+from horovod_owt.files import atomic_file
+from horovod_owt.inference.weights import NetInfo, TrainedNet, metadata
+
+TOLERANCE = 1e-4  # of ONNX Runtime's logits, relative to the largest one
+BATCHES = (1, 2, 5)  # checked
+TORCH_FOR_ONNX = (2, 6)  # the first with an exporter for all of our image sizes
+
+
+def export(net: TrainedNet, out: Path) -> dict[str, Any]:
+    """Write the net to `out`, in the format of its suffix; returns what was written. Raises OwtError.
+
+    `out` has been checked by `check_export`. It is complete or not there, and an older file is replaced.
+    """
+    info = net.info
+    try:
+        with atomic_file(out, durable=True) as file:
+            checked = WRITERS[out.suffix](net, file)
+        return {
+            "path": str(out),
+            "bytes": out.stat().st_size,
+            "model": info.model,
+            "classes": info.classes,
+            "image_size": info.image_size,
+            "checkpoint": str(info.source),
+            **checked,
+        }
+    except OSError as error:
+        raise RunError(f"{out} not written: {error.strerror or error}", fix=fix_of(error)) from error
+
+
+def check_export(out: Path) -> None:
+    """Raise ConfigError if the format is unknown, or cannot be written here."""
+    if out.suffix not in WRITERS:
+        raise ConfigError(f"{out}", wanted=f"a name that ends in {', '.join(WRITERS)}")
+    if not out.parent.is_dir() or out.is_dir():
+        seen = f"{out} is a folder" if out.is_dir() else f"{out}: no folder {out.parent}"
+        raise ConfigError(seen, wanted="a file in an existing folder")
+    if out.suffix == ".onnx":
+        _check_onnx()
+
+
+def _check_onnx() -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < TORCH_FOR_ONNX:
+        raise ConfigError(
+            f"ONNX with torch {torch.__version__}",
+            wanted=f"torch {'.'.join(map(str, TORCH_FOR_ONNX))} or newer",
+            fix="export to .safetensors here, and from that file to .onnx where torch is newer",
+        )
+    needed = ("onnx", "onnxruntime", "onnxscript")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        fix = "pip install 'horovod_owt[export]'"
+        raise ConfigError(f"ONNX without {' and '.join(missing)}", wanted="these packages", fix=fix)
+
+
+def _write_onnx(net: TrainedNet, file: BinaryIO) -> dict[str, Any]:
+    """Logits of normalised images, any number at a time; checked against torch before it is there."""
+    import onnx
+
+    model, side = net.build(torch.device("cpu")), net.info.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, side, side),),
+            path,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        graph = onnx.load(path)
+    onnx.helper.set_model_props(graph, {**metadata(net.info), **_input_format()})
+    content = graph.SerializeToString()
+    difference = _onnx_difference(content, model, net.info)
+    if not difference <= TOLERANCE:
+        raise RunError(f"ONNX Runtime's logits differ by {difference:.1e}", wanted=f"{TOLERANCE:.0e} or less")
+    file.write(content)
+    return {"onnxruntime_difference": difference, "batches_checked": list(BATCHES)}
+
+
+def _input_format() -> dict[str, str]:
+    return {"input": "RGB in 0..1, minus mean, over std", "mean": json.dumps(MEAN), "std": json.dumps(STD)}
+
+
+def _onnx_difference(content: bytes, model: torch.nn.Module, info: NetInfo) -> float:
+    """The largest difference of a logit between ONNX Runtime and torch, relative to the largest logit."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    draw, worst = torch.Generator().manual_seed(0), []
+    for batch in BATCHES:
+        images = torch.randn(batch, 3, info.image_size, info.image_size, generator=draw)
+        with torch.inference_mode():
+            ours = model(images).numpy()
+        (theirs,) = session.run(None, {"images": images.numpy()})
+        worst.append(float(np.abs(theirs - ours).max() / max(np.abs(ours).max(), 1e-30)))
+    return max(worst)
+
+
+def _write_pth(net: TrainedNet, file: BinaryIO) -> dict[str, Any]:
+    """A state dict: torchvision's `alexnet(num_classes=N)` loads that of alexnet-owt."""
+    torch.save(dict(net.weights), file)
+    return {}
+
+
+def _write_safetensors(net: TrainedNet, file: BinaryIO) -> dict[str, Any]:
+    """The same names; classes and image size are in the file's metadata."""
+    whole = {name: tensor.contiguous() for name, tensor in net.weights.items()}
+    file.write(save(whole, metadata={"format": "pt", **metadata(net.info)}))
+    return {}
+
+
+WRITERS: dict[str, Callable[[TrainedNet, BinaryIO], dict[str, Any]]] = {
+    ".onnx": _write_onnx,
+    ".pth": _write_pth,
+    ".safetensors": _write_safetensors,
+}

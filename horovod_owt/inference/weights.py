@@ -1,0 +1,189 @@
+"""Read the weights of a trained net: a run, a checkpoint, a .safetensors file, or a .pth file of torch.
+
+A .pth file is a pickle. It is read by torch's weights-only unpickler, which makes tensors and plain
+containers, and nothing else is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from horovod_owt.config import CHOICES, TrainConfig
+from horovod_owt.errors import ConfigError, RunError, explained
+from horovod_owt.model import build_model
+from horovod_owt.model.alexnet_owt import AlexNetOWT
+from horovod_owt.runs.checkpoints import MODEL, checkpoint_to_use, read_state, step_of
+
+log = logging.getLogger(__name__)
+
+WANTED = "a state dict of tensors, as `torch.save(model.state_dict(), FILE)` writes it"
+ZIP, PICKLE, SAFETENSORS = b"PK\x03\x04", b"\x80", b"{"  # how files begin, safetensors after 8 bytes
+NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts keep the state dict
+
+
+@dataclass(frozen=True)
+class NetInfo:
+    """What is known of a trained net beside its weights."""
+
+    source: Path  # the checkpoint folder or the file
+    model: str
+    classes: int  # outputs
+    class_names: tuple[str, ...] = ()  # of the first outputs; empty if unknown
+    image_size: int = TrainConfig.image_size  # px, that it was trained with
+    step: int | None = None
+
+    def empty_model(self, device: torch.device) -> AlexNetOWT:
+        """The net in evaluation mode, its weights not set."""
+        with torch.device("meta"):
+            model = build_model(self.model, self.classes)
+        return model.to_empty(device=device).eval()
+
+
+@dataclass(frozen=True)
+class TrainedNet:
+    """A net's weights, whole, by the names of torchvision's `alexnet`."""
+
+    info: NetInfo
+    weights: dict[str, Tensor]
+
+    def build(self, device: torch.device) -> AlexNetOWT:
+        """The net in evaluation mode, with fp32 weights."""
+        model = self.info.empty_model(device)
+        model.load_state_dict(self.weights)
+        return model
+
+
+def read_net(path: Path, *, newest: bool = False) -> TrainedNet:
+    """Read weights from a run folder (its best checkpoint, or the newest), a checkpoint folder, or a file.
+
+    Raises ConfigError for what holds no weights of one of our nets, RunError for a damaged checkpoint.
+    """
+    if path.is_dir():
+        return _read_checkpoint(path, newest=newest)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", wanted="a run, a checkpoint or weights") from None
+    if head[8:] == SAFETENSORS:
+        return _read_safetensors(path)
+    if head.startswith((ZIP, PICKLE)) and not tarfile.is_tarfile(path):  # torch unpickles tar files unchecked
+        return _net_of(_read_pth(path), path)
+    seen = f"is no file of weights: it begins with {head!r}" if head else "is empty"
+    raise ConfigError(f"{path} {seen}", wanted=WANTED)
+
+
+def _read_checkpoint(path: Path, *, newest: bool) -> TrainedNet:
+    while True:
+        folder = checkpoint_to_use(path, newest=newest)
+        try:
+            state, weights = read_state(folder), load_file(folder / MODEL)
+            break
+        except FileNotFoundError:  # the run has deleted it meanwhile
+            if folder.exists() or folder == path:
+                raise RunError(f"checkpoint {folder} has vanished") from None
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RunError(f"checkpoint {folder}: {error}", wanted="a whole checkpoint") from error
+    return _net_of(
+        weights,
+        folder,
+        class_names=tuple(state.get("data", {}).get("classes", ())),
+        image_size=state.get("config", {}).get("image_size", TrainConfig.image_size),
+        step=step_of(folder),
+    )
+
+
+def _read_safetensors(path: Path) -> TrainedNet:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}", wanted="a whole .safetensors file") from None
+    return _net_of(weights, path, **_from_metadata(about))
+
+
+def metadata(info: NetInfo) -> dict[str, str]:
+    """What an exported file says about the net."""
+    return {
+        "model": info.model,
+        "image_size": str(info.image_size),
+        "classes": json.dumps(info.class_names),
+        "source": str(info.source),
+    }
+
+
+def _from_metadata(about: Mapping[str, str]) -> dict[str, Any]:
+    """The same from a file; of others' files it is ignored."""
+    try:
+        names = json.loads(about["classes"])
+        return {"class_names": tuple(map(str, names)), "image_size": int(about["image_size"])}
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch may raise anything on malformed bytes
+        if explained(error):
+            raise
+        raise ConfigError(f"{path}: {_why_refused(error)}", wanted=WANTED) from None
+    for key in NESTED:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(each, Tensor) for each in found.values()):
+        raise ConfigError(f"{path} holds a {type(found).__name__} that is no state dict", wanted=WANTED)
+    # DistributedDataParallel and DataParallel wrap modules in one of that name
+    return {re.sub(r"\bmodule\.", "", str(name)): tensor for name, tensor in found.items()}
+
+
+def _why_refused(error: Exception) -> str:
+    text = str(error)
+    if found := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", text):
+        return f"contains Python objects ({found[1]}), which are never unpickled"
+    reason = " ".join(text.split())[:200] or type(error).__name__
+    return f"truncated or no file of torch ({reason})"
+
+
+def _net_of(weights: dict[str, Tensor], source: Path, **about: Any) -> TrainedNet:
+    """The net whose names and shapes the weights have; ConfigError if there is none."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    classes = _outputs(shapes)
+    candidates = {}
+    for model in CHOICES["model"]:
+        with torch.device("meta"):
+            net = build_model(model, classes or 1)
+        candidates[model] = {name: tuple(each.shape) for name, each in net.state_dict().items()}
+    for model, wanted in candidates.items():
+        if shapes == wanted:
+            return TrainedNet(NetInfo(source, model, classes, **about), weights)
+    model, wanted = max(candidates.items(), key=lambda each: len(each[1].items() & shapes.items()))
+    odd = next(name for name in [*wanted, *sorted(shapes)] if wanted.get(name) != shapes.get(name))
+    has = f"{odd} of shape {shapes[odd]}" if odd in shapes else f"no {odd}"
+    raise ConfigError(
+        f"{source} has {has}",
+        wanted=f"the weights of {model}, with {odd} of shape {wanted[odd]}"
+        if odd in wanted
+        else f"{model}'s only",
+    )
+
+
+def _outputs(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The outputs of the last layer of the classifier; 0 if there is none."""
+    last = re.compile(r"classifier\.(\d+)\.weight")
+    numbers = [int(found[1]) for found in map(last.fullmatch, shapes) if found]
+    shape = shapes[f"classifier.{max(numbers)}.weight"] if numbers else ()
+    return shape[0] if len(shape) == 2 else 0

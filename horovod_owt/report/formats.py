@@ -1,0 +1,86 @@
+"""Numbers as the page shows them."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from typing import Any
+
+UNKNOWN = "–"
+MOST = 1e300  # of a number; NaN is not less
+SPACE = "\N{NO-BREAK SPACE}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that can be shown: a damaged record may hold anything."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST < value < MOST
+
+
+def integer(value: Any) -> int | None:
+    """A whole number from a record, or None."""
+    return value if isinstance(value, int) and is_number(value) else None
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """With thousands separated, and so many significant digits; whole numbers in full."""
+    if not is_number(value):
+        return UNKNOWN
+    if isinstance(value, int) or abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    if value and abs(value) < 1e-3:
+        return f"{value:.{digits - 1}e}".replace("e-0", "e-")
+    places = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
+    return f"{value:,.{max(0, places)}f}"
+
+
+def plain(value: Any, digits: int = 4) -> str:
+    """The same without zeros at its end: for settings, as they were written."""
+    text = number(value, digits)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+
+
+def places(value: Any, places: int) -> str:
+    """With so many decimal places."""
+    return UNKNOWN if not is_number(value) else f"{value:,.{places}f}"
+
+
+def percent(share: Any, places: int = 1) -> str:
+    """A share of 1 in percent."""
+    return UNKNOWN if not is_number(share) else f"{100 * share:.{places}f}{SPACE}%"
+
+
+def duration(seconds: Any) -> str:
+    """In the two largest units: 2 d 3 h, 14 min 5 s."""
+    if not is_number(seconds):
+        return UNKNOWN
+    if seconds < 60:
+        return f"{number(seconds, 3)}{SPACE}s"
+    whole, parts = round(seconds), []
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, whole = divmod(whole, size)
+        if count or parts:
+            parts.append(f"{count}{SPACE}{unit}" if count else "")
+    return SPACE.join(part for part in parts[:2] if part)
+
+
+def size(count: Any) -> str:
+    """Bytes in the unit that leaves 1 to 999."""
+    if not is_number(count):
+        return UNKNOWN
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            return f"{number(float(count) if unit != 'B' else round(count), 4)}{SPACE}{unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def moment(utc: str | None) -> str:
+    """A time in UTC to the second."""
+    if utc is None:
+        return UNKNOWN
+    return datetime.fromisoformat(utc.replace("Z", "+00:00")).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def count(value: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number(value)}{SPACE}{what}{'s'[: value != 1]}"

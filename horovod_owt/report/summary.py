@@ -1,0 +1,268 @@
+"""What a run folder says, as one JSON document: the figures of the page and of `owt report --json`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+from horovod_owt.config import FIELDS
+from horovod_owt.errors import ConfigError
+from horovod_owt.report.evaluation import evaluation_of
+from horovod_owt.report.formats import integer, is_number
+from horovod_owt.report.series import clock_of, curves, finite, rounded
+from horovod_owt.report.shares import step_shares
+from horovod_owt.report.timeline import (
+    checkpoints_of,
+    events_of,
+    is_image,
+    list_of,
+    since_begin,
+    starts_of,
+)
+from horovod_owt.report.wire import bytes_on_the_wire
+from horovod_owt.runs.folder import (
+    evaluation_file,
+    outcome_stamp,
+    profile_files,
+    read_config,
+    read_outcome,
+    timeline_files,
+)
+from horovod_owt.runs.goodput import goodput
+from horovod_owt.runs.history import Event, History, moment_of, read_history
+from horovod_owt.runs.owner import active_owner
+from horovod_owt.runs.records import METRICS, utc
+
+MOST_IMAGES = 100  # bad images listed by name
+SCORES = ("epoch", "step", "images", "correct_top1", "correct_top5", "top1", "top5", "loss")
+
+
+def summarize_all(
+    run_dirs: Sequence[Path], *, most_points: int, evaluation: Path | None = None
+) -> list[dict[str, Any]]:
+    """The same of several runs, with names that tell them apart. `evaluation` is a file about a lone one."""
+    if evaluation and len(run_dirs) > 1:
+        raise ConfigError(
+            "--evaluation with several runs",
+            wanted="one run",
+            fix=f"copy each to its run folder: cp {evaluation} {evaluation_file(run_dirs[0])}",
+        )
+    found = [summarize(run_dir, most_points=most_points, evaluation=evaluation) for run_dir in run_dirs]
+    names = Counter(run["name"] for run in found)
+    for run in found:
+        if names[run["name"]] > 1:
+            run["name"] = run["path"]
+    return found
+
+
+def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None) -> dict[str, Any]:
+    """The facts and curves of a run; raises ConfigError for a folder that is no run's, or has no records."""
+    history = read_history(run_dir)
+    if not history.lines:
+        _refuse(run_dir)
+    clock = clock_of(history)
+    last = history.starts[-1].record if history.starts else {}
+    outcome, notes = _outcome(run_dir, history)
+    events, events_left_out = events_of(history, clock)
+    config = _config(run_dir, last, notes)
+    if history.damaged:
+        lines = f"{history.damaged} damaged line{'s'[: history.damaged != 1]}"
+        notes.append(f"{METRICS}: {lines} skipped, the first: {history.first_damaged}")
+    found = {
+        "name": run_dir.resolve().name,
+        "path": str(run_dir),
+        **_state(run_dir, history, outcome),
+        "notes": notes,
+        "began": _utc(history.began_at()),
+        "ended": _utc(history.ended_at()),
+        "wall_s": _wall_s(history, clock),
+        "has_times": history.has_times(),
+        "data": last.get("data"),
+        "train_images": integer(last.get("train_images")),
+        "val_images": integer(last.get("val_images")),
+        "world_size": integer(last.get("world_size")),
+        "hosts": dict(Counter(map(str, list_of(last.get("hosts"))))),
+        "global_batch": integer(last.get("global_batch")),
+        "config": config,
+        "changed": {key: value for key, value in config.items() if _is_changed(key, value)},
+        "versions": last.get("versions") if isinstance(last.get("versions"), dict) else {},
+        "figures": _figures(history),
+        "validations": [_validation(history, event, clock) for event in history.validations],
+        "starts": starts_of(run_dir, history, clock),
+        "events": events,
+        "events_left_out": events_left_out,
+        "checkpoints": checkpoints_of(history, clock),
+        "step_shares": step_shares(history),
+        "bytes": bytes_on_the_wire(history),
+        "goodput": _goodput(run_dir, notes),
+        "bad_images": _bad_images(history, outcome),
+        "evaluation": _evaluation(run_dir, evaluation, notes),
+        "traces": [str(file) for file in [*profile_files(run_dir), *timeline_files(run_dir)]],
+        "curves": curves(history, most_points),
+    }
+    return _without_nan(found)
+
+
+def _validation(history: History, event: Event, clock: Any) -> dict[str, Any]:
+    scores = {name: event.record.get(name) for name in SCORES}
+    return scores | {"time": since_begin(history, moment_of(event.record), event.row, clock)}
+
+
+def _refuse(run_dir: Path) -> None:
+    if not run_dir.is_dir():
+        saw = f"{run_dir} is a file" if run_dir.exists() else f"{run_dir} does not exist"
+    elif not (run_dir / METRICS).exists():
+        saw = f"{run_dir} has no {METRICS}"
+    else:
+        saw = f"{run_dir} has no records yet: {METRICS} is empty"
+    raise ConfigError(saw, wanted="the --run-dir of a run that has begun")
+
+
+def _outcome(run_dir: Path, history: History) -> tuple[dict[str, Any], list[str]]:
+    """The outcome of the newest start, empty if there is none, and what is wrong with it."""
+    try:
+        outcome, notes = read_outcome(run_dir), []
+    except FileNotFoundError:
+        return {}, []
+    except ConfigError as error:
+        outcome, notes = {}, [error.saw]
+    own = [event for event in history.of_kind("outcome") if event.start == len(history.starts) - 1]
+    if own:
+        return own[-1].record | outcome, notes
+    # A rank that gives up writes the file only; one that starts afterwards goes on with the records.
+    written = outcome_stamp(run_dir)[1]
+    return (outcome, notes) if written >= (run_dir / METRICS).stat().st_mtime_ns else ({}, notes)
+
+
+def _state(run_dir: Path, history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """How the run stands in a word, why, and the exit code of an outcome."""
+    if outcome:
+        code = integer(outcome.get("exit_code"))
+        word = {0: "done", 75: "stopped"}.get(code, "failed")
+        return {"state": word, "reason": str(outcome.get("reason", "")), "exit_code": code}
+    if owner := active_owner(run_dir):
+        return {"state": "running", "reason": str(owner), "exit_code": None}
+    reason = "its last start wrote no outcome: the process was killed, or its host went down"
+    return {"state": "ended", "reason": reason, "exit_code": None}
+
+
+def _config(run_dir: Path, last: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    if isinstance(last.get("config"), dict):
+        return last["config"]
+    try:
+        return read_config(run_dir)
+    except ConfigError as error:
+        notes.append(error.saw)
+        return {}
+
+
+def _is_changed(key: str, value: Any) -> bool:
+    return key in FIELDS and value != FIELDS[key].default
+
+
+def _goodput(run_dir: Path, notes: list[str]) -> dict[str, Any] | None:
+    """By runs.goodput; None for records without times."""
+    try:
+        found = goodput(run_dir)
+    except (TypeError, ValueError, ArithmeticError) as error:  # a value of another type in a damaged record
+        notes.append(f"no goodput: {error}")
+        return None
+    return found and {**found.to_dict(), "shares": found.shares()}
+
+
+def _evaluation(run_dir: Path, file: Path | None, notes: list[str]) -> dict[str, Any] | None:
+    """That in the run folder may be damaged; one that was asked for raises ConfigError."""
+    try:
+        return evaluation_of(run_dir, file)
+    except ConfigError as error:
+        if file:
+            raise
+        notes.append(error.saw)
+        return None
+
+
+def _wall_s(history: History, clock: Any) -> float | None:
+    if history.has_times():
+        return rounded(history.ended_at() - history.began_at())
+    return rounded(clock[-1]) if len(clock) else None
+
+
+def _figures(history: History) -> dict[str, Any]:
+    """The run in a few numbers; steps whose work was lost count as lost only."""
+    steps = history.steps
+    kept = [row for row, is_kept in enumerate(steps.kept) if is_kept]
+    last = kept[-1] if kept else None
+    best = max(history.validations, key=lambda event: _score(event.record), default=None)
+    newest = history.validations[-1].record if history.validations else {}
+    step_ms = _kept(history, "step_ms")
+    total = math.fsum(step_ms)
+    return {
+        "steps": steps.step[last] if last is not None else 0,
+        "epoch": rounded(steps["epoch"][last]) if last is not None else None,
+        "loss": rounded(steps["loss"][last]) if last is not None else None,
+        "lr": rounded(steps["lr"][last]) if last is not None else None,
+        "images_per_s": _quartiles(_kept(history, "images_per_s")),
+        "step_ms": _quartiles(step_ms),
+        "data_wait_share": rounded(math.fsum(_kept(history, "data_wait_ms")) / total) if total else None,
+        "exposed_comm_share": rounded(math.fsum(_kept(history, "exposed_comm_ms")) / total)
+        if total
+        else None,
+        "lost_steps": len(steps) - len(kept),
+        "top1": newest.get("top1"),
+        "top5": newest.get("top5"),
+        "best": {name: best.record.get(name) for name in ("step", "epoch", "top1")} if best else None,
+        "records": history.lines,
+        "damaged_records": history.damaged,
+    }
+
+
+def _score(validation: Mapping[str, Any]) -> float:
+    top1 = validation.get("top1")
+    return top1 if is_number(top1) else -1.0
+
+
+def _kept(history: History, name: str) -> list[float]:
+    return finite(
+        [value for value, kept in zip(history.steps[name], history.steps.kept, strict=True) if kept]
+    )
+
+
+def _quartiles(values: list[float]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    p25, median, p75 = quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
+    return {"min": rounded(min(values)), "p25": rounded(p25), "median": rounded(median), "p75": rounded(p75)}
+
+
+def _bad_images(history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """The images that were skipped or ended the run: how many, of which faults, and the first by name."""
+    images: dict[str, dict[str, Any]] = {}
+    for event in history.events:
+        if is_image(event):
+            images.setdefault(str(event.record["path"]), event.record)
+    counted = integer(outcome.get("bad_images"))
+    return {
+        "count": max(len(images), counted or 0),
+        "faults": dict(Counter(str(image.get("fault")) for image in images.values()).most_common()),
+        "images": [
+            {"path": path, **{key: image.get(key) for key in ("fault", "rank", "step")}}
+            for path, image in list(images.items())[:MOST_IMAGES]
+        ],
+    }
+
+
+def _utc(moment: float) -> str | None:
+    return None if math.isnan(moment) else utc(moment)
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinity, which JSON lacks, as None: a loss may be one."""
+    if isinstance(value, dict):
+        return {str(key): _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
