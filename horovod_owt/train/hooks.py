@@ -66,7 +66,9 @@ class Hook:
             log.warning("hook: %d events are waiting; not run for another one", WAITING)
 
     def close(self) -> None:
-        """Wait for the events told so far, for two time limits at most."""
+        """Wait for the events told so far, for two time limits at most; may be called again."""
+        if not self._thread.is_alive():
+            return
         end = time.monotonic() + 2 * self._limit_s
         try:
             self._events.put(None, timeout=self._limit_s)

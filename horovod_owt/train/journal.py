@@ -42,6 +42,8 @@ class Journal:
             self.requests.saved(values["step"])
         if self._hook is not None:
             self._hook.tell(record)
+            if kind == "outcome":  # after it, the process may exit at once
+                self._hook.close()
 
     def end(self, outcome: dict[str, Any]) -> None:
         """Record how the run ended."""
@@ -50,7 +52,6 @@ class Journal:
         self.requests.withdraw_all()
 
     def close(self) -> None:
-        """Wait for the hook, and close the records."""
         if self._hook is not None:
             self._hook.close()
         self._metrics.close()
