@@ -4,7 +4,7 @@ import os
 import socket
 
 import pytest
-from conftest import OWT, PROGRAMS, SMALL
+from real_ranks import OWT, PROGRAMS, SMALL
 
 GPUS = ["python", PROGRAMS / "gpus.py"]  # sees as many as OWT_TEST_GPUS says
 UUID = f"GPU-{{}}-{socket.gethostname()}".format

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import NARROW, SMALL, outcome, records, settings, wait_for
+from real_ranks import NARROW, SMALL, outcome, records, settings, wait_for
 
 from horovod_owt.errors import RunError
 from horovod_owt.runs.checkpoints import find_fault, list_checkpoints

@@ -5,7 +5,7 @@ import time
 
 import psutil
 import pytest
-from conftest import NARROW, SMALL, VENV_BIN, outcome, ranks_below, records, settings, steps_done, wait_for
+from real_ranks import NARROW, SMALL, VENV_BIN, outcome, ranks_below, records, settings, steps_done, wait_for
 
 SUPERVISE = [VENV_BIN / "owt", "launch", "supervise"]
 HOROVODRUN = ["horovodrun", "--gloo", "-np", "2"]

@@ -6,7 +6,7 @@ import re
 from importlib.metadata import version
 
 import pytest
-from conftest import OWT, PROGRAMS
+from real_ranks import OWT, PROGRAMS
 
 
 @pytest.mark.alone  # whoever slows the network down is told

@@ -1,7 +1,7 @@
 """Runs that are stopped, or stop themselves."""
 
 import pytest
-from conftest import PROGRAMS, SMALL, steps_done
+from real_ranks import PROGRAMS, SMALL, steps_done
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
