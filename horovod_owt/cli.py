@@ -25,7 +25,7 @@ from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.predict import predict
 from horovod_owt.commands.preflight import preflight
-from horovod_owt.commands.report import report
+from horovod_owt.commands.report import plot, report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
@@ -65,10 +65,11 @@ for command in (
     export,
     checkpoint,
     report,
+    plot,
     goodput_command,
+    metrics,
     stop,
     save,
-    metrics,
     devices,
     info,
     preflight,
