@@ -94,8 +94,11 @@ def gone(disk):
 
 @pytest.mark.parametrize(
     ("refusing", "says"),
-    [(full, "No space left"), (read_only, "Read-only"), (gone, "No such file")],
-    ids=["full", "read-only", "gone"],
+    [
+        pytest.param(full, "No space left", id="full"),
+        pytest.param(read_only, "Read-only", id="read-only", marks=pytest.mark.variant),
+        pytest.param(gone, "No such file", id="gone", marks=pytest.mark.variant),
+    ],
 )
 def test_a_disk_that_takes_writes_again_gets_the_next_checkpoint(small_disk, caplog, refusing, says):
     run_dir = small_disk / "run"
