@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,8 @@ class TrainConfig:
     commit_every: int = 10  # elastic: steps between commits, the most that is repeated after losing a rank
     elastic_batch: str = "scale"  # elastic: the global batch scales with the ranks; keep: it stays constant
     checkpoint_retries: int = 3  # consecutive failed checkpoint writes tolerated before the run ends
+    hook: str = ""  # command that rank 0 runs on events, with EVENT RUN appended; no shell
+    hook_limit_s: float = 20.0  # seconds after which it is killed
     stall_limit_s: float = 600.0  # seconds that ranks wait in a collective for a hung one before the run ends
 
     tensorboard: str = "auto"  # files for TensorBoard; auto: if its package is installed; always; never
@@ -201,6 +204,7 @@ def _check(cfg: TrainConfig) -> None:
             wanted="a table, whose rows say when",
             fix="--set momentum_reset=false",
         )
+    _check_hook(cfg.hook)
     _check_hybrid(cfg)
     positive = (
         "batch",
@@ -211,6 +215,7 @@ def _check(cfg: TrainConfig) -> None:
         "log_every",
         "commit_every",
         "stall_limit_s",
+        "hook_limit_s",
     )
     limits: dict[str, tuple[float, float]] = {
         **{key: (1, MOST) for key in positive},
@@ -234,6 +239,18 @@ def _check(cfg: TrainConfig) -> None:
             wanted = f"at least {low:g}" if value < low else f"between {low:g} and {high:g}"
             fix = f"--set {key}={FIELDS[key].default}"
             raise ConfigError(f"{key}={value}", wanted=wanted, fix=fix)
+
+
+def _check_hook(command: str) -> None:
+    """Whether it can be split into words; whether there is such a program is seen on rank 0's host."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(
+            f"hook={_short(command)}: {error}", wanted="words as in a shell", fix="--set hook=PROGRAM"
+        ) from None
+    if command and not words:
+        raise ConfigError(f"hook={_short(command)}", wanted="a command", fix="--set hook= for none")
 
 
 def _check_hybrid(cfg: TrainConfig) -> None:

@@ -67,3 +67,39 @@ def report(
             f"{path}: {error.strerror}", wanted="a place to write the page to", fix="--output FILE"
         ) from None
     click.echo(path)
+
+
+@click.command()
+@RUNS
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE",
+    help="Where to write the figure: a name that ends in .svg, .pdf or .png.",
+)
+@click.option(
+    "--what",
+    type=click.Choice(["loss", "accuracy", "lr", "throughput", "gradient"]),
+    multiple=True,
+    default=["loss", "accuracy"],
+    show_default=True,
+    help="A panel; may be repeated.",
+)
+@click.option(
+    "--over", type=click.Choice(["step", "epoch", "time"]), default="epoch", show_default=True, help="X axis."
+)
+@click.option("--log", is_flag=True, help="Logarithmic loss and gradient norm.")
+def plot(runs: tuple[Path, ...], out: Path, what: tuple[str, ...], over: str, log: bool) -> None:
+    """Draw curves of one run or several as a figure for a paper. Needs matplotlib.
+
+    \b
+    Examples:  owt plot runs/first --out loss.svg
+               owt plot runs/first runs/second --out speed.pdf --what throughput --over time
+
+    With more than 2000 steps a line is the mean of several steps, in a band from the least to the greatest.
+    """
+    from horovod_owt.report.plot import plot_runs
+
+    plot_runs(runs, out, what=what, x=over, log=log)
+    click.echo(out)

@@ -33,7 +33,7 @@ from horovod_owt.runs.folder import (
     timeline_files,
 )
 from horovod_owt.runs.goodput import goodput
-from horovod_owt.runs.history import Event, History, moment_of, read_history
+from horovod_owt.runs.history import History, moment_of, read_history
 from horovod_owt.runs.owner import active_owner
 from horovod_owt.runs.records import METRICS, utc
 
@@ -61,9 +61,7 @@ def summarize_all(
 
 def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None) -> dict[str, Any]:
     """The facts and curves of a run; raises ConfigError for a folder that is no run's, or has no records."""
-    history = read_history(run_dir)
-    if not history.lines:
-        _refuse(run_dir)
+    history = history_of(run_dir)
     clock = clock_of(history)
     last = history.starts[-1].record if history.starts else {}
     outcome, notes = _outcome(run_dir, history)
@@ -91,7 +89,7 @@ def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None
         "changed": {key: value for key, value in config.items() if _is_changed(key, value)},
         "versions": last.get("versions") if isinstance(last.get("versions"), dict) else {},
         "figures": _figures(history),
-        "validations": [_validation(history, event, clock) for event in history.validations],
+        "validations": validations_of(history, clock),
         "starts": starts_of(run_dir, history, clock),
         "events": events,
         "events_left_out": events_left_out,
@@ -107,12 +105,22 @@ def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None
     return _without_nan(found)
 
 
-def _validation(history: History, event: Event, clock: Any) -> dict[str, Any]:
-    scores = {name: event.record.get(name) for name in SCORES}
-    return scores | {"time": since_begin(history, moment_of(event.record), event.row, clock)}
+def validations_of(history: History, clock: Sequence[float]) -> list[dict[str, Any]]:
+    """The scores of validations, without those of lost steps, and their times."""
+    return [
+        {
+            **{name: event.record.get(name) for name in SCORES},
+            "time": since_begin(history, moment_of(event.record), event.row, clock),
+        }
+        for event in history.validations
+    ]
 
 
-def _refuse(run_dir: Path) -> None:
+def history_of(run_dir: Path) -> History:
+    """The run's history; raises ConfigError if it has none."""
+    history = read_history(run_dir)
+    if history.lines:
+        return history
     if not run_dir.is_dir():
         saw = f"{run_dir} is a file" if run_dir.exists() else f"{run_dir} does not exist"
     elif not (run_dir / METRICS).exists():
@@ -146,7 +154,7 @@ def _state(run_dir: Path, history: History, outcome: Mapping[str, Any]) -> dict[
         return {"state": word, "reason": str(outcome.get("reason", "")), "exit_code": code}
     if owner := active_owner(run_dir):
         return {"state": "running", "reason": str(owner), "exit_code": None}
-    reason = "its last start wrote no outcome: the process was killed, or its host went down"
+    reason = "The last start wrote no outcome: its process was killed, or its host went down."
     return {"state": "ended", "reason": reason, "exit_code": None}
 
 

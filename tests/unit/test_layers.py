@@ -44,6 +44,7 @@ ROOT = {
     "errors",
     "files",
     "filesystem",
+    "logs",
     "private",
     "recipe",
     "schedule",
