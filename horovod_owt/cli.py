@@ -25,6 +25,7 @@ from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.predict import predict
 from horovod_owt.commands.preflight import preflight
+from horovod_owt.commands.recipe import recipe
 from horovod_owt.commands.report import plot, report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
@@ -59,6 +60,7 @@ def cli() -> None:
 
 for command in (
     data,
+    recipe,
     train,
     evaluate,
     predict,

@@ -34,7 +34,7 @@ from horovod_owt.runs.folder import timeline_file, write_config
 from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.timeline import complete_timelines
-from horovod_owt.schedule import learning_rate
+from horovod_owt.schedule import learning_rate, new_row, weight_decay
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
@@ -216,12 +216,13 @@ class Run:
             every = cfg.grad_norm_every
             fetching = {"fetch_next": early.fetch} if self.world.device.type == "cuda" else {}
             while position.step < self.total_steps:
-                epoch_before, lr = int(position.epoch), self._learning_rate()
+                began, lr = position.epoch, self._learning_rate()
                 try:
                     report = self.replica.train_step(
                         next_batch,
                         consumed=position.consumed,
                         lr=lr,
+                        weight_decay=weight_decay(cfg.schedule, epoch=began, otherwise=cfg.weight_decay),
                         stop=self._stop.asked,
                         save=self.journal is not None and self.journal.requests.save_asked,
                         named=bad_images.known.named,
@@ -238,6 +239,8 @@ class Run:
                 if self.writer is not None:
                     self.writer.poll()
                 position.consumed += self.global_batch
+                if cfg.momentum_reset and new_row(cfg.schedule, began, position.epoch):
+                    self.replica.reset_momentum()  # before a checkpoint: a resumed run can't see the change
                 progress.step(position.step, position.epoch, lr, report)
                 if slow_steps is not None:
                     slow_steps.step(report)
@@ -250,7 +253,7 @@ class Run:
                     bad_images.announce(position.step)
                 profile.step()
 
-                epoch_over = int(position.epoch) > epoch_before
+                epoch_over = int(position.epoch) > int(began)
                 last = position.step == self.total_steps
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
                 keep = epoch_over or last or due or report.stop_asked or report.save_asked

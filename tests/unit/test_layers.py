@@ -46,6 +46,7 @@ ROOT = {
     "filesystem",
     "logs",
     "private",
+    "recipe",
     "schedule",
     "text",
     "topology",
