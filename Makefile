@@ -8,7 +8,7 @@ TOGETHER ?= 2
 CELLS ?=
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: setup quickstart test rehearse-gpu test-gpu test-machines soak lint docs clean
+.PHONY: setup quickstart test test-all rehearse-gpu test-gpu test-machines soak lint docs clean
 
 setup:
 	@$(PYTHON) launch/setup --venv $(VENV)
@@ -16,10 +16,14 @@ setup:
 quickstart: setup
 	@$(IN_VENV) python launch/quickstart $(DATA) $(RUNS)
 
-# First what may run side by side, a real job among it or two; then what measures time.
+# First what may run side by side, a real job among it or two; then what measures time. Without variants: what another
+# test shows, under another launcher or in another place.
 test: setup
-	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m "not alone"
-	@$(IN_VENV) pytest -m alone
+	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m "not alone and not variant"
+	@$(IN_VENV) pytest -m "alone and not variant"
+
+test-all: test
+	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m variant
 
 # The CUDA lane's Horovod and its NCCL code on pretended GPUs; builds it first, some ten minutes on two cores. Without a
 # CUDA 13 toolkit, on this machine or from pip, it says so and succeeds.

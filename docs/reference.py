@@ -2,6 +2,7 @@
 
     {config-keys}   every key of TrainConfig: type or choices, default, and the comment beside it
     {recipes}       the keys that each recipe of the package sets
+    {recipe-origins}  where each comes from, and the error that it should come to
 
 sphinx-click makes the command line reference and autodoc the API reference. Both expect reStructuredText, and
 our docstrings are plain text: they are converted on the way.
@@ -22,7 +23,8 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 
-from horovod_owt.config import CHOICES, FIELDS, TrainConfig, load_recipe, recipe_names
+from horovod_owt.config import CHOICES, FIELDS, TrainConfig
+from horovod_owt.recipe import ABOUT, built_in_recipes
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,28 @@ class Recipes(Directive):
     """A table of the recipes: a row for each key that one of them sets."""
 
     def run(self) -> list[nodes.Node]:
-        recipes = {name: load_recipe(name) for name in recipe_names()}
+        recipes = {recipe.name: recipe.values for recipe in built_in_recipes()}
         keys = [name for name in FIELDS if any(name in values for values in recipes.values())]
         rows = [(key, *(str(values.get(key, "")) for values in recipes.values())) for key in keys]
         return [table(("key", *recipes), rows, widths=(2, *(3 for _ in recipes)))]
+
+
+class RecipeOrigins(Directive):
+    """For each recipe what its file says of it."""
+
+    def run(self) -> list[nodes.Node]:
+        found = []
+        for recipe in built_in_recipes():
+            rows = [(key, _words(recipe.about[key])) for key in ABOUT if key in recipe.about]
+            found.append(nodes.rubric("", recipe.name))
+            found.append(table(("key", "meaning"), rows, widths=(2, 8)))
+        return found
+
+
+def _words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "; ".join(value) if isinstance(value, list) else str(value)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]], widths: tuple[int, ...]) -> nodes.table:
@@ -124,6 +144,7 @@ def _unescaped(text: str) -> str:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("config-keys", ConfigKeys)
     app.add_directive("recipes", Recipes)
+    app.add_directive("recipe-origins", RecipeOrigins)
     app.connect("autodoc-process-docstring", plain_docstring)
     app.connect("sphinx-click-process-description", plain_help)
     return {"parallel_read_safe": True}

@@ -12,6 +12,7 @@ import click
 from horovod_owt import __version__
 from horovod_owt.commands.bench import bench
 from horovod_owt.commands.checkpoint import checkpoint
+from horovod_owt.commands.control import save, stop
 from horovod_owt.commands.data import data
 from horovod_owt.commands.devices import devices
 from horovod_owt.commands.evaluate import evaluate
@@ -24,10 +25,12 @@ from horovod_owt.commands.metrics import metrics
 from horovod_owt.commands.plan import plan
 from horovod_owt.commands.predict import predict
 from horovod_owt.commands.preflight import preflight
+from horovod_owt.commands.recipe import recipe
 from horovod_owt.commands.report import plot, report
 from horovod_owt.commands.streams import survive_lost_readers
 from horovod_owt.commands.train import train
 from horovod_owt.errors import Speaker, explained
+from horovod_owt.logs import print_error
 from horovod_owt.text import tolerant_streams, without_terminal_codes
 from horovod_owt.topology import read_topology
 
@@ -57,6 +60,7 @@ def cli() -> None:
 
 for command in (
     data,
+    recipe,
     train,
     evaluate,
     predict,
@@ -66,6 +70,8 @@ for command in (
     plot,
     goodput_command,
     metrics,
+    stop,
+    save,
     devices,
     info,
     preflight,
@@ -95,19 +101,15 @@ def main() -> None:
     except Exception as raised:
         error = explained(raised)
         if error is None:
-            _print_error(f"{who}a bug, please report it\n{traceback.format_exc()}")
+            print_error(f"{who}a bug, please report it\n{traceback.format_exc()}")
         else:
             if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
                 time.sleep(SPEAKER_GRACE_S)
             if error.speaker is not Speaker.RANK_0 or error.rank == 0:
-                _print_error(f"{who}{without_terminal_codes(str(error))}")
+                print_error(f"{who}{without_terminal_codes(str(error))}")
         exit_code = error.exit_code if error else 1
     if alone:
         sys.exit(exit_code)
     # Skip Horovod's exit handler, which would wait for peers that may be hung; the launcher ends them.
     sys.stdout.flush()
     os._exit(exit_code)
-
-
-def _print_error(text: str) -> None:
-    print(f"owt: {text}", file=sys.stderr, flush=True)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from horovod_owt.errors import ConfigError
-from horovod_owt.files import read_user_text
-from horovod_owt.schedule import parse_schedule
+from horovod_owt.recipe import DEFAULT_RECIPE, load_recipe
+from horovod_owt.schedule import Table, peak_of, schedule_of
+from horovod_owt.text import nearest
 
 MIN_IMAGE_SIZE = 63  # px; the smallest side that leaves one pixel after AlexNet's last pool
-DEFAULT_RECIPE = "torchvision-90"
 
 MOST = 1e9  # of what has no other limit: a typing error, and beyond it integers and timers overflow
 CHOICES = {
@@ -56,7 +51,11 @@ class TrainConfig:
     weight_decay: float = 1e-4  # of SGD, on all parameters
     clip_norm: float = 0.0  # clip the gradient to this Euclidean norm over the whole net; 0: off
     warmup_epochs: float = 0.0  # linear ramp from 0 to the peak learning rate
-    schedule: str = "step:30:0.1"  # after warm-up: constant, cosine, poly:POWER or step:EPOCHS:FACTOR
+    schedule: str | Table = (
+        "step:30:0.1"  # after warm-up: constant, cosine, poly:POWER, step:EPOCHS:FACTOR, or a table by epoch
+        # of learning rate and weight decay, in place of these keys: [[1, 0.01, 5e-4], [19, 0.005, 5e-4]]
+    )
+    momentum_reset: bool = False  # set the momentum to 0 at each new row of a schedule table
     dropout: float = 0.5  # probability of zeroing an input of a hidden FC layer
     label_smoothing: float = 0.0  # probability mass spread over all classes
 
@@ -81,10 +80,12 @@ class TrainConfig:
     commit_every: int = 10  # elastic: steps between commits, the most that is repeated after losing a rank
     elastic_batch: str = "scale"  # elastic: the global batch scales with the ranks; keep: it stays constant
     checkpoint_retries: int = 3  # consecutive failed checkpoint writes tolerated before the run ends
+    hook: str = ""  # command that rank 0 runs on events, with EVENT RUN appended; no shell
+    hook_limit_s: float = 20.0  # seconds after which it is killed
     stall_limit_s: float = 600.0  # seconds that ranks wait in a collective for a hung one before the run ends
 
     tensorboard: str = "auto"  # files for TensorBoard; auto: if its package is installed; always; never
-    grad_norm_every: int = 50  # steps between gradient norms in the records; 0: only with clip_norm
+    grad_norm_every: int = 100  # steps between gradient norms in the records; 0: only with clip_norm
     metrics_port: int = 0  # port on rank 0's host that serves metrics to Prometheus; 0: none
     metrics_address: str = "127.0.0.1"  # where: an address of rank 0's host or an interface; 0.0.0.0: all
     profile: int = 0  # steps to profile on every rank, after the first five; 0: none
@@ -110,7 +111,8 @@ class TrainConfig:
 
     def peak_lr(self, world_size: int) -> float:
         """Learning rate after warm-up: linear scaling, Goyal et al. 2017, arXiv:1706.02677, section 2.1."""
-        return self.lr * self.global_batch(world_size) / self.lr_batch
+        lr = self.lr if isinstance(self.schedule, str) else peak_of(self.schedule)
+        return lr * self.global_batch(world_size) / self.lr_batch
 
     def total_steps(self, num_samples: int, world_size: int, *, step: int = 0, consumed: int = 0) -> int:
         """Optimizer updates of the whole run over `num_samples` training images.
@@ -130,53 +132,35 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 def resolve(recipe: str | None = None, settings: Iterable[str] = ()) -> TrainConfig:
     """A recipe's values, overridden by `key=value` settings in order; raises ConfigError."""
-    values = load_recipe(recipe or DEFAULT_RECIPE)
+    said = load_recipe(recipe or DEFAULT_RECIPE).values
+    own: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}", wanted="key=value", fix=f"--set {setting}=VALUE")
-        values[key.strip()] = text.strip()
-    return from_mapping(values)
+        own[key.strip()] = text.strip()
+    _check_table_is_alone(said, own)
+    return from_mapping(said | own)
+
+
+def _check_table_is_alone(said: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse a learning rate or weight decay that a table would override: `own` are later than `said`."""
+    schedule = schedule_of((said | own).get("schedule", TrainConfig.schedule))
+    if isinstance(schedule, str):
+        return
+    beside = own if "schedule" in own or "schedule" not in said else said | own
+    for key in ("lr", "weight_decay")[: len(schedule[0]) - 1]:
+        if key in beside:
+            raise ConfigError(
+                f"{key}={beside[key]} beside a schedule table, which has its own",
+                wanted=f"{key} in the table alone",
+                fix=f"drop {key}, or --set schedule=constant",
+            )
 
 
 def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
     """A configuration from keys and values; raises ConfigError for an unknown key or invalid value."""
     return TrainConfig(**{key: _typed(key, value) for key, value in values.items()})
-
-
-def recipe_names() -> list[str]:
-    return sorted(
-        Path(item.name).stem
-        for item in resources.files("horovod_owt.recipes").iterdir()
-        if item.name.endswith(".yaml")
-    )
-
-
-def load_recipe(name_or_file: str) -> dict[str, Any]:
-    """The keys and values of a built-in recipe or a YAML file; raises ConfigError."""
-    if name_or_file in recipe_names():
-        text = (resources.files("horovod_owt.recipes") / f"{name_or_file}.yaml").read_text()
-    elif os.path.exists(name_or_file):
-        text = read_user_text(Path(name_or_file), wanted="a YAML file of key: value lines")
-    else:
-        raise ConfigError(
-            f"recipe {name_or_file!r} is neither a built-in recipe nor a file",
-            wanted=f"one of {', '.join(recipe_names())} or a path",
-            fix=f"--recipe {nearest(name_or_file, recipe_names()) or DEFAULT_RECIPE}",
-        )
-    try:
-        values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(
-            f"recipe {name_or_file} is not valid YAML{line}", wanted="key: value lines"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"recipe {name_or_file} contains a {type(values).__name__}", wanted="key: value lines"
-        )
-    return values
 
 
 def _typed(key: str, value: Any) -> Any:
@@ -185,6 +169,8 @@ def _typed(key: str, value: Any) -> Any:
         near = nearest(key, FIELDS)
         fix = f"use {near}" if near else f"known keys: {', '.join(FIELDS)}"
         raise ConfigError(f"unknown key {key!r}", wanted="a config key", fix=fix)
+    if key == "schedule":
+        return schedule_of(value)
     kind = FIELDS[key].type  # a string, because of the __future__ import
     try:
         if kind == "bool":
@@ -211,7 +197,14 @@ def _check(cfg: TrainConfig) -> None:
         if value not in allowed:
             fix = f"{key}={nearest(value, allowed) or allowed[0]}"
             raise ConfigError(f"{key}={value}", wanted=" or ".join(allowed), fix=fix)
-    parse_schedule(cfg.schedule)  # raises ConfigError
+    schedule_of(cfg.schedule)  # raises ConfigError
+    if cfg.momentum_reset and isinstance(cfg.schedule, str):
+        raise ConfigError(
+            f"momentum_reset=true with schedule={cfg.schedule}",
+            wanted="a table, whose rows say when",
+            fix="--set momentum_reset=false",
+        )
+    _check_hook(cfg.hook)
     _check_hybrid(cfg)
     positive = (
         "batch",
@@ -222,6 +215,7 @@ def _check(cfg: TrainConfig) -> None:
         "log_every",
         "commit_every",
         "stall_limit_s",
+        "hook_limit_s",
     )
     limits: dict[str, tuple[float, float]] = {
         **{key: (1, MOST) for key in positive},
@@ -245,6 +239,18 @@ def _check(cfg: TrainConfig) -> None:
             wanted = f"at least {low:g}" if value < low else f"between {low:g} and {high:g}"
             fix = f"--set {key}={FIELDS[key].default}"
             raise ConfigError(f"{key}={value}", wanted=wanted, fix=fix)
+
+
+def _check_hook(command: str) -> None:
+    """Whether it can be split into words; whether there is such a program is seen on rank 0's host."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(
+            f"hook={_short(command)}: {error}", wanted="words as in a shell", fix="--set hook=PROGRAM"
+        ) from None
+    if command and not words:
+        raise ConfigError(f"hook={_short(command)}", wanted="a command", fix="--set hook= for none")
 
 
 def _check_hybrid(cfg: TrainConfig) -> None:
@@ -302,8 +308,3 @@ def check_batch_norm(cfg: TrainConfig, world_size: int) -> None:
             wanted="at least 2 images",
             fix="--set batch=2, or sync_bn=true on several ranks",
         )
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like this one; empty if none is."""
-    return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), "")

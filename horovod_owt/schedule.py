@@ -1,20 +1,103 @@
-"""The learning rate as a pure function of the epoch."""
+"""Learning rate, weight decay and image size as pure functions of the epoch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
+
+import yaml
 
 from horovod_owt.errors import ConfigError
 
 Factor = Callable[[float, float], float]  # (epoch, epochs) -> share of the peak learning rate
+Table = tuple[tuple[float, ...], ...]  # rows of an epoch and the values from there on
 
-FORMS = "constant, cosine, poly:POWER or step:EPOCHS:FACTOR"
+FORMS = "constant, cosine, poly:POWER, step:EPOCHS:FACTOR or a table [[EPOCH, LR, WEIGHT_DECAY], ...]"
+MOST_LR = 1e9
 
 
-def parse_schedule(text: str) -> Factor:
-    """The function that a schedule such as `step:30:0.1` or `poly:2` names; raises ConfigError."""
-    kind, *words = text.split(":")
+def schedule_of(value: Any) -> str | Table:
+    """A schedule in one of FORMS; a table may be text or lists, and may have no weight decay.
+
+    Raises ConfigError.
+    """
+    if not is_table(value):
+        parse_schedule(str(value))
+        return str(value)
+    row = "[EPOCH, LR] or [EPOCH, LR, WEIGHT_DECAY] in every row"
+    table = table_of("schedule", value, first=1, columns=(2, 3), row=row)
+    if len({len(row) for row in table}) > 1:
+        raise ConfigError("schedule has rows with and without a weight decay", wanted=row)
+    if any(not 0 <= number <= MOST_LR for row in table for number in row[1:]):
+        raise ConfigError(
+            "schedule has a learning rate or weight decay out of range", wanted=f"0 to {MOST_LR:g}"
+        )
+    if not any(lr for _, lr, *_ in table):
+        raise ConfigError("schedule has no learning rate above 0", wanted=row)
+    return table
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value is meant as a table: a list, or text that begins like one."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
+def table_of(key: str, value: Any, *, first: int, columns: tuple[int, ...], row: str) -> Table:
+    """The rows of a table whose first epoch is `first`; `row` describes one. Raises ConfigError."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            value = None
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{key} is not a list of rows", wanted=row)
+    rows = tuple(_numbers(key, each, columns, row) for each in value)
+    epochs = [int(epoch) for epoch, *_ in rows]
+    if not rows or epochs[0] != first:
+        raise ConfigError(
+            f"{key} starts at epoch {epochs[0]}" if rows else f"{key} is empty",
+            wanted=f"a first row for epoch {first}",
+            fix=f"{key}=[[{first}, ...], ...]",
+        )
+    for before, epoch in zip(epochs, epochs[1:], strict=False):
+        if epoch <= before:
+            raise ConfigError(
+                f"{key} goes from epoch {before} to epoch {epoch}",
+                wanted="each row for a later epoch than the one before",
+                fix="sort the rows by epoch, one for each",
+            )
+    return tuple((epoch, *values) for epoch, (_, *values) in zip(epochs, rows, strict=True))
+
+
+def _numbers(key: str, row: Any, columns: tuple[int, ...], wanted: str) -> tuple[float, ...]:
+    try:
+        if isinstance(row, str) or len(row) not in columns or any(isinstance(each, bool) for each in row):
+            raise ValueError
+        numbers = tuple(float(each) for each in row)  # from text too: YAML takes 5e-4 for a word
+        if not all(map(math.isfinite, numbers)) or numbers[0] != int(numbers[0]):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError, KeyError):
+        raise ConfigError(f"{key} has the row {str(row)[:40]}", wanted=wanted) from None
+    return numbers
+
+
+def row_at(table: Table, epoch: float, *, first: int = 1) -> int:
+    """Index of the row for a step that starts after `epoch` epochs; `first` is the table's first epoch."""
+    return max(number for number, (start, *_) in enumerate(table) if start - first <= epoch)
+
+
+def new_row(table: Table, began: float, ended: float) -> bool:
+    """Whether the step after one that began and ended at these epochs is in another row."""
+    return row_at(table, began) != row_at(table, ended)
+
+
+def parse_schedule(schedule: str | Table) -> Factor:
+    """The function that `step:30:0.1`, `poly:2` or a table stands for; raises ConfigError."""
+    if not isinstance(schedule, str):
+        peak = peak_of(schedule)
+        return lambda epoch, epochs: schedule[row_at(schedule, epoch)][1] / peak
+    kind, *words = schedule.split(":")
     try:
         numbers = [float(word) for word in words]
     except ValueError:
@@ -27,11 +110,22 @@ def parse_schedule(text: str) -> Factor:
         return lambda epoch, epochs: max(0.0, 1 - epoch / epochs) ** numbers[0]
     if kind == "step" and len(numbers) == 2 and numbers[0] > 0 and numbers[1] > 0:
         return lambda epoch, epochs: numbers[1] ** math.floor(epoch / numbers[0])
-    raise ConfigError(f"schedule={text}", wanted=FORMS, fix="schedule=step:30:0.1")
+    raise ConfigError(f"schedule={schedule}", wanted=FORMS, fix="schedule=step:30:0.1")
+
+
+def peak_of(table: Table) -> float:
+    """The highest learning rate of a schedule table."""
+    return max(lr for _, lr, *_ in table)
 
 
 def learning_rate(
-    schedule: str, *, peak_lr: float, epoch: float, epochs: float, warmup_epochs: float, step_epochs: float
+    schedule: str | Table,
+    *,
+    peak_lr: float,
+    epoch: float,
+    epochs: float,
+    warmup_epochs: float,
+    step_epochs: float,
 ) -> float:
     """Learning rate of the step that starts at `epoch` (a fraction) and is `step_epochs` long.
 
@@ -41,3 +135,10 @@ def learning_rate(
     if epoch < warmup_epochs:
         lr *= min(1.0, (epoch + step_epochs) / warmup_epochs)
     return lr
+
+
+def weight_decay(schedule: str | Table, *, epoch: float, otherwise: float) -> float:
+    """Weight decay of the step that starts at `epoch`: the table's, or `otherwise` if it has none."""
+    if isinstance(schedule, str) or len(schedule[0]) < 3:
+        return otherwise
+    return schedule[row_at(schedule, epoch)][2]

@@ -1,14 +1,17 @@
-"""File names in text: names are bytes, and those that are not UTF-8 must neither be lost nor end a command.
+"""File names in text, and words that are misspelt.
 
-Python holds such bytes as lone surrogates (PEP 383). JSON escapes them and gets them back; `encode` and the
+Names are bytes, and those that are not UTF-8 must neither be lost nor end a command. Python holds such bytes
+as lone surrogates (PEP 383). JSON escapes them and gets them back; `encode` and the
 streams of `tolerant_streams` write the bytes.
 """
 
 from __future__ import annotations
 
 import codecs
+import difflib
 import re
 import sys
+from collections.abc import Iterable
 
 NAME_BYTES = "horovod_owt.name_bytes"  # an error handler, for names in any encoding
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -34,6 +37,11 @@ def one_line(text: str) -> str:
 def without_terminal_codes(text: str) -> str:
     """The same for text of several lines."""
     return "\n".join(map(one_line, text.split("\n")))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word most like this one; empty if none is."""
+    return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), "")
 
 
 def _escaped(character: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from horovod_owt.commands.loading import loading
-from horovod_owt.commands.log import log_to_stderr
+from horovod_owt.commands.log import LOG_FORMAT_OPTION, log_to_stderr
 from horovod_owt.commands.options import (
     PARALLEL_OPTION,
     RECIPE_OPTION,
@@ -50,6 +50,7 @@ from horovod_owt.commands.options import (
     "horovodrun without `owt launch` only the long name works.",
 )
 @SET_OPTION
+@LOG_FORMAT_OPTION
 def train(
     data: Path,
     run_dir: Path | None,
@@ -60,6 +61,7 @@ def train(
     profile: int | None,
     timeline: bool,
     settings: tuple[str, ...],
+    log_format: str,
 ) -> None:
     """Train on the images in DATA (train/CLASS/*.JPEG, val/CLASS/*.JPEG, or packed); each rank runs this.
 
@@ -70,9 +72,10 @@ def train(
                torchrun --nproc-per-node 4 --no-python owt train /data/imagenet --run-dir runs/first
                horovodrun -np 8 owt train /data/imagenet --parallel hybrid --set fc_group_size=4
 
-    Ctrl-C, TERM, USR1 and USR2 stop it after the current step, with a checkpoint and exit code 75.
+    Ctrl-C, TERM, USR1 and USR2 stop it after the current step, with a checkpoint and exit code 75; so does
+    `owt stop RUN`.
     """
-    log_to_stderr()
+    log_to_stderr(log_format)
     from horovod_owt.data.machine import allow_open_files
     from horovod_owt.train.prepare import prepare_alone
 

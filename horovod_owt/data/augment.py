@@ -76,18 +76,19 @@ def centre_crop(shapes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     return sizes, _centre(sizes, side)[:, None]
 
 
-def five_crops(shapes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """torchvision's Resize(256), FiveCrop(224): the corners and the centre.
+def ten_crops(shapes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """torchvision's Resize(256), TenCrop(224), in six crops: the corners, the centre, that to be mirrored.
 
-    With their mirror images, these are the ten crops of Krizhevsky et al. 2012, section 4.1.
+    With the mirror images of the corners and of the last one these are ten (Krizhevsky et al. 2012, section
+    4.1). torchvision mirrors before it cuts: with an odd margin that centre is a pixel off.
     """
     sizes = _short_side_resized(shapes, side)
     bottom, right = (sizes - side).T
     zero = np.zeros_like(bottom)
-    corners = [
-        np.stack(each, axis=1) for each in ((zero, zero), (zero, right), (bottom, zero), (bottom, right))
-    ]
-    return sizes, np.stack([*corners, _centre(sizes, side)], axis=1)
+    corners = (zero, zero), (zero, right), (bottom, zero), (bottom, right)
+    centre = _centre(sizes, side)
+    to_mirror = np.stack([centre[:, 0], right - centre[:, 1]], axis=1)
+    return sizes, np.stack([*(np.stack(each, axis=1) for each in corners), centre, to_mirror], axis=1)
 
 
 def _short_side_resized(shapes: np.ndarray, side: int) -> np.ndarray:

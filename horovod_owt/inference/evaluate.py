@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.augment import centre_crop, five_crops
+from horovod_owt.data.augment import centre_crop, ten_crops
 from horovod_owt.data.batch import Batch
 from horovod_owt.data.store import fingerprint
 from horovod_owt.errors import ConfigError
@@ -37,10 +37,7 @@ from horovod_owt.train.pipelines import validation_pipeline
 
 log = logging.getLogger(__name__)
 
-VIEWS = {
-    1: centre_crop,
-    10: five_crops,
-}  # crops -> what is cut out; ten are these five and their mirror images
+VIEWS = {1: centre_crop, 10: ten_crops}  # what is cut out for each number of crops
 LOG_EVERY_S = 10.0
 
 Logits = Callable[[Tensor], Tensor]  # images (b, 3, S, S) -> (b, classes)
@@ -81,7 +78,7 @@ def evaluate(
             cfg, images, world, bad_images=bad_images.known, view=VIEWS[crops]
         ) as batches:
             shown = _with_progress(bad_images.collect(batches), len(images), world)
-            own = list(_rows(shown, logits_of(model, cfg), crops))
+            own = list(rows_of(shown, logits_of(model, cfg), crops))
         rows = [row for theirs in gather_objects(own, "outcomes") for row in theirs]
         if len(rows) < len(images):
             if cfg.bad_images == "fail" or not rows:
@@ -128,12 +125,13 @@ def logits_of(model: AlexNetOWT, cfg: TrainConfig) -> Logits:
 def scores_of(images: Tensor, logits: Logits, crops: int) -> Tensor:
     """The logits of a batch, or with ten crops the logarithms of their mean probabilities: (b, classes).
 
-    `images` are (b, 3, S, S), or (5*b, 3, S, S) in the order of `data.batch.Batch`.
+    `images` are (b, 3, S, S), or (6*b, 3, S, S) as `ten_crops` cuts them out.
     """
     if crops == 1:
         return logits(images)
-    views = [view for crop in images.chunk(crops // 2) for view in (crop, crop.flip(-1))]
-    return sum(logits(view).double().softmax(dim=1) for view in views).div(crops).log()
+    *corners, centre, to_mirror = images.chunk(6)
+    views = [*corners, centre, *(crop.flip(-1) for crop in (*corners, to_mirror))]
+    return sum(logits(view).double().softmax(dim=1) for view in views).div(len(views)).log()
 
 
 def check_classes(info: NetInfo, classes: Sequence[str]) -> None:
@@ -167,7 +165,7 @@ def _broadcast_net(
     return info, model
 
 
-def _rows(batches: Iterable[Batch], logits: Logits, crops: int) -> Iterator[list[float]]:
+def rows_of(batches: Iterable[Batch], logits: Logits, crops: int) -> Iterator[list[float]]:
     """(index, place of the label, predicted class, loss) of each good image."""
     for batch in batches:
         valid = batch.valid.nonzero()[:, 0]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 import tarfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +138,9 @@ def _from_metadata(about: Mapping[str, str]) -> dict[str, Any]:
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles; what cannot be read is an error
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch may raise anything on malformed bytes
         if explained(error):
             raise
@@ -151,11 +155,12 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def _why_refused(error: Exception) -> str:
-    text = str(error)
-    if found := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", text):
+    """In our words where torch's advise to load it unchecked."""
+    if found := re.search(r"(?:GLOBAL|Unsupported class) (\w+\.[\w.]+)", str(error)):
         return f"contains Python objects ({found[1]}), which are never unpickled"
-    reason = " ".join(text.split())[:200] or type(error).__name__
-    return f"truncated or no file of torch ({reason})"
+    if isinstance(error, pickle.UnpicklingError):
+        return "truncated, or a pickle of other things than tensors"
+    return f"truncated or no file of torch ({' '.join(str(error).split())[:200] or type(error).__name__})"
 
 
 def _net_of(weights: dict[str, Tensor], source: Path, **about: Any) -> TrainedNet:

@@ -15,6 +15,8 @@ import psutil
 
 from horovod_owt.errors import ConfigError, Preempted
 from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, append_attempt, run_dir_of
+from horovod_owt.runs.control import STOP
+from horovod_owt.runs.folder import read_config
 from horovod_owt.topology import LAUNCHERS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -34,6 +36,8 @@ def reason_not_to_restart(
     restarts = len(before) if restarts is None else restarts
     if last.exit_code == 0:
         return "done"
+    if last.stopped_by == STOP:
+        return "stopped by `owt stop`; the same command resumes"
     if last.asked_to_stop or last.exit_code == Preempted.exit_code:
         if stop_is_final:
             return "stopped by a signal; the same command resumes"
@@ -123,19 +127,25 @@ class Supervisor:
 
     def _wait(self, watch: AttemptWatch) -> int:
         """The launcher's exit code; it is killed if it does not exit after the run has ended."""
-        ended_at = None
+        ended_at, grace_s = None, OUTCOME_GRACE_S
         while True:
             try:
                 return self._job.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
                 pass
             if ended_at is None and watch.has_ended():
-                ended_at = time.monotonic()
-            if ended_at is not None and time.monotonic() > ended_at + OUTCOME_GRACE_S:
-                say(
-                    f"the launcher has not exited {OUTCOME_GRACE_S:.0f} s after the run has ended: killing it"
-                )
+                ended_at, grace_s = time.monotonic(), OUTCOME_GRACE_S + self._hook_s()
+            if ended_at is not None and time.monotonic() > ended_at + grace_s:
+                say(f"the launcher has not exited {grace_s:.0f} s after the run has ended: killing it")
                 self._job.kill()
+
+    def _hook_s(self) -> float:
+        """How long the run's hook may take at its end."""
+        try:
+            config = read_config(self._run_dir)
+            return 2 * float(config["hook_limit_s"]) if config.get("hook") else 0.0
+        except (ConfigError, KeyError, TypeError, ValueError):  # of an older version, or damaged
+            return 0.0
 
     def _pass_on(self, number: int, _frame: object) -> None:
         """Forward the first signal to this host's ranks, which stop at a checkpoint; a second one kills all.

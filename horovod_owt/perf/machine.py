@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from horovod_owt.config import nearest
 from horovod_owt.errors import ConfigError
 from horovod_owt.perf.links import Links
+from horovod_owt.text import nearest
 
 # Every figure that a machine has, with its unit and meaning, and the least value that makes sense.
 FIGURES = {

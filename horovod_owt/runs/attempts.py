@@ -68,6 +68,7 @@ class Attempt:
     checkpoint: str  # folder of the newest one, empty if none
     new_checkpoint: bool
     asked_to_stop: bool = False  # by a signal to the supervisor
+    stopped_by: str = ""  # at a checkpoint: a signal's name, or STOP for the file of `owt stop`
 
 
 def find_run_dir(command: Sequence[str]) -> Path | None:
@@ -117,6 +118,7 @@ class AttemptWatch:
             checkpoint=newest.name if newest else "",
             new_checkpoint=newest is not None and _made_at(newest) != self._checkpoint_before,
             asked_to_stop=asked_to_stop,
+            stopped_by=str(outcome.get("stopped_by", "")),
         )
 
     def has_ended(self) -> bool:
@@ -153,11 +155,12 @@ def append_attempt(run_dir: Path, attempt: Attempt, *, start: Start, restarts: i
 
 def earlier_attempts(run_dir: Path, job_id: str) -> list[Attempt]:
     """The attempts of this job, oldest first, without those of other jobs in the folder."""
-    fields = [field.name for field in dataclasses.fields(Attempt)]
+    fields = dataclasses.fields(Attempt)
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
     own = [
-        Attempt(**{key: record[key] for key in fields})
+        Attempt(**{field.name: record[field.name] for field in fields if field.name in record})
         for record in newest_records(run_dir / ATTEMPTS)
-        if record.get("job_id") == job_id and record.keys() >= set(fields)
+        if record.get("job_id") == job_id and record.keys() >= required
     ]
     return own[::-1]
 

@@ -1,26 +1,29 @@
 """Files of a run folder: configuration, outcome, and stack dumps of the ranks.
 
-    RUN/  config.json  metrics.jsonl  outcome.json  attempts.jsonl  checkpoints/  owner/  stacks/
+    RUN/  config.json  metrics.jsonl  outcome.json  attempts.jsonl  checkpoints/  owner/  stacks/  logs/
           tensorboard/  profile/  timeline/
 
 The others belong to `records`, `attempts`, `checkpoints` and `owner`. Only rank 0 writes, except that each
-rank writes its own stacks and its own profile.
+rank writes its own stacks, log and profile.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError, explained
 from horovod_owt.files import write_text
 
 log = logging.getLogger(__name__)
 
-CONFIG, OUTCOME, STACKS = "config.json", "outcome.json", "stacks"
+CONFIG, OUTCOME, STACKS, LOGS = "config.json", "outcome.json", "stacks", "logs"
 TENSORBOARD, PROFILE, TIMELINE = "tensorboard", "profile", "timeline"
+KEPT_LOGS = 10  # attempts
 
 
 def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
@@ -98,6 +101,30 @@ def stacks_folder(run_dir: Path) -> Path:
 
 def stacks_file(run_dir: Path, rank: int) -> Path:
     return stacks_folder(run_dir) / f"rank-{rank:04d}.txt"
+
+
+def new_rank_log(run_dir: Path, attempt: int, rank: int) -> BinaryIO:
+    """A log file of this process alone; raises OSError.
+
+    In an elastic job several processes may be the same rank, one after the other: the second one's file is
+    rank-0001.2.log.
+    """
+    folder = run_dir / LOGS
+    folder.mkdir(exist_ok=True)
+    folder /= f"attempt-{attempt:04d}"
+    folder.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        more = f".{number}" if number > 1 else ""
+        try:
+            return (folder / f"rank-{rank:04d}{more}.log").open("xb", buffering=0)
+        except FileExistsError:
+            continue
+
+
+def drop_old_logs(run_dir: Path) -> None:
+    """Remove the log files of all but the last attempts."""
+    for folder in sorted((run_dir / LOGS).glob("attempt-*"))[:-KEPT_LOGS]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def tensorboard_folder(run_dir: Path) -> Path:

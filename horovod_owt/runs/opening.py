@@ -26,6 +26,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.files import real_path
 from horovod_owt.runs.attempts import is_same_job, next_start
 from horovod_owt.runs.checkpoints import newest_sound, read_state, resume_at, sound_checkpoint, step_of
+from horovod_owt.runs.control import withdraw_older
 from horovod_owt.runs.folder import read_config, write_config
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.records import Start
@@ -89,6 +90,7 @@ def _open(
     run_dir = real_path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     ownership.take(run_dir)
+    withdraw_older(run_dir, ownership.since)
     opened = _choose_checkpoint(run_dir, resume)
     checkpoint = opened.checkpoint
     own = checkpoint is not None and checkpoint.parent.parent == run_dir

@@ -95,6 +95,7 @@ class Ownership:
     def __init__(self, on_loss: Callable[[str], None] | None = None) -> None:
         self._on_loss = on_loss or _end_this_process
         self._file: Path | None = None
+        self.since = 0.0  # by the file system's clock
         self._enough = Event()
         self._renewing: Thread | None = None
 
@@ -119,6 +120,7 @@ class Ownership:
         while self._file is None:
             number = _wait_for_turn(run_dir, me)
             self._file = _create(folder, number + 1, me)
+        self.since = self._file.stat().st_mtime
         for older in _numbers(folder):
             if older < _number(self._file):
                 unlink_quietly(_path(folder, older))

@@ -11,12 +11,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.logs import utc
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,6 @@ METRICS = "metrics.jsonl"
 STEP_KINDS = ("step", "validation", "checkpoint")  # records that name a step
 MOST_STEPS = 1 << 62
 BLOCK_BYTES = 1 << 16  # per read, from the end of the file
-
-
-def utc(seconds: float | None = None) -> str:
-    """A time, by default now, as in records: 2026-11-26T09:05:00.123Z."""
-    moment = datetime.now(timezone.utc) if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def time_of(record: Mapping[str, Any], key: str = "time") -> float | None:
@@ -75,7 +70,8 @@ class MetricsLog:
         self._one_at_a_time = Lock()
         self._refused = False
 
-    def write(self, kind: str, **values: Any) -> None:
+    def write(self, kind: str, **values: Any) -> dict[str, Any]:
+        """Write a line; returns its record."""
         with self._one_at_a_time:
             record = {"kind": kind, **self._start.stamp(), **values}
             self._unwritten += (json.dumps(record) + "\n").encode()
@@ -89,6 +85,7 @@ class MetricsLog:
                         "%s: %s; lines are kept in memory until it is writable", METRICS, error.strerror
                     )
                 self._refused = True
+        return record
 
     def close(self) -> None:
         try:

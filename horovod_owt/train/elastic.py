@@ -16,9 +16,10 @@ from horovod_owt.parallel import elastic, runtime
 from horovod_owt.parallel.collectives import broadcast_object, on_root
 from horovod_owt.parallel.elastic import Committed
 from horovod_owt.runs.attempts import scheduler_job_id
-from horovod_owt.runs.opening import Opened, Resume, open_run_folder
+from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.train.agreement import check_agreement
+from horovod_owt.train.journal import open_run
 from horovod_owt.train.loop import Run
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.stop import StopRequest
@@ -52,11 +53,11 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             opened = on_root(lambda: _open(where, cfg, state), "run_dir", kind=Opened)
             if state.last:
                 cfg = in_world_of(world.size, cfg, state.last.first_global_batch)
-            Run(cfg, request, world, opened, committed=state).train(stop)
+            Run(cfg, request, world, opened, stop, committed=state).train()
 
         def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
             if not state.last:
-                found = open_run_folder(where, cfg, request.folder.identity(), resume, ownership)
+                found = open_run(where, cfg, request.folder.identity(), resume, ownership)
                 return dataclasses.replace(found, attempt=opened.attempt) if opened else found
             ownership.take(state.last.run_dir)
             return Opened(

@@ -6,9 +6,10 @@ import logging
 import math
 import os
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import psutil
 
@@ -17,6 +18,7 @@ from horovod_owt.data.listing import left_out_text
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.prefetch import FetchedEarly
 from horovod_owt.errors import OwtError, Preempted, RunError, explained
+from horovod_owt.logs import utc
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
@@ -27,26 +29,29 @@ from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.timeline import start_timeline, stop_timeline
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.runs.attempts import job_name
-from horovod_owt.runs.folder import timeline_file, write_config, write_outcome
-from horovod_owt.runs.opening import Opened, Resume, open_run_folder
+from horovod_owt.runs.control import STOP
+from horovod_owt.runs.folder import timeline_file, write_config
+from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.runs.owner import Ownership
-from horovod_owt.runs.records import MetricsLog, utc
 from horovod_owt.runs.timeline import complete_timelines
-from horovod_owt.schedule import learning_rate
+from horovod_owt.schedule import learning_rate, new_row, weight_decay
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
 from horovod_owt.train.evaluate import validate
+from horovod_owt.train.journal import Journal, open_run
 from horovod_owt.train.observers import Observers
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.profile import Profile
 from horovod_owt.train.progress import Progress
+from horovod_owt.train.rank_log import RankLog
 from horovod_owt.train.rank_times import MeanRankTimes
 from horovod_owt.train.replica import BadBatch, Replica, StepReport
 from horovod_owt.train.slow_steps import SlowSteps, place
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
 from horovod_owt.train.stop import StopRequest
+from horovod_owt.train.stragglers import Stragglers
 from horovod_owt.train.watch import watched
 
 log = logging.getLogger(__name__)
@@ -67,10 +72,8 @@ def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume)
         check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
         cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
         data = request.folder.identity()
-        opened = on_root(
-            lambda: open_run_folder(run_dir, cfg, data, resume, ownership), "run_dir", kind=Opened
-        )
-        Run(cfg, request, world, opened).train(stop)
+        opened = on_root(lambda: open_run(run_dir, cfg, data, resume, ownership), "run_dir", kind=Opened)
+        Run(cfg, request, world, opened, stop).train()
     runtime.shutdown()
 
 
@@ -83,6 +86,7 @@ class Run:
         request: Request,
         world: World,
         opened: Opened,
+        stop: StopRequest,
         committed: Committed | None = None,
     ) -> None:
         """`committed` is the state of an elastic job; a commit in it has precedence over checkpoints."""
@@ -93,15 +97,18 @@ class Run:
         self._opened, self._committed = opened, committed
         self._began_from = opened.began_from
         self.start, self._began = opened.start, time.time()
-        self.metrics = MetricsLog(self.run_dir, self.start) if world.is_root else None
+        self.journal = Journal(self.run_dir, self.start, cfg, stop) if world.is_root else None
+        self._stop, self._stopped_by = stop, ""
         self.writer: CheckpointWriter | None = None  # on rank 0, once the state is complete
         self.observers = Observers()
         self.bad_training_images = BadImageLog(self.folder.train, world, self._record)
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
 
-    def train(self, stop: StopRequest) -> None:
+    def train(self) -> None:
         """Train to the end; the run folder records the outcome, unless training could not begin."""
         reason, exit_code, now.step = "done", 0, 0
+        bug: BaseException | None = None
+        rank_log = RankLog(self.run_dir, self.start, self.world)
         elastic = self._committed is not None
         watch = watched(
             self.world,
@@ -112,14 +119,21 @@ class Run:
             elastic=elastic,
         )
         try:
-            with watch as heartbeat, nullcontext() if elastic else explain_lost_ranks(heartbeat.lost):
+            requests = self.journal.requests if self.journal else nullcontext()
+            with (
+                requests,
+                watch as heartbeat,
+                nullcontext() if elastic else explain_lost_ranks(heartbeat.lost),
+            ):
                 self._begin(heartbeat)
                 places = gather_objects(place(self.world), "places")
                 self._record_start([host for host, *_ in places])
                 if self._validation_due:
-                    self._validate(stop)
+                    self._validate()
                 slow_steps = SlowSteps(self.cfg, self.world, places) if self.world.is_root else None
-                self._run_steps(stop, slow_steps)
+                hosts = [host for host, *_ in places]
+                stragglers = Stragglers(hosts, self._record) if self.world.is_root else None
+                self._run_steps(slow_steps, stragglers)
         except RESETS as error:
             exit_code = None
             self._committed.regrouped = {
@@ -127,13 +141,18 @@ class Run:
                 "step": self.position.step,
                 "world_size": self.world.size,
             }
+            reason = self._committed.regrouped["fault"]
             raise
         except BaseException as error:
             known = explained(error)
             reason = str(known) if known else f"a bug: {type(error).__name__}, see the traceback in the log"
             exit_code = known.exit_code if known else 1
+            bug = None if known else error
             raise
         finally:
+            went_well = exit_code in (None, 0, Preempted.exit_code)
+            rank_log.note(logging.INFO if went_well else logging.ERROR, reason, error=bug)
+            rank_log.close()
             self._close(exit_code, reason)
 
     def _begin(self, heartbeat: Heartbeat) -> None:
@@ -176,7 +195,7 @@ class Run:
             resumes=self.position.step > 0,
         )
 
-    def _run_steps(self, stop: StopRequest, slow_steps: SlowSteps | None) -> None:
+    def _run_steps(self, slow_steps: SlowSteps | None, stragglers: Stragglers | None) -> None:
         cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
         progress = Progress(
             total_steps=self.total_steps,
@@ -197,13 +216,15 @@ class Run:
             every = cfg.grad_norm_every
             fetching = {"fetch_next": early.fetch} if self.world.device.type == "cuda" else {}
             while position.step < self.total_steps:
-                epoch_before, lr = int(position.epoch), self._learning_rate()
+                began, lr = position.epoch, self._learning_rate()
                 try:
                     report = self.replica.train_step(
                         next_batch,
                         consumed=position.consumed,
                         lr=lr,
-                        stop=stop.asked,
+                        weight_decay=weight_decay(cfg.schedule, epoch=began, otherwise=cfg.weight_decay),
+                        stop=self._stop.asked,
+                        save=self.journal is not None and self.journal.requests.save_asked,
                         named=bad_images.known.named,
                         measure_norm=bool(every) and (position.step + 1) % every == 0,
                         **fetching,
@@ -218,9 +239,13 @@ class Run:
                 if self.writer is not None:
                     self.writer.poll()
                 position.consumed += self.global_batch
+                if cfg.momentum_reset and new_row(cfg.schedule, began, position.epoch):
+                    self.replica.reset_momentum()  # before a checkpoint: a resumed run can't see the change
                 progress.step(position.step, position.epoch, lr, report)
                 if slow_steps is not None:
                     slow_steps.step(report)
+                if stragglers is not None:
+                    stragglers.step(position.step, report.ranks)
                 self._record_step(lr, report)
                 self.observers.ranks(report.ranks)
                 rank_times.add(report.ranks)
@@ -228,18 +253,18 @@ class Run:
                     bad_images.announce(position.step)
                 profile.step()
 
-                epoch_over = int(position.epoch) > epoch_before
+                epoch_over = int(position.epoch) > int(began)
                 last = position.step == self.total_steps
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
-                keep = epoch_over or last or due or report.stop_asked
+                keep = epoch_over or last or due or report.stop_asked or report.save_asked
                 if keep:
                     rank_times.write(position.step)
                     self.replica.strategy.average_running_statistics()
                     self._checkpoint(validation_due=epoch_over or last)
                 if report.stop_asked:
-                    raise self._stopped(stop)
+                    raise self._stopped()
                 if epoch_over or last:
-                    self._validate(stop)
+                    self._validate()
                 if self._committed is not None and (position.step % cfg.commit_every == 0 or keep):
                     commit(self.replica, position, self._committed, self._opened)
             self._finish_writing()
@@ -268,15 +293,17 @@ class Run:
             fix="a smaller lr or more warmup_epochs; the last checkpoint is finite",
         ).on_every_rank()
 
-    def _validate(self, stop: StopRequest) -> None:
+    def _validate(self) -> None:
         """Validate the net. After a stop signal the state is on disk, and the resumed run validates first."""
         position, bad_images, start = self.position, self.bad_validation_images, perf_counter()
         images = self.folder.val
         with validation_pipeline(self.cfg, images, self.world, bad_images=bad_images.known) as batches:
             with now.phase("validating"):
-                score = validate(self.replica, bad_images.collect(batches), stop_asked=lambda: stop.asked)
+                score = validate(
+                    self.replica, bad_images.collect(batches), stop_asked=lambda: self._stop.asked
+                )
         if score is None:
-            raise self._stopped(stop)
+            raise self._stopped()
         if score.bad_images:
             if self.cfg.bad_images == "fail":
                 raise bad_images.fatal_error(position.step)
@@ -304,19 +331,23 @@ class Run:
             data=self.folder.identity(),
         )
         if self.writer is not None:
+            self.journal.requests.saving(self.position.step)
             self.writer.write(state, stall_s=perf_counter() - start)
 
     def _finish_writing(self) -> None:
         on_root(self.writer.finish if self.writer else None, "written")
 
-    def _stopped(self, stop: StopRequest) -> Preempted:
+    def _stopped(self) -> Preempted:
         """The error to raise on every rank: the signal, and how to resume."""
         self._finish_writing()
-        asked = gather_objects(stop.signal and (stop.signal.name, self.world.host), "signals")
-        names = [f"{ask[0]} to rank {rank} on {ask[1]}" for rank, ask in enumerate(asked) if ask]
-        more = f" and {len(names) - 1} more" if names[1:] else ""
+        asked = gather_objects((self._stop.by, self.world.host), "signals")
+        named = [f"{by} to rank {rank} on {host}" for rank, (by, host) in enumerate(asked) if by]
+        more = f" and {len(named) - 1} more" if named[1:] else ""
+        by_file = STOP in (by for by, _ in asked)
+        self._stopped_by = STOP if by_file else next(by for by, _ in asked if by)
+        what = f"the file {STOP}" if by_file else named[0] + more
         return Preempted(
-            f"stopped by {names[0]}{more} after step {self.position.step}, checkpoint written",
+            f"stopped by {what} after step {self.position.step}, checkpoint written",
             fix=f"the same command with --run-dir {self.run_dir} resumes",
         )
 
@@ -390,28 +421,33 @@ class Run:
         return sum(len(met.known.named) for met in (self.bad_training_images, self.bad_validation_images))
 
     def _record(self, kind: str, **values) -> None:
-        if self.metrics is not None:
-            self.metrics.write(kind, **values)
+        if self.journal is not None:
+            self.journal.record(kind, **values)
             self.observers.record(kind, values)
 
     def _close(self, exit_code: int | None, reason: str) -> None:
         """Write the outcome, unless an elastic job continues (exit code None), and close the files."""
-        if self.metrics is None:
-            return
-        if self.writer is not None:
-            self.writer.close()
-        if self.cfg.timeline:
-            stop_timeline()
-            complete_timelines(self.run_dir)
-        if exit_code is not None and self.writer is not None:
-            outcome = {
-                "exit_code": exit_code,
-                "reason": reason,
-                "step": self.position.step,
-                "epoch": self.position.epoch,
-                "bad_images": self._bad_images,
-            }
-            self.metrics.write("outcome", **outcome)
-            write_outcome(self.run_dir, {**self.start.stamp(), **outcome})
-        self.observers.close()
-        self.metrics.close()
+        if self.journal is not None:
+            if self.writer is not None:
+                self.writer.close()
+            if self.cfg.timeline:
+                stop_timeline()
+                complete_timelines(self.run_dir)
+            if exit_code is not None and self.writer is not None:
+                self.journal.end(self._outcome(exit_code, reason))
+            self.observers.close()
+            self.journal.close()
+        if self.cfg.hook and exit_code in (0, Preempted.exit_code):
+            # A launcher ends rank 0, and the hook with it, soon after the first rank has exited.
+            with suppress(*RESETS):
+                on_root(lambda: None, "hook")
+
+    def _outcome(self, exit_code: int, reason: str) -> dict[str, Any]:
+        return {
+            "exit_code": exit_code,
+            "reason": reason,
+            "step": self.position.step,
+            "epoch": self.position.epoch,
+            "bad_images": self._bad_images,
+            **({"stopped_by": self._stopped_by} if self._stopped_by else {}),
+        }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 PARTS = ("compute", "data", "communication")
+FIRST, EVERY = 10, 50  # steps whose means are a record, at first and later
 
 
 def spent(*, step_s: float, data_wait_s: float, exposed_comm_s: float) -> tuple[float, float, float]:

@@ -94,6 +94,7 @@ class Replica:
         *,
         consumed: int,
         lr: float,
+        weight_decay: float | None = None,
         stop: bool = False,
         save: bool = False,
         named: Container[int] = (),
@@ -102,7 +103,8 @@ class Replica:
     ) -> StepReport:
         """One optimizer update over `accum_steps` micro-batches.
 
-        `stop` asks all ranks to stop after it, `save` to write a checkpoint.
+        `weight_decay` is the configuration's by default. `stop` asks all ranks to stop after it, `save` to
+        write a checkpoint.
 
         `measure_norm` asks for the gradient norm without clip_norm, on all ranks.
 
@@ -116,7 +118,7 @@ class Replica:
         start, data_wait_s, strategy = perf_counter(), 0.0, self.strategy
         strategy.model.train()
         strategy.begin_step()
-        self._set_lr(lr)
+        self._set_rates(lr, self.cfg.weight_decay if weight_decay is None else weight_decay)
         self._skip = None
         scale = self._scaler.scale(torch.ones((), device=self.world.device)) if self._scaler else None
         losses: list[Tensor] = []
@@ -202,6 +204,11 @@ class Replica:
         if self._scaler and state:
             self._scaler.load_state_dict(state)
 
+    def reset_momentum(self) -> None:
+        """As if the optimizer were new."""
+        for _, parameter, _ in self.strategy.named_parameters():
+            self._momentum(parameter).zero_()
+
     def weights_changed(self) -> None:
         """Call after writing into `parts`."""
         self.strategy.classifier.weights_changed()
@@ -209,10 +216,10 @@ class Replica:
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         return next(o.state[parameter] for o in self._optimizers if parameter in o.state)["momentum_buffer"]
 
-    def _set_lr(self, lr: float) -> None:
+    def _set_rates(self, lr: float, weight_decay: float) -> None:
         """Set the learning rate; a classifier updated in turns gets less, because its batch is smaller."""
         for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
-            group["lr"] = lr
+            group["lr"], group["weight_decay"] = lr, weight_decay
         if len(self._optimizers) > 1:
             self._optimizers[0].param_groups[0]["lr"] = lr * self.strategy.fc_update_share
 

@@ -1,8 +1,10 @@
-"""Signals that stop a run at a checkpoint."""
+"""What stops a run at a checkpoint: signals, and the file STOP in its folder."""
 
 from __future__ import annotations
 
 import signal
+
+from horovod_owt.runs.control import STOP
 
 # Slurm sends TERM at a time limit or preemption, and the signal that --signal selects.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -16,11 +18,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.by_file = False  # set by the thread that looks for it
         self._before: dict[signal.Signals, object] = {}
 
     @property
     def asked(self) -> bool:
-        return self.signal is not None
+        return self.by_file or self.signal is not None
+
+    @property
+    def by(self) -> str:
+        """What asked: STOP for the file, which has precedence, or the name of the signal; else empty."""
+        return STOP if self.by_file else self.signal.name if self.signal else ""
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}

@@ -3,8 +3,9 @@
 All ranks take equally long for a step, since each waits for the slowest in the collectives. So ranks are
 compared by what they do alone: compute, and waiting for data. A rank is slow if over a window of steps
 
-- it computes longer than the other ranks' median, by MARGIN in half of the steps and by half of that in
-  three quarters of them: single slow steps do not count, however slow;
+- it computes longer than the other ranks' median: by MARGIN in half of the steps, and by half of that in
+  three quarters of them. Single slow steps do not count, however slow. Where the first of these varies much
+  from window to window, as on hosts with other work, MARGIN is raised accordingly;
 - or it waits longer for data than the others' median, on average by MARGIN of a step. A wait counts as one
   step at most, so that a few long ones are not taken for a slow disk.
 """
@@ -17,14 +18,17 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from horovod_owt.train.rank_times import PARTS, RankTimes
+from horovod_owt.train.rank_times import RankTimes
 
 log = logging.getLogger(__name__)
 
-WINDOW = 32  # steps that are looked at
 SKIP = 3  # first steps of a world, which warm up
-EVERY = 8  # steps between looks
-MARGIN = 0.1  # of the others' time
+WINDOW = 40  # steps that are looked at
+EVERY = 5  # steps between looks
+MARGIN = 0.12  # of the others' time
+LOOKS = 100  # whose variation is remembered, once there are
+ENOUGH = 20  # of them
+DEVIATIONS = 3  # of that variation, which are no noise
 SHOWN = 4  # ranks in a warning
 
 
@@ -45,72 +49,87 @@ class Straggler:
         )
 
 
-def find_stragglers(seconds: np.ndarray, hosts: Sequence[str], *, margin: float = MARGIN) -> list[Straggler]:
-    """The slow ranks in a window of steps: (steps, ranks, PARTS) in seconds."""
-    compute, data = (seconds[:, :, PARTS.index(part)] for part in ("compute", "data"))
-    others = _median_of_others(compute)
-    ordered = np.sort(compute / np.maximum(others, 1e-9) - 1, axis=0)
-    slow = (ordered[len(ordered) // 2] > margin) & (ordered[len(ordered) // 4] > margin / 2)
-    found = []
-    for rank in np.flatnonzero(slow):
-        own, median = np.median(compute[:, rank]), np.median(others[:, rank])
-        found.append(Straggler(int(rank), hosts[rank], "compute", _ms(own), _ms(median)))
-    step_s = np.median(seconds.sum(axis=2))
-    waits = np.minimum(data, step_s).mean(axis=0)
-    others = _median_of_others(waits[None])[0]
-    for rank in np.flatnonzero(waits - others > margin * step_s):
-        found.append(Straggler(int(rank), hosts[rank], "data", _ms(waits[rank]), _ms(others[rank])))
-    return found
-
-
-def _median_of_others(values: np.ndarray) -> np.ndarray:
-    """For each rank, the median over the other ranks: (steps, ranks) -> (steps, ranks)."""
-    steps, ranks = values.shape
-    order = np.argsort(values, axis=1)
-    places = np.empty_like(order)
-    rows = np.arange(steps)[:, None]
-    places[rows, order] = np.arange(ranks)
-    ordered = values[rows, order]
-    low, high = (ranks - 2) // 2, (ranks - 1) // 2  # the middle of the ranks - 1 others
-    return (ordered[rows, low + (places <= low)] + ordered[rows, high + (places <= high)]) / 2
-
-
-def _ms(seconds: float) -> float:
-    return round(1e3 * float(seconds), 3)
-
-
 class Stragglers:
-    """Watches all ranks' times, on rank 0. A slow rank is reported once, and again when it has recovered."""
+    """Watches all ranks' times, on rank 0. A slow rank is reported once, and again when it has recovered.
+
+    `record` gets lines of kind `straggler`.
+    """
 
     def __init__(self, hosts: Sequence[str], record: Callable[..., None]) -> None:
         self._hosts, self._record = hosts, record
-        self._window = np.zeros((WINDOW, len(hosts), len(PARTS)))
-        self._seen = -SKIP
+        self._compute, self._excess, self._data = (np.zeros((WINDOW, len(hosts))) for _ in range(3))
+        self._step_s = np.zeros(WINDOW)
+        self._medians = np.zeros((LOOKS, len(hosts)))  # of the excess, at each look
+        self._seen, self._looks = -SKIP, 0
         self.slow: dict[tuple[int, str], Straggler] = {}  # now, by rank and what
 
     def step(self, step: int, times: RankTimes | None) -> None:
         """Note the times of a step."""
         if times is None or len(self._hosts) == 1:
             return
-        if self._seen >= 0:
-            self._window[self._seen % WINDOW] = times.seconds
         self._seen += 1
+        if self._seen <= 0:
+            return
+        row, compute = self._seen % WINDOW, times.part("compute")
+        self._compute[row], self._data[row] = compute, times.part("data")
+        self._excess[row] = compute / np.maximum(median_of_others(compute), 1e-9) - 1
+        self._step_s[row] = times.seconds[0].sum()
         if self._seen >= WINDOW and self._seen % EVERY == 0:
             self._look(step)
 
     def _look(self, step: int) -> None:
-        found = {(each.rank, each.what): each for each in find_stragglers(self._window, self._hosts)}
+        quartiles = np.partition(self._excess, (WINDOW // 4, WINDOW // 2), axis=0)
+        lower, median = quartiles[WINDOW // 4], quartiles[WINDOW // 2]
+        margin = max(MARGIN, DEVIATIONS * self._variation())
+        self._medians[self._looks % LOOKS] = median
+        self._looks += 1
+        found = self._find(lower, median, margin, MARGIN)
         new = {key: each for key, each in found.items() if key not in self.slow}
         for each in new.values():
             self._record("straggler", step=step, **asdict(each), recovered=False)
         if new:
             more = f"; and {len(new) - SHOWN} more" if len(new) > SHOWN else ""
             named = "; ".join(map(str, list(new.values())[:SHOWN]))
-            log.warning("slow: %s%s: compare these hosts by `owt preflight`", named, more)
+            log.warning("slow: %s%s: see `top` there, and compare hosts by `owt preflight`", named, more)
         if self.slow:
-            still = {(e.rank, e.what) for e in find_stragglers(self._window, self._hosts, margin=MARGIN / 2)}
-            for key in self.slow.keys() - still:
+            still = self._find(lower, median, margin / 2, MARGIN / 2)
+            for key in self.slow.keys() - still.keys():
                 over = self.slow.pop(key)
                 log.info("rank %d on %s is no longer slow (%s)", over.rank, over.host, over.what)
                 self._record("straggler", step=step, **asdict(over), recovered=True)
         self.slow |= new
+
+    def _find(
+        self, lower: np.ndarray, median: np.ndarray, margin: float, data_margin: float
+    ) -> dict[tuple[int, str], Straggler]:
+        found = {}
+        for rank in np.flatnonzero((median > margin) & (lower > margin / 2)):
+            own = np.median(self._compute[:, rank])
+            found[int(rank), "compute"] = self._straggler(rank, "compute", own, own / (1 + median[rank]))
+        step_s = np.median(self._step_s)
+        waits = np.minimum(self._data, step_s).mean(axis=0)
+        others = median_of_others(waits)
+        for rank in np.flatnonzero(waits - others > data_margin * step_s):
+            found[int(rank), "data"] = self._straggler(rank, "data", waits[rank], others[rank])
+        return found
+
+    def _straggler(self, rank: int, what: str, own_s: float, others_s: float) -> Straggler:
+        own_ms, others_ms = (round(1e3 * float(seconds), 3) for seconds in (own_s, others_s))
+        return Straggler(int(rank), self._hosts[rank], what, own_ms, others_ms)
+
+    def _variation(self) -> float:
+        """The usual deviation of a rank's median from look to look, which long slow spells do not change."""
+        if self._looks < ENOUGH:
+            return 0.0
+        medians = self._medians[: self._looks]
+        return 1.4826 * float(np.median(np.abs(medians - np.median(medians, axis=0))))
+
+
+def median_of_others(values: np.ndarray) -> np.ndarray:
+    """For each of several values, the median of the others."""
+    order = np.argsort(values)
+    ordered = values[order]
+    places = np.empty_like(order)
+    places[order] = np.arange(len(values))
+    low, high = (len(values) - 2) // 2, (len(values) - 1) // 2  # the middle of the others
+    return (ordered[low + (places <= low)] + ordered[high + (places <= high)]) / 2

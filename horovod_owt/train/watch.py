@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from horovod_owt.errors import RunError
+from horovod_owt.logs import print_error
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
@@ -83,9 +84,9 @@ def watched(
     def give_up(who: str) -> None:
         reason = RunError(f"stalled: {who}", fix=_how_to_resume(run_dir))
         outcome = {"exit_code": 1, "reason": str(reason), "step": now.step}
-        record("outcome", **outcome)
         write_outcome(run_dir, {**start.stamp(), **outcome})
-        print(f"owt: [rank {world.rank} {world.host}] {reason}", file=sys.stderr, flush=True)
+        print_error(f"[rank {world.rank} {world.host}] {reason}")
+        record("outcome", **outcome)  # last, because the user's hook may take a while
         os._exit(1)  # the main thread hangs in a collective; the launcher ends the other ranks
 
     def on_death(who: str) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import NARROW, SMALL, records
+from real_ranks import NARROW, SMALL, records
 
 
 def test_auto_prints_its_choice_with_both_predictions_and_uses_it(run, images, tmp_path):

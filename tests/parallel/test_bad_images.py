@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_files import BAD, ODD, encoded, spoil, undecodable
-from conftest import NARROW, OWT, PROGRAMS, SMALL, launch, outcome, records
+from real_ranks import NARROW, OWT, PROGRAMS, SMALL, launch, outcome, records
 from safetensors.torch import load_file
 from test_bad_input import WITHOUT_ROOTS_RIGHTS
 from test_training import distance, settings

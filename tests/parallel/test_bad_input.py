@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import NARROW, OWT, PROGRAMS, SMALL, records
+from real_ranks import NARROW, OWT, PROGRAMS, SMALL, records
 
 
 @pytest.fixture

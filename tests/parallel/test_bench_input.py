@@ -1,7 +1,7 @@
 """`owt bench input`: pipelines side by side, on the user's images."""
 
 import pytest
-from conftest import OWT, SMALL
+from real_ranks import OWT, SMALL
 
 COMMAND = [*OWT, "bench", "input"]
 TINY = ["--set", "batch=32", "--set", "decode_threads=1", "--blocks", "2", "--batches", "8"]

@@ -4,7 +4,7 @@ import os
 import socket
 
 import pytest
-from conftest import OWT, PROGRAMS, SMALL
+from real_ranks import OWT, PROGRAMS, SMALL
 
 GPUS = ["python", PROGRAMS / "gpus.py"]  # sees as many as OWT_TEST_GPUS says
 UUID = f"GPU-{{}}-{socket.gethostname()}".format
@@ -12,7 +12,10 @@ SHARED = f"ranks 0, 1 on host {{}} share Tesla K80 {UUID(0)} (0000:00:00.0)".for
 HOSTS = {"horovodrun": "localhost"}  # as horovodrun was told
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("horovodrun", 2), ("mpirun", 3), ("none", 1)])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [pytest.param("horovodrun", 2, marks=pytest.mark.variant), ("mpirun", 3), ("none", 1)],
+)
 def test_rank_0_prints_the_devices_of_all(run, launcher, ranks):
     done = run([*OWT, "devices", "--json"], launcher=launcher, ranks=ranks, limit_s=60)
     rows = done.json()["devices"]
@@ -23,7 +26,7 @@ def test_rank_0_prints_the_devices_of_all(run, launcher, ranks):
     assert {row[key] for row in rows for key in ("uuid", "pci", "numa", "name")} == {None}
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=pytest.mark.variant)])
 def test_each_rank_has_a_line_with_its_gpu(run, launcher):
     done = run([*GPUS, "devices"], launcher=launcher, limit_s=60, OWT_TEST_GPUS="2")
     lines = [line for line in done.stdout.splitlines() if "Tesla K80" in line]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import NARROW, SMALL, outcome, records, settings, wait_for
+from real_ranks import NARROW, SMALL, outcome, records, settings, wait_for
 
 from horovod_owt.errors import RunError
 from horovod_owt.runs.checkpoints import find_fault, list_checkpoints
@@ -94,8 +94,11 @@ def gone(disk):
 
 @pytest.mark.parametrize(
     ("refusing", "says"),
-    [(full, "No space left"), (read_only, "Read-only"), (gone, "No such file")],
-    ids=["full", "read-only", "gone"],
+    [
+        pytest.param(full, "No space left", id="full"),
+        pytest.param(read_only, "Read-only", id="read-only", marks=pytest.mark.variant),
+        pytest.param(gone, "No such file", id="gone", marks=pytest.mark.variant),
+    ],
 )
 def test_a_disk_that_takes_writes_again_gets_the_next_checkpoint(small_disk, caplog, refusing, says):
     run_dir = small_disk / "run"

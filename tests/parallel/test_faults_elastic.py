@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from conftest import (
+from real_ranks import (
     NARROW,
     OWT,
     SMALL,

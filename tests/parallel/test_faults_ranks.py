@@ -5,7 +5,7 @@ import time
 
 import psutil
 import pytest
-from conftest import NARROW, SMALL, VENV_BIN, outcome, ranks_below, records, settings, steps_done, wait_for
+from real_ranks import NARROW, SMALL, VENV_BIN, outcome, ranks_below, records, settings, steps_done, wait_for
 
 SUPERVISE = [VENV_BIN / "owt", "launch", "supervise"]
 HOROVODRUN = ["horovodrun", "--gloo", "-np", "2"]
@@ -29,7 +29,12 @@ def end_within(job, processes: list[psutil.Process], limit_s: float):
 
 @pytest.mark.parametrize(
     ("launcher", "parallel", "victim"),
-    [("horovodrun", "data", 0), ("horovodrun", "hybrid", 1), ("mpirun", "data", 1), ("torchrun", "data", 0)],
+    [
+        ("horovodrun", "data", 0),
+        pytest.param("horovodrun", "hybrid", 1, marks=pytest.mark.variant),
+        pytest.param("mpirun", "data", 1, marks=pytest.mark.variant),
+        ("torchrun", "data", 0),
+    ],
 )
 def test_a_killed_rank_ends_all_and_is_named(start, images, tmp_path, launcher, parallel, victim):
     """Its peers wait in a sum of gradients, or in a gather of features."""
@@ -50,7 +55,9 @@ def test_a_killed_rank_ends_all_and_is_named(start, images, tmp_path, launcher, 
     assert outcome(tmp_path)["reason"].startswith(f"lost contact with rank {victim} on {host}")
 
 
-@pytest.mark.parametrize(("launcher", "victim"), [("horovodrun", 0), ("mpirun", 1)])
+@pytest.mark.parametrize(
+    ("launcher", "victim"), [("horovodrun", 0), pytest.param("mpirun", 1, marks=pytest.mark.variant)]
+)
 def test_a_stopped_rank_is_reported_and_ended_with_the_job(start, images, tmp_path, launcher, victim):
     """SIGQUIT before it dumps the stacks of a rank that goes on."""
     stall_limit_s = 6

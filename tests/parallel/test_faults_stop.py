@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import NARROW, PROGRAMS, SMALL, outcome, ranks_below, records, settings, steps_done, wait_for
+from real_ranks import NARROW, PROGRAMS, SMALL, outcome, ranks_below, records, settings, steps_done, wait_for
 from safetensors.torch import load_file
 
 from horovod_owt.data.order import SampleOrder

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import PROGRAMS, launch
+from real_ranks import PROGRAMS, launch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from conftest import PROGRAMS
+from real_ranks import PROGRAMS
 
 RANKS = 256
 

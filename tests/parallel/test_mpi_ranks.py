@@ -2,7 +2,7 @@
 
 import sys
 
-from conftest import PROGRAMS
+from real_ranks import PROGRAMS
 
 PROGRAM = [sys.executable, PROGRAMS / "waiting_rank.py"]
 SPINNING = {"OMPI_MCA_mpi_yield_when_idle": "0"}

@@ -1,6 +1,6 @@
 """A run folder that two jobs want, and one whose owner was killed, under real launchers."""
 
-from conftest import NARROW, SMALL, outcome, records, settings, steps_done, wait_for
+from real_ranks import NARROW, SMALL, outcome, records, settings, steps_done, wait_for
 
 from horovod_owt.runs.checkpoints import list_checkpoints
 

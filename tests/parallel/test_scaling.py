@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import OWT, SMALL
+from real_ranks import OWT, SMALL
 
 from horovod_owt.model import build_model
 

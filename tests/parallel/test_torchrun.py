@@ -1,7 +1,7 @@
 """Ranks that torchrun starts are ranks of one Horovod job."""
 
 import pytest
-from conftest import NARROW, SMALL, records, settings
+from real_ranks import NARROW, SMALL, records, settings
 
 
 def test_torchrun_trains_as_horovodrun_does(run, images, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import NARROW, OWT, PROGRAMS, SMALL, outcome, records, settings
+from real_ranks import NARROW, OWT, PROGRAMS, SMALL, outcome, records, settings
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torchvision.models import alexnet

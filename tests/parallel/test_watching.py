@@ -15,8 +15,8 @@ from datetime import datetime
 from importlib import resources
 
 import pytest
-from conftest import NARROW, SMALL, outcome, ranks_below, settings, steps_done, wait_for
 from prometheus_tools import installed
+from real_ranks import NARROW, SMALL, outcome, ranks_below, settings, steps_done, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from horovod_owt.runs.timeline import complete_timelines

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import real_ranks as ranks
+from real_ranks import images, run, start
 
 HERE = Path(__file__).parent
 PROGRAMS = HERE / "programs"
@@ -20,9 +22,8 @@ def load(name: str, path: Path):
     return module
 
 
-ranks = load("real_ranks", HERE.parent / "parallel" / "conftest.py")
 build = load("pretended_build", HERE / "build.py")
-start, run, images = ranks.start, ranks.run, ranks.images
+__all__ = ["images", "run", "start"]
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, FiveCrop, Resize
+from torchvision.transforms.functional import hflip
 
 from horovod_owt.data.augment import (
     RATIO,
     SCALE,
     TRIES,
     centre_crop,
-    five_crops,
+    ten_crops,
     training_windows,
     validation_windows,
     whole_window,
@@ -126,19 +127,25 @@ def test_validation_windows_are_whole_images_but_for_the_ends_of_very_long_ones(
     assert not flips.any()
 
 
+def ten_cut(image):
+    """Of torchvision's TenCrop what is not mirrored, and the centre of the mirrored image."""
+    return [*FiveCrop(224)(image), CenterCrop(224)(hflip(image))]
+
+
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=3))
 def test_crops_begin_where_torchvisions_do(sizes):
     """On pictures of coordinates: a crop's first pixel says where it begins."""
-    for view, cut in ((centre_crop, lambda image: [CenterCrop(224)(image)]), (five_crops, FiveCrop(224))):
+    for view, cut in ((centre_crop, lambda image: [CenterCrop(224)(image)]), (ten_crops, ten_cut)):
         windows, _ = validation_windows(np.array(sizes))
         resized, corners = view(windows[:, 2:], 224)
         for (_, _, height, width), size, ours in zip(windows, resized, corners, strict=True):
             usual = Resize(256)(Image.new("1", (int(width), int(height))))
             assert size.tolist() == [usual.height, usual.width]
             places = np.arange(usual.height * usual.width, dtype=np.int32).reshape(usual.height, usual.width)
-            firsts = [crop.getpixel((0, 0)) for crop in cut(Image.fromarray(places))]
-            top_left = np.array([divmod(first, usual.width) for first in firsts])
-            assert ours.tolist() == top_left.tolist()
+            theirs = cut(Image.fromarray(places))
+            firsts = [crop.getpixel((0, 0)) for crop in theirs[:5]]
+            firsts += [crop.getpixel((223, 0)) for crop in theirs[5:]]  # mirrored back, its first pixel
+            assert ours.tolist() == [list(divmod(first, usual.width)) for first in firsts]
 
 
 def test_training_shows_the_whole_window():

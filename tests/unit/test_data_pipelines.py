@@ -10,9 +10,10 @@ import torch
 from bad_files import undecodable
 from PIL import Image
 from torchvision.transforms import CenterCrop, FiveCrop, Resize
+from torchvision.transforms.functional import hflip
 
 from horovod_owt.data import pipeline
-from horovod_owt.data.augment import centre_crop, five_crops
+from horovod_owt.data.augment import centre_crop, ten_crops
 from horovod_owt.data.batch import MEAN, STD, Batch
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import make_pipeline, resolve_kind
@@ -108,14 +109,15 @@ def shapes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("view", [centre_crop, five_crops])
+@pytest.mark.parametrize("view", [centre_crop, ten_crops])
 def test_validation_shows_what_torchvisions_transforms_show(shapes, kind, view):
     """The same pixels; of DALI, whose resize does not round in between, a mean of 0.2 levels off."""
-    crops = 5 if view is five_crops else 1
     got = levels(run(kind, ValidationFeed(shapes.val, batch=8, view=view), image_size=224))
     for index in range(8):
         image = Resize(256)(Image.open(shapes.val.path(index)).convert("RGB"))
-        usual = FiveCrop(224)(image) if crops == 5 else [CenterCrop(224)(image)]
+        usual = [CenterCrop(224)(image)]
+        if view is ten_crops:
+            usual = [*FiveCrop(224)(image), hflip(CenterCrop(224)(hflip(image)))]
         for mine, theirs in zip(got[index::8], usual, strict=True):
             difference = np.abs(mine.permute(1, 2, 0).numpy() - np.asarray(theirs, np.float32))
             if kind == "torchvision":

@@ -17,7 +17,7 @@ def docs_module(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["hybrid", "architecture"])
+@pytest.mark.parametrize("name", ["hybrid", "architecture", "schedules"])
 def test_a_picture_is_what_its_script_draws(docs_module, name):
     assert (DOCS / f"{name}.svg").read_text() == docs_module(f"draw_{name}").drawing()
 

@@ -38,7 +38,20 @@ MAY_IMPORT = {
     "recipes": set(),
 }
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
-ROOT = {"", "config", "errors", "files", "filesystem", "private", "schedule", "text", "topology", "versions"}
+ROOT = {
+    "",
+    "config",
+    "errors",
+    "files",
+    "filesystem",
+    "logs",
+    "private",
+    "recipe",
+    "schedule",
+    "text",
+    "topology",
+    "versions",
+}
 ABOVE = {"cli": {"commands"}, "__main__": {"cli"}}
 
 # What loads on a login node, or in a moment: nothing heavy at the top of these, or of what they import there.

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from horovod_owt.data.augment import centre_crop, five_crops
+from horovod_owt.data.augment import centre_crop, ten_crops
 from horovod_owt.data.feed import EncodedBatch, ValidationFeed
 from horovod_owt.data.nvjpeg import GpuDecoder, nvjpeg_decoder
 from horovod_owt.data.pipeline_torchvision import TorchvisionPipeline
@@ -77,7 +77,7 @@ def test_what_is_refused_is_left_to_the_cpu_and_the_rest_is_not():
     assert np.abs(out[0, 3].numpy().astype(int) - by_pillow(batch, 3)).max() <= 2
 
 
-@pytest.mark.parametrize("view", [centre_crop, five_crops])
+@pytest.mark.parametrize("view", [centre_crop, ten_crops])
 def test_the_pipeline_fills_in_what_was_refused(tmp_path, view):
     for split in ("train", "val"):
         (tmp_path / split / "c").mkdir(parents=True)

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.logs import utc
 from horovod_owt.runs import records
 from horovod_owt.runs.records import (
     MetricsLog,
@@ -17,7 +18,6 @@ from horovod_owt.runs.records import (
     newest_records,
     records_size,
     time_of,
-    utc,
     validations,
 )
 

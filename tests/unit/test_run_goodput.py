@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError
+from horovod_owt.logs import utc
 from horovod_owt.runs.goodput import LOSSES, STEP_PARTS, Goodput, goodput
-from horovod_owt.runs.records import utc
 
 
 class Simulation:

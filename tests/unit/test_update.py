@@ -11,7 +11,7 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.data.batch import Batch
 from horovod_owt.model import alexnet_owt
 from horovod_owt.parallel.runtime import World
-from horovod_owt.train.replica import BadBatch, Replica
+from horovod_owt.train.replica import MOMENTUM, BadBatch, Replica
 from horovod_owt.train.update import divisor, skip_flag
 
 BATCH = 4
@@ -118,3 +118,27 @@ def test_gradients_are_scaled_even_if_only_the_good_images_exceed_the_limit():
     """The norm over the good half is twice that over all images."""
     norm = torch.tensor([0.75], dtype=torch.float64)
     assert divisor(torch.tensor(4.0), 8, norm=norm, clip_norm=1.0).item() == 0.75
+
+
+@pytest.mark.parametrize("settings", [{}, TURNS], ids=["plain", "turns"])
+def test_after_a_reset_of_the_momentum_a_step_is_that_of_a_new_optimizer(settings):
+    used, new = (replica(decides=False, momentum=0.9, **settings) for _ in range(2))
+    step(used, random_batch(1))
+    for name, tensor, _ in new.parts():
+        if not name.startswith(MOMENTUM):
+            tensor.copy_(dict((n, t) for n, t, _ in used.parts())[name])
+    new.weights_changed()
+    used.reset_momentum()
+    for made in (used, new):
+        step(made, random_batch(2))
+    torch.testing.assert_close(weights(used), weights(new), rtol=0, atol=0)
+
+
+def test_the_weight_decay_of_a_step_is_in_its_update():
+    made = [replica(decides=False, momentum=0.0) for _ in range(2)]
+    before = weights(made[0])
+    for each, decay in zip(made, (0.0, 0.5), strict=True):
+        each.train_step(lambda: random_batch(1), consumed=0, lr=0.1, weight_decay=decay)
+    without, decayed = map(weights, made)
+    for name, _, _ in made[0].strategy.named_parameters():
+        torch.testing.assert_close(decayed[name], without[name] - 0.1 * 0.5 * before[name])

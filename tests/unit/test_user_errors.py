@@ -65,7 +65,7 @@ batch=True bacth=4 lr=nan lr=inf lr=1e400 lr=-1 lr=x epochs=0 epochs=1e300 image
 momentum=1 dropout=1 dropout=-0.1 label_smoothing=2 seed=-1 seed=99999999999999999999 precision=fp8
 precision= model=vgg schedule=never schedule=step(0) classes=-1 classes=1 decode_threads=1000000
 stall_limit_s=1e12 clip_norm=-1 crop_scale_min=0 parallel=both fc_group_size=0 fc_group_size=x pipeline=none
-bad_images=maybe
+bad_images=maybe schedule=[[ momentum_reset=true
 channels_last=maybe keep_checkpoints=0 warmup_epochs=-1 compression=int8 elastic_batch=x precision=fp16
 model=alexnet-owt-bn,batch=1 fc_batch=local sync_bn=true,owt_scheme=b,parallel=hybrid""".split()
 HOSTS = """nowhere folder empty binary zeros words.hosts zero.hosts superscript.hosts many.hosts comment.hosts

@@ -30,7 +30,7 @@ for run in json.loads(sys.argv[1]):
     run_dir = Path(run["run_dir"])
     run_dir.mkdir(exist_ok=True)
     try:
-        Run(request.cfg, request, world, Opened(run_dir)).train(StopRequest())
+        Run(request.cfg, request, world, Opened(run_dir), StopRequest()).train()
     except OwtError as error:
         assert error.speaker is Speaker.EVERY_RANK
 runtime.shutdown()

@@ -1,0 +1,93 @@
+"""Recipes: YAML files of configuration keys, and under `about` where they come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from horovod_owt.errors import ConfigError
+from horovod_owt.files import read_user_text
+from horovod_owt.text import nearest
+
+DEFAULT_RECIPE = "torchvision-90"
+ABOUT = {  # the keys of `about`, and what they mean
+    "summary": "one line",
+    "source": "whose recipe it is",
+    "global_batch": "images of an optimizer update there",
+    "top1_error": "percent on ImageNet's validation set, published for it",
+    "top5_error": "the same of the best five",
+    "error_source": "who published them, or why there are none",
+    "run_on_imagenet": "whether this package was run on ImageNet with it",
+    "differences": "a list of what is not as in the source",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it is written."""
+
+    name: str
+    values: dict[str, Any]  # of configuration keys
+    about: dict[str, Any]  # by the keys of ABOUT, if they are known
+    text: str  # the file
+
+
+def recipe_names() -> list[str]:
+    return sorted(
+        Path(item.name).stem
+        for item in resources.files("horovod_owt.recipes").iterdir()
+        if item.name.endswith(".yaml")
+    )
+
+
+def built_in_recipes() -> Iterator[Recipe]:
+    return map(load_recipe, recipe_names())
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """A built-in recipe or a YAML file; raises ConfigError."""
+    if name_or_file in recipe_names():
+        text = (resources.files("horovod_owt.recipes") / f"{name_or_file}.yaml").read_text()
+    elif os.path.exists(name_or_file):
+        text = read_user_text(Path(name_or_file), wanted="a YAML file of key: value lines")
+    else:
+        raise ConfigError(
+            f"recipe {name_or_file!r} is neither a built-in recipe nor a file",
+            wanted=f"one of {', '.join(recipe_names())} or a path",
+            fix=f"use {nearest(name_or_file, recipe_names()) or DEFAULT_RECIPE}, see `owt recipe list`",
+        )
+    try:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(
+            f"recipe {name_or_file} is not valid YAML{line}", wanted="key: value lines"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"recipe {name_or_file} contains a {type(values).__name__}", wanted="key: value lines"
+        )
+    return Recipe(name_or_file, values, _about(name_or_file, values.pop("about", {})), text)
+
+
+def _about(name: str, about: Any) -> dict[str, Any]:
+    if not isinstance(about, dict):
+        raise ConfigError(
+            f"about of recipe {name} is {str(about)[:40]!r}", wanted="key: value lines below it"
+        )
+    for key in about:
+        if key not in ABOUT:
+            near = nearest(key, ABOUT)
+            raise ConfigError(
+                f"unknown key {key!r} in about of recipe {name}",
+                wanted=f"one of {', '.join(ABOUT)}",
+                fix=f"use {near}" if near else "",
+            )
+    return about

@@ -1,0 +1,106 @@
+"""Control of a run by files in its folder, for which no scheduler is needed.
+
+    RUN/STOP   stop at a checkpoint         RUN/SAVE   write a checkpoint and continue
+
+Rank 0 looks for them and removes them when it has obeyed. Those left from before a start are removed by it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.filesystem import unlink_quietly
+from horovod_owt.runs.checkpoints import list_checkpoints
+from horovod_owt.runs.folder import read_outcome
+from horovod_owt.runs.owner import Owner, active_owner
+
+log = logging.getLogger(__name__)
+
+STOP, SAVE = "STOP", "SAVE"
+POLL_S = 0.5  # of a command that waits
+
+
+def ask(run_dir: Path, request: str) -> Owner:
+    """Leave a request for the run in this folder; returns the process that will see it.
+
+    Raises ConfigError if no run is under way there, or the file cannot be written.
+    """
+    owner = _owner(run_dir)
+    try:
+        (run_dir / request).touch()
+    except OSError as error:
+        raise ConfigError(f"{run_dir / request}: {error.strerror}", wanted="a folder to write to") from None
+    return owner
+
+
+def requests(run_dir: Path) -> set[str]:
+    """The requests that are there; raises OSError.
+
+    The folder is listed, because opening it makes an NFS client ask the server: for a name that was missing
+    a moment ago it would use its cache for up to a minute.
+    """
+    return {STOP, SAVE}.intersection(os.listdir(run_dir))
+
+
+def withdraw(run_dir: Path, request: str) -> None:
+    """Remove a request that was obeyed."""
+    unlink_quietly(run_dir / request)
+
+
+def withdraw_older(run_dir: Path, since: float) -> None:
+    """Remove requests for an earlier start: those made before `since`, by the file system's clock."""
+    for request in requests(run_dir):
+        file = run_dir / request
+        if file.stat().st_mtime < since:
+            log.warning("%s is from before this start: removed", file)
+            withdraw(run_dir, request)
+
+
+def wait_for_end(run_dir: Path, owner: Owner, limit_s: float) -> str:
+    """Wait until the owner has left the folder; returns how its run ended. RunError after `limit_s`."""
+    _wait(lambda: active_owner(run_dir) != owner, limit_s, f"{run_dir} is still in use by {owner}")
+    try:
+        return read_outcome(run_dir)["reason"]
+    except FileNotFoundError:
+        return "the process has ended, and left no outcome.json"
+
+
+def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:
+    """Wait until the request to save is obeyed; returns the newest checkpoint.
+
+    Raises RunError after `limit_s`, or if the run ends before.
+    """
+
+    def done() -> bool:
+        return not (run_dir / SAVE).exists() or active_owner(run_dir) != owner
+
+    _wait(done, limit_s, f"{run_dir} has no new checkpoint yet")
+    found = list_checkpoints(run_dir)
+    if (run_dir / SAVE).exists() or not found:
+        raise RunError(f"the run in {run_dir} has ended without writing a checkpoint", fix="see outcome.json")
+    return found[0]
+
+
+def _owner(run_dir: Path) -> Owner:
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} does not exist", wanted="the --run-dir of a run under way")
+    owner = active_owner(run_dir)
+    if owner is None:
+        raise ConfigError(
+            f"nothing runs in {run_dir}",
+            wanted="a run under way",
+            fix="`owt job cancel JOB` for a job that waits in the queue",
+        )
+    return owner
+
+
+def _wait(done, limit_s: float, saw: str) -> None:
+    end = time.monotonic() + limit_s
+    while not done():
+        if time.monotonic() > end:
+            raise RunError(f"{saw} after {limit_s:g} s", fix="it stays asked; see the log of the run")
+        time.sleep(POLL_S)

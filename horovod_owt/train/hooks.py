@@ -1,0 +1,139 @@
+"""A command of the user that rank 0 runs on events: `--set hook="notify --channel training"`.
+
+It gets two more arguments, the event (checkpoint, fault or end) and the run folder, and the event's record as
+one line of JSON on stdin. It runs outside of the training thread, without a shell and without the variables
+by which launchers tell ranks their place, one event at a time; what it does never ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from horovod_owt.errors import ConfigError
+from horovod_owt.topology import LAUNCHERS, UNKNOWN_LAUNCHERS
+
+log = logging.getLogger(__name__)
+
+EVENTS = {"checkpoint": "checkpoint", "fault": "fault", "outcome": "end"}  # by the kind of record
+WAITING = 16  # events; more are dropped
+OUTPUT_BYTES = 4096  # of the end of its output, for a failure's message
+OF_LAUNCHERS = {name for names in LAUNCHERS.values() for name in names if name}
+OF_LAUNCHERS |= {name for rank, sizes in UNKNOWN_LAUNCHERS.items() for name in (rank, *sizes)}
+OF_LAUNCHERS_TOO = ("HOROVOD_", "OMPI_", "PMI", "PRTE_")  # what such names begin with
+
+
+def check_hook(command: str) -> None:
+    """Raise ConfigError if its program is not on this host's PATH."""
+    program = shlex.split(command)[0]
+    if shutil.which(program) is None:
+        raise ConfigError(
+            f"hook={command}: no program {program} on the host of rank 0",
+            wanted="a program on PATH, or its absolute path",
+            fix="chmod +x it, or --set hook= for none",
+        )
+
+
+class Hook:
+    """Runs the command, in a thread."""
+
+    def __init__(self, words: list[str], run_dir: Path, limit_s: float) -> None:
+        self._words, self._run_dir, self._limit_s = words, run_dir, limit_s
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING)
+        self._process: subprocess.Popen | None = None
+        self._thread = Thread(target=self._run, name="hook", daemon=True)
+        self._thread.start()
+
+    def tell(self, record: Mapping[str, Any]) -> None:
+        """Run the command for this record, if its kind is one of EVENTS; does not wait."""
+        if record["kind"] not in EVENTS:
+            return
+        try:
+            self._events.put_nowait(dict(record))
+        except queue.Full:
+            log.warning("hook: %d events are waiting; not run for another one", WAITING)
+
+    def close(self) -> None:
+        """Wait for the events told so far, for two time limits at most; may be called again."""
+        if not self._thread.is_alive():
+            return
+        end = time.monotonic() + 2 * self._limit_s
+        try:
+            self._events.put(None, timeout=self._limit_s)
+            self._thread.join(max(0.0, end - time.monotonic()))
+        except queue.Full:
+            pass
+        if self._thread.is_alive():
+            log.warning("hook: not run for the last events, as it takes too long")
+            self._kill()
+
+    def leave(self) -> None:
+        """End after the events told so far, without waiting for that."""
+        with suppress(queue.Full):
+            self._events.put_nowait(None)
+
+    def _run(self) -> None:
+        while (record := self._events.get()) is not None:
+            event = EVENTS[record["kind"]]
+            try:
+                fault = self._call(event, record)
+            except Exception as error:  # whatever it is, the run goes on
+                fault = str(error)
+            if fault:
+                log.warning("hook %s %s: %s", self._words[0], event, fault)
+
+    def _call(self, event: str, record: dict[str, Any]) -> str:
+        """Run the command; returns what went wrong."""
+        with tempfile.TemporaryFile() as output:
+            self._process = subprocess.Popen(
+                [*self._words, event, str(self._run_dir)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=without_launcher(os.environ),
+                start_new_session=True,
+            )
+            try:
+                self._process.communicate((json.dumps(record) + "\n").encode(), timeout=self._limit_s)
+            except subprocess.TimeoutExpired:
+                self._kill()
+                return f"killed after {self._limit_s:g} s"
+            code = self._process.returncode
+            if not code:
+                return ""
+            output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_BYTES))
+            said = output.read().decode(errors="replace").strip().splitlines()
+            return f"exit code {code}" + (f": {said[-1]}" if said else "")
+
+    def _kill(self) -> None:
+        """End the command and all that is in its process group."""
+        process = self._process
+        if process is None:
+            return
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        process.wait()
+
+
+def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is no rank: `owt` and mpirun in a hook must not take it for one."""
+    return {
+        name: value
+        for name, value in env.items()
+        if name not in OF_LAUNCHERS and not name.startswith(OF_LAUNCHERS_TOO)
+    }
