@@ -56,6 +56,7 @@ class TrainConfig:
         # of learning rate and weight decay, in place of these keys: [[1, 0.01, 5e-4], [19, 0.005, 5e-4]]
     )
     momentum_reset: bool = False  # set the momentum to 0 at each new row of a schedule table
+    ema: float = 0.0  # decay of a moving average of the weights, validated beside them: 0.9999; 0: off
     dropout: float = 0.5  # probability of zeroing an input of a hidden FC layer
     label_smoothing: float = 0.0  # probability mass spread over all classes
 
@@ -230,6 +231,7 @@ def _check(cfg: TrainConfig) -> None:
         "crop_scale_min": (0.01, 1),
         "momentum": (0, 0.9999),
         "dropout": (0, 0.9999),
+        "ema": (0, 0.999999),
         "label_smoothing": (0, 0.9999),
         "seed": (0, 2**63 - 1),
     }

@@ -259,7 +259,7 @@ class Run:
                 keep = epoch_over or last or due or report.stop_asked or report.save_asked
                 if keep:
                     rank_times.write(position.step)
-                    self.replica.strategy.average_running_statistics()
+                    self.replica.average_running_statistics()
                     self._checkpoint(validation_due=epoch_over or last)
                 if report.stop_asked:
                     raise self._stopped()
