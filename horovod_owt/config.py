@@ -85,7 +85,7 @@ class TrainConfig:
     stall_limit_s: float = 600.0  # seconds that ranks wait in a collective for a hung one before the run ends
 
     tensorboard: str = "auto"  # files for TensorBoard; auto: if its package is installed; always; never
-    grad_norm_every: int = 50  # steps between gradient norms in the records; 0: only with clip_norm
+    grad_norm_every: int = 100  # steps between gradient norms in the records; 0: only with clip_norm
     metrics_port: int = 0  # port on rank 0's host that serves metrics to Prometheus; 0: none
     metrics_address: str = "127.0.0.1"  # where: an address of rank 0's host or an interface; 0.0.0.0: all
     profile: int = 0  # steps to profile on every rank, after the first five; 0: none

@@ -106,7 +106,7 @@ def stacks_file(run_dir: Path, rank: int) -> Path:
 def new_rank_log(run_dir: Path, attempt: int, rank: int) -> BinaryIO:
     """A log file of this process alone; raises OSError.
 
-    In an elastic job several processes may be the same rank, one after the other: the second gets
+    In an elastic job several processes may be the same rank, one after the other: the second one's file is
     rank-0001.2.log.
     """
     folder = run_dir / LOGS

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -78,6 +79,11 @@ class Hook:
         if self._thread.is_alive():
             log.warning("hook: not run for the last events, as it takes too long")
             self._kill()
+
+    def leave(self) -> None:
+        """End after the events told so far, without waiting for that."""
+        with suppress(queue.Full):
+            self._events.put_nowait(None)
 
     def _run(self) -> None:
         while (record := self._events.get()) is not None:

@@ -52,6 +52,7 @@ class Journal:
         self.requests.withdraw_all()
 
     def close(self) -> None:
+        """Close the records; if ranks regroup, the hook goes on with what it was told."""
         if self._hook is not None:
-            self._hook.close()
+            self._hook.leave()
         self._metrics.close()

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,11 +14,9 @@ from typing import Any
 import psutil
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.listing import left_out_text
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.prefetch import FetchedEarly
 from horovod_owt.errors import OwtError, Preempted, RunError, explained
-from horovod_owt.logs import utc
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
@@ -27,7 +25,6 @@ from horovod_owt.parallel.elastic import RESETS, Committed, regroup_reason
 from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.timeline import start_timeline, stop_timeline
-from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.runs.attempts import job_name
 from horovod_owt.runs.control import STOP
 from horovod_owt.runs.folder import timeline_file, write_config
@@ -44,14 +41,13 @@ from horovod_owt.train.observers import Observers
 from horovod_owt.train.pipelines import training_pipeline, validation_pipeline
 from horovod_owt.train.prepare import Request
 from horovod_owt.train.profile import Profile
-from horovod_owt.train.progress import Progress
 from horovod_owt.train.rank_log import RankLog
-from horovod_owt.train.rank_times import MeanRankTimes
-from horovod_owt.train.replica import BadBatch, Replica, StepReport
-from horovod_owt.train.slow_steps import SlowSteps, place
+from horovod_owt.train.replica import BadBatch, Replica
+from horovod_owt.train.slow_steps import place
+from horovod_owt.train.start_record import log_start, start_record
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
+from horovod_owt.train.step_records import StepRecords
 from horovod_owt.train.stop import StopRequest
-from horovod_owt.train.stragglers import Stragglers
 from horovod_owt.train.watch import watched
 
 log = logging.getLogger(__name__)
@@ -127,13 +123,12 @@ class Run:
             ):
                 self._begin(heartbeat)
                 places = gather_objects(place(self.world), "places")
-                self._record_start([host for host, *_ in places])
+                if self.world.is_root:
+                    self._record_start([host for host, *_ in places])
                 if self._validation_due:
                     self._validate()
-                slow_steps = SlowSteps(self.cfg, self.world, places) if self.world.is_root else None
-                hosts = [host for host, *_ in places]
-                stragglers = Stragglers(hosts, self._record) if self.world.is_root else None
-                self._run_steps(slow_steps, stragglers)
+                with self._step_records(places) as records:
+                    self._run_steps(records)
         except RESETS as error:
             exit_code = None
             self._committed.regrouped = {
@@ -195,20 +190,26 @@ class Run:
             resumes=self.position.step > 0,
         )
 
-    def _run_steps(self, slow_steps: SlowSteps | None, stragglers: Stragglers | None) -> None:
-        cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
-        progress = Progress(
+    def _step_records(self, places: list[list]) -> AbstractContextManager[StepRecords | None]:
+        """On rank 0."""
+        if not self.world.is_root:
+            return nullcontext()
+        return StepRecords(
+            self.cfg,
+            self.world,
+            places,
+            self.observers,
+            self._record,
             total_steps=self.total_steps,
-            first_step=position.step,
-            global_batch=self.global_batch,
-            every=cfg.log_every,
-            show=self.world.is_root,
+            first_step=self.position.step,
         )
-        rank_times = MeanRankTimes(self._record)
+
+    def _run_steps(self, records: StepRecords | None) -> None:
+        cfg, position, bad_images = self.cfg, self.position, self.bad_training_images
         batches = training_pipeline(
             cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
         )
-        with batches, progress, Profile(cfg.profile, self.world, self.run_dir) as profile:
+        with batches, Profile(cfg.profile, self.world, self.run_dir) as profile:
             early = FetchedEarly(batches)
             collected = bad_images.collect(early)
             next_batch = self.observers.looking_at(collected, position.step + 1).__next__
@@ -241,14 +242,8 @@ class Run:
                 position.consumed += self.global_batch
                 if cfg.momentum_reset and new_row(cfg.schedule, began, position.epoch):
                     self.replica.reset_momentum()  # before a checkpoint: a resumed run can't see the change
-                progress.step(position.step, position.epoch, lr, report)
-                if slow_steps is not None:
-                    slow_steps.step(report)
-                if stragglers is not None:
-                    stragglers.step(position.step, report.ranks)
-                self._record_step(lr, report)
-                self.observers.ranks(report.ranks)
-                rank_times.add(report.ranks)
+                if records is not None:
+                    records.step(position, lr, report)
                 if report.any_unnamed:
                     bad_images.announce(position.step)
                 profile.step()
@@ -258,7 +253,8 @@ class Run:
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
                 keep = epoch_over or last or due or report.stop_asked or report.save_asked
                 if keep:
-                    rank_times.write(position.step)
+                    if records is not None:
+                        records.checkpoint(position.step)
                     self.replica.average_running_statistics()
                     self._checkpoint(validation_due=epoch_over or last)
                 if report.stop_asked:
@@ -358,62 +354,25 @@ class Run:
         )
 
     def _record_start(self, hosts: list[str]) -> None:
-        cfg, world = self.cfg, self.world
         if self._committed is not None and self._committed.regrouped:
             self._record("fault", **self._committed.regrouped)
-        images = {"train_images": len(self.folder.train), "val_images": len(self.folder.val)}
-        self._record(
-            "run",
-            started=utc(self._started()),
-            config=cfg.to_dict(),
-            versions=runtime.versions(),
-            hosts=hosts,
-            data=str(self.data),
-            world_size=world.size,
-            global_batch=self.global_batch,
-            peak_lr=cfg.peak_lr(world.size),
+        record = start_record(
+            self.cfg,
+            self.world,
+            hosts,
+            self.data,
+            self.folder,
+            started=self._started(),
             first_step=self.position.step,
-            bytes_sent_per_step_expected=bytes_sent_per_step(cfg, world.size),
-            **({"predicted_step_ms": self.predicted_step_ms} if self.predicted_step_ms else {}),
-            **images,
-            left_out=sum(each.images for each in self.folder.left_out),
+            predicted_step_ms=self.predicted_step_ms,
         )
-        if world.is_root:
-            ranks = f"{world.size} rank{'s'[: world.size > 1]} on {', '.join(dict.fromkeys(hosts))}"
-            log.info(
-                "%s, %d classes, %s | %s, %s", cfg.model, cfg.classes, cfg.precision, ranks, world.device
-            )
-            log.info(
-                "%d training and %d validation images | global batch %d | peak lr %.2e",
-                *images.values(), self.global_batch, cfg.peak_lr(world.size),
-            )  # fmt: skip
-            if self.folder.left_out:
-                log.warning("%s; `owt data verify` names them", left_out_text(self.folder.left_out))
-            log.info("run folder %s", self.run_dir)
-            if self.position.step >= self.total_steps:
-                log.info("nothing left to do: all %d steps are done", self.position.step)
+        self._record("run", **record)
+        log_start(record, self.world, self.folder, self.run_dir, total_steps=self.total_steps)
 
     def _started(self) -> float:
         """When this process was started; in an elastic job's later worlds, when they began."""
         regrouped = self._committed is not None and self._committed.regrouped
         return self._began if regrouped else psutil.Process().create_time()
-
-    def _record_step(self, lr: float, report: StepReport) -> None:
-        self._record(
-            "step",
-            step=self.position.step,
-            epoch=self.position.epoch,
-            loss=report.loss,
-            lr=lr,
-            images_per_s=self.global_batch / report.step_s,
-            step_ms=1e3 * report.step_s,
-            data_wait_ms=1e3 * report.data_wait_s,
-            exposed_comm_ms=1e3 * report.exposed_comm_s,
-            bytes_sent=report.bytes_sent,
-            bytes_received=report.bytes_received,
-            bad_images=report.bad_images,
-            **({} if report.grad_norm is None else {"grad_norm": report.grad_norm}),
-        )
 
     @property
     def _bad_images(self) -> int:

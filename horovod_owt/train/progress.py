@@ -17,13 +17,11 @@ log = logging.getLogger(__name__)
 class Progress:
     """Shows every `every`-th step: loss, images/s and the shares of the step spent waiting."""
 
-    def __init__(
-        self, *, total_steps: int, first_step: int, global_batch: int, every: int, show: bool
-    ) -> None:
-        self._total, self._global_batch, self._every, self._show = total_steps, global_batch, every, show
+    def __init__(self, *, total_steps: int, first_step: int, global_batch: int, every: int) -> None:
+        self._total, self._global_batch, self._every = total_steps, global_batch, every
         self._since: list[StepReport] = []
         self._redirected = ExitStack()
-        on_terminal = show and sys.stderr.isatty()
+        on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if on_terminal else None
 
     def step(self, step: int, epoch: float, lr: float, report: StepReport) -> None:
@@ -31,7 +29,7 @@ class Progress:
         self._since.append(report)
         if self._bar is not None:
             self._bar.update()
-        if not self._show or (step % self._every and step != self._total):
+        if step % self._every and step != self._total:
             return
         mean = _mean_report(self._since)
         self._since = []

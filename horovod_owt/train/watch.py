@@ -85,8 +85,8 @@ def watched(
         reason = RunError(f"stalled: {who}", fix=_how_to_resume(run_dir))
         outcome = {"exit_code": 1, "reason": str(reason), "step": now.step}
         write_outcome(run_dir, {**start.stamp(), **outcome})
-        record("outcome", **outcome)
         print_error(f"[rank {world.rank} {world.host}] {reason}")
+        record("outcome", **outcome)  # last, because the user's hook may take a while
         os._exit(1)  # the main thread hangs in a collective; the launcher ends the other ranks
 
     def on_death(who: str) -> None:

@@ -7,7 +7,7 @@ import time
 
 import psutil
 import pytest
-from conftest import NARROW, OWT, SMALL, outcome, records, settings, steps_done, wait_for
+from real_ranks import NARROW, OWT, SMALL, outcome, records, settings, steps_done, wait_for
 
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.goodput import goodput

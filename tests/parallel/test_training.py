@@ -53,7 +53,13 @@ def test_ranks_train_to_the_weights_of_one_process(run, images, tmp_path, plain)
     values |= dict(lr=0.02, lr_batch=GLOBAL_BATCH, pipeline="torchvision")
     run([*OWT, "train", images, "--run-dir", tmp_path, *SMALL, *settings(**values)], ranks=3)
     losses, weights = plain
-    assert [r["loss"] for r in records(tmp_path, "step")] == pytest.approx(losses, rel=1e-5)
+    steps = records(tmp_path, "step")
+    assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-5)
+    (ranks,) = records(tmp_path, "ranks")  # of all steps but the first, which warms up, and the last
+    assert ranks["steps"] == STEPS - 2 and len(ranks["compute_ms"]) == 3
+    for part in ("data_wait_ms", "exposed_comm_ms"):
+        mean = sum(step[part] for step in steps[1:-1]) / ranks["steps"]
+        assert ranks[part][0] == pytest.approx(mean, rel=1e-3, abs=2e-3)
     ours, start = weights_at(tmp_path, STEPS), build_model("alexnet-owt", 2, seed=5).state_dict()
     torch.testing.assert_close(ours, weights, rtol=1e-5, atol=1e-5)
     # and against the way they went, which is where a wrong factor would show

@@ -3,7 +3,6 @@
 import io
 import logging
 import re
-import sys
 
 import pytest
 
@@ -23,13 +22,12 @@ def report(loss: float, step_s: float = 0.5, data_wait_s: float = 0.05, exposed_
     )
 
 
-def progress(*, total_steps=5, first_step=0, every=2, show=True) -> Progress:
+def progress(*, total_steps=5, first_step=0, every=2) -> Progress:
     return Progress(
         total_steps=total_steps,
         first_step=first_step,
         global_batch=GLOBAL_BATCH,
         every=every,
-        show=show,
     )
 
 
@@ -61,12 +59,6 @@ def test_the_last_step_has_a_line_whatever_its_number(lines):
     assert line.startswith("step 5/5 | epoch 1.00 | loss 4.000 |")
 
 
-def test_ranks_that_do_not_show_say_nothing(lines):
-    with progress(show=False, every=1) as shown:
-        shown.step(5, 1.0, 0.01, report(1.0))
-    assert lines() == []
-
-
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -94,10 +86,3 @@ def test_beside_a_bar_log_lines_go_through_it_and_afterwards_where_they_went(mon
         assert log.handlers != [before]
     assert "above the bar\n" in terminal.getvalue()
     assert log.handlers == [before]
-
-
-def test_a_rank_that_does_not_show_has_no_bar_on_a_terminal_either(monkeypatch):
-    monkeypatch.setattr("sys.stderr", Terminal())
-    with progress(show=False, every=1) as shown:
-        shown.step(5, 1.0, 0.01, report(1.0))
-    assert sys.stderr.getvalue() == ""

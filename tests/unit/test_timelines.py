@@ -14,7 +14,7 @@ META = (
 EVENT = '{"ph": "B", "name": "NEGOTIATE_ALLREDUCE", "ts": %d, "pid": %d, "args": {"rank": 0}}'
 
 
-def a_timeline(tensors: int = 3) -> str:
+def a_timeline(tensors: int = 2) -> str:
     """As Horovod leaves it: the array is closed after each event, and the bracket replaced by a comma."""
     parts = [META % (0, 0, 0, 0)]
     for tensor in range(1, tensors + 1):

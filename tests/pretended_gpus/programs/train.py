@@ -20,7 +20,8 @@ torch.backends.cudnn.enabled = False  # its operators have no CPU kernels
 def main() -> None:
     out, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     alexnet_owt.HIDDEN = HIDDEN
-    world = runtime.init(claim_device(read_topology()), fc_group_size=2)
+    topology = read_topology()
+    world = runtime.init(claim_device(topology), fc_group_size=min(2, topology.world_size))
     for run in runs:
         whole, record = train(configure(run["settings"]), run["steps"], world, evaluate=run["evaluate"])
         if world.is_root:
