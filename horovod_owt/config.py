@@ -11,10 +11,8 @@ from typing import Any
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.recipe import DEFAULT_RECIPE, load_recipe
-from horovod_owt.schedule import Table, peak_of, schedule_of
+from horovod_owt.schedule import IMAGE_SIZES, Table, image_sizes_of, is_table, peak_of, schedule_of
 from horovod_owt.text import nearest
-
-MIN_IMAGE_SIZE = 63  # px; the smallest side that leaves one pixel after AlexNet's last pool
 
 MOST = 1e9  # of what has no other limit: a typing error, and beyond it integers and timers overflow
 CHOICES = {
@@ -37,7 +35,8 @@ class TrainConfig:
 
     model: str = "alexnet-owt"  # alexnet-owt-bn adds batch normalisation after each hidden layer
     classes: int = 0  # outputs; 0: as many as the data set has classes
-    image_size: int = 224  # px, side of the square training and validation crops; at least 63
+    image_size: int = 224  # px, side of the square crops, at least 63; [[0, 128], [20, 224]]: see image_sizes
+    image_sizes: Table = ()  # table [[EPOCHS_DONE, PX], ...] of training crops; validation has the last size
     crop_scale_min: float = 0.08  # smallest fraction of an image's area that a training crop may cover
 
     epochs: int = 90  # length of the run, in passes over the training set
@@ -56,6 +55,7 @@ class TrainConfig:
         # of learning rate and weight decay, in place of these keys: [[1, 0.01, 5e-4], [19, 0.005, 5e-4]]
     )
     momentum_reset: bool = False  # set the momentum to 0 at each new row of a schedule table
+    ema: float = 0.0  # decay of a moving average of the weights, validated beside them: 0.9999; 0: off
     dropout: float = 0.5  # probability of zeroing an input of a hidden FC layer
     label_smoothing: float = 0.0  # probability mass spread over all classes
 
@@ -160,6 +160,10 @@ def _check_table_is_alone(said: dict[str, Any], own: dict[str, Any]) -> None:
 
 def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
     """A configuration from keys and values; raises ConfigError for an unknown key or invalid value."""
+    values = dict(values)
+    if is_table(values.get("image_size")):
+        values["image_sizes"] = sizes = image_sizes_of(values["image_size"], key="image_size")
+        values["image_size"] = sizes[-1][1]
     return TrainConfig(**{key: _typed(key, value) for key, value in values.items()})
 
 
@@ -171,6 +175,8 @@ def _typed(key: str, value: Any) -> Any:
         raise ConfigError(f"unknown key {key!r}", wanted="a config key", fix=fix)
     if key == "schedule":
         return schedule_of(value)
+    if key == "image_sizes":
+        return image_sizes_of(value, key=key)
     kind = FIELDS[key].type  # a string, because of the __future__ import
     try:
         if kind == "bool":
@@ -205,6 +211,12 @@ def _check(cfg: TrainConfig) -> None:
             fix="--set momentum_reset=false",
         )
     _check_hook(cfg.hook)
+    if cfg.image_sizes and cfg.image_sizes[-1][1] != cfg.image_size:
+        raise ConfigError(
+            f"image_size={cfg.image_size}, but image_sizes ends with {cfg.image_sizes[-1][1]}",
+            wanted="the same",
+            fix="the table in image_size alone",
+        )
     _check_hybrid(cfg)
     positive = (
         "batch",
@@ -226,10 +238,11 @@ def _check(cfg: TrainConfig) -> None:
         "metrics_port": (0, 65535),
         "grad_norm_every": (0, MOST),
         "profile": (0, 1000),
-        "image_size": (MIN_IMAGE_SIZE, 8192),
+        "image_size": IMAGE_SIZES,
         "crop_scale_min": (0.01, 1),
         "momentum": (0, 0.9999),
         "dropout": (0, 0.9999),
+        "ema": (0, 0.999999),
         "label_smoothing": (0, 0.9999),
         "seed": (0, 2**63 - 1),
     }

@@ -15,6 +15,7 @@ Table = tuple[tuple[float, ...], ...]  # rows of an epoch and the values from th
 
 FORMS = "constant, cosine, poly:POWER, step:EPOCHS:FACTOR or a table [[EPOCH, LR, WEIGHT_DECAY], ...]"
 MOST_LR = 1e9
+IMAGE_SIZES = (63, 8192)  # px; a smaller side leaves no pixel after AlexNet's last pool
 
 
 def schedule_of(value: Any) -> str | Table:
@@ -142,3 +143,20 @@ def weight_decay(schedule: str | Table, *, epoch: float, otherwise: float) -> fl
     if isinstance(schedule, str) or len(schedule[0]) < 3:
         return otherwise
     return schedule[row_at(schedule, epoch)][2]
+
+
+def image_sizes_of(value: Any, *, key: str) -> Table:
+    """A table [[EPOCHS_DONE, PX], ...] from text or lists; empty for an empty one. Raises ConfigError."""
+    if not value and key == "image_sizes":  # its default
+        return ()
+    table = table_of(key, value, first=0, columns=(2,), row="[EPOCHS_DONE, PX] in every row")
+    low, high = IMAGE_SIZES
+    for _, side in table:
+        if not low <= side <= high or side != int(side):
+            raise ConfigError(f"{key} has {side:g} px", wanted=f"whole numbers from {low} to {high}")
+    return tuple((epoch, int(side)) for epoch, side in table)
+
+
+def image_size(table: Table, *, epoch: float, otherwise: int) -> int:
+    """Side of the crops of the step that starts after `epoch` epochs, in px."""
+    return table[row_at(table, epoch, first=0)][1] if table else otherwise

@@ -5,6 +5,7 @@ See docs/boston-report.md. The learning rate and weight decay are those of the T
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -63,7 +64,7 @@ def bench_boston(
     )
     with given_or_dealt_out(data) as root:
         request = prepare_alone(root, recipe, (*fixed, *settings))
-        cfg = request.cfg
+        cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
         if cfg.global_batch(ranks) != MINI_BATCH:
             raise ConfigError(
                 f"a global mini-batch of {cfg.global_batch(ranks)}", wanted=str(MINI_BATCH)

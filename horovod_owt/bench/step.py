@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def bench_step(
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
         request = prepare_alone(root, recipe, settings)
-        cfg = request.cfg
+        cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
         if against == "torch":
             refuse_unfit(cfg, "torch")
         world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)

@@ -10,7 +10,7 @@ data parallelism.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -264,16 +264,23 @@ class OneWeirdTrick:
         finally:
             self.model.classifier = split
 
-    def average_running_statistics(self) -> None:
-        """Set all ranks' batch norm statistics to their mean, as those of one net."""
-        for over, named in (
-            (self._everyone, self.model.features.named_buffers()),
-            (self._shard_group, self.classifier.buffers.items()),
+    def average_running_statistics(self, averages: Mapping[str, Tensor]) -> None:
+        """Set all ranks' batch norm statistics to their mean, as those of one net.
+
+        `averages` has their moving averages, by the same names, if there are any.
+        """
+        for over, prefix, named in (
+            (self._everyone, "features", self.model.features.named_buffers()),
+            (self._shard_group, "classifier", self.classifier.buffers.items()),
         ):
             for name, buffer in named:
                 if buffer.is_floating_point() and not over.is_alone:
-                    total = start_sum(buffer, over, self.traffic, what="buffers", name=f"buffer.{name}")
-                    buffer.copy_(total.wait() / over.size)
+                    average = averages.get(f"{prefix}.{name}")
+                    for what, tensor in (("buffer", buffer), ("average", average)):
+                        if tensor is not None:
+                            name_sent = f"{what}.{name}"
+                            total = start_sum(tensor, over, self.traffic, what="buffers", name=name_sent)
+                            tensor.copy_(total.wait() / over.size)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.cfg.precision, self.world.device)

@@ -116,9 +116,12 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
     """The compute of the run's newest steps, and its configuration."""
     config = read_config(run_dir)
     records = newest_records(run_dir / METRICS)
-    steps = list(islice((record for record in records if record.get("kind") == "step"), RUN_STEPS))
+    began = max((epoch for epoch, _ in config.get("image_sizes", ())), default=0)  # with its last image size
+    of_steps = (r for r in records if r.get("kind") == "step" and r.get("epoch", began) >= began)
+    steps = list(islice(of_steps, RUN_STEPS))
     if not config or not steps:
-        missing = "steps" if config else "configuration"
+        of_size = f" of {config['image_size']} px" if began else ""
+        missing = f"steps{of_size}" if config else "configuration"
         raise ConfigError(f"the run {run_dir} has no {missing} yet", wanted="a run of some steps")
     try:
         busy = [s["step_ms"] - s.get("data_wait_ms", 0) - s.get("exposed_comm_ms", 0) for s in steps]

@@ -1,6 +1,7 @@
 """Checkpoint folders, complete or absent: names, manifest, listing, finding the newest valid one.
 
     RUN/checkpoints/step-00001234/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+                                    average.safetensors, with a moving average of the weights
 
 Each is written under a temporary name, fsynced and renamed; the manifest has the sha256 of each file.
 `checkpoints/best.json` names the step with the best validation, which is kept however old. The tensors
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+AVERAGED = "average.safetensors"  # only of runs with ema
 FILES = (MODEL, OPTIMIZER, STATE)
 MANIFEST = "MANIFEST.json"
 BEST = "best.json"
@@ -61,12 +63,15 @@ def read_state(folder: Path) -> dict[str, Any]:
 def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
     """The fault of a checkpoint in a few words; empty if every one of its `files` matches the manifest.
 
+    By default all of them.
+
     Raises RunError for errors of the machine: a file that a disk or a file server does not give now is
     not damaged, and a run that took it for that would lose the steps since an older one.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())["sha256"]
-        for name in files:
+        averaged = (AVERAGED,) if files is FILES and AVERAGED in manifest else ()
+        for name in (*files, *averaged):
             if _sha256(folder / name) != manifest[name]:
                 return f"{name} does not match {MANIFEST}"
     except FileNotFoundError as error:
@@ -208,14 +213,18 @@ def _elect_best(run_dir: Path, *, upto: int) -> None:
 
 @contextmanager
 def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
-    """A folder to write FILES to; manifest and final name are added if the block succeeds."""
+    """A folder to write FILES to, and maybe AVERAGED.
+
+    Manifest and final name are added if the block succeeds.
+    """
     folder = checkpoint_folder(run_dir, step)
     folder.parent.mkdir(exist_ok=True)  # not its parents: a lost mount must not be replaced by a folder
     for killed in folder.parent.glob(PARTIAL):  # interrupted writes of any step
         shutil.rmtree(killed, ignore_errors=True)
     with atomic_folder(folder, durable=True, replace=True, last=MANIFEST) as scratch:
         yield scratch
-        sums = {name: _sha256(scratch / name) for name in FILES}
+        names = (*FILES, *([AVERAGED] if (scratch / AVERAGED).exists() else []))
+        sums = {name: _sha256(scratch / name) for name in names}
         (scratch / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")
 
 

@@ -5,7 +5,8 @@ Tensors are whole, under the names of the state dict, so a checkpoint resumes on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from horovod_owt.errors import RunError
 from horovod_owt.runs.checkpoints import (
+    AVERAGED,
     MODEL,
     OPTIMIZER,
     checkpoint_folder,
@@ -39,6 +41,7 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]  # step, samples_consumed, epoch, validation_due, seed, config, versions, ...
+    averaged: dict[str, Tensor] = field(default_factory=dict)  # of the whole net; empty without ema
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -51,6 +54,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             model=load_file(folder / MODEL),
             optimizer=load_file(folder / OPTIMIZER),
             state=read_state(folder),
+            averaged=load_file(folder / AVERAGED) if (folder / AVERAGED).exists() else {},
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"checkpoint {folder}: {error}", wanted="a whole checkpoint") from error
@@ -63,7 +67,15 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
         with new_checkpoint(run_dir, checkpoint.state["step"]) as scratch:
             save_file(checkpoint.model, scratch / MODEL)
             save_file(checkpoint.optimizer, scratch / OPTIMIZER)
+            if checkpoint.averaged:
+                save_file(checkpoint.averaged, scratch / AVERAGED, metadata=_about(checkpoint.state))
             write_state(scratch, checkpoint.state)
     except (OSError, SafetensorError) as error:
         raise DiskError(folder, error) from error
     return folder
+
+
+def _about(state: dict[str, Any]) -> dict[str, str]:
+    """What `inference.weights` needs to know of a file that is used alone."""
+    classes = state.get("data", {}).get("classes", [])
+    return {"image_size": str(state["config"]["image_size"]), "classes": json.dumps(classes)}

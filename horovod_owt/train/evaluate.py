@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Score:
     bad_images: int = 0  # skipped
     class_images: tuple[int, ...] = ()  # by label
     class_correct: tuple[int, ...] = ()  # in top 1
+    averaged: Score | None = None  # of the averaged weights, on the same images
 
     @property
     def top1(self) -> float:
@@ -44,9 +46,11 @@ class Score:
     def __str__(self) -> str:
         top1 = f"top-1 {self.top1:.2f} % ({self.correct_top1} of {self.images})"
         left_out = f" | {self.bad_images} bad images skipped" if self.bad_images else ""
-        return f"{top1} | top-5 {self.top5:.2f} % | loss {self.loss:.3f}{left_out}"
+        average = f" | averaged weights: top-1 {self.averaged.top1:.2f} %" if self.averaged else ""
+        return f"{top1} | top-5 {self.top5:.2f} % | loss {self.loss:.3f}{average}{left_out}"
 
     def to_dict(self) -> dict[str, int | float]:
+        of_average = ("top1", "top5", "loss") if self.averaged else ()
         return {
             "images": self.images,
             "correct_top1": self.correct_top1,
@@ -55,6 +59,7 @@ class Score:
             "top5": self.top5,
             "loss": self.loss,
             "bad_images": self.bad_images,
+            **{f"averaged_{key}": getattr(self.averaged, key) for key in of_average},
         }
 
 
@@ -63,29 +68,40 @@ def validate(
 ) -> Score | None:
     """Score the net on this rank's slice of the validation set and sum over ranks; every rank must call it.
 
-    Returns None on every rank if any rank was asked to stop before it was done. The last batch of a slice is
-    padded; padding and bad images are not counted. Sums are float64, exact for the counts.
+    The averaged weights, if there are any, are scored on the same images. Returns None on every rank if any
+    rank was asked to stop before it was done. The last batch of a slice is padded; padding and bad images are
+    not counted. Sums are float64, exact for the counts.
     """
-    classes = replica.cfg.classes
-    counts, bad_and_stopped = torch.zeros(4 + 2 * classes, dtype=torch.float64), torch.zeros(2).double()
+    bad_and_stopped = torch.zeros(2, dtype=torch.float64)
     with replica.evaluating() as logits_of:
+        averaged = replica.averaged_net()
+        nets = [logits_of] if averaged is None else [logits_of, averaged]
+        counts = torch.zeros(len(nets), 4 + 2 * replica.cfg.classes, dtype=torch.float64)
         for batch in batches:
             if stop_asked():
                 bad_and_stopped[1] = 1
                 break
-            counts += _count(logits_of(batch.images), batch).cpu()
+            counts += torch.stack([_count(net(batch.images), batch) for net in nets]).cpu()
             bad_and_stopped[0] += len(batch.faults)
-    totals = sum_over_ranks(torch.cat([bad_and_stopped, counts]), "validation").tolist()
-    bad, stopped, images, top1, top5, loss, *of_classes = totals
+    totals = sum_over_ranks(torch.cat([bad_and_stopped, counts.flatten()]), "validation")
+    bad, stopped = totals[:2].tolist()
     if stopped:
         return None
+    own, *averages = (_score(row.tolist(), int(bad)) for row in totals[2:].view_as(counts))
+    return dataclasses.replace(own, averaged=averages[0] if averages else None)
+
+
+def _score(totals: list[float], bad_images: int) -> Score:
+    """From the sums of `_count` over all images."""
+    images, top1, top5, loss, *of_classes = totals
     of_classes = tuple(map(int, of_classes))
+    classes = len(of_classes) // 2
     return Score(
         images=int(images),
         correct_top1=int(top1),
         correct_top5=int(top5),
         loss=loss / max(images, 1),
-        bad_images=int(bad),
+        bad_images=bad_images,
         class_images=of_classes[:classes],
         class_correct=of_classes[classes:],
     )

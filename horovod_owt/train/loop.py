@@ -255,7 +255,7 @@ class Run:
                 if keep:
                     if records is not None:
                         records.checkpoint(position.step)
-                    self.replica.strategy.average_running_statistics()
+                    self.replica.average_running_statistics()
                     self._checkpoint(validation_due=epoch_over or last)
                 if report.stop_asked:
                     raise self._stopped()

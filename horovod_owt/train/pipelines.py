@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.augment import View, centre_crop
-from horovod_owt.data.batch import Pipeline
+from horovod_owt.data.batch import Batch, Pipeline
 from horovod_owt.data.faults import BadImages
 from horovod_owt.data.feed import Feed, TrainFeed, ValidationFeed
 from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import DataSet, Store
 from horovod_owt.parallel.runtime import World
+from horovod_owt.schedule import image_size
 
 
 def training_pipeline(
@@ -24,18 +27,73 @@ def training_pipeline(
 
     Without `bad_images`, here and below, a bad image raises RunError.
     """
-    feed = TrainFeed(
-        folder.train,
-        seed=cfg.seed,
-        batch=cfg.batch,
-        rank=world.rank,
-        world_size=world.size,
-        accum_steps=cfg.accum_steps,
-        position=position,
-        scale=(cfg.crop_scale_min, 1.0),
-        bad_images=bad_images,
-    )
-    return _pipeline(cfg, feed, world)
+
+    def open_at(position: int, side: int) -> Pipeline:
+        feed = TrainFeed(
+            folder.train,
+            seed=cfg.seed,
+            batch=cfg.batch,
+            rank=world.rank,
+            world_size=world.size,
+            accum_steps=cfg.accum_steps,
+            position=position,
+            scale=(cfg.crop_scale_min, 1.0),
+            bad_images=bad_images,
+        )
+        return _pipeline(cfg, feed, world, side)
+
+    if not cfg.image_sizes:
+        return open_at(position, cfg.image_size)
+    return GrowingImages(cfg, open_at, position, num_samples=len(folder.train), world_size=world.size)
+
+
+class GrowingImages:
+    """Training batches whose size follows cfg.image_sizes: that of the epoch in which their step begins.
+
+    A step's size depends on the samples consumed alone, so a resumed run has the same.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        open_at: Callable[[int, int], Pipeline],
+        position: int,
+        *,
+        num_samples: int,
+        world_size: int,
+    ) -> None:
+        """`open_at` makes a pipeline from a position and a size on."""
+        self._cfg, self._open_at, self._num_samples = cfg, open_at, num_samples
+        self._global_batch = cfg.global_batch(world_size)
+        self._position, self._micro_step = position, 0
+        self._side = self._wanted_side()
+        self._batches = open_at(position, self._side)
+
+    def __iter__(self) -> GrowingImages:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._micro_step == 0 and (side := self._wanted_side()) != self._side:
+            self._batches.close()
+            self._side, self._batches = side, self._open_at(self._position, side)
+        batch = next(self._batches)
+        self._micro_step = (self._micro_step + 1) % self._cfg.accum_steps
+        if self._micro_step == 0:
+            self._position += self._global_batch
+        return batch
+
+    def close(self) -> None:
+        self._batches.close()
+
+    def __enter__(self) -> GrowingImages:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _wanted_side(self) -> int:
+        epoch = self._position / self._num_samples
+        return image_size(self._cfg.image_sizes, epoch=epoch, otherwise=self._cfg.image_size)
 
 
 def validation_pipeline(
@@ -55,14 +113,14 @@ def validation_pipeline(
         bad_images=bad_images,
         view=view,
     )
-    return _pipeline(cfg, feed, world)
+    return _pipeline(cfg, feed, world, cfg.image_size)
 
 
-def _pipeline(cfg: TrainConfig, feed: Feed, world: World) -> Pipeline:
+def _pipeline(cfg: TrainConfig, feed: Feed, world: World, side: int) -> Pipeline:
     return make_pipeline(
         cfg.pipeline,
         feed,
-        image_size=cfg.image_size,
+        image_size=side,
         device_id=world.device.index if world.device.type == "cuda" else None,
         num_threads=cfg.decode_threads or world.threads,
     )

@@ -22,10 +22,12 @@ from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.optimizer import build_optimizer, is_fused
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import OneWeirdTrick
+from horovod_owt.train.average import WeightAverage
 from horovod_owt.train.rank_times import PARTS, RankTimes, spent
 from horovod_owt.train.update import divisor, skip_flag, step_unless
 
 MOMENTUM = "momentum."  # prefix of a parameter's momentum
+AVERAGE = "average."  # prefix of the moving average of a weight or running statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class Replica:
         conv, fc = self.strategy.conv_parameters, self.strategy.fc_parameters
         in_turns = cfg.fc_batch == "local"  # then the classifier has an optimizer of its own
         self._optimizers = [build_optimizer(p, cfg) for p in ([fc, conv] if in_turns else [fc + conv])]
+        self.average = WeightAverage(cfg.ema, self.strategy) if cfg.ema else None
         self._scaler = _build_scaler() if cfg.precision == "fp16" else None
         # Its factors are fp32; the scaler of fp16 decides for itself.
         on_gpu = world.device.type == "cuda" and cfg.precision in ("fp32", "bf16")
@@ -167,17 +170,50 @@ class Replica:
     def evaluating(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The whole net in evaluation mode: images (b, 3, side, side) -> logits. Every rank must call it."""
         with self.strategy.whole_model() as model, torch.no_grad():
-            model.eval()
+            yield self._logits_of(model)
 
-            def logits(images: Tensor) -> Tensor:
-                with self.strategy.autocast():
-                    return model(images.to(self.strategy.weight_dtype)).float()
+    @torch.no_grad()
+    def averaged_net(self) -> Callable[[Tensor], Tensor] | None:
+        """The same of the averaged weights as they are now; None with ema=0."""
+        if self.average is None:
+            return None
+        with torch.device("meta"):
+            model = build_model(self.cfg.model, self.cfg.classes)
+        model = model.to_empty(device=self.world.device).to(self.strategy.weight_dtype)
+        model.load_state_dict(self.strategy.gather(self._averaged()))
+        return self._logits_of(
+            model.to(memory_format=torch.channels_last) if self.cfg.channels_last else model
+        )
 
-            yield logits
+    def _logits_of(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        model.eval()
+
+        @torch.no_grad()
+        def logits(images: Tensor) -> Tensor:
+            with self.strategy.autocast():
+                return model(images.to(self.strategy.weight_dtype)).float()
+
+        return logits
+
+    def _averaged(self) -> Iterator[tuple[str, Tensor, Slice | None]]:
+        """The averaged net, in the form of `parts`; what cannot be averaged, a count, is the net's own."""
+        for name, tensor, part in (*self.strategy.named_buffers(), *self.strategy.named_parameters()):
+            yield name, self.average.tensors.get(name, tensor), part
+
+    def average_running_statistics(self) -> None:
+        """Set batch norm statistics, and their moving average, to the mean over all ranks."""
+        self.strategy.average_running_statistics(self.average.tensors if self.average else {})
 
     def parts(self) -> Iterator[tuple[str, Tensor, Slice | None]]:
-        """Weights, running statistics, momentum: (name in the whole net, live tensor, the part it is)."""
+        """Weights, running statistics, momentum and averages: (name, live tensor, the part that it is).
+
+        Names are those in the whole net, with a prefix for momentum and averages.
+        """
         yield from self.strategy.named_buffers()
+        if self.average:
+            for name, tensor, part in self._averaged():
+                if name in self.average.tensors:
+                    yield f"{AVERAGE}{name}", tensor, part
         for name, parameter, part in self.strategy.named_parameters():
             yield name, parameter.detach(), part
             yield f"{MOMENTUM}{name}", self._momentum(parameter), part
@@ -187,7 +223,12 @@ class Replica:
         with torch.device("meta"):
             model = build_model(self.cfg.model, self.cfg.classes)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        return shapes | {f"{MOMENTUM}{name}": tuple(p.shape) for name, p in model.named_parameters()}
+        averages = self.average.tensors if self.average else ()
+        return {
+            **shapes,
+            **{f"{MOMENTUM}{name}": tuple(p.shape) for name, p in model.named_parameters()},
+            **{f"{AVERAGE}{name}": shapes[name] for name in averages},
+        }
 
     def gather(self) -> dict[str, Tensor]:
         """All of `parts` as whole tensors on the ranks of rank 0's fc_group, empty on others.
@@ -261,6 +302,8 @@ class Replica:
                 self.strategy.scale_gradients(self.cfg.clip_norm / grad_norm)
             self._step_optimizer()
         self.weights_changed()
+        if self.average:
+            self.average.update()
         return _Facts(loss, stops, bad, unnamed, saves, grad_norm, values[NUM_SUMS:])
 
     def _mean_factor(self, bad: int) -> float:

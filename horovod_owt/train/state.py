@@ -18,7 +18,7 @@ from horovod_owt.parallel.elastic import Commit, Committed
 from horovod_owt.runs.opening import Opened
 from horovod_owt.runs.records import validations
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
-from horovod_owt.train.replica import MOMENTUM, Replica
+from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,11 @@ def snapshot(
         copies[name].copy_(tensor, non_blocking=True)
     if replica.world.device.type == "cuda":
         torch.cuda.synchronize()  # once, not for each tensor
+    model = {name: tensor for name, tensor in copies.items() if not name.startswith((MOMENTUM, AVERAGE))}
+    average = {name.removeprefix(AVERAGE): t for name, t in copies.items() if name.startswith(AVERAGE)}
     return Checkpoint(
-        model={name: tensor for name, tensor in copies.items() if not name.startswith(MOMENTUM)},
+        model=model,
+        averaged=model | average if average else {},
         optimizer={name: tensor for name, tensor in copies.items() if name.startswith(MOMENTUM)},
         state={
             "step": position.step,
@@ -100,16 +103,21 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
         log.info("resuming from %s", checkpoint)
         state = found[0].state
         owed = state.get("validation_due", False) and not validations(run_dir, {state["step"]})
-        return state | {"validation_due": owed}
+        return state | {"validation_due": owed, "averaged": bool(found[0].averaged)}
 
     state = on_root(read_on_root, "resume")
-    saved = found[0].model | found[0].optimizer if found else {}  # on rank 0
+    saved = _by_part(found[0]) if found else {}  # on rank 0
     shapes = replica.whole_shapes()
     for name, tensor, part in replica.parts():
+        if name.startswith(AVERAGE) and not state["averaged"]:
+            continue
         whole = upload(saved.pop(name), tensor.device).to(tensor) if found else tensor.new_empty(shapes[name])
         whole = broadcast_tensor(whole, f"restore.{name}")
         tensor.copy_(part.of(whole) if part else whole)
     replica.weights_changed()
+    if replica.average and not state["averaged"]:
+        log.info("the checkpoint has no average of the weights: it begins at these")
+        replica.average.restart()
     replica.load_scaler_state(state["scaler"])
     position.step, position.consumed = state["step"], state["samples_consumed"]
     return state["validation_due"]
@@ -140,8 +148,15 @@ def restore_commit(replica: Replica, position: Position, committed: Committed) -
     return False
 
 
+def _by_part(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Its tensors by the names of `Replica.parts`."""
+    averaged = {f"{AVERAGE}{name}": tensor for name, tensor in checkpoint.averaged.items()}
+    return checkpoint.model | checkpoint.optimizer | averaged
+
+
 def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica) -> None:
-    ours = replica.whole_shapes()
+    shapes = replica.whole_shapes()
+    ours = {name: shape for name, shape in shapes.items() if not name.startswith(AVERAGE)}
     theirs = {name: tuple(t.shape) for name, t in (checkpoint.model | checkpoint.optimizer).items()}
     odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if odd:

@@ -130,7 +130,7 @@ class Rehearsal:
         with self._phase("validation"):
             validate(replica, iter([batch, batch]))
         with self._phase("averaging statistics"):
-            replica.strategy.average_running_statistics()
+            replica.average_running_statistics()
         self._save_and_restore(replica, patch)
         if self.cfg.parallel == "data":
             self._commit_and_restore(replica)

@@ -20,7 +20,7 @@ from horovod_owt.model.alexnet_owt import FC6_IN
 from horovod_owt.model.dropout import keep_scale, sample_keys
 
 sys.path.insert(0, str(PROGRAMS))
-from train_random import BAD, HIDDEN, configure, global_batch  # noqa: E402
+from train_random import AVERAGE, BAD, HIDDEN, configure, global_batch  # noqa: E402
 
 pytestmark = pytest.mark.timeout(500)  # the first tests wait for the jobs
 
@@ -56,6 +56,8 @@ ON_2_RANKS = {
     "fp32-b": hybrid(2, FP32_STEPS, 2, "b"),
     "sync-bn-data": plan(2, STEPS, sync_bn=True, **BN),
     "sync-bn-a": hybrid(2, STEPS, 2, "a", sync_bn=True, **BN),
+    "average-data": plan(2, STEPS, sync_bn=True, ema=0.5, **BN),
+    "average-a": hybrid(2, STEPS, 2, "a", sync_bn=True, ema=0.5, **BN),
     "dropout-data": plan(2, STEPS, precision="fp64", dropout=0.5, accum_steps=2),
     "dropout-a": hybrid(2, STEPS, 2, "a", precision="fp64", dropout=0.5),
     "dropout-b-accum": hybrid(2, STEPS, 2, "b", precision="fp64", dropout=0.5, accum_steps=2),
@@ -86,6 +88,9 @@ ON_4_RANKS = {
     "fp64-2x2-accum": hybrid(4, STEPS, 2, "a", precision="fp64", accum_steps=2),
     "sync-bn-one-group": hybrid(4, STEPS, 4, "a", sync_bn=True, **BN),
     "sync-bn-2x2": hybrid(4, STEPS, 2, "a", sync_bn=True, **BN),
+    "average-2x2": hybrid(4, STEPS, 2, "a", sync_bn=True, ema=0.5, **BN),
+    "average-bn-data": plan(4, STEPS, ema=0.5, **BN),
+    "average-bn-2x2-b": hybrid(4, STEPS, 2, "b", ema=0.5, **BN),
     "bn-data": plan(4, STEPS, **BN),
     "bn-one-group-a": hybrid(4, STEPS, 4, "a", **BN),
     "bn-2x2-b": hybrid(4, STEPS, 2, "b", **BN),
@@ -100,7 +105,10 @@ ON_4_RANKS = {
     "skip-local-2x2": hybrid(4, STEPS, 2, "b", fc_batch="local", **SKIP),
 }
 PLANS = {2: ON_2_RANKS, 4: ON_4_RANKS}
-EVALUATED = {2: ["fp64-a", "sync-bn-data", "sync-bn-a"], 4: ["bn-data", "bn-2x2-b", "fp32-2x2-a"]}
+EVALUATED = {
+    2: ["fp64-a", "sync-bn-data", "sync-bn-a", "average-data", "average-a"],
+    4: ["bn-data", "bn-2x2-b", "fp32-2x2-a", "average-2x2"],
+}
 
 
 class Trained:
@@ -169,6 +177,8 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
     cfg = configure(plan(1, steps, **settings)["settings"])
     net = net_for(cfg)
     optimizer, losses = sgd(net.parameters(), cfg), []
+    floats = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    averages = {name: tensor.clone() for name, tensor in floats.items()} if cfg.ema else {}
     for step in range(steps):
         images, labels = global_batch(step, IMAGES, cfg.classes)
         good = good_rows(step, cfg)
@@ -191,8 +201,10 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
             for parameter in net.parameters():  # torch's clip_grad_norm_ adds 1e-6 to the norm
                 parameter.grad *= cfg.clip_norm / norm
         optimizer.step()
+        for name, average in averages.items():
+            averages[name] = cfg.ema * average + (1 - cfg.ema) * floats[name]
         losses.append(loss.item())
-    return losses, weights_of(net)
+    return losses, weights_of(net) | {f"{AVERAGE}{name}": average for name, average in averages.items()}
 
 
 def first_gradient_norm() -> float:
@@ -303,6 +315,21 @@ def test_with_sync_bn_the_batch_is_normalised_as_one_process_does(trained, ranks
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)
     assert_same(job.weights(name), weights, 1e-7)
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(2, "average-data"), (2, "average-a"), (4, "average-2x2")])
+def test_the_moving_average_of_the_weights_is_that_of_one_process(trained, ranks, name):
+    """Of the running statistics, too."""
+    losses, weights = plain(STEPS, sync_bn=True, ema=0.5, **BN)
+    ours = trained(ranks).weights(name)
+    assert "average.classifier.2.running_var" in ours and "average.classifier.1.weight" in ours
+    assert_same(ours, weights, 1e-7)
+    without = plain(STEPS, **BN)[1]
+    assert_same({name: ours[name] for name in without}, without, 1e-7)
+
+
+def test_the_average_of_each_ranks_running_statistics_is_the_same_in_hybrid(trained):
+    assert_same(trained(4).weights("average-bn-2x2-b"), trained(4).weights("average-bn-data"), 1e-7)
 
 
 @pytest.mark.parametrize("name", ["bn-one-group-a", "bn-2x2-b"])

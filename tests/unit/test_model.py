@@ -4,8 +4,10 @@ import pytest
 import torch
 import torchvision
 
-from horovod_owt.config import MIN_IMAGE_SIZE
 from horovod_owt.model import build_model
+from horovod_owt.schedule import IMAGE_SIZES
+
+SMALLEST = IMAGE_SIZES[0]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_batch_norm_follows_each_conv_and_each_hidden_layer():
 
 
 @pytest.mark.parametrize("name", ["alexnet-owt", "alexnet-owt-bn"])
-@pytest.mark.parametrize("side", [MIN_IMAGE_SIZE, 64, 97, 256])
+@pytest.mark.parametrize("side", [SMALLEST, 64, 97, 256])
 def test_any_side_and_any_number_of_classes(name, side):
     model = build_model(name, classes=7)
     assert model(torch.randn(2, 3, side, side)).shape == (2, 7)
@@ -52,7 +54,7 @@ def test_any_side_and_any_number_of_classes(name, side):
 
 def test_one_pixel_less_than_the_smallest_side_is_too_small():
     with pytest.raises(RuntimeError):
-        build_model("alexnet-owt", classes=2)(torch.randn(1, 3, MIN_IMAGE_SIZE - 1, MIN_IMAGE_SIZE - 1))
+        build_model("alexnet-owt", classes=2)(torch.randn(1, 3, SMALLEST - 1, SMALLEST - 1))
 
 
 def test_initial_weights_follow_the_seed_alone():

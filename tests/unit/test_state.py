@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
@@ -14,11 +15,11 @@ from horovod_owt.model import alexnet_owt
 from horovod_owt.parallel.elastic import Committed
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.runtime import World
-from horovod_owt.runs.checkpoints import checkpoint_folder
+from horovod_owt.runs.checkpoints import checkpoint_folder, find_fault
 from horovod_owt.runs.opening import Opened
 from horovod_owt.train import state
 from horovod_owt.train.checkpoint import write_checkpoint
-from horovod_owt.train.replica import MOMENTUM, Replica
+from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
 from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
 
 IMAGES = 40
@@ -157,6 +158,59 @@ def test_a_rank_that_shares_its_fc_layers_takes_its_part_of_what_was_saved(run_d
     monkeypatch.setattr(made, "parts", lambda: [*rest, (name, own, part)])
     restore(made, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 8))
     assert torch.equal(own, tensors(replica(8))[name][6:10])
+
+
+def test_the_average_of_the_weights_is_restored_to_the_bit(alone, tmp_path):
+    saving = replica(4, ema=0.9)
+    folder = write_checkpoint(tmp_path, saved(saving, Position(IMAGES, 4, 20)))
+    made = replica(1, ema=0.9)
+    restore(made, Position(IMAGES), tmp_path, folder)
+    wanted, ours = tensors(saving), tensors(made)
+    assert f"{AVERAGE}classifier.1.weight" in wanted and f"{AVERAGE}features.1.running_var" in wanted
+    assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())
+
+
+def test_an_averaged_checkpoint_has_a_file_of_whole_weights_that_is_verified(alone, tmp_path):
+    saving = replica(4, ema=0.9)
+    folder = write_checkpoint(tmp_path, saved(saving, Position(IMAGES, 4, 20)))
+    net = saving.strategy.model
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    file = folder / "average.safetensors"
+    net.load_state_dict(load_file(file))
+    assert not torch.equal(net.state_dict()["classifier.1.weight"], before["classifier.1.weight"])
+    assert not find_fault(folder)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "average.safetensors does not match" in find_fault(folder)
+    file.unlink()
+    assert "average.safetensors is missing" in find_fault(folder)
+
+
+def test_without_an_average_in_the_checkpoint_it_begins_at_its_weights(run_dir):
+    made = replica(1, ema=0.9)
+    restore(made, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 8))
+    wanted = tensors(replica(8))
+    for name, tensor in tensors(made).items():
+        assert torch.equal(tensor, wanted[name.removeprefix(AVERAGE)]), name
+
+
+def test_a_run_without_an_average_resumes_from_a_checkpoint_with_one(alone, tmp_path):
+    saving = replica(4, ema=0.9)
+    folder = write_checkpoint(tmp_path, saved(saving, Position(IMAGES, 4, 20)))
+    made = replica(1)
+    restore(made, Position(IMAGES), tmp_path, folder)
+    wanted = tensors(saving)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(made).items())
+
+
+def test_a_commit_has_the_average(monkeypatch):
+    monkeypatch.setattr(Committed, "check_host_updates", lambda self: None)
+    committed, made = Committed(torch.device("cpu")), replica(2, ema=0.9)
+    wanted = tensors(made)
+    commit(made, Position(IMAGES, 7, 56), committed, Opened(Path("runs/a"), None))
+    for _, tensor, _ in made.parts():
+        tensor.zero_()
+    restore_commit(made, Position(IMAGES), committed)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(made).items())
 
 
 def test_a_commit_brings_weights_and_place_back(monkeypatch):

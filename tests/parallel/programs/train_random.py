@@ -27,7 +27,7 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.device import CPU
 from horovod_owt.parallel.runtime import World
 from horovod_owt.topology import read_topology
-from horovod_owt.train.replica import MOMENTUM, Replica
+from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
 
 SMALL = Path(__file__).parents[1] / "small.yaml"
 SIDE = 63  # px, the smallest
@@ -71,7 +71,7 @@ def train(
         losses.append(report.loss)
         norms.append(report.grad_norm)
         traffic = {"sent": report.bytes_sent, "received": report.bytes_received}
-    replica.strategy.average_running_statistics()
+    replica.average_running_statistics()
     whole = {
         name: t.contiguous().clone()
         for name, t in replica.strategy.gather(replica.parts()).items()
@@ -85,14 +85,20 @@ def train(
 
 
 def evaluation_is_off_by(replica: Replica, pictures: torch.Tensor, whole: dict[str, torch.Tensor]) -> float:
-    """The largest difference to the logits of a plain net with these weights."""
+    """The largest difference to the logits of plain nets with these weights, and with their average."""
     kept = next(iter(whole.values())).dtype
+    own = {name: tensor for name, tensor in whole.items() if not name.startswith(AVERAGE)}
+    averaged = {name: whole.get(f"{AVERAGE}{name}", tensor) for name, tensor in own.items()}
     with replica.evaluating() as logits_of:
-        logits = logits_of(pictures.to(kept))
-    plain = build_model(replica.cfg.model, replica.cfg.classes).to(kept).eval()
-    plain.load_state_dict(whole)
-    with torch.no_grad():
-        return (logits - plain(pictures.to(kept)).float()).abs().max().item()
+        nets = [(logits_of, own), (replica.averaged_net() or logits_of, averaged)]
+        logits = [net(pictures.to(kept)) for net, _ in nets]
+    off_by = 0.0
+    for ours, (_, weights) in zip(logits, nets, strict=True):
+        plain = build_model(replica.cfg.model, replica.cfg.classes).to(kept).eval()
+        plain.load_state_dict(weights)
+        with torch.no_grad():
+            off_by = max(off_by, (ours - plain(pictures.to(kept)).float()).abs().max().item())
+    return off_by
 
 
 def main() -> None:
