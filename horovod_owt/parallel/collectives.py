@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import horovod.torch as hvd
@@ -18,6 +19,8 @@ from horovod_owt.parallel.objects import from_json, to_json
 
 T = TypeVar("T")
 SHUT_DOWN = "Horovod has been shut down"
+REASON_WITHIN_S = 1.0  # of a shutdown, every collective in flight fails
+in_flight: set[int] = set()  # Horovod's handles of what has been started and not waited for
 LOST_SOMEBODY = "lost contact with another rank: it died, hung or exited"
 
 
@@ -104,7 +107,25 @@ def explain_lost_ranks(who: Callable[[], str] = lambda: "") -> Iterator[None]:
     try:
         yield
     except HorovodInternalError as error:
-        raise collective_error(error, who()) from error
+        raise collective_error(first_cause(error), who()) from error
+
+
+def first_cause(error: HorovodInternalError) -> HorovodInternalError:
+    """The error of the collective that failed first, if `error` is only that of the shutdown after it.
+
+    That one is among those in flight, but the one that was waited for need not be it.
+    """
+    waiting, end = set(in_flight), monotonic() + REASON_WITHIN_S
+    in_flight.clear()
+    while SHUT_DOWN in str(error) and waiting and monotonic() < end:
+        for handle in filter(hvd.poll, sorted(waiting)):
+            waiting.discard(handle)
+            try:
+                hvd.synchronize(handle)
+            except HorovodInternalError as other:
+                error = error if SHUT_DOWN in str(other) else other
+        sleep(0.01)
+    return error
 
 
 def collective_error(error: HorovodInternalError, lost: str) -> RunError:

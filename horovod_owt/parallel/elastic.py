@@ -14,7 +14,7 @@ from horovod.common.elastic import State
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from torch import Tensor
 
-from horovod_owt.parallel.collectives import broadcast_object, gather_objects
+from horovod_owt.parallel.collectives import broadcast_object, first_cause, gather_objects
 from horovod_owt.parallel.interfaces import ipv4_address_of
 from horovod_owt.parallel.store import listen_on
 
@@ -113,7 +113,7 @@ def regroup_reason(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
     """The reason in one line: Horovod's own messages take several, and its interrupts have none."""
     if isinstance(reset, HostsUpdatedInterrupt):
         return "hosts joined or left"
-    return f"a rank was lost: {str(reset).partition('. ')[0] or 'Horovod gave no reason'}"
+    return f"a rank was lost: {str(first_cause(reset)).partition('. ')[0] or 'Horovod gave no reason'}"
 
 
 def run(state: Committed, train: Callable[[Committed], None]) -> None:

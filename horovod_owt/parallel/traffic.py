@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from horovod_owt.parallel.activity import now
+from horovod_owt.parallel.collectives import in_flight
 from horovod_owt.parallel.groups import Group
 
 
@@ -74,6 +75,7 @@ class Transfer:
     ) -> None:
         self._handle, self._traffic, self._name = handle, traffic, name
         self._steps = [then] if then else []
+        in_flight.add(handle)
 
     def then(self, step: Callable[[Any], Tensor]) -> Transfer:
         """Pass the result through `step` first."""
@@ -83,6 +85,7 @@ class Transfer:
     def wait(self) -> Tensor:
         with self._traffic.waiting(), now.waiting_in(self._name):
             result = hvd.synchronize(self._handle)
+        in_flight.discard(self._handle)
         for step in self._steps:
             result = step(result)
         return result
