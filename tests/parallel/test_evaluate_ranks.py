@@ -25,7 +25,7 @@ COUNTS = ("images", "correct_top1", "correct_top5", "per_class", "confused")
 def trained(images, tmp_path_factory) -> tuple[Path, list[dict]]:
     """A run, and what `owt evaluate` said of it while it trained and replaced its checkpoints."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    keys = settings(epochs=8, checkpoint_every=1, keep_checkpoints=1, model="alexnet-owt-bn", lr=0.02)
+    keys = settings(epochs=5, checkpoint_every=1, keep_checkpoints=1, model="alexnet-owt-bn", lr=0.02)
     reports = []
     with launch([*NARROW, "train", images, "--run-dir", run_dir, *SMALL, *keys], launcher="none") as job:
         wait_for(lambda: list_checkpoints(run_dir))
