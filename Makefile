@@ -16,14 +16,14 @@ setup:
 quickstart: setup
 	@$(IN_VENV) python launch/quickstart $(DATA) $(RUNS)
 
-# First what may run side by side, a real job among it or two; then what measures time. Without variants: what another
-# test shows, under another launcher or in another place.
+# First what may run side by side, a real job among it or two; then what measures time. Without slow tests: many seconds,
+# or what another test shows under another launcher.
 test: setup
-	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m "not alone and not variant"
-	@$(IN_VENV) pytest -m "alone and not variant"
+	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m "not alone and not slow"
+	@$(IN_VENV) pytest -m "alone and not slow"
 
 test-all: test
-	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m variant
+	@$(IN_VENV) pytest -n $(TOGETHER) --dist loadfile --no-loadscope-reorder -m slow
 
 # The CUDA lane's Horovod and its NCCL code on pretended GPUs; builds it first, some ten minutes on two cores. Without a
 # CUDA 13 toolkit, on this machine or from pip, it says so and succeeds.

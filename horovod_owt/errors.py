@@ -89,7 +89,7 @@ class Preempted(OwtError):
 
 NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
-    r"|memory allocation failed",
+    r"|memory allocation failed|failed to map segment from shared object(?!: Operation not permitted)",
     re.IGNORECASE,
 )
 NO_THREADS = re.compile(r"can't start new thread|resource temporarily unavailable", re.IGNORECASE)

@@ -180,7 +180,7 @@ def test_before_its_time_is_up_a_job_stops_at_a_checkpoint(slurm, images, tmp_pa
     assert "not requeued: restart limit (0) reached" in log.read_text()
 
 
-@pytest.mark.variant
+@pytest.mark.slow
 def test_tasks_of_an_array_train_with_seeds_of_their_own(slurm, images, tmp_path):
     options = ["--array=3,5", "--nodes=1", "--exclusive", "--launcher=gloo"]
     job_id = submit(slurm, tmp_path, images, *options, owt=settings(max_steps=2, seed="{task}"))
@@ -216,7 +216,7 @@ def test_a_job_that_fails_at_once_stays_failed_and_a_waiting_one_is_cancelled(sl
     assert status(slurm, waiting)["state"] == "CANCELLED"
 
 
-@pytest.mark.parametrize("command", ["hosts", pytest.param("mpirun", marks=pytest.mark.variant)])
+@pytest.mark.parametrize("command", ["hosts", pytest.param("mpirun", marks=pytest.mark.slow)])
 def test_launched_jobs_reach_hosts_by_ssh(slurm, images, tmp_path, command):
     """Without Slurm; the hosts have nothing in common but a network and their files."""
     (tmp_path / "hosts").write_text("n1:1\nn2:1\n")
@@ -226,7 +226,7 @@ def test_launched_jobs_reach_hosts_by_ssh(slurm, images, tmp_path, command):
     assert len(losses(tmp_path / "run")) == 2
 
 
-@pytest.mark.variant
+@pytest.mark.slow
 def test_an_elastic_job_outlives_one_of_its_hosts(slurm, images, tmp_path):
     """Two hosts that reach each other by ssh; when one has no power any more, the other goes on alone."""
     (tmp_path / "hosts").write_text("n1:1\nn2:1\n")

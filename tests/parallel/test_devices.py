@@ -14,7 +14,7 @@ HOSTS = {"horovodrun": "localhost"}  # as horovodrun was told
 
 @pytest.mark.parametrize(
     ("launcher", "ranks"),
-    [pytest.param("horovodrun", 2, marks=pytest.mark.variant), ("mpirun", 3), ("none", 1)],
+    [pytest.param("horovodrun", 2, marks=pytest.mark.slow), ("mpirun", 3), ("none", 1)],
 )
 def test_rank_0_prints_the_devices_of_all(run, launcher, ranks):
     done = run([*OWT, "devices", "--json"], launcher=launcher, ranks=ranks, limit_s=60)
@@ -26,7 +26,7 @@ def test_rank_0_prints_the_devices_of_all(run, launcher, ranks):
     assert {row[key] for row in rows for key in ("uuid", "pci", "numa", "name")} == {None}
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=pytest.mark.variant)])
+@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=pytest.mark.slow)])
 def test_each_rank_has_a_line_with_its_gpu(run, launcher):
     done = run([*GPUS, "devices"], launcher=launcher, limit_s=60, OWT_TEST_GPUS="2")
     lines = [line for line in done.stdout.splitlines() if "Tesla K80" in line]

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import NARROW, SMALL, launch, outcome, settings, wait_for
 from PIL import Image
+from real_ranks import NARROW, SMALL, launch, outcome, settings, wait_for
 from torchvision.transforms import CenterCrop, Normalize, Resize, TenCrop, ToTensor
 
 from horovod_owt.data.batch import MEAN, STD

@@ -96,8 +96,8 @@ def gone(disk):
     ("refusing", "says"),
     [
         pytest.param(full, "No space left", id="full"),
-        pytest.param(read_only, "Read-only", id="read-only", marks=pytest.mark.variant),
-        pytest.param(gone, "No such file", id="gone", marks=pytest.mark.variant),
+        pytest.param(read_only, "Read-only", id="read-only", marks=pytest.mark.slow),
+        pytest.param(gone, "No such file", id="gone", marks=pytest.mark.slow),
     ],
 )
 def test_a_disk_that_takes_writes_again_gets_the_next_checkpoint(small_disk, caplog, refusing, says):

@@ -31,8 +31,8 @@ def end_within(job, processes: list[psutil.Process], limit_s: float):
     ("launcher", "parallel", "victim"),
     [
         ("horovodrun", "data", 0),
-        pytest.param("horovodrun", "hybrid", 1, marks=pytest.mark.variant),
-        pytest.param("mpirun", "data", 1, marks=pytest.mark.variant),
+        pytest.param("horovodrun", "hybrid", 1, marks=pytest.mark.slow),
+        pytest.param("mpirun", "data", 1, marks=pytest.mark.slow),
         ("torchrun", "data", 0),
     ],
 )
@@ -56,7 +56,7 @@ def test_a_killed_rank_ends_all_and_is_named(start, images, tmp_path, launcher, 
 
 
 @pytest.mark.parametrize(
-    ("launcher", "victim"), [("horovodrun", 0), pytest.param("mpirun", 1, marks=pytest.mark.variant)]
+    ("launcher", "victim"), [("horovodrun", 0), pytest.param("mpirun", 1, marks=pytest.mark.slow)]
 )
 def test_a_stopped_rank_is_reported_and_ended_with_the_job(start, images, tmp_path, launcher, victim):
     """SIGQUIT before it dumps the stacks of a rank that goes on."""

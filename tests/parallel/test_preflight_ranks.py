@@ -10,9 +10,7 @@ from real_ranks import OWT, PROGRAMS
 
 
 @pytest.mark.alone  # whoever slows the network down is told
-@pytest.mark.parametrize(
-    "launcher", ["none", "mpirun", pytest.param("horovodrun", marks=pytest.mark.variant)]
-)
+@pytest.mark.parametrize("launcher", ["none", "mpirun", pytest.param("horovodrun", marks=pytest.mark.slow)])
 def test_preflight_looks_at_ranks_under_any_launcher(run, images, tmp_path, launcher):
     done = run(
         [*OWT, "preflight", images, "--run-dir", tmp_path / "run", "--json"], ranks=2, launcher=launcher
@@ -27,7 +25,7 @@ def test_preflight_looks_at_ranks_under_any_launcher(run, images, tmp_path, laun
     assert "preflight: versions" in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=pytest.mark.variant)])
+@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_with_the_check_and_no_other_rank_hangs(run, tmp_path, launcher):
     program = ["python", PROGRAMS / "deaf.py", "preflight", "--json", "--run-dir", tmp_path]
     done = run(program, ranks=3, launcher=launcher, exit_code=3, limit_s=90, OWT_TEST_DEAF_TO="limits")

@@ -59,6 +59,7 @@ def test_a_run_saves_and_stops_when_asked_by_files(start, images, tmp_path):
         assert f"rank {rank} of 2" in first["message"] and "stopped by the file STOP" in last["message"]
 
 
+@pytest.mark.slow
 def test_goodput_after_kills_is_that_of_the_clock_outside(start, images, tmp_path):
     """One kill; OWT_TEST_KILLS=3 for more."""
     kills, run_dir = int(os.environ.get("OWT_TEST_KILLS", 1)), tmp_path / "run"

@@ -21,6 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from horovod_owt.runs.timeline import complete_timelines
 
+pytestmark = pytest.mark.slow
+
 SCRAPE_S = 5
 SETTINGS = {"scrape_interval": f"{SCRAPE_S}s", "scrape_timeout": "4s", "evaluation_interval": "1s"}
 # The thresholds that count minutes, for a test that counts seconds.

@@ -149,7 +149,7 @@ def larger(tmp_path_factory):
     return fabricate(tmp_path_factory.mktemp("larger"), train_per_class=150)
 
 
-@pytest.mark.parametrize("format", ["shards", pytest.param("folder", marks=pytest.mark.variant)])
+@pytest.mark.parametrize("format", ["shards", pytest.param("folder", marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_continued_it_writes_the_same_bytes(larger, tmp_path, format):
     seed = int(os.environ.get("OWT_TEST_SEED") or random.randrange(10**6))
     print(f"OWT_TEST_SEED={seed}")

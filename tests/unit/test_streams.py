@@ -97,6 +97,7 @@ def test_a_lost_connection_is_not_taken_for_a_lost_reader(monkeypatch, error):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory:"), "a smaller batch"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "a smaller batch"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
         (OSError(errno.EMFILE, "Too many open files", "/data/x"), "ulimit -n"),

@@ -23,7 +23,7 @@
     if (value === null || value === undefined) return "–";
     if (Number.isInteger(value) && Math.abs(value) < 1e15) return value.toLocaleString("en-US");
     const size = Math.abs(value);
-    if (size >= 1e15 || (size && size < 1e-3)) return value.toExponential(3);
+    if (size >= 1e15 || (size && size < 1e-4)) return value.toExponential(3).replace(/\.?0+e/, "e");
     return value.toLocaleString("en-US", { maximumSignificantDigits: count });
   }
 
