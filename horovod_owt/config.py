@@ -17,6 +17,7 @@ from horovod_owt.text import nearest
 MOST = 1e9  # of what has no other limit: a typing error, and beyond it integers and timers overflow
 CHOICES = {
     "model": ("alexnet-owt", "alexnet-owt-bn"),
+    "optimizer": ("sgd", "lars"),
     "precision": ("fp32", "bf16", "fp16", "fp64"),
     "parallel": ("data", "hybrid", "auto"),
     "owt_scheme": ("a", "b"),
@@ -45,6 +46,8 @@ class TrainConfig:
     accum_steps: int = 1  # micro-batches per optimizer update (gradient accumulation)
 
     lr: float = 0.01  # peak learning rate at a global batch of lr_batch images
+    optimizer: str = "sgd"  # lars: SGD with a learning rate for each layer from its norms, for large batches
+    lars_eta: float = 0.001  # lars: trust coefficient
     lr_batch: int = 256  # images; the peak is lr * global batch / lr_batch (linear scaling)
     momentum: float = 0.9  # of SGD
     weight_decay: float = 1e-4  # of SGD, on all parameters
@@ -241,6 +244,7 @@ def _check(cfg: TrainConfig) -> None:
         "image_size": IMAGE_SIZES,
         "crop_scale_min": (0.01, 1),
         "momentum": (0, 0.9999),
+        "lars_eta": (1e-6, 1),
         "dropout": (0, 0.9999),
         "ema": (0, 0.999999),
         "label_smoothing": (0, 0.9999),
@@ -290,6 +294,18 @@ def _check_hybrid(cfg: TrainConfig) -> None:
             "clip_norm with fc_batch=local, whose FC layers are updated before the norm is known",
             wanted="fc_batch=global",
             fix="--set fc_batch=global",
+        )
+    if cfg.optimizer == "lars" and cfg.fc_batch == "local":
+        raise ConfigError(
+            "optimizer=lars with fc_batch=local, whose FC layers are updated in turns",
+            wanted="fc_batch=global",
+            fix="--set fc_batch=global",
+        )
+    if cfg.optimizer == "lars" and cfg.precision == "fp16":
+        raise ConfigError(
+            "optimizer=lars with precision=fp16, whose gradients are scaled",
+            wanted="fp32 or bf16",
+            fix="--set precision=bf16",
         )
     if cfg.sync_bn and cfg.owt_scheme == "b" and cfg.parallel != "data":
         raise ConfigError(

@@ -90,5 +90,7 @@ def refuse_unfit(cfg: TrainConfig, against: str) -> None:
         raise ConfigError(
             f"accum_steps={cfg.accum_steps} against {against}", wanted="1", fix="set batch instead"
         )
+    if cfg.optimizer != "sgd":
+        raise ConfigError(f"optimizer={cfg.optimizer} against {against}", wanted="sgd", fix="optimizer=sgd")
     if cfg.precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision={cfg.precision} against {against}", wanted="fp32 or bf16")

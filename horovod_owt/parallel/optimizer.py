@@ -1,11 +1,11 @@
-"""SGD with momentum: replicas update their weights with it, and `choose` times it."""
+"""SGD with momentum, and LARS: replicas update their weights with it, and `choose` times it."""
 
 from __future__ import annotations
 
 import inspect
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from horovod_owt.config import TrainConfig
 
@@ -35,3 +35,22 @@ def build_optimizer(parameters: list[nn.Parameter], cfg: TrainConfig) -> torch.o
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it can skip an update, and divide gradients, by tensors on the device."""
     return bool(optimizer.defaults.get("fused"))
+
+
+@torch.no_grad()
+def scale_by_layer(
+    parameters: list[nn.Parameter], norms: Tensor, *, lr: float, weight_decay: float, eta: float
+) -> None:
+    """Turn each gradient into LARS's step before momentum: lr * layer's rate * (gradient + decay * weight).
+
+    `norms` (n, 2) are those of each whole tensor and its gradient, the rate their quotient times `eta`; it is
+    1 where one of them is 0. SGD then has a learning rate of 1 and no weight decay, so that the learning rate
+    is inside the momentum, as in the paper.
+
+    Source    You, Gitman and Ginsburg 2017, arXiv:1708.03888, algorithm 1; borisgin/nvcaffe for norms of 0
+    """
+    weights, gradients = norms.unbind(dim=1)
+    rates = eta * weights / (gradients + weight_decay * weights)
+    rates = torch.where((weights > 0) & (gradients > 0), rates, torch.ones_like(rates)) * lr
+    for parameter, rate in zip(parameters, rates, strict=True):
+        parameter.grad.add_(parameter, alpha=weight_decay).mul_(rate)

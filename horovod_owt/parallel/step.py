@@ -229,6 +229,18 @@ class OneWeirdTrick:
         total = self._exchange.sum_everywhere(total, "gradient norm").wait()
         return (total + _sum_of_squares(whole, self.world.device)).sqrt()
 
+    def layer_norms(self) -> Tensor:
+        """Euclidean norms of each whole tensor of `named_parameters` and of its gradient: (n, 2), float64.
+
+        Every rank calls it after `finish`.
+        """
+        named = list(self.named_parameters())
+        norms = [torch.linalg.vector_norm(t.detach()).double() for _, p, _ in named for t in (p, p.grad)]
+        squares = torch.stack(norms).square().view(-1, 2)
+        split = torch.tensor([[part is not None] for *_, part in named], device=squares.device)
+        over_group = self._exchange.sum_everywhere(squares * split, "layer norms").wait()
+        return torch.where(split, over_group, squares).sqrt()
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Slice | None]]:
         """What this rank's optimizer updates: (name in the whole net, parameter, the part it is)."""
         for name, parameter in self.model.features.named_parameters():

@@ -43,6 +43,7 @@ def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) ->
         "fc gradients": fc_updates * ring(shard * gradient, groups),
         "step facts": ring(4 * (5 + 3 * world_size), world_size),  # five sums, three times of each rank
         "gradient norm": ring(8, group_size) if cfg.clip_norm else 0,
+        "layer norms": ring(2 * 8 * (30 if batch_norm else 16), group_size) if cfg.optimizer == "lars" else 0,
         "loss": fc_updates * ring(2 * kept, world_size) if cfg.fc_batch == "local" else 0,
     }
     return {what: number for what, number in sent.items() if number}

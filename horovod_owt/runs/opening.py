@@ -34,7 +34,7 @@ from horovod_owt.runs.records import Start
 log = logging.getLogger(__name__)
 
 # Keys that a resumed run must not change: they determine weight shapes and sample order.
-FIXED_KEYS = ("model", "classes", "image_size", "seed")
+FIXED_KEYS = ("model", "classes", "image_size", "seed", "optimizer")
 
 
 @dataclass(frozen=True)

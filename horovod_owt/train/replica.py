@@ -19,7 +19,7 @@ from horovod_owt.data.copies import Download, upload
 from horovod_owt.model import build_model
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.exchange import Slice
-from horovod_owt.parallel.optimizer import build_optimizer, is_fused
+from horovod_owt.parallel.optimizer import build_optimizer, is_fused, scale_by_layer
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import OneWeirdTrick
 from horovod_owt.train.average import WeightAverage
@@ -85,9 +85,10 @@ class Replica:
         self._optimizers = [build_optimizer(p, cfg) for p in ([fc, conv] if in_turns else [fc + conv])]
         self.average = WeightAverage(cfg.ema, self.strategy) if cfg.ema else None
         self._scaler = _build_scaler() if cfg.precision == "fp16" else None
-        # Its factors are fp32; the scaler of fp16 decides for itself.
+        self._rates = 0.0, 0.0  # learning rate and weight decay of the step
+        # Its factors are fp32; the scaler of fp16 decides for itself, and LARS needs the final gradients.
         on_gpu = world.device.type == "cuda" and cfg.precision in ("fp32", "bf16")
-        self._update_decides = on_gpu and is_fused(self._optimizers[-1])
+        self._update_decides = on_gpu and is_fused(self._optimizers[-1]) and cfg.optimizer == "sgd"
         self._spent = np.zeros(len(PARTS), np.float32)  # by this rank in the step before
         self._skip: Tensor | None = None  # 1 after a turn of this step whose loss is not finite
 
@@ -259,6 +260,9 @@ class Replica:
 
     def _set_rates(self, lr: float, weight_decay: float) -> None:
         """Set the learning rate; a classifier updated in turns gets less, because its batch is smaller."""
+        self._rates = lr, weight_decay
+        if self.cfg.optimizer == "lars":
+            lr, weight_decay = 1.0, 0.0  # both are in its gradients
         for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             group["lr"], group["weight_decay"] = lr, weight_decay
         if len(self._optimizers) > 1:
@@ -354,6 +358,11 @@ class Replica:
 
     def _step_optimizer(self) -> None:
         optimizer = self._optimizers[-1]
+        if self.cfg.optimizer == "lars":
+            lr, weight_decay = self._rates
+            parameters = [parameter for _, parameter, _ in self.strategy.named_parameters()]
+            norms = self.strategy.layer_norms()
+            scale_by_layer(parameters, norms, lr=lr, weight_decay=weight_decay, eta=self.cfg.lars_eta)
         if self._scaler:
             self._scaler.step(optimizer)  # unscales; skips the update if a gradient overflowed
             self._scaler.update()

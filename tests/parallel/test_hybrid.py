@@ -45,6 +45,7 @@ def hybrid(ranks: int, steps: int, size: int, scheme: str, **settings) -> dict:
 BN = dict(model="alexnet-owt-bn", precision="fp64")
 SKIP = dict(bad_images="skip", precision="fp64", label_smoothing=0.1)
 CLIP_NORM = 0.05
+LARS = dict(optimizer="lars", lr=10.0, weight_decay=0.01, precision="fp64")
 ON_2_RANKS = {
     "fp64-data": plan(2, STEPS, precision="fp64"),
     "fp64-a": hybrid(2, STEPS, 2, "a", precision="fp64"),
@@ -56,6 +57,8 @@ ON_2_RANKS = {
     "fp32-b": hybrid(2, FP32_STEPS, 2, "b"),
     "sync-bn-data": plan(2, STEPS, sync_bn=True, **BN),
     "sync-bn-a": hybrid(2, STEPS, 2, "a", sync_bn=True, **BN),
+    "lars-data": plan(2, STEPS, **LARS),
+    "lars-a": hybrid(2, STEPS, 2, "a", **LARS),
     "average-data": plan(2, STEPS, sync_bn=True, ema=0.5, **BN),
     "average-a": hybrid(2, STEPS, 2, "a", sync_bn=True, ema=0.5, **BN),
     "dropout-data": plan(2, STEPS, precision="fp64", dropout=0.5, accum_steps=2),
@@ -88,6 +91,7 @@ ON_4_RANKS = {
     "fp64-2x2-accum": hybrid(4, STEPS, 2, "a", precision="fp64", accum_steps=2),
     "sync-bn-one-group": hybrid(4, STEPS, 4, "a", sync_bn=True, **BN),
     "sync-bn-2x2": hybrid(4, STEPS, 2, "a", sync_bn=True, **BN),
+    "lars-2x2": hybrid(4, STEPS, 2, "b", **LARS),
     "average-2x2": hybrid(4, STEPS, 2, "a", sync_bn=True, ema=0.5, **BN),
     "average-bn-data": plan(4, STEPS, ema=0.5, **BN),
     "average-bn-2x2-b": hybrid(4, STEPS, 2, "b", ema=0.5, **BN),
@@ -155,6 +159,8 @@ def few_units(monkeypatch):
 
 
 def sgd(parameters, cfg, lr: float | None = None) -> torch.optim.SGD:
+    if cfg.optimizer == "lars":  # the step is in the gradients
+        return torch.optim.SGD(parameters, lr=1.0, momentum=cfg.momentum)
     return torch.optim.SGD(parameters, lr=lr or cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
 
 
@@ -200,6 +206,11 @@ def plain(steps: int, *, masked: float = 0.0, **settings) -> tuple[list[float], 
             assert norm > cfg.clip_norm, "nothing to clip"
             for parameter in net.parameters():  # torch's clip_grad_norm_ adds 1e-6 to the norm
                 parameter.grad *= cfg.clip_norm / norm
+        if cfg.optimizer == "lars":
+            for p in net.parameters():
+                size, decay = p.detach().norm(), cfg.weight_decay
+                rate = cfg.lars_eta * size / (p.grad.norm() + decay * size)
+                p.grad = cfg.lr * rate * (p.grad + decay * p.detach())
         optimizer.step()
         for name, average in averages.items():
             averages[name] = cfg.ema * average + (1 - cfg.ema) * floats[name]
@@ -315,6 +326,14 @@ def test_with_sync_bn_the_batch_is_normalised_as_one_process_does(trained, ranks
     job = trained(ranks)
     assert job.losses(name) == pytest.approx(losses, rel=1e-6)
     assert_same(job.weights(name), weights, 1e-7)
+
+
+@pytest.mark.parametrize(("ranks", "name"), named("lars"))
+def test_lars_has_the_norms_of_whole_layers(trained, ranks, name):
+    losses, weights = plain(STEPS, **LARS)
+    job = trained(ranks)
+    assert job.losses(name) == pytest.approx(losses, rel=1e-6)
+    assert_same(job.weights(name), weights, 1e-9)
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(2, "average-data"), (2, "average-a"), (4, "average-2x2")])

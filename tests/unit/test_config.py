@@ -18,8 +18,8 @@ RECIPES = {
         {5: 0.01 * 0.5 * (1 + math.cos(math.pi / 12)), 30: 0.005, 60: 0.0},
     ),
     "large-batch": (
-        dict(model="alexnet-owt-bn", epochs=100, weight_decay=5e-4, schedule="poly:2", warmup_epochs=5),
-        {5: 0.04 * 0.95**2, 50: 0.01, 100: 0.0},
+        dict(model="alexnet-owt-bn", epochs=100, optimizer="lars", schedule="poly:2", warmup_epochs=5),
+        {5: 1.25 * 0.95**2, 50: 0.3125, 100: 0.0},
     ),
     "quickstart": (
         dict(model="alexnet-owt-bn", image_size=96, epochs=6, batch=32, schedule="cosine"),
@@ -169,6 +169,12 @@ def test_fp16_is_refused_for_hybrid_only():
             "sync_bn=true with owt_scheme=b",
             "owt_scheme=a",
         ),
+        (
+            ["optimizer=lars", "parallel=hybrid", "owt_scheme=b", "fc_batch=local"],
+            "optimizer=lars with fc_batch=local",
+            "fc_batch=global",
+        ),
+        (["optimizer=lars", "precision=fp16"], "optimizer=lars with precision=fp16", "precision=bf16"),
         (["parallel=hybrid", "precision=fp16"], "precision=fp16 with parallel=hybrid", "precision=bf16"),
     ],
 )

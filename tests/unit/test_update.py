@@ -1,5 +1,6 @@
 """The update that a GPU decides on does what the host's decision does: here both on the CPU."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -142,3 +143,26 @@ def test_the_weight_decay_of_a_step_is_in_its_update():
     without, decayed = map(weights, made)
     for name, _, _ in made[0].strategy.named_parameters():
         torch.testing.assert_close(decayed[name], without[name] - 0.1 * 0.5 * before[name])
+
+
+@pytest.mark.parametrize("model", ["alexnet-owt", "alexnet-owt-bn"])
+def test_lars_is_the_rule_of_the_paper(model):
+    """With the learning rate inside the momentum: it changes from step to step here."""
+    settings = dict(model=model, optimizer="lars", lars_eta=0.01, weight_decay=0.1, precision="fp64")
+    made = replica(decides=False, **settings)
+    plain, eta, decay, momentum = copy.deepcopy(made.strategy.model).train(), 0.01, 0.1, 0.9
+    velocity = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
+    for number, lr in enumerate((2.0, 3.0, 0.5)):
+        batch = random_batch(number)
+        made.train_step(lambda batch=batch: batch, consumed=0, lr=lr)
+        plain.zero_grad()
+        torch.nn.functional.cross_entropy(plain(batch.images.double()), batch.labels).backward()
+        with torch.no_grad():
+            for name, w in plain.named_parameters():
+                size, slope = w.norm(), w.grad.norm()
+                rate = eta * size / (slope + decay * size) if size > 0 and slope > 0 else 1.0
+                velocity[name] = momentum * velocity[name] + lr * rate * (w.grad + decay * w)
+                w -= velocity[name]
+    ours = weights(made)
+    for name, w in plain.named_parameters():
+        torch.testing.assert_close(ours[name], w.detach(), rtol=1e-6, atol=1e-6)
