@@ -223,3 +223,9 @@ def place_on_box(env: Mapping[str, str] | None = None) -> tuple[int, int] | None
     env = os.environ if env is None else env
     zeros = re.fullmatch(r"127\.0\.0\.(0*)1", env.get("HOROVOD_HOSTNAME", ""))
     return (len(zeros[1]), int(env[BOX_PLACES])) if zeros and BOX_PLACES in env else None
+
+
+def be_one_process(what: str) -> None:
+    """Raise ConfigError under a launcher, whose every rank would do all of it."""
+    if read_topology().world_size > 1:
+        raise ConfigError(f"{what} under a launcher", wanted="one process", fix="run it without")

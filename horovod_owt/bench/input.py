@@ -22,9 +22,8 @@ from torch import Tensor
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.input_contenders import open_dali_reader, open_data_loader, open_ours
 from horovod_owt.data.workers import usable_cores
-from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
-from horovod_owt.topology import read_topology
+from horovod_owt.topology import be_one_process
 from horovod_owt.train.prepare import Request, prepare_alone
 
 AHEAD = 8  # batches; no contender prefetches more
@@ -38,8 +37,7 @@ def bench_input(
     data: Path | None, recipe: str | None, settings: tuple[str, ...], *, blocks: int, batches: int
 ) -> dict[str, Any]:
     """Time `blocks` turns of `batches` batches of each contender; ConfigError under a launcher."""
-    if read_topology().world_size > 1:
-        raise ConfigError("bench input under a launcher", wanted="one process", fix="run it without")
+    be_one_process("bench input")
     with given_or_synthetic(data) as root, ExitStack() as keep:
         request = _with_threads(prepare_alone(root, recipe, settings))
         contenders = _contenders(request, root, keep)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
+from horovod_owt.cli import cli
 from horovod_owt.commands.predict import predict
 from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.data.paths import named_images
@@ -155,3 +156,11 @@ def test_a_file_of_other_names_is_refused(tmp_path, content, message):
         (tmp_path / "names.txt").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         class_words(tmp_path / "names.txt", ("cat", "dog"))
+
+
+@pytest.mark.parametrize("words", [["predict", "weights", "x.jpg"], ["export", "weights", "x.onnx"]])
+def test_under_a_launcher_it_is_refused(words):
+    env = {f"HOROVOD_{name}": "0" for name in ("RANK", "LOCAL_RANK", "CROSS_RANK")}
+    env |= {f"HOROVOD_{name}": "2" for name in ("SIZE", "LOCAL_SIZE")}
+    refused = CliRunner().invoke(cli, words, env=env).exception
+    assert str(refused) == f"owt {words[0]} under a launcher; wanted one process; fix: run it without"
