@@ -83,9 +83,9 @@ class Transfer:
         return self
 
     def wait(self) -> Tensor:
+        in_flight.discard(self._handle)  # Horovod forgets a handle whose operation fails
         with self._traffic.waiting(), now.waiting_in(self._name):
             result = hvd.synchronize(self._handle)
-        in_flight.discard(self._handle)
         for step in self._steps:
             result = step(result)
         return result

@@ -56,7 +56,7 @@ def test_every_strategy_ends_at_the_weights_of_one_cpu_process(run, on_gpus, alo
     for name in RUNS[ranks]:
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["device"].startswith("cuda")
-        assert record["losses"] == pytest.approx(alone[1], rel=1e-9), name
+        assert record["losses"] == pytest.approx(alone[1], rel=1e-6), name  # ranks share them in fp32
         weights = load_file(tmp_path / f"{name}.safetensors")
         torch.testing.assert_close(
             weights, alone[0], rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"

@@ -53,6 +53,18 @@ def test_the_first_cause_is_found_among_what_is_in_flight(monkeypatch, others, s
     assert not in_flight
 
 
+def test_the_one_that_was_waited_for_is_not_asked_again(monkeypatch):
+    """Horovod has forgotten its handle then, and raises ValueError."""
+
+    def fail(handle):
+        raise HorovodInternalError(SHUT_DOWN)
+
+    monkeypatch.setattr(hvd, "synchronize", fail)
+    monkeypatch.setattr(hvd, "poll", lambda handle: pytest.fail(f"handle {handle} polled"))
+    with pytest.raises(RunError, match="lost contact"), explain_lost_ranks():
+        Transfer(7, Traffic(torch.device("cpu")), "sum").wait()
+
+
 def test_a_collective_that_does_not_end_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(collectives, "REASON_WITHIN_S", 0.05)
     monkeypatch.setattr(hvd, "poll", lambda handle: False)
