@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping
@@ -127,7 +128,8 @@ class TrainConfig:
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As JSON has it: tables are lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.errors import ConfigError, RunError, fix_of
 from horovod_owt.files import atomic_file
+from horovod_owt.filesystem import temporary_folder
 from horovod_owt.inference.weights import NetInfo, TrainedNet, metadata
 
 TOLERANCE = 1e-4  # of ONNX Runtime's logits, relative to the largest one
@@ -75,8 +75,8 @@ def _write_onnx(net: TrainedNet, file: BinaryIO) -> dict[str, Any]:
     import onnx
 
     model, side = net.build(torch.device("cpu")), net.info.image_size
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "net.onnx"
+    with temporary_folder("owt-export-") as folder:
+        path = folder / "net.onnx"
         torch.onnx.export(
             model,
             (torch.zeros(2, 3, side, side),),

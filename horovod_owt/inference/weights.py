@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
 import tarfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ def _why_refused(error: Exception) -> str:
     """In our words where torch's advise to load it unchecked."""
     if found := re.search(r"(?:GLOBAL|Unsupported class) (\w+\.[\w.]+)", str(error)):
         return f"contains Python objects ({found[1]}), which are never unpickled"
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, UnpicklingError):
         return "truncated, or a pickle of other things than tensors"
     return f"truncated or no file of torch ({' '.join(str(error).split())[:200] or type(error).__name__})"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import Counter, deque
@@ -16,6 +15,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from horovod_owt import __version__
+from horovod_owt.filesystem import free_space
 from horovod_owt.runs.checkpoints import list_checkpoints, step_of
 
 RECENT = 20  # steps whose median predicts the time between checkpoints
@@ -191,9 +191,9 @@ class RunMetrics(Collector):
 
     def _about_the_host(self) -> Iterator[Metric]:
         with suppress(OSError):  # the folder's disk may be gone; the rest is worth knowing then
-            disk = os.statvfs(self._run_dir)
-            free = disk.f_bavail * disk.f_frsize
-            yield self._gauge("owt_disk_free_bytes", "Free for the user, under the run folder.", free)
+            free, _ = free_space(self._run_dir)
+            if free is not None:
+                yield self._gauge("owt_disk_free_bytes", "Free for the user, under the run folder.", free)
         memory = self._process.memory_info().rss
         yield self._gauge("owt_resident_memory_bytes", "Of this process, rank 0.", memory)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from horovod_owt.config import FIELDS
+from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
 from horovod_owt.report.evaluation import evaluation_of
 from horovod_owt.report.formats import integer, is_number
@@ -37,6 +37,7 @@ from horovod_owt.runs.history import History, moment_of, read_history
 from horovod_owt.runs.owner import active_owner
 from horovod_owt.runs.records import METRICS, utc
 
+DEFAULTS = TrainConfig().to_dict()
 MOST_IMAGES = 100  # bad images listed by name
 SCORES = ("epoch", "step", "images", "correct_top1", "correct_top5", "top1", "top5", "loss")
 
@@ -169,7 +170,7 @@ def _config(run_dir: Path, last: Mapping[str, Any], notes: list[str]) -> dict[st
 
 
 def _is_changed(key: str, value: Any) -> bool:
-    return key in FIELDS and value != FIELDS[key].default
+    return key in DEFAULTS and value != DEFAULTS[key]
 
 
 def _goodput(run_dir: Path, notes: list[str]) -> dict[str, Any] | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import logging
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -14,7 +12,9 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from horovod_owt.errors import ConfigError
 from horovod_owt.files import atomic_file
+from horovod_owt.filesystem import temporary_folder
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.folder import profile_table, profile_trace
@@ -79,19 +79,21 @@ class Profile:
             write_trace(profiler, trace)
             with atomic_file(profile_table(self._run_dir, rank)) as file:
                 file.write(table.encode())
-        except OSError as error:
-            log.warning("%s: %s; no profile of this rank", trace, error.strerror)
+        except (OSError, ConfigError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            log.warning("%s: %s; no profile of this rank", trace, reason)
             return
         if self._world.is_root:
             log.info("profile of %d steps in %s\n%s", steps, trace.parent, table.rstrip())
 
 
 def write_trace(profiler: profile, file: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="owt-profile-") as scratch:
-        plain = Path(scratch) / "trace.json"
+    with temporary_folder("owt-profile-") as scratch:
+        plain = scratch / "trace.json"
         profiler.export_chrome_trace(str(plain))
         with plain.open("rb") as trace, atomic_file(file) as out, gzip.open(out, "wb") as packed:
-            shutil.copyfileobj(trace, packed)
+            while block := trace.read(1 << 20):
+                packed.write(block)
 
 
 def table_of(operations: Iterable, *, steps: int, on_gpu: bool) -> str:

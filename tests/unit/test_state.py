@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from horovod_owt.config import TrainConfig
+from horovod_owt.config import TrainConfig, from_mapping
 from horovod_owt.errors import ConfigError
 from horovod_owt.model import alexnet_owt
 from horovod_owt.parallel.elastic import Committed
@@ -94,7 +94,7 @@ def test_a_snapshot_says_where_the_run_was_and_what_it_was():
     kept = saved(replica(6), Position(IMAGES, 3, 24), validation_due=True).state
     told = ("step", "epoch", "samples_consumed", "num_samples", "validation_due", "seed", "world_size")
     assert [kept[key] for key in told] == [3, 0.6, 24, IMAGES, True, 6, 1]
-    assert TrainConfig(**kept["config"]) == replace(CONFIG, seed=6)
+    assert from_mapping(kept["config"]) == replace(CONFIG, seed=6)
     assert kept["versions"]["torch"] in torch.__version__
     json.dumps(kept)  # plain numbers and words
 
