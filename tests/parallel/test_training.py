@@ -161,7 +161,6 @@ def test_every_launcher_trains(run, images, tmp_path, launcher):
         "bad_images": 0,
     }
     kinds = [json.loads(line)["kind"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    kinds.remove("ranks")  # where the steps' time went
     assert sorted(kinds[3:5]) == ["checkpoint", "validation"]  # written beside the validation
     assert kinds[:3] + kinds[5:] == ["run", "step", "step", "outcome"]
     assert all(
