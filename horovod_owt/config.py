@@ -222,7 +222,7 @@ def _check(cfg: TrainConfig) -> None:
             wanted="the same",
             fix="the table in image_size alone",
         )
-    _check_hybrid(cfg)
+    _check_conflicts(cfg)
     positive = (
         "batch",
         "accum_steps",
@@ -272,8 +272,8 @@ def _check_hook(command: str) -> None:
         raise ConfigError(f"hook={_short(command)}", wanted="a command", fix="--set hook= for none")
 
 
-def _check_hybrid(cfg: TrainConfig) -> None:
-    """Reject inconsistent settings, and those that split layers do not support."""
+def _check_conflicts(cfg: TrainConfig) -> None:
+    """Reject settings that do not go together."""
     size = cfg.fc_group_size
     if size not in ("node", "all") and not (isinstance(size, int) and size > 0):
         raise ConfigError(
@@ -281,46 +281,54 @@ def _check_hybrid(cfg: TrainConfig) -> None:
             wanted="node, all or a number of ranks",
             fix="fc_group_size=node",
         )
-    if cfg.fc_batch == "local" and cfg.owt_scheme != "b":
-        raise ConfigError(
+    local, lars, fp16 = cfg.fc_batch == "local", cfg.optimizer == "lars", cfg.precision == "fp16"
+    conflicts = (  # whether there is one, what was seen, what is wanted, how to get it
+        (
+            local and cfg.owt_scheme != "b",
             "fc_batch=local with owt_scheme=a, where the FC layers process all images at once",
-            wanted="owt_scheme=b, where ranks take turns",
-            fix="--set owt_scheme=b",
-        )
-    if cfg.fc_batch == "local" and cfg.parallel != "hybrid":
-        raise ConfigError(
-            f"fc_batch=local with parallel={cfg.parallel}", wanted="parallel=hybrid", fix="--parallel hybrid"
-        )
-    if cfg.fc_batch == "local" and cfg.clip_norm:
-        raise ConfigError(
+            "owt_scheme=b, where ranks take turns",
+            "--set owt_scheme=b",
+        ),
+        (
+            local and cfg.parallel != "hybrid",
+            f"fc_batch=local with parallel={cfg.parallel}",
+            "parallel=hybrid",
+            "--parallel hybrid",
+        ),
+        (
+            local and cfg.clip_norm,
             "clip_norm with fc_batch=local, whose FC layers are updated before the norm is known",
-            wanted="fc_batch=global",
-            fix="--set fc_batch=global",
-        )
-    if cfg.optimizer == "lars" and cfg.fc_batch == "local":
-        raise ConfigError(
+            "fc_batch=global",
+            "--set fc_batch=global",
+        ),
+        (
+            local and lars,
             "optimizer=lars with fc_batch=local, whose FC layers are updated in turns",
-            wanted="fc_batch=global",
-            fix="--set fc_batch=global",
-        )
-    if cfg.optimizer == "lars" and cfg.precision == "fp16":
-        raise ConfigError(
+            "fc_batch=global",
+            "--set fc_batch=global",
+        ),
+        (
+            lars and fp16,
             "optimizer=lars with precision=fp16, whose gradients are scaled",
-            wanted="fp32 or bf16",
-            fix="--set precision=bf16",
-        )
-    if cfg.sync_bn and cfg.owt_scheme == "b" and cfg.parallel != "data":
-        raise ConfigError(
+            "fp32 or bf16",
+            "--set precision=bf16",
+        ),
+        (
+            cfg.sync_bn and cfg.owt_scheme == "b" and cfg.parallel != "data",
             "sync_bn=true with owt_scheme=b, where no FC layer gets the whole batch",
-            wanted="owt_scheme=a",
-            fix="--set owt_scheme=a",
-        )
-    if cfg.precision == "fp16" and cfg.parallel == "hybrid":
-        raise ConfigError(
+            "owt_scheme=a",
+            "--set owt_scheme=a",
+        ),
+        (
+            fp16 and cfg.parallel == "hybrid",
             "precision=fp16 with parallel=hybrid, whose ranks would skip different steps",
-            wanted="fp32 or bf16",
-            fix="--set precision=bf16, or --parallel data",
-        )
+            "fp32 or bf16",
+            "--set precision=bf16, or --parallel data",
+        ),
+    )
+    for there, saw, wanted, fix in conflicts:
+        if there:
+            raise ConfigError(saw, wanted=wanted, fix=fix)
 
 
 def _short(value: Any) -> str:

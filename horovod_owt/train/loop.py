@@ -91,7 +91,6 @@ class Run:
         self.global_batch = cfg.global_batch(world.size)
         self.position = Position(num_samples=len(self.folder.train))
         self._opened, self._committed = opened, committed
-        self._began_from = opened.began_from
         self.start, self._began = opened.start, time.time()
         self.journal = Journal(self.run_dir, self.start, cfg, stop) if world.is_root else None
         self._stop, self._stopped_by = stop, ""
@@ -213,8 +212,8 @@ class Run:
             early = FetchedEarly(batches)
             collected = bad_images.collect(early)
             next_batch = self.observers.looking_at(collected, position.step + 1).__next__
-            # CPU cores have no time to spare within a step
             every = cfg.grad_norm_every
+            # CPU cores have no time to spare within a step
             fetching = {"fetch_next": early.fetch} if self.world.device.type == "cuda" else {}
             while position.step < self.total_steps:
                 began, lr = position.epoch, self._learning_rate()
@@ -322,7 +321,7 @@ class Run:
             self.position,
             self._copies,
             validation_due=validation_due,
-            began_from=self._began_from,
+            began_from=self._opened.began_from,
             job=job_name(os.environ),
             data=self.folder.identity(),
         )
