@@ -14,14 +14,18 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import debian_packages
 import psutil
-from debian_packages import SYSTEM_PATH, Unfit, find
+
+sys.path.append(str(Path(__file__).parents[1]))  # for programs that import this module alone
+
+import debian_packages  # noqa: E402
+from debian_packages import SYSTEM_PATH, Unfit, find  # noqa: E402
 
 # what the cluster is made of: a program, or a pattern of files, and the package that brings it
 PACKAGES = {

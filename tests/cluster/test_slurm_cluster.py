@@ -1,6 +1,5 @@
 """The test cluster itself: it leaves nothing, and does not mind another one."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -30,7 +29,6 @@ def test_nothing_stays_behind_however_its_owner_ends(slurm, number):
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         text=True,
     ) as owner:
