@@ -14,7 +14,16 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.compression import CompressionState, build_compressors
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.low_rank import LowRank
-from horovod_owt.parallel.one_bit import MAX_BLOCK, OneBit, dequantise, pack, quantise_, unpack
+from horovod_owt.parallel.one_bit import (
+    MAX_BLOCK,
+    OneBit,
+    dequantise,
+    pack,
+    pack_on_gpu,
+    quantise_,
+    unpack,
+    unpack_on_gpu,
+)
 
 STEPS = 5
 SHAPE = (7, 21)  # not a multiple of the ranks, nor of a byte's bits
@@ -145,11 +154,13 @@ def one_bit_by_hand(steps, ranks: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("columns", [1, 8, 21, 64])
-def test_bits_are_packed_as_numpy_packs_them(columns):
-    bits = torch.rand(5, columns, generator=torch.Generator().manual_seed(columns)) < 0.5
+def test_bits_are_packed_on_a_gpu_as_on_a_cpu(columns):
+    draw = torch.Generator().manual_seed(columns)
+    bits = torch.randint(2, (5, columns), generator=draw, dtype=torch.uint8)
     packed = pack(bits)
-    assert np.array_equal(packed.numpy(), np.packbits(bits.numpy(), axis=1, bitorder="little"))
-    assert torch.equal(unpack(packed, columns), bits)
+    assert packed.shape == (5, -(-columns // 8)) and packed[0, 0] % 2 == bits[0, 0]
+    assert torch.equal(pack_on_gpu(bits), packed)
+    assert torch.equal(unpack(packed, columns), bits) and torch.equal(unpack_on_gpu(packed, columns), bits)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +169,7 @@ def test_bits_are_packed_as_numpy_packs_them(columns):
 def test_rows_of_one_sign_have_one_mean(values):
     values = torch.tensor(values)
     left = values.clone()
-    sent = dequantise(quantise_(left), 3, values.dtype, torch.empty_like(values))
+    sent = dequantise(quantise_(left), torch.empty_like(values))
     assert np.allclose(sent.numpy(), quantised_by_hand(values.numpy()))
     assert torch.allclose(sent + left, values)
 
@@ -166,7 +177,7 @@ def test_rows_of_one_sign_have_one_mean(values):
 def test_large_matrices_are_quantised_block_by_block():
     values = torch.randn(3, MAX_BLOCK // 2 + 3, generator=torch.Generator().manual_seed(0))
     left = values.clone()
-    sent = dequantise(quantise_(left), values.shape[1], values.dtype, torch.empty_like(values))
+    sent = dequantise(quantise_(left), torch.empty_like(values))
     assert np.allclose(sent.numpy(), quantised_by_hand(values.numpy()), atol=1e-5)
 
 
