@@ -213,7 +213,7 @@ class Place:
 
         CMake's FindMPI takes `mpicc -show` apart at blanks, and Horovod's CMake file passes the path of its
         sources to the linker unquoted. The names are links, but for the scratch folder: CMake resolves the
-        folder that it works in. They lie in a folder of this user, because the built library keeps them in its
+        folder that it works in. They lie in a folder of this user: the built library keeps them in its
         RUNPATH.
         """
         if not has_blank(self.venv) and not has_blank(self.cache):
