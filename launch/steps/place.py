@@ -231,7 +231,7 @@ class Place:
             named.venv.symlink_to(self.venv)
             named.cache.mkdir()
             for kept in ("logs", "sdist", "wheels"):
-                (self.cache / kept).mkdir(exist_ok=True)
+                (self.cache / kept).mkdir(parents=True, exist_ok=True)
                 (named.cache / kept).symlink_to(self.cache / kept)
             yield named
 
