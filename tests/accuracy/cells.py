@@ -58,10 +58,8 @@ WAYS = {
     )
 }
 # The net without batch normalisation stays at log(classes) for its first steps. Its curves are compared
-# without dropout and in fp64: in fp32 another order of additions, amplified a million times, shows after
-# 200 steps.
+# without dropout.
 PLATEAU = {
-    "precision": "fp64",
     "model": "alexnet-owt",
     "dropout": 0,
     "epochs": 8,

@@ -83,10 +83,14 @@ def test_a_killed_rank_comes_back_and_the_run_is_that_of_one_process(
 
 
 def test_hosts_come_and_go_with_the_lines_of_a_file(start, images, tmp_path, narrow_owt):
-    """The learning rate follows the number of ranks, and each place in the epoch is that of its images."""
+    """The learning rate follows the number of ranks, and each place in the epoch is that of its images.
+
+    With compressed gradients, whose errors each world takes over from the one before.
+    """
     hosts, run_dir = tmp_path / "hosts", tmp_path / "run"
     hosts.write_text("localhost:1\n")
     options = ["--hosts", hosts, "--", images, *SMALL, *EXACT, "--run-dir", run_dir]
+    options += settings(compression="onebit")
     job = start([*ELASTIC, *options], launcher="none", **narrow_owt)
     wait_for_steps_of(run_dir, 1)
     hosts.write_text("localhost:1  # stays\n127.0.0.1 slots=1\n")
