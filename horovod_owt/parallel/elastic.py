@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Committed(State):
 
     def commit_copy(self, tensors: dict[str, Tensor], commit: Commit) -> None:
         """Keep a copy; if hosts joined or left since the last one, all ranks raise HostsUpdatedInterrupt."""
+        self._forget_all_but(tensors)
         for name, tensor in tensors.items():
             if name not in self.tensors:
                 self.tensors[name] = torch.empty_like(tensor)
@@ -87,11 +88,17 @@ class Committed(State):
         self.last, layouts, self.regrouped = broadcast_object(
             (self.last, layouts, self.regrouped), "elastic.values", kind=Commit, root_rank=root
         )
+        self._forget_all_but(layouts)
         for name, layout in layouts.items():
             if name not in self.tensors:
                 self.tensors[name] = _empty(*layout, self._device)
             own = self.tensors[name].cpu().contiguous()
             self.tensors[name].copy_(hvd.broadcast(own, root, f"elastic.{name}"))
+
+    def _forget_all_but(self, names: Iterable[str]) -> None:
+        """What compressed gradients keep is not the same in worlds of one rank and of several."""
+        for name in self.tensors.keys() - set(names):
+            del self.tensors[name]
 
     def save(self) -> None:
         """Horovod's own commit is not used."""
