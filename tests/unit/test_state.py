@@ -227,3 +227,33 @@ def test_a_commit_brings_weights_and_place_back(monkeypatch):
     assert restore_commit(newcomer, position, committed) is False
     assert (position.step, position.consumed) == (7, 56)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(newcomer).items())
+
+
+def test_errors_of_compressed_gradients_are_saved_and_restored(tmp_path):
+    """In a checkpoint and in a commit; of one rank here, which keeps what an earlier world left."""
+    made = replica(1, compression="onebit")
+    errors = made.strategy.compression.gather()
+    assert errors.keys() == {f"error.classifier.{layer}.weight" for layer in (1, 5, 8)}
+    for number, error in enumerate(errors.values(), 1):
+        error.fill_(number)
+    write_checkpoint(tmp_path, saved(made, Position(IMAGES, 4, 20)))
+    committed = Committed(torch.device("cpu"))
+    committed.check_host_updates = lambda: None
+    commit(made, Position(IMAGES, 4, 20), committed, Opened(tmp_path))
+    from_disk, from_memory = (replica(2, compression="powersgd:1") for _ in range(2))
+    restore(from_disk, Position(IMAGES), tmp_path, checkpoint_folder(tmp_path, 4))
+    restore_commit(from_memory, Position(IMAGES), committed)
+    for after in (from_disk, from_memory):
+        found = after.strategy.compression.gather()
+        assert found.keys() <= errors.keys() and found
+        assert all(torch.equal(error, errors[name]) for name, error in found.items())
+        assert all(torch.equal(tensor, tensors(made)[name]) for name, tensor in tensors(after).items())
+
+
+def test_a_run_without_compression_says_that_it_drops_the_errors(tmp_path, run_dir, caplog):
+    write_checkpoint(tmp_path, saved(replica(1, compression="onebit"), Position(IMAGES, 4, 20)))
+    restore(replica(2), Position(IMAGES), tmp_path, checkpoint_folder(tmp_path, 4))
+    assert "errors of compressed gradients (onebit) are dropped with compression=none" in caplog.text
+    begun = replica(2, compression="onebit")
+    restore(begun, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 4))
+    assert not any(error.any() for error in begun.strategy.compression.gather().values())
