@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from horovod.runner.common.util.hosts import SlotInfo
+from horovod.runner.elastic.discovery import HostDiscoveryScript
 from horovod.runner.gloo_run import _slot_info_to_command_fn
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch.command import HOROVODRUN, Start, check_folder_for_ssh
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
-from horovod_owt.launch.horovodrun import drop_unspeakable
+from horovod_owt.launch.horovodrun import discover_without_python, drop_unspeakable
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.parallel.interfaces import interface_between, interface_towards
 from horovod_owt.topology import UNBOUND, Launcher
@@ -200,6 +201,19 @@ def test_the_interface_is_that_of_the_route(monkeypatch):
             interface_between(["n1", "me", "n3"])
     with pytest.raises(ConfigError, match="no route from here to host"):
         interface_towards("no-such-host.invalid")
+
+
+def test_the_hosts_of_an_elastic_job_are_read_without_another_python(tmp_path, monkeypatch):
+    """And an unreadable file is an error of the moment, which Horovod's driver asks again after."""
+    monkeypatch.setattr(HostDiscoveryScript, "_execute_discovery_script", None)  # restored afterwards
+    discover_without_python()
+    file = tmp_path / "a file"
+    file.write_text("n1:2\nn2 slots=1\n")
+    script = HostDiscoveryScript(shlex.join(["sh", str(DISCOVER_HOSTS), str(file)]), None)
+    assert script.find_available_hosts_and_slots() == {"n1": 2, "n2": 1}
+    file.unlink()
+    with pytest.raises(subprocess.CalledProcessError):
+        script.find_available_hosts_and_slots()
 
 
 def test_a_variable_that_a_shell_would_not_take_stays_here_and_the_others_arrive_whole():
