@@ -2,6 +2,7 @@
 
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +40,12 @@ def wait_for_steps_of(run_dir, world: int, steps: int = 4) -> None:
     wait_for(lambda: len(worlds(run_dir)) >= world, 180)
     before = steps_done(run_dir)
     wait_for(lambda: steps_done(run_dir) >= before + steps)
+
+
+def has_step_of(run_dir, world: int) -> bool:
+    """Whether the `world`-th world has made a step."""
+    found = worlds(run_dir)[world - 1 :]
+    return bool(found) and last_step(run_dir)[0] > found[0][0]
 
 
 def what_counts(run_dir) -> dict[int, dict]:
@@ -123,7 +130,7 @@ def test_a_job_below_its_minimum_continues_as_soon_as_its_hosts_return(start, im
         wait_for(lambda: time.time() - (run_dir / "metrics.jsonl").stat().st_mtime > 3)
         assert len(worlds(run_dir)) == world - 1
         hosts.write_text(three)
-        wait_for(lambda: len(worlds(run_dir)) == world and last_step(run_dir)[0] > worlds(run_dir)[-1][0], 30)
+        wait_for(partial(has_step_of, run_dir, world), 30)
     job.process.send_signal(signal.SIGTERM)
     done = job.finish()
     assert done.exit_code == 75, done.stderr[-3000:]
