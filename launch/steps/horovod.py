@@ -137,9 +137,12 @@ def build_wheel(
     )
     (out / "built-from.json").write_text(json.dumps(ingredients, indent=1) + "\n")
     kept = place.cache / "wheels" / built.key
-    shutil.rmtree(kept, ignore_errors=True)
+    beside = kept.with_suffix(".new")
+    for stale in (kept, beside):
+        shutil.rmtree(stale, ignore_errors=True)
     kept.parent.mkdir(exist_ok=True)
-    out.replace(kept)
+    shutil.move(out, beside)  # the scratch folder may be on another file system
+    beside.replace(kept)
     shutil.rmtree(source, ignore_errors=True)  # what stays, the next set-up deletes
     return next(kept.glob("*.whl"))
 
@@ -202,8 +205,7 @@ def build_settings(
         "LDFLAGS": RELATIVE_RPATH,
         "MAKEFLAGS": f"-j{jobs}",
         "CXX": tools.cxx.command,
-        # mpicc finds its folder itself, but by its real name
-        **({"OPAL_PREFIX": str(place.venv)} if mpi.source == "pip" else {}),
+        **mpicc_paths(place, mpi),
         **({"CC": tools.cxx.c_compiler} if tools.cxx.c_compiler else {}),
     }
     if lane.cuda_major is None:
@@ -223,6 +225,13 @@ def build_settings(
             seen
         )  # building for all architectures takes twice as long
     return {**settings, **place.settings()}  # the user's environment has precedence
+
+
+def mpicc_paths(place: Place, mpi: Mpi) -> dict[str, str]:
+    """Make pip's mpicc name its folders as `place` does: it sets OPAL_PREFIX itself, to their real names."""
+    if mpi.source != "pip":
+        return {}
+    return {"OPAL_INCLUDEDIR": str(place.venv / "include"), "OPAL_LIBDIR": str(place.venv / "lib")}
 
 
 def nccl_home(place: Place, lane: Lane) -> Path:

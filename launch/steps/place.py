@@ -215,9 +215,12 @@ class Place:
 
     @contextmanager
     def named_without_blanks(self) -> Iterator["Place"]:
-        """The same folders by names that CMake's FindMPI can read: it takes `mpicc -show` apart at blanks.
+        """The same installation with names that Horovod can be built under, its scratch folder moved there.
 
-        The links are in a folder of this user, because the built library keeps their names in its RUNPATH.
+        CMake's FindMPI takes `mpicc -show` apart at blanks, and Horovod's CMake file passes the path of its
+        sources to the linker unquoted. The names are links, but for the scratch folder: CMake resolves the
+        folder that it works in. They lie in a folder of this user: the built library keeps them in its
+        RUNPATH.
         """
         if not has_blank(self.venv) and not has_blank(self.cache):
             yield self
@@ -229,10 +232,14 @@ class Place:
                 f"{self.venv} or {self.cache} has a blank, where Horovod cannot be built: "
                 "use --venv and XDG_CACHE_HOME"
             )
-        with tempfile.TemporaryDirectory(prefix=".owt-build-", dir=home) as links:
-            for name, folder in (("venv", self.venv), ("cache", self.cache.parent)):
-                Path(links, name).symlink_to(folder)
-            yield Place(Path(links, "venv"), {**self.environ, "XDG_CACHE_HOME": f"{links}/cache"})
+        with tempfile.TemporaryDirectory(prefix=".owt-build-", dir=home) as folder:
+            named = Place(Path(folder, "venv"), {**self.environ, "XDG_CACHE_HOME": folder})
+            named.venv.symlink_to(self.venv)
+            named.cache.mkdir()
+            for kept in ("logs", "sdist", "wheels"):
+                (self.cache / kept).mkdir(parents=True, exist_ok=True)
+                (named.cache / kept).symlink_to(self.cache / kept)
+            yield named
 
     @property
     def scratch(self) -> Path:

@@ -204,6 +204,23 @@ def test_a_cancelled_job_has_a_checkpoint_and_does_not_come_back(slurm, images, 
     assert f"step-{said['step']:08d}" in os.listdir(run_dir / "checkpoints")
 
 
+@pytest.mark.slow
+def test_a_run_asked_to_stop_ends_its_job_which_is_not_requeued(slurm, images, tmp_path):
+    """Asked from a node that has no part in the job, by files alone."""
+    owt = ["--run-dir", "run", *settings(epochs=1000000)]
+    job_id = submit(slurm, tmp_path, images, "--nodes=2", "--launcher=gloo", owt=owt)
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    wait_for(lambda: losses(run_dir), log=log)
+    slurm.run("owt", "save", run_dir, "--wait", host="n3")
+    saved = len(losses(run_dir))
+    slurm.run("owt", "stop", run_dir, "--wait", host="n3")
+    assert end_of(slurm, job_id, log) == "FAILED", log.read_text()
+    said = status(slurm, job_id)
+    assert (said["exit_code"], said["restarts"]) == (75, 0)
+    assert said["step"] >= saved and f"step-{said['step']:08d}" in os.listdir(run_dir / "checkpoints")
+    assert "not requeued" in log.read_text() and not (run_dir / "STOP").exists()
+
+
 def test_a_job_that_fails_at_once_stays_failed_and_a_waiting_one_is_cancelled(slurm, images, tmp_path):
     job_id = submit(slurm, tmp_path, images, "--nodes=1", owt=settings(lr="fast"))
     waiting = submit(slurm, tmp_path, images, "--nodes=1", f"--dependency=afterok:{job_id}")

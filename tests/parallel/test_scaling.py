@@ -19,6 +19,7 @@ needs_namespaces = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
     done = run(
         [*OWT, "bench", "scaling", *SMALL, "--set", "batch=2", "--against", "ddp"]

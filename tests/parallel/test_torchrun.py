@@ -4,6 +4,7 @@ import pytest
 from real_ranks import NARROW, SMALL, records, settings
 
 
+@pytest.mark.slow
 def test_torchrun_trains_as_horovodrun_does(run, images, tmp_path):
     losses = {}
     for launcher in ("horovodrun", "torchrun"):

@@ -15,7 +15,6 @@ def one_epoch(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return indices
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 10**6))
 def test_an_epoch_is_a_permutation(num_samples, seed, epoch):
     assert (np.sort(one_epoch(num_samples, seed, epoch)) == np.arange(num_samples)).all()
@@ -35,7 +34,6 @@ def test_a_billion_samples_cost_no_memory_and_do_not_repeat():
     assert 0 <= indices.min() and indices.max() < num_samples
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(0, 10**9), st.integers(0, 300), st.integers(0, 300))
 def test_the_stream_does_not_depend_on_how_it_is_cut(num_samples, position, first, second):
     order = SampleOrder(num_samples, 1)
@@ -78,7 +76,7 @@ def plain_stream(num_samples: int, seed: int, count: int) -> list[tuple[int, int
     return [(position // num_samples, int(order.at(position, 1)[1][0])) for position in range(count)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 100))
 def test_ranks_together_read_the_stream_in_order(num_samples, world_size, batch, accum_steps, start):
     steps = 4
@@ -96,7 +94,7 @@ def test_ranks_together_read_the_stream_in_order(num_samples, world_size, batch,
     assert seen == plain_stream(num_samples, 0, start + steps * global_batch)[start:]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.integers(1, 50),
     st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=5),

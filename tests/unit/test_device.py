@@ -2,7 +2,7 @@
 
 import pytest
 from boxes import k80_box, rank_of, with_mig
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from horovod_owt.errors import ConfigError, DeviceError, Speaker
@@ -91,7 +91,6 @@ def test_a_list_that_shows_nothing_is_refused_with_what_is_there(box, visible):
 WORDS = ["0", "1", "3", "4", "-1", "", " 2", "1x", "GPU-1", "GPU-2", "GPU-"]
 
 
-@settings(deadline=None)  # torch loads
 @given(st.lists(st.sampled_from(WORDS), max_size=4))
 def test_torch_sees_the_same(words):
     from torch.cuda import _parse_visible_devices, _transform_uuid_to_ordinals

@@ -45,6 +45,7 @@ def test_safetensors_keep_names_and_image_size(tmp_path, narrow):
     assert load_file(file).keys() == net(tmp_path, model="alexnet-owt-bn").weights.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_onnx_runtime_gives_the_same_logits(tmp_path, narrow):
     """At an image size whose features are pooled up to 6 x 6, the harder case, and for any batch."""

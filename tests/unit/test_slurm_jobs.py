@@ -78,7 +78,7 @@ def test_every_word_of_owt_and_of_the_launcher_arrives_as_it_was_given(tmp_path)
     assert words[words.index("--") + 1 :] == wanted
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=4))
 def test_any_words_become_one_line_of_bash_that_gives_them_back(words):
     line = render(JobSpec(owt_args=tuple(words))).partition("\nexec ")[2].removesuffix(' "$@"\n')
