@@ -1,6 +1,9 @@
 # The two commands of the README, and what they are made of. Each sets up whatever is missing first.
 PYTHON ?= python3
-VENV ?= .venv
+# A lane other than this machine's own, in an environment of its own: `make test LANE=k80`. Without a GPU its Horovod
+# is built for CPU cores.
+LANE ?=
+VENV ?= .venv$(addprefix -,$(LANE))
 DATA ?= quickstart/data
 RUNS ?= quickstart/runs
 MINUTES ?= 30
@@ -11,7 +14,8 @@ IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 .PHONY: setup quickstart test test-all rehearse-gpu test-gpu test-machines accuracy soak lint docs clean
 
 setup:
-	@$(PYTHON) launch/setup --venv $(VENV)
+	@$(if $(LANE),nvidia-smi -L > /dev/null 2>&1 || export HOROVOD_WITHOUT_CUDA=1;) \
+	$(PYTHON) launch/setup --venv $(VENV) $(addprefix --lane ,$(LANE))
 
 quickstart: setup
 	@$(IN_VENV) python launch/quickstart $(DATA) $(RUNS)

@@ -73,10 +73,7 @@ class TrainConfig:
     owt_scheme: str = "a"  # hybrid: a: a group's whole batch at once through the FC layers; b: rank by rank
     fc_batch: str = "global"  # batch of an FC update; local (scheme b): one rank's images of each group
     sync_bn: bool = False  # batch statistics over all ranks' images instead of each rank's own
-    compression: str = (
-        "none"  # gradients on the network: none, fp16 (16-bit floats); of FC matrices only, with
-        # parallel=data: onebit (signs and two means a row), powersgd:R (products of rank R)
-    )
+    compression: str = "none"  # of gradients: none, fp16, onebit or powersgd:R (see docs/compression.md)
     compression_start: int = 0  # steps with gradients sent as they are, before compression begins
 
     pipeline: str = "auto"  # auto: DALI where it is installed, else torchvision

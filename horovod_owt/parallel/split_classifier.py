@@ -92,17 +92,16 @@ class SplitClassifier:
         send_back: Callable[[Tensor], Transfer | Arrived],
         gradients: FlatGradients,
         *,
-        loss_factor: float,
+        gradient_factor: float,
         gradient_scale: Tensor | None,
         batches: int,
     ) -> tuple[Tensor, Transfer | Arrived]:
         """One forward and backward pass over R images (`batches` ranks' batches), by all ranks of the group.
 
         Shapes    features (R, 9216), labels (R,), dropout keys (R, 2): the same on every rank of the group
-        Returns   the sum of the losses times `loss_factor`, the same on all ranks; and the result of
-                  `send_back` for this rank's part of the features' gradient (R, 9216), to be summed over the
-                  group
-        Gradient  of that loss times `gradient_scale`, if given, added to `gradients`
+        Returns   the sum of the losses, the same on all ranks; and the result of `send_back` for this rank's
+                  part of the features' gradient (R, 9216), to be summed over the group
+        Gradient  of that sum times `gradient_factor` and, if given, `gradient_scale`, added to `gradients`
         """
         exchange, fc6, fc7, fc8 = self._exchange, self._fc6, self._fc7, self._fc8
         alone = exchange.group.is_alone
@@ -117,7 +116,7 @@ class SplitClassifier:
         part = self._times(x8, fc8).to(self._kept).contiguous()
         part[:, self._classes.start : self._classes.stop].add_(fc8.bias)
         logits = exchange.sum_everywhere(part, "logits").wait()
-        loss, d_logits = self._loss(logits, labels, loss_factor, gradient_scale)
+        loss, d_logits = self._loss(logits, labels, gradient_factor, gradient_scale)
 
         d8 = d_logits.to(self._dtype)
         d_h7 = (d8 @ self._cast(fc8.weight)).to(self._kept)
@@ -179,10 +178,9 @@ class SplitClassifier:
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             logits = logits.requires_grad_()
-            losses = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self._label_smoothing)
-            loss = losses * factor
-            scaled = loss if gradient_scale is None else loss * gradient_scale
-            (d_logits,) = torch.autograd.grad(scaled, logits)
+            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self._label_smoothing)
+        scale = loss.new_full((), factor) if gradient_scale is None else gradient_scale.to(loss) * factor
+        (d_logits,) = torch.autograd.grad(loss, logits, scale)
         return loss.detach(), d_logits
 
     def _own(self, units: int) -> range:

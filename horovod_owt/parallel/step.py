@@ -189,7 +189,7 @@ class OneWeirdTrick:
                 batch.keys[turn.rows],
                 turn.send_back,
                 self._fc_gradients,
-                loss_factor=1 / images,
+                gradient_factor=1 / images,
                 gradient_scale=gradient_scale,
                 batches=turn.batches,
             )
@@ -201,7 +201,7 @@ class OneWeirdTrick:
         d_features = [back.wait() for back in backs][self._fc_group.index if len(backs) > 1 else 0]
         batch.d_features = d_features * self.fc_update_share if self._local else d_features
         share = self.fc_update_share / self._fc_group.size
-        return sum(losses[1:], losses[0]) * share if share != 1 else sum(losses[1:], losses[0])
+        return sum(losses[1:], losses[0]) * (share / images)
 
     def backward(self, batch: Pass, *, last: bool) -> None:
         """Backward of the convolutions; `last` starts the sum of their gradients, layer by layer."""
@@ -355,7 +355,8 @@ class OneWeirdTrick:
 
     def _update_in_turn(self, loss: Tensor, labels: Tensor, images: int) -> None:
         """Update the classifier with the mean gradient of one turn of `images`; `labels` are this group's."""
-        facts = torch.stack([loss / self.world.size, (labels < 0).sum().to(loss) / self._fc_group.size])
+        own_loss = loss / (images * self.world.size)
+        facts = torch.stack([own_loss, (labels < 0).sum().to(loss) / self._fc_group.size])
         facts = start_sum(facts, self._everyone, self.traffic, what="loss", name="turn_facts")
         self._fc_gradients.finish()
         self._update_classifier(facts.wait(), images)

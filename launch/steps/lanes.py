@@ -1,7 +1,7 @@
 """The lanes; a lane is a constraints file and a kind of Horovod build."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steps.compiler import GccRange
@@ -31,6 +31,10 @@ class Lane:
     @property
     def constraints(self) -> Path:
         return LAUNCH / "constraints" / f"{self.name}.txt"
+
+    def without_gpus(self) -> "Lane":
+        """The same packages, with a Horovod for CPU cores."""
+        return replace(self, cuda_major=None, gcc=GccRange(self.gcc.oldest))  # the newest is nvcc's
 
     def runs_on(self, gpu: Gpu) -> bool:
         return self.capability_from <= gpu.capability <= self.capability_to and gpu.branch >= self.driver_from

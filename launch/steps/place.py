@@ -25,6 +25,7 @@ GPU_SETTINGS = (  # ignored by the cpu lane: a `module load cuda` must not rebui
     "HOROVOD_CUDA_HOME",
     "HOROVOD_NCCL_HOME",
     "HOROVOD_NCCL_LINK",
+    "HOROVOD_WITHOUT_CUDA",
 )
 # Prefixes removed from a child's environment: variables of another job's ranks or another Python.
 FOREIGN = (
@@ -127,6 +128,11 @@ class Place:
         names = SETTINGS if self.lane_kept() == "cpu" else SETTINGS + GPU_SETTINGS
         said = {**self.stamp.get("settings", {}), **self.environ}
         return {name: said[name] for name in names if name in said}
+
+    def without_gpus(self) -> bool:
+        """Whether a lane for GPUs gets a Horovod for CPU cores, to test its packages."""
+        said = {**self.stamp.get("settings", {}), **self.environ}
+        return said.get("HOROVOD_WITHOUT_CUDA", "0") not in ("", "0")
 
     def inputs(self) -> str:
         """Digest of everything that an installation depends on, as far as files and variables show it."""

@@ -20,31 +20,31 @@ pytestmark = [
 REHEARSE = Path(__file__).with_name("rehearse.py")
 # Kernels and collectives of a step in today's code. Fewer are welcome: lower the number.
 BUDGET = {
-    "alone bf16": (119, 0),
-    "alone fp32": (75, 0),
-    "data fp32": (75, 19),
-    "data bf16": (119, 19),
-    "data fp16": (123, 19),
-    "data fp64": (77, 19),
-    "data fp16 clip accum": (306, 19),
-    "data bf16 clip accum": (414, 19),
-    "data fp32 compression": (111, 19),
-    "data bf16 contiguous": (114, 19),
-    "data bn bf16": (172, 19),
-    "data bn fp32 sync_bn": (370, 33),
-    "data bn fp16 sync_bn": (438, 33),
-    "hybrid a fp32": (79, 18),
-    "hybrid a bf16": (122, 18),
-    "hybrid a bf16 all": (122, 11),
-    "hybrid a bf16 uneven": (122, 11),
-    "hybrid a bf16 clip accum": (311, 25),
-    "hybrid a bn sync_bn": (374, 32),
-    "hybrid a bn bf16": (186, 18),
-    "hybrid a smoothing compression": (114, 18),
-    "hybrid b fp32": (115, 23),
-    "hybrid b bf16 accum": (330, 34),
-    "hybrid b local bf16": (211, 32),
-    "hybrid b local bn": (222, 32),
+    "alone bf16": (118, 0),
+    "alone fp32": (74, 0),
+    "data fp32": (74, 19),
+    "data bf16": (118, 19),
+    "data fp16": (120, 19),
+    "data fp64": (76, 19),
+    "data fp16 clip accum": (300, 19),
+    "data bf16 clip accum": (411, 19),
+    "data fp32 compression": (110, 19),
+    "data bf16 contiguous": (113, 19),
+    "data bn bf16": (171, 19),
+    "data bn fp32 sync_bn": (369, 33),
+    "data bn fp16 sync_bn": (435, 33),
+    "hybrid a fp32": (77, 18),
+    "hybrid a bf16": (120, 18),
+    "hybrid a bf16 all": (120, 11),
+    "hybrid a bf16 uneven": (120, 11),
+    "hybrid a bf16 clip accum": (307, 25),
+    "hybrid a bn sync_bn": (372, 32),
+    "hybrid a bn bf16": (184, 18),
+    "hybrid a smoothing compression": (112, 18),
+    "hybrid b fp32": (111, 23),
+    "hybrid b bf16 accum": (322, 34),
+    "hybrid b local bf16": (207, 32),
+    "hybrid b local bn": (218, 32),
 }
 
 
@@ -84,7 +84,7 @@ def test_every_case_has_a_budget():
     assert results()["cases"].keys() == BUDGET.keys()
 
 
-@pytest.mark.parametrize("case", ["alone bf16", "data bf16"])
+@pytest.mark.parametrize("case", ["alone bf16", "data bf16", "hybrid a bf16"])
 def test_the_common_steps_take_at_most_120_kernels(case):
     assert BUDGET[case][0] <= 120
 

@@ -201,3 +201,11 @@ def test_bench_step_prints_one_json_document(run, images, narrow_net):
     assert report["bytes_sent_per_step"] == 4 * (parameters + 11)
     assert report["method"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert report["against"]["name"] == "plain" and report["against"]["speedup_at_p25"] > 0
+
+
+@pytest.mark.slow
+def test_bench_step_compares_with_torch_alone_without_a_launcher(run, images):
+    argv = [*NARROW, "bench", "step", images, *SMALL, "--steps", "2", "--warmup", "1", "--against", "torch"]
+    report = run([*argv, "--json"], launcher="none").json()
+    assert report["ranks"] == 1 and report["against"]["name"] == "torch"
+    assert report["against"]["speedup_at_p25"] > 0

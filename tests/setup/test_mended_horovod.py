@@ -136,6 +136,22 @@ def test_an_idle_thread_sleeps_until_there_is_work(ranks):
     assert took < 0.2, said  # not at the end of its sleep, but at once
 
 
+TWICE = """
+import torch, horovod.torch as hvd
+for _ in range(2):
+    hvd.init()
+    print("sum:", hvd.allreduce(torch.ones(1), op=hvd.Sum, name="one").item(), flush=True)
+    hvd.shutdown()
+"""
+
+
+def test_horovod_starts_again_with_its_settings(ranks):
+    """As in an elastic job that regroups; without the patch the second init is the process's end."""
+    job = ranks(2, TWICE, HOROVOD_FUSION_THRESHOLD="0", HOROVOD_CYCLE_TIME="1")
+    said = job.stdout.read()
+    assert job.wait(20) == 0 and said.count("sum: 2.0") == 4, said
+
+
 def test_stall_shutdown_ends_the_job_under_gloo(ranks, tmp_path):
     job = ranks(
         2,

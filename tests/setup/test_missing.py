@@ -47,6 +47,23 @@ def test_a_compiler_too_old_for_this_torch_is_refused(set_up, tool):
     assert "g++ 9, wanted >= 10" in refused(set_up())
 
 
+@pytest.mark.parametrize(
+    "environ, wanted",
+    [
+        ({}, "the k80 lane does not run here"),
+        ({"HOROVOD_WITHOUT_CUDA": "1"}, "setup: no make: apt-get install make"),
+    ],
+)
+def test_a_horovod_for_cpu_cores_needs_no_cuda_in_any_lane(set_up, tool, environ, wanted):
+    """It then stops at what is missing next; nor does it matter that the lane does not run on this GPU."""
+    tool("nvidia-smi", 'echo "NVIDIA H100, 580.65.06, 9.0"')
+    for name, body in GOOD.items():
+        if name != "make":
+            tool(name, body)
+    done = set_up("--lane", "k80", **environ)
+    assert done.returncode == 2 and wanted in done.stderr.splitlines()[-1]
+
+
 def test_an_old_cmake_is_refused(set_up, tool):
     for name, body in GOOD.items():
         tool(name, body.replace("3.25.1", "3.10.2"))

@@ -86,6 +86,14 @@ def test_a_cuda_module_is_no_reason_to_build_the_cpu_lane_again(done):
     assert not again(done, CUDA_HOME="/opt/cuda-13.0").up_to_date(None)
 
 
+def test_a_lane_without_gpus_stays_so(done):
+    without = again(done, HOROVOD_WITHOUT_CUDA="1")
+    without.keep_settings("k80")
+    without.finish([])
+    assert again(done).without_gpus() and again(done).up_to_date(None)  # `make test`, without the variable
+    assert not again(done, HOROVOD_WITHOUT_CUDA="0").up_to_date(None)
+
+
 def test_an_mpi_that_comes_onto_the_path_means_work_one_that_leaves_does_not(done, tool):
     mpicc = tool("mpicc", "true")
     tool("mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
