@@ -11,7 +11,7 @@ TOGETHER ?= 2
 CELLS ?=
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: setup quickstart test test-all rehearse-gpu test-gpu test-machines soak lint docs clean
+.PHONY: setup quickstart test test-all rehearse-gpu test-gpu test-machines accuracy soak lint docs clean
 
 setup:
 	@$(if $(LANE),nvidia-smi -L > /dev/null 2>&1 || export HOROVOD_WITHOUT_CUDA=1;) \
@@ -44,6 +44,12 @@ test-gpu: setup
 # needs no set-up, but root and debootstrap: CELLS="debian-13 no-cmake"; `python3 tests/machines --list`
 test-machines:
 	@$(PYTHON) tests/machines $(CELLS)
+
+# Trains small nets in every way, three seeds each, and writes the table in docs/accuracy.md: an hour on two quiet cores.
+# What is done is kept in build/accuracy; MINUTES=5 stops after that time, and the next call continues.
+accuracy: setup
+	@$(VENV)/bin/python -c "import sklearn" 2>/dev/null || $(VENV)/bin/pip install -q scikit-learn
+	@$(IN_VENV) python tests/accuracy --minutes $(MINUTES)
 
 soak: setup
 	@$(IN_VENV) python tests/soak.py --minutes $(MINUTES)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from horovod_owt.compression import check_compression, keeps_errors
 from horovod_owt.errors import ConfigError
 from horovod_owt.recipe import DEFAULT_RECIPE, load_recipe
 from horovod_owt.schedule import IMAGE_SIZES, Table, image_sizes_of, is_table, peak_of, schedule_of
@@ -23,7 +24,6 @@ CHOICES = {
     "parallel": ("data", "hybrid", "auto"),
     "owt_scheme": ("a", "b"),
     "fc_batch": ("global", "local"),
-    "compression": ("none", "fp16"),
     "pipeline": ("auto", "dali", "torchvision"),
     "bad_images": ("fail", "skip"),
     "elastic_batch": ("scale", "keep"),
@@ -73,7 +73,11 @@ class TrainConfig:
     owt_scheme: str = "a"  # hybrid: a: a group's whole batch at once through the FC layers; b: rank by rank
     fc_batch: str = "global"  # batch of an FC update; local (scheme b): one rank's images of each group
     sync_bn: bool = False  # batch statistics over all ranks' images instead of each rank's own
-    compression: str = "none"  # fp16: send gradients as 16-bit floats
+    compression: str = (
+        "none"  # gradients on the network: none, fp16 (16-bit floats); of FC matrices only, with
+        # parallel=data: onebit (signs and two means a row), powersgd:R (products of rank R)
+    )
+    compression_start: int = 0  # steps with gradients sent as they are, before compression begins
 
     pipeline: str = "auto"  # auto: DALI where it is installed, else torchvision
     decode_threads: int = 0  # per rank; 0: the rank's share of the cores
@@ -208,6 +212,7 @@ def _check(cfg: TrainConfig) -> None:
         if value not in allowed:
             fix = f"{key}={nearest(value, allowed) or allowed[0]}"
             raise ConfigError(f"{key}={value}", wanted=" or ".join(allowed), fix=fix)
+    check_compression(cfg.compression)
     schedule_of(cfg.schedule)  # raises ConfigError
     if cfg.momentum_reset and isinstance(cfg.schedule, str):
         raise ConfigError(
@@ -237,7 +242,7 @@ def _check(cfg: TrainConfig) -> None:
     limits: dict[str, tuple[float, float]] = {
         **{key: (1, MOST) for key in positive},
         **{key: (0, MOST) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
-        **{key: (0, MOST) for key in ("checkpoint_every", "checkpoint_retries")},
+        **{key: (0, MOST) for key in ("checkpoint_every", "checkpoint_retries", "compression_start")},
         "clip_norm": (0, math.inf),
         "decode_threads": (0, 1024),
         "metrics_port": (0, 65535),
@@ -282,6 +287,7 @@ def _check_conflicts(cfg: TrainConfig) -> None:
             fix="fc_group_size=node",
         )
     local, lars, fp16 = cfg.fc_batch == "local", cfg.optimizer == "lars", cfg.precision == "fp16"
+    approximate = keeps_errors(cfg.compression)
     conflicts = (  # whether there is one, what was seen, what is wanted, how to get it
         (
             local and cfg.owt_scheme != "b",
@@ -324,6 +330,18 @@ def _check_conflicts(cfg: TrainConfig) -> None:
             "precision=fp16 with parallel=hybrid, whose ranks would skip different steps",
             "fp32 or bf16",
             "--set precision=bf16, or --parallel data",
+        ),
+        (
+            approximate and cfg.parallel == "hybrid",
+            f"compression={cfg.compression} with parallel=hybrid, whose FC layers are split",
+            "parallel=data",
+            "--parallel data, or --set compression=fp16",
+        ),
+        (
+            approximate and fp16,
+            f"compression={cfg.compression} with precision=fp16, whose gradients are scaled",
+            "fp32 or bf16",
+            "--set precision=bf16",
         ),
     )
     for there, saw, wanted, fix in conflicts:

@@ -27,7 +27,9 @@ from horovod_owt.bench.contenders import random_batch
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.input_contenders import open_decoder, open_ours
 from horovod_owt.bench.tcp_ring import TcpRing, open_server, pair_on_this_host, time_ring
+from horovod_owt.compression import keeps_errors
 from horovod_owt.config import TrainConfig
+from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.interfaces import listening_addresses
@@ -59,6 +61,12 @@ def bench_ceilings(
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
         request = prepare_alone(root, recipe, settings)
+        if keeps_errors(request.cfg.compression):
+            raise ConfigError(
+                f"compression={request.cfg.compression}, but the ceilings are those of whole gradients",
+                wanted="none or fp16",
+                fix="--set compression=none; `owt bench step` times compressed ones",
+            ).on_every_rank()
         cfg = dataclasses.replace(request.cfg, parallel="data", fc_batch="global", owt_scheme="a")
         world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s)
         runtime.check_devices(request.device, world)

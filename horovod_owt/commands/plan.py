@@ -48,6 +48,7 @@ from horovod_owt.errors import ConfigError
 )
 @click.option("--no-decode", is_flag=True, help="Images are there already: no JPEGs.")
 @click.option("--two-level", is_flag=True, help="Sum inside nodes first (HOROVOD_HIERARCHICAL_ALLREDUCE=1).")
+@click.option("--inexact", is_flag=True, help="Also gradients in one bit, and as products of rank 4.")
 @click.option("--failures", is_flag=True, help="Also what failures and a slow node cost.")
 @click.option("--slow", default=1.25, show_default=True, help="How long a slow node computes, relative.")
 @click.option(
@@ -81,6 +82,7 @@ def plan(
     images: int,
     no_decode: bool,
     two_level: bool,
+    inexact: bool,
     failures: bool,
     slow: float,
     plot: Path | None,
@@ -100,6 +102,7 @@ def plan(
     \b
     Example:  owt plan --machine gce-k80-8 --nodes 1,2,4,8 --set batch=64
               owt plan --machine boston-k80 --nodes 8 --network ib-fdr
+              owt plan --machine boston-k80 --nodes 4 --network 1gbe --inexact
               owt plan --nodes 64 --failures
               owt plan --claim "1000 epochs in 32 minutes" --error 6.9
     """
@@ -154,6 +157,7 @@ def plan(
         images,
         decodes=not no_decode,
         two_level=two_level,
+        inexact=inexact,
         slow=slow,
     )
     document = answer(request)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FEATURE_CHANNELS = 256
+CHANNELS = (64, 192, 384, 256, 256)  # of the convolutions
+FEATURE_CHANNELS = CHANNELS[-1]
 FEATURE_SIDE = 6  # px; the adaptive pool enlarges smaller feature maps to this
 FC6_IN = FEATURE_CHANNELS * FEATURE_SIDE * FEATURE_SIDE  # 9216
 HIDDEN = 4096
@@ -36,12 +37,13 @@ class AlexNetOWT(nn.Module):
                 layers.append(nn.BatchNorm1d(units, eps=BN_EPS))
             return [*layers, nn.ReLU(inplace=True)]
 
+        c1, c2, c3, c4, c5 = CHANNELS
         self.features = nn.Sequential(
-            *conv(3, 64, kernel=11, stride=4, padding=2, pool=True),  # 64 x 55 x 55 -> 64 x 27 x 27
-            *conv(64, 192, kernel=5, padding=2, pool=True),  # 192 x 27 x 27 -> 192 x 13 x 13
-            *conv(192, 384, kernel=3, padding=1),  # 384 x 13 x 13
-            *conv(384, 256, kernel=3, padding=1),  # 256 x 13 x 13
-            *conv(256, 256, kernel=3, padding=1, pool=True),  # 256 x 13 x 13 -> 256 x 6 x 6
+            *conv(3, c1, kernel=11, stride=4, padding=2, pool=True),  # 64 x 55 x 55 -> 64 x 27 x 27
+            *conv(c1, c2, kernel=5, padding=2, pool=True),  # 192 x 27 x 27 -> 192 x 13 x 13
+            *conv(c2, c3, kernel=3, padding=1),  # 384 x 13 x 13
+            *conv(c3, c4, kernel=3, padding=1),  # 256 x 13 x 13
+            *conv(c4, c5, kernel=3, padding=1, pool=True),  # 256 x 13 x 13 -> 256 x 6 x 6
         )
         self.avgpool = nn.AdaptiveAvgPool2d((FEATURE_SIDE, FEATURE_SIDE))
         self.classifier = nn.Sequential(

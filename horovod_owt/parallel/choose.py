@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from horovod_owt.compression import keeps_errors
 from horovod_owt.config import TrainConfig
 from horovod_owt.parallel.parts import Seconds, measure_parts
 from horovod_owt.parallel.runtime import World
@@ -47,6 +48,8 @@ def _why_not_hybrid(cfg: TrainConfig, world: World) -> str:
         return "fc_group_size is 1: no ranks to split the layers over"
     if cfg.precision == "fp16":
         return "hybrid does not support fp16"
+    if keeps_errors(cfg.compression):
+        return f"compression={cfg.compression} is for data"
     return ""
 
 

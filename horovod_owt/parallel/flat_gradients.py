@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
 
+from horovod_owt.parallel.compression import Compressor
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.traffic import Traffic, Transfer, start_sum
 
@@ -18,13 +19,27 @@ MIN_PIECES = 4  # of a small buffer, so that most of it is sent before the first
 
 @dataclass
 class _Piece:
-    """A range of the flat buffer that is sent in one allreduce."""
+    """A range of the flat buffer that is sent in one allreduce, or by a compressor."""
 
     values: Tensor
     name: str
+    compressor: Compressor | None = None  # then the range is a matrix
     waiting_for: int = 0  # parameters whose gradients are not ready yet in this step
     parameters: int = 0
     transfer: Transfer | None = None
+
+
+@dataclass
+class _Layout:
+    """The pieces in which the buffer is sent."""
+
+    pieces: list[_Piece] = field(default_factory=list)
+    of: dict[nn.Parameter, list[_Piece]] = field(default_factory=dict)
+
+    def assign(self, parameter: nn.Parameter, pieces: list[_Piece]) -> None:
+        self.of[parameter] = pieces
+        for piece in pieces:
+            piece.parameters += 1
 
 
 class FlatGradients:
@@ -37,6 +52,9 @@ class FlatGradients:
     A step: `begin_step`; in each backward pass autograd's hooks (`watch`) or the caller (`add`) deliver each
     parameter's gradient once; `begin_last` before the last pass; then `finish`. Gradients are sums: for a
     mean the caller divides the loss beforehand, which saves a pass over the buffer.
+
+    With compression the 16-bit floats, or the `compressors` of some matrices, are used in the steps in which
+    `compresses` is true.
     """
 
     def __init__(
@@ -47,15 +65,18 @@ class FlatGradients:
         *,
         name: str,
         compression: str = "none",
+        compressors: Mapping[nn.Parameter, Compressor] | None = None,
     ) -> None:
         self._parameters = list(reversed(parameters))
         self._group, self._traffic, self._name = group, traffic, name
-        self._compress = hvd.Compression.fp16 if compression == "fp16" and not group.is_alone else None
+        self._to_16_bits = hvd.Compression.fp16 if compression == "fp16" else None
+        self.compresses = True
         self._flat = self._parameters[0].new_zeros(sum(p.numel() for p in self._parameters))
-        self._views: dict[nn.Parameter, Tensor] = {}
-        self._pieces: list[_Piece] = []
-        self._pieces_of: dict[nn.Parameter, list[_Piece]] = {}
-        self._lay_out()
+        self._views, self._ranges = self._assign_ranges()
+        compressors = compressors or {}
+        self._whole = self._in_equal_pieces()
+        self._compressed = self._in_matrices(compressors) if compressors else self._whole
+        self._layout = self._whole
         self._last = False
         self._hooked: list[object] = []
 
@@ -103,38 +124,59 @@ class FlatGradients:
     def begin_last(self) -> None:
         """From here on, each piece is sent as soon as its gradients are complete."""
         self._last = True
-        for piece in self._pieces:
+        self._layout = self._compressed if self.compresses else self._whole
+        for piece in self._layout.pieces:
             piece.waiting_for = piece.parameters
 
     def finish(self) -> None:
         """Wait until every gradient is the group's sum."""
-        for piece in self._pieces:
+        compressed = [piece for piece in self._layout.pieces if piece.compressor is not None]
+        for piece in compressed:
+            piece.compressor.turn()
+        for piece in self._layout.pieces:
             if piece.transfer is not None:
                 summed = piece.transfer.wait()
-                if self._compress:
+                if summed.dtype != piece.values.dtype:
                     piece.values.copy_(summed)
                 piece.transfer = None
+        for piece in compressed:
+            piece.compressor.finish(piece.values)
 
     def scale(self, factor: float) -> None:
         """Multiply the gradients, after `finish`."""
         self._flat.mul_(factor)
 
-    def _lay_out(self) -> None:
-        """Assign each parameter its range of the buffer, and each piece its parameters."""
-        total = self._flat.numel()
-        length = min(MAX_PIECE_ELEMENTS, -(-total // MIN_PIECES))
-        for start in range(0, total, length):
-            name = f"{self._name}.{len(self._pieces)}"
-            self._pieces.append(_Piece(self._flat[start : start + length], name))
-        start = 0
+    def _assign_ranges(self) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, range]]:
+        """Each parameter's view of the buffer, and where it is."""
+        start, views, ranges = 0, {}, {}
         for parameter in self._parameters:
             end = start + parameter.numel()
-            self._views[parameter] = _view_like(self._flat[start:end], parameter)
-            mine = self._pieces[start // length : (end - 1) // length + 1]
-            self._pieces_of[parameter] = mine
-            for piece in mine:
-                piece.parameters += 1
+            views[parameter] = _view_like(self._flat[start:end], parameter)
+            ranges[parameter] = range(start, end)
             start = end
+        return views, ranges
+
+    def _in_equal_pieces(self) -> _Layout:
+        layout, total = _Layout(), 0 if self._group.is_alone else self._flat.numel()
+        length = min(MAX_PIECE_ELEMENTS, -(-self._flat.numel() // MIN_PIECES))
+        for start in range(0, total, length):
+            name = f"{self._name}.{len(layout.pieces)}"
+            layout.pieces.append(_Piece(self._flat[start : start + length], name))
+        for parameter, place in self._ranges.items():
+            layout.assign(parameter, layout.pieces[place.start // length : (place.stop - 1) // length + 1])
+        return layout
+
+    def _in_matrices(self, compressors: Mapping[nn.Parameter, Compressor]) -> _Layout:
+        """A piece for each parameter."""
+        layout = _Layout()
+        for parameter in self._parameters:
+            compressor = compressors.get(parameter)
+            if compressor is None and self._group.is_alone:
+                continue
+            piece = _Piece(self._views[parameter], f"{self._name}.{len(layout.pieces)}", compressor)
+            layout.pieces.append(piece)
+            layout.assign(parameter, [piece])
+        return layout
 
     def _take(self, parameter: nn.Parameter) -> None:
         view = self._views[parameter]
@@ -144,15 +186,18 @@ class FlatGradients:
 
     def _ready(self, parameter: nn.Parameter) -> None:
         parameter.grad = self._views[parameter]
-        if not self._last or self._group.is_alone:
+        if not self._last:
             return
-        for piece in self._pieces_of[parameter]:
+        for piece in self._layout.of.get(parameter, ()):
             piece.waiting_for -= 1
             if piece.waiting_for == 0:
                 self._send(piece)
 
     def _send(self, piece: _Piece) -> None:
-        wire = self._compress.compress(piece.values)[0] if self._compress else piece.values
+        if piece.compressor is not None:
+            return piece.compressor.start(piece.values)
+        to_16_bits = self._to_16_bits if self.compresses else None
+        wire = to_16_bits.compress(piece.values)[0] if to_16_bits else piece.values
         piece.transfer = start_sum(
             wire, self._group, self._traffic, what=self._name, name=piece.name, in_place=True
         )

@@ -23,6 +23,7 @@ from horovod_owt.model.alexnet_owt import FC6_IN, AlexNetOWT
 from horovod_owt.model.dropout import keep_scale, keys_on
 from horovod_owt.parallel.batch_norm import synchronize_batch_norms
 from horovod_owt.parallel.collectives import broadcast_tensor
+from horovod_owt.parallel.compression import CompressionState, Compressor, build_compressors
 from horovod_owt.parallel.exchange import Exchange, Slice
 from horovod_owt.parallel.flat_gradients import FlatGradients
 from horovod_owt.parallel.groups import Group
@@ -111,7 +112,18 @@ class OneWeirdTrick:
         self.fc_parameters = list(self.classifier.parameters.values())
         self._conv_gradients = self._flat(self.conv_parameters, self._everyone, "conv gradients")
         self._conv_gradients.watch()
-        self._fc_gradients = self._flat(self.fc_parameters, self._shard_group, "fc gradients")
+        of_matrices = Exchange(self._shard_group, self.traffic)
+        named = {f"classifier.{name}": p for name, p in self.classifier.parameters.items()}
+        compressors = build_compressors(
+            cfg.compression, named, of_matrices, what="fc gradients", seed=cfg.seed
+        )
+        self.compression = CompressionState(compressors, of_matrices)
+        self._fc_gradients = self._flat(
+            self.fc_parameters,
+            self._shard_group,
+            "fc gradients",
+            {named[name]: each for name, each in compressors.items()},
+        )
         # The images that the classifier's gradients are the mean of, as a share of the global batch.
         self.fc_update_share = 1 / (fc_group_size * cfg.accum_steps) if self._local else 1.0
 
@@ -129,8 +141,10 @@ class OneWeirdTrick:
         """The dtype of weights and gradients, whatever the passes compute in."""
         return self.conv_parameters[0].dtype
 
-    def begin_step(self) -> None:
+    def begin_step(self, *, compress: bool = True) -> None:
+        """`compress` is false in steps before compression_start."""
         self.traffic.reset()
+        self._conv_gradients.compresses = self._fc_gradients.compresses = compress
         self._conv_gradients.begin_step()
         self._fc_gradients.begin_step()
 
@@ -301,8 +315,21 @@ class OneWeirdTrick:
     def _local(self) -> bool:
         return self.cfg.fc_batch == "local"
 
-    def _flat(self, parameters: list[nn.Parameter], group: Group, name: str) -> FlatGradients:
-        return FlatGradients(parameters, group, self.traffic, name=name, compression=self.cfg.compression)
+    def _flat(
+        self,
+        parameters: list[nn.Parameter],
+        group: Group,
+        name: str,
+        compressors: Mapping[nn.Parameter, Compressor] | None = None,
+    ) -> FlatGradients:
+        return FlatGradients(
+            parameters,
+            group,
+            self.traffic,
+            name=name,
+            compression=self.cfg.compression,
+            compressors=compressors,
+        )
 
     def _turns(self, batch: int) -> list[_Turn]:
         """Scheme (a): all images at once. Scheme (b): the ranks' batches in turn, each sent to the others."""

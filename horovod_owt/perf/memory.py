@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from horovod_owt.compression import keeps_errors
 from horovod_owt.config import TrainConfig
 from horovod_owt.perf.layers import Net
 from horovod_owt.perf.network import FC6_IN, HIDDEN
@@ -20,4 +21,5 @@ def memory_gb(cfg: TrainConfig, net: Net) -> float:
     rows = cfg.batch * (1 if cfg.owt_scheme == "b" else group_size)
     # per row: the features and their gradient, fc6's own units, all units of fc7 before their sum, the logits
     row = (2 * FC6_IN + 2 * HIDDEN / group_size + HIDDEN) * passing + 2 * net.classes * kept
-    return (COPIES * weights * kept + cfg.batch * image + rows * row) / 1e9
+    errors = net.parameters("fc") if keeps_errors(cfg.compression) else 0  # of each rank; owners' are a share
+    return ((COPIES * weights + errors) * kept + cfg.batch * image + rows * row) / 1e9

@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from horovod_owt.compression import keeps_errors, powersgd_rank
 from horovod_owt.config import TrainConfig
 from horovod_owt.perf.layers import Net
 from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.memory import memory_gb
-from horovod_owt.perf.predict import Parts, StepTime, step_time
-from horovod_owt.perf.traffic import PASS_BYTES, exchanged
+from horovod_owt.perf.predict import Parts, StepTime, Sum, step_time
+from horovod_owt.perf.traffic import PASS_BYTES, exchanged, fc_gradients
 
 IMAGENET = 1_281_167  # training images of ILSVRC2012
 FC_PASSES = 3  # over the classifier's weights: forward, input gradient, weight gradient
 UPDATE_PASSES = 5  # over 4 bytes a weight: read weight, gradient and momentum, write weight and momentum
 WEIGHT_BYTES = 4
+# The same of compressed gradients, from their time on a CPU beside that of an addition; see parallel.one_bit.
+QUANTISE_PASSES, DEQUANTISE_PASSES = 21, 10
+LOW_RANK_PASSES = 10  # add the error, two products, the approximation, the new error
+INEXACT = ("onebit", "powersgd:4")
 WORTH = 0.99
 MAX_GROUP = 64  # ranks that share the FC layers, in a plan
 
@@ -62,7 +67,8 @@ class Row:
             "strategy": cfg.parallel,
             "owt_scheme": cfg.owt_scheme if cfg.parallel == "hybrid" else None,
             "fc_group_size": cfg.ranks_per_classifier(),
-            "gradient_bits": 16 if cfg.compression == "fp16" else 32,
+            "gradient_bits": {"fp16": 16, "onebit": 1}.get(cfg.compression, 32),
+            "compression": cfg.compression,
             "batch_per_rank": cfg.rank_batch(),
             "step_ms": 1e3 * self.step_s,
             "compute_ms": 1e3 * self.time.compute_s,
@@ -79,10 +85,13 @@ class Row:
         }
 
 
-def plan(machine: Machine, job: Job) -> list[Row]:
-    """A row for data and for each scheme of hybrid, with 32- and 16-bit gradients, at its best group size."""
+def plan(machine: Machine, job: Job, *, inexact: bool = False) -> list[Row]:
+    """A row for data and for each scheme of hybrid, with 32- and 16-bit gradients, at its best group size.
+
+    With `inexact` also for data with gradients in one bit and of rank 4.
+    """
     best: dict[tuple[str, str, str], Row] = {}
-    for cfg in _candidates(job.cfg, job.ranks):
+    for cfg in _candidates(job.cfg, job.ranks, inexact=inexact):
         row = predict_row(machine, dataclasses.replace(job, cfg=cfg))
         key = (cfg.parallel, cfg.owt_scheme, cfg.compression)
         if key not in best or row.images_per_s > best[key].images_per_s:
@@ -145,6 +154,7 @@ def parts_of(machine: Machine, job: Job) -> Parts:
         net.flops("fc") * cfg.batch / fc_rate + FC_PASSES * turns * shard * WEIGHT_BYTES / memory_rate
     )
     gradient_bytes = 2 if cfg.compression == "fp16" else WEIGHT_BYTES
+    compressed = _compressed(machine, job) if keeps_errors(cfg.compression) and ranks > 1 else None
     updates = group_size * cfg.accum_steps if cfg.fc_batch == "local" else 1
     return Parts(
         conv_forward_s=1e-3 * machine["fixed_ms"]
@@ -155,17 +165,44 @@ def parts_of(machine: Machine, job: Job) -> Parts:
         update_s=UPDATE_PASSES
         * WEIGHT_BYTES
         * (net.parameters("conv") + updates * shard)
-        / memory_rate,
+        / memory_rate
+        + (compressed.compute_s if compressed else 0.0),
         conv_sum=links.allreduce(
             net.parameters("conv") * gradient_bytes, ranks, two_level=job.two_level
         ),
-        fc_sum=links.allreduce(
+        fc_sum=compressed.first if compressed else links.allreduce(
             shard * gradient_bytes * updates,
             ranks // group_size,
             rings=group_size,
             two_level=job.two_level,
         ),
+        fc_reply_s=compressed.reply.total_s if compressed else 0.0,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Compressed:
+    """The FC layers' gradients, compressed: what may overlap with the backward pass, and what follows it."""
+
+    first: Sum
+    reply: Sum
+    compute_s: float
+
+
+def _compressed(machine: Machine, job: Job) -> _Compressed:
+    """Half of the bytes travel before the other half: rows to their owners and back, or P and then Q."""
+    cfg, net, ranks = job.cfg, job.net, job.ranks
+    links = machine.links(job.ranks_per_node)
+    sent = fc_gradients(dataclasses.replace(cfg, classes=net.classes), net.parameters("fc"), ranks)
+    if powersgd_rank(cfg.compression):
+        buffer_bytes = sent / 2 / (2 * (ranks - 1) / ranks)
+        half = links.allreduce(buffer_bytes, ranks, two_level=job.two_level)
+        passes = LOW_RANK_PASSES
+    else:
+        half = links.exchange(sent / 2, ranks - 1, ranks)
+        passes = QUANTISE_PASSES * (1 + 1 / ranks) + 2 * DEQUANTISE_PASSES
+    memory_rate = 1e9 * machine["memory_gb_s"]
+    return _Compressed(half, half, passes * WEIGHT_BYTES * net.parameters("fc") / memory_rate)
 
 
 def _exchange_s(machine: Machine, job: Job, *, compute_s: float) -> float:
@@ -227,10 +264,18 @@ def _step(machine: Machine, job: Job) -> _Step:
     return _Step(time, decode_s, host_to_device_s, total_s, max(shares, key=shares.__getitem__))
 
 
-def _candidates(cfg: TrainConfig, ranks: int) -> Iterator[TrainConfig]:
+def _candidates(cfg: TrainConfig, ranks: int, *, inexact: bool) -> Iterator[TrainConfig]:
     """Every strategy that the configuration allows, data first."""
-    compressions = ("none", "fp16") if cfg.compression == "none" and ranks > 1 else (cfg.compression,)
+    compressions: tuple[str, ...] = (cfg.compression,)
+    if cfg.compression == "none" and ranks > 1:
+        compressions = ("none", "fp16", *(INEXACT if inexact else ()))
     for compression in compressions:
+        if keeps_errors(compression):
+            if cfg.parallel != "hybrid" and cfg.precision != "fp16":
+                yield dataclasses.replace(
+                    cfg, compression=compression, parallel="data", owt_scheme="a", fc_batch="global"
+                )
+            continue
         base = dataclasses.replace(cfg, compression=compression)
         if cfg.parallel != "hybrid" or ranks == 1:
             yield dataclasses.replace(base, parallel="data", owt_scheme="a", fc_batch="global")

@@ -10,15 +10,14 @@ from typing import Any
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import atomic_file
 from horovod_owt.perf.machine import Machine
-from horovod_owt.perf.text import strategy_name
+from horovod_owt.perf.text import gradients_name, strategy_name
 
 
 def plot_scaling(document: dict[str, Any], machine: Machine, path: Path) -> None:
     """images/s by ranks, a line for each strategy, beside the ideal line."""
     lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in document["rows"]:
-        name = strategy_name(row) + (", 16-bit gradients" if row["gradient_bits"] == 16 else "")
-        lines[name].append((row["gpus"], row["images_per_s"]))
+        lines[strategy_name(row) + gradients_name(row)].append((row["gpus"], row["images_per_s"]))
     row = document["rows"][0]
     alone = row["images_per_s"] / row["efficiency"] / row["gpus"]
     ranks = [row["gpus"] for row in document["rows"]]

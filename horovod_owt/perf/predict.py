@@ -36,6 +36,7 @@ class Parts:
     update_s: float
     conv_sum: Sum
     fc_sum: Sum
+    fc_reply_s: float = 0.0  # of compressed FC sums: transfers that begin after the backward pass
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def step_time(parts: Parts, net: Net, *, accum_steps: int = 1, overlap: float = 
     return StepTime(
         compute_s=accum_steps * micro_batch_s + parts.update_s,
         exchange_s=accum_steps * parts.exchange_s,
-        exposed_s=busy_s + wire_s - hidden_s,
+        exposed_s=busy_s + wire_s - hidden_s + parts.fc_reply_s,
     )
 
 

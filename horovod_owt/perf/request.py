@@ -28,6 +28,7 @@ class PlanRequest:
     images: int
     decodes: bool = True
     two_level: bool = False
+    inexact: bool = False  # also strategies whose gradients are approximations
     slow: float = 1.25
 
 
@@ -57,7 +58,7 @@ def answer(request: PlanRequest) -> dict[str, Any]:
             two_level=request.two_level,
         )
         _refuse_groups(cfg, job.ranks)
-        found = plan(machine, job)
+        found = plan(machine, job, inexact=request.inexact)
         rows += found
         best.append(fastest(found, machine))
     documents = [_document(row, request) for row in rows]

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from horovod_owt.compression import powersgd_rank
 from horovod_owt.perf.machine import Machine
 
 WIDTH = 110
@@ -36,6 +37,18 @@ def strategy_name(row: dict[str, Any]) -> str:
     return f"hybrid {row['owt_scheme']}" if row["strategy"] == "hybrid" else "data"
 
 
+def gradients_name(row: dict[str, Any]) -> str:
+    """Such as ", 16-bit gradients"; empty for those that are sent as they are."""
+    if rank := powersgd_rank(row["compression"]):
+        return f", gradients of rank {rank}"
+    return {16: ", 16-bit gradients", 1: ", gradients in one bit"}.get(row["gradient_bits"], "")
+
+
+def _bits(row: dict[str, Any]) -> str:
+    rank = powersgd_rank(row["compression"])
+    return f"rank {rank}" if rank else str(row["gradient_bits"])
+
+
 def format_plan(document: dict[str, Any], machine: Machine) -> str:
     """The table, the best of it, and what it rests on."""
     head = ["nodes", "strategy", "K", "bits", "ms", "compute", "exch.", "exposed", "decode"]
@@ -48,7 +61,7 @@ def format_plan(document: dict[str, Any], machine: Machine) -> str:
                 f"{row['nodes']} x {row['gpus'] // row['nodes']}",
                 strategy_name(row),
                 str(row["fc_group_size"]),
-                str(row["gradient_bits"]),
+                _bits(row),
                 *(f"{row[name]:.1f}" for name in numbers),
                 f"{row['images_per_s']:,.0f}",
                 duration(row["epoch_s"]),
@@ -80,10 +93,10 @@ def format_plan(document: dict[str, Any], machine: Machine) -> str:
 def _best(row: dict[str, Any]) -> str:
     nodes = f"{row['nodes']} node{'s' * (row['nodes'] > 1)}"
     groups = f" in groups of {row['fc_group_size']}" if row["strategy"] == "hybrid" else ""
-    bits = ", 16-bit gradients" if row["gradient_bits"] == 16 else ""
     return (
-        f"best on {nodes}: {strategy_name(row)}{groups}{bits}: {row['images_per_s']:,.0f} images/s, "
-        f"an epoch in {duration(row['epoch_s'])}, bound by {row['bound_by']}"
+        f"best on {nodes}: {strategy_name(row)}{groups}{gradients_name(row)}: "
+        f"{row['images_per_s']:,.0f} images/s, an epoch in {duration(row['epoch_s'])}, "
+        f"bound by {row['bound_by']}"
     )
 
 

@@ -6,8 +6,17 @@ peers for a gather, the peers' shares for a sum by alltoall.
 
 from __future__ import annotations
 
+from horovod_owt.compression import keeps_errors, low_rank_pays, one_bit_row_bytes, powersgd_rank
 from horovod_owt.config import TrainConfig
-from horovod_owt.perf.network import CONVOLUTIONS, FC6_IN, HIDDEN, conv_parameters, fc_parameters, share
+from horovod_owt.perf.network import (
+    CONVOLUTIONS,
+    FC6_IN,
+    HIDDEN,
+    conv_parameters,
+    fc_layers,
+    fc_parameters,
+    share,
+)
 
 KEPT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}  # per weight, gradient or logit
 PASS_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}  # per feature, unit or gradient of them
@@ -23,7 +32,7 @@ def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) ->
     group_size = cfg.ranks_per_classifier()
     groups = world_size // group_size
     kept = KEPT_BYTES[cfg.precision]
-    gradient = 2 if cfg.compression == "fp16" else kept
+    gradient = gradient_bytes(cfg)
     batch_norm = cfg.model == "alexnet-owt-bn"
     fc_updates = group_size * cfg.accum_steps if cfg.fc_batch == "local" else 1
     shard = fc_parameters(cfg.classes, group_size=group_size, index=index, batch_norm=batch_norm)
@@ -40,13 +49,33 @@ def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) ->
     sent = {
         **{what: cfg.accum_steps * number for what, number in micro_step.items()},
         "conv gradients": ring(conv_parameters(batch_norm=batch_norm) * gradient, world_size),
-        "fc gradients": fc_updates * ring(shard * gradient, groups),
+        "fc gradients": fc_updates * fc_gradients(cfg, shard, groups),
         "step facts": ring(4 * (5 + 3 * world_size), world_size),  # five sums, three times of each rank
         "gradient norm": ring(8, group_size) if cfg.clip_norm else 0,
         "layer norms": ring(2 * 8 * (30 if batch_norm else 16), group_size) if cfg.optimizer == "lars" else 0,
         "loss": fc_updates * ring(2 * kept, world_size) if cfg.fc_batch == "local" else 0,
     }
     return {what: number for what, number in sent.items() if number}
+
+
+def gradient_bytes(cfg: TrainConfig) -> int:
+    """Bytes of a gradient on the network, if its layer's are not sent as an approximation."""
+    return 2 if cfg.compression == "fp16" else KEPT_BYTES[cfg.precision]
+
+
+def fc_gradients(cfg: TrainConfig, parameters: int, ranks: int) -> int:
+    """Bytes that each of `ranks` ranks sends to sum its FC layers' gradients; of onebit, the ranks' mean."""
+    kept, rank = gradient_bytes(cfg), powersgd_rank(cfg.compression)
+    rest, sent = parameters, 0
+    for columns, rows in fc_layers(cfg.classes) if keeps_errors(cfg.compression) else ():
+        if rank and not low_rank_pays(rows, columns, rank):
+            continue
+        rest -= rows * columns
+        if rank:
+            sent += sum(ring(side * min(rank, rows, columns) * kept, ranks) for side in (rows, columns))
+        else:  # the rows to their owners, and back to all
+            sent += ring(rows * one_bit_row_bytes(columns, kept), ranks)
+    return sent + ring(rest * kept, ranks)
 
 
 def exchanged(

@@ -227,6 +227,7 @@ class Run:
                         save=self.journal is not None and self.journal.requests.save_asked,
                         named=bad_images.known.named,
                         measure_norm=bool(every) and (position.step + 1) % every == 0,
+                        compress=position.step >= cfg.compression_start,
                         **fetching,
                     )
                 except FloatingPointError as error:

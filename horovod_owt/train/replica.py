@@ -103,6 +103,7 @@ class Replica:
         save: bool = False,
         named: Container[int] = (),
         measure_norm: bool = False,
+        compress: bool = True,
         fetch_next: Callable[[], None] = lambda: None,
     ) -> StepReport:
         """One optimizer update over `accum_steps` micro-batches.
@@ -110,7 +111,8 @@ class Replica:
         `weight_decay` is the configuration's by default. `stop` asks all ranks to stop after it, `save` to
         write a checkpoint.
 
-        `measure_norm` asks for the gradient norm without clip_norm, on all ranks.
+        `measure_norm` asks for the gradient norm without clip_norm, `compress` for compressed gradients where
+        they are configured; on all ranks.
 
         `fetch_next` is called while the device is at work on a micro-batch, to fetch the next one meanwhile.
 
@@ -121,7 +123,7 @@ class Replica:
         """
         start, data_wait_s, strategy = perf_counter(), 0.0, self.strategy
         strategy.model.train()
-        strategy.begin_step()
+        strategy.begin_step(compress=compress)
         self._set_rates(lr, self.cfg.weight_decay if weight_decay is None else weight_decay)
         self._skip = None
         scale = self._scaler.scale(torch.ones((), device=self.world.device)) if self._scaler else None
@@ -220,7 +222,7 @@ class Replica:
             yield f"{MOMENTUM}{name}", self._momentum(parameter), part
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the whole tensors, by the names of `parts`."""
+        """The shapes of the tensors of `gather`, by their names."""
         with torch.device("meta"):
             model = build_model(self.cfg.model, self.cfg.classes)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -229,14 +231,16 @@ class Replica:
             **shapes,
             **{f"{MOMENTUM}{name}": tuple(p.shape) for name, p in model.named_parameters()},
             **{f"{AVERAGE}{name}": shapes[name] for name in averages},
+            **self.strategy.compression.shapes(),
         }
 
     def gather(self) -> dict[str, Tensor]:
-        """All of `parts` as whole tensors on the ranks of rank 0's fc_group, empty on others.
+        """All of `parts` as whole tensors, and the state of compression, on the ranks of rank 0's fc_group.
 
-        Every rank must call it. Tensors that are not split are live, not copies.
+        Empty on others. Every rank must call it. Tensors that are not split are live, not copies.
         """
-        return self.strategy.gather(self.parts()) if self.strategy.in_root_group else {}
+        kept = self.strategy.compression.gather()
+        return self.strategy.gather(self.parts()) | kept if self.strategy.in_root_group else {}
 
     def scaler_state(self) -> dict[str, float]:
         """The loss scale of fp16 in plain numbers; empty for other precisions."""

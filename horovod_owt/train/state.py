@@ -12,7 +12,7 @@ from torch import Tensor
 
 from horovod_owt.data.copies import host_buffer, upload
 from horovod_owt.errors import ConfigError
-from horovod_owt.parallel import runtime
+from horovod_owt.parallel import compression, runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
 from horovod_owt.parallel.elastic import Commit, Committed
 from horovod_owt.runs.opening import Opened
@@ -21,6 +21,7 @@ from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
 from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
 
 log = logging.getLogger(__name__)
+BESIDE_WEIGHTS = (MOMENTUM, *compression.PREFIXES)  # what a checkpoint has in its optimizer file
 
 
 @dataclass
@@ -46,8 +47,10 @@ def room_for_copies(replica: Replica) -> dict[str, Tensor]:
     if not replica.world.is_root:
         return {}
     shapes, device = replica.whole_shapes(), replica.world.device
+    dtypes = {name: tensor.dtype for name, tensor, _ in replica.parts()}
+    weights = replica.strategy.weight_dtype
     return {
-        name: host_buffer(shapes[name], tensor.dtype, device).zero_() for name, tensor, _ in replica.parts()
+        name: host_buffer(shape, dtypes.get(name, weights), device).zero_() for name, shape in shapes.items()
     }
 
 
@@ -66,12 +69,14 @@ def snapshot(
         copies[name].copy_(tensor, non_blocking=True)
     if replica.world.device.type == "cuda":
         torch.cuda.synchronize()  # once, not for each tensor
-    model = {name: tensor for name, tensor in copies.items() if not name.startswith((MOMENTUM, AVERAGE))}
+    model = {
+        name: tensor for name, tensor in copies.items() if not name.startswith((*BESIDE_WEIGHTS, AVERAGE))
+    }
     average = {name.removeprefix(AVERAGE): t for name, t in copies.items() if name.startswith(AVERAGE)}
     return Checkpoint(
         model=model,
         averaged=model | average if average else {},
-        optimizer={name: tensor for name, tensor in copies.items() if name.startswith(MOMENTUM)},
+        optimizer={name: tensor for name, tensor in copies.items() if name.startswith(BESIDE_WEIGHTS)},
         state={
             "step": position.step,
             "epoch": position.epoch,
@@ -101,6 +106,7 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
         found.append(read_checkpoint(checkpoint))
         _check_fits(checkpoint, found[0], replica)
         log.info("resuming from %s", checkpoint)
+        _warn_of_dropped_errors(found[0], replica)
         state = found[0].state
         owed = state.get("validation_due", False) and not validations(run_dir, {state["step"]})
         return state | {"validation_due": owed, "averaged": bool(found[0].averaged)}
@@ -115,6 +121,7 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
         whole = broadcast_tensor(whole, f"restore.{name}")
         tensor.copy_(part.of(whole) if part else whole)
     replica.weights_changed()
+    replica.strategy.compression.restore(saved)
     if replica.average and not state["averaged"]:
         log.info("the checkpoint has no average of the weights: it begins at these")
         replica.average.restart()
@@ -135,13 +142,15 @@ def commit(replica: Replica, position: Position, committed: Committed, opened: O
         began_from=opened.began_from,
         attempt=opened.attempt,
     )
-    committed.commit_copy({name: tensor for name, tensor, _ in replica.parts()}, state)
+    tensors = {name: tensor for name, tensor, _ in replica.parts()}
+    committed.commit_copy(tensors | replica.strategy.compression.total(), state)
 
 
 def restore_commit(replica: Replica, position: Position, committed: Committed) -> bool:
     """Go back to the last commit, on every rank. Returns False: validation is not due."""
     for name, tensor, _ in replica.parts():
         tensor.copy_(committed.tensors[name])
+    replica.strategy.compression.restore_total(committed.tensors)
     replica.weights_changed()
     replica.load_scaler_state(committed.last.scaler)
     position.step, position.consumed = committed.last.step, committed.last.consumed
@@ -154,10 +163,25 @@ def _by_part(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return checkpoint.model | checkpoint.optimizer | averaged
 
 
+def _warn_of_dropped_errors(checkpoint: Checkpoint, replica: Replica) -> None:
+    """A run without compression has no use for what compressed gradients lacked."""
+    errors = {name for name in checkpoint.optimizer if name.startswith(compression.ERROR)}
+    if errors - replica.whole_shapes().keys():
+        log.warning(
+            "the checkpoint's errors of compressed gradients (%s) are dropped with compression=%s",
+            checkpoint.state["config"].get("compression"), replica.cfg.compression,
+        )  # fmt: skip
+
+
 def _check_fits(path: Path, checkpoint: Checkpoint, replica: Replica) -> None:
     shapes = replica.whole_shapes()
-    ours = {name: shape for name, shape in shapes.items() if not name.startswith(AVERAGE)}
-    theirs = {name: tuple(t.shape) for name, t in (checkpoint.model | checkpoint.optimizer).items()}
+    optional = (AVERAGE, *compression.PREFIXES)
+    ours = {name: shape for name, shape in shapes.items() if not name.startswith(optional)}
+    theirs = {
+        name: tuple(tensor.shape)
+        for name, tensor in (checkpoint.model | checkpoint.optimizer).items()
+        if not name.startswith(compression.PREFIXES)
+    }
     odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if odd:
         name = odd[0]

@@ -1,6 +1,8 @@
 """Elastic jobs: ranks are killed, hosts come and go, and the run is what an undisturbed one is."""
 
 import signal
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from real_ranks import (
 from safetensors.torch import load_file
 
 from horovod_owt.runs.checkpoints import list_checkpoints
+from horovod_owt.runs.records import last_step
 
 ELASTIC = [VENV_BIN / "owt", "launch", "elastic"]
 EXACT = settings(precision="fp64", dropout=0.0, epochs=1000, checkpoint_every=0, commit_every=3)
@@ -37,6 +40,12 @@ def wait_for_steps_of(run_dir, world: int, steps: int = 4) -> None:
     wait_for(lambda: len(worlds(run_dir)) >= world, 180)
     before = steps_done(run_dir)
     wait_for(lambda: steps_done(run_dir) >= before + steps)
+
+
+def has_step_of(run_dir, world: int) -> bool:
+    """Whether the `world`-th world has made a step."""
+    found = worlds(run_dir)[world - 1 :]
+    return bool(found) and last_step(run_dir)[0] > found[0][0]
 
 
 def what_counts(run_dir) -> dict[int, dict]:
@@ -105,6 +114,28 @@ def test_hosts_come_and_go_with_the_lines_of_a_file(start, images, tmp_path, nar
         consumed += 4 * ranks
         assert line["lr"] == pytest.approx(PEAK_LR * ranks / 2)
         assert line["epoch"] == pytest.approx(consumed / 96)
+
+
+@pytest.mark.slow
+def test_a_job_below_its_minimum_continues_as_soon_as_its_hosts_return(start, images, tmp_path, narrow_owt):
+    """Three hosts, one, three again, several times; with one it waits."""
+    three, one = "localhost:1\n127.0.0.1:1\n127.0.0.01:1\n", "localhost:1\n"
+    hosts, run_dir = tmp_path / "hosts", tmp_path / "run"
+    hosts.write_text(three)
+    options = ["--hosts", hosts, "--min-ranks", "2", "--", images, *SMALL, *EXACT, "--run-dir", run_dir]
+    job = start([*ELASTIC, *options], launcher="none", **narrow_owt)
+    wait_for_steps_of(run_dir, 1)
+    for world in (2, 3, 4):
+        hosts.write_text(one)
+        wait_for(lambda: time.time() - (run_dir / "metrics.jsonl").stat().st_mtime > 3)
+        assert len(worlds(run_dir)) == world - 1
+        hosts.write_text(three)
+        wait_for(partial(has_step_of, run_dir, world), 30)
+    job.process.send_signal(signal.SIGTERM)
+    done = job.finish()
+    assert done.exit_code == 75, done.stderr[-3000:]
+    assert [ranks for _, ranks in worlds(run_dir)] == [3, 3, 3, 3]
+    assert list(what_counts(run_dir)) == list(range(1, outcome(run_dir)["step"] + 1))
 
 
 def test_hybrid_is_refused(run, images):

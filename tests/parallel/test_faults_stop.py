@@ -16,9 +16,10 @@ STEPS = 20  # more than one machine does before a signal arrives; 12 an epoch
 
 
 def test_stopped_at_any_rank_and_resumed_a_run_equals_the_unbroken_one(start, run, images, tmp_path, chance):
-    """Bit for bit, with dropout and batch norm, at steps that chance chooses."""
+    """Bit for bit, at steps that chance chooses, with all that a run remembers or that follows its epoch."""
     command = [*NARROW, "train", images, *SMALL]
-    command += settings(max_steps=STEPS, dropout=0.5, model="alexnet-owt-bn")
+    command += settings(max_steps=STEPS, dropout=0.5, model="alexnet-owt-bn", ema=0.9)
+    command += settings(image_size="[[0, 64], [1, 80]]", compression="onebit", compression_start=1)
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     run([*command, "--run-dir", unbroken])
     for number, rank in (("SIGTERM", 0), ("SIGINT", 1)):
@@ -36,7 +37,7 @@ def test_stopped_at_any_rank_and_resumed_a_run_equals_the_unbroken_one(start, ru
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
     scores = [{r["step"]: r["loss"] for r in records(folder, "validation")} for folder in (broken, unbroken)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5) and list(scores[0]) == [12, STEPS]
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "average.safetensors", "optimizer.safetensors"):
         ours, theirs = (load_file(list_checkpoints(folder)[0] / name) for folder in (broken, unbroken))
         assert ours.keys() == theirs.keys()
         for key in theirs:

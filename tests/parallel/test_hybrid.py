@@ -7,6 +7,7 @@ in fp64: there the order of additions changes nothing that could be taken for an
 import json
 import shutil
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from horovod_owt.model import alexnet_owt, build_model
 from horovod_owt.model.alexnet_owt import FC6_IN
 from horovod_owt.model.dropout import keep_scale, sample_keys
+from horovod_owt.perf import network
+from horovod_owt.perf.traffic import bytes_sent_per_step
 
 sys.path.insert(0, str(PROGRAMS))
 from train_random import AVERAGE, BAD, HIDDEN, configure, global_batch  # noqa: E402
@@ -69,6 +72,8 @@ ON_2_RANKS = {
     "bf16-a": hybrid(2, STEPS, 2, "a", precision="bf16"),
     "bf16-b": hybrid(2, STEPS, 2, "b", precision="bf16"),
     "compressed-data": plan(2, STEPS, compression="fp16"),
+    "one-bit": plan(2, FP32_STEPS, compression="onebit"),
+    "low-rank": plan(2, FP32_STEPS, compression="powersgd:4"),
     "compressed": hybrid(2, STEPS, 2, "a", compression="fp16"),
     "clipped-data": plan(2, STEPS, precision="fp64", clip_norm=CLIP_NORM),
     "clipped-a": hybrid(2, STEPS, 2, "a", precision="fp64", clip_norm=CLIP_NORM),
@@ -480,6 +485,33 @@ def test_bytes_are_those_of_the_closed_form(trained, ranks, name, size, width):
         assert all(traffic[way].keys() == expected.keys() for traffic in by_rank)
         mean = {what: sum(traffic[way][what] for traffic in by_rank) / ranks for what in expected}
         assert mean == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "compression"), [("one-bit", "onebit"), ("low-rank", "powersgd:4")])
+def test_compressed_gradients_take_the_bytes_that_the_planner_has(trained, monkeypatch, name, compression):
+    monkeypatch.setattr(network, "HIDDEN", HIDDEN)
+    cfg = configure(plan(2, 1, compression=compression)["settings"])
+    expected = bytes_sent_per_step(cfg, 2)
+    assert (
+        expected["fc gradients"]
+        < 0.1 * bytes_sent_per_step(replace(cfg, compression="none"), 2)["fc gradients"]
+    )
+    for traffic in trained(2).record(name)["traffic"]:
+        assert traffic["sent"] == traffic["received"] == expected
+
+
+@pytest.mark.parametrize("name", ["one-bit", "low-rank"])
+def test_compressed_gradients_train_about_as_whole_ones_do(trained, name):
+    whole, ours = trained(2).losses("fp32-data"), trained(2).losses(name)
+    assert ours[0] == whole[0] and ours[1:] != whole[1:]
+    assert ours == pytest.approx(whole, rel=0.05)
+
+
+def test_compressed_sums_lose_nothing_and_low_rank_is_that_of_torch(trained):
+    found = json.loads((trained(2).folder / "compression.json").read_text())
+    assert found.keys() == {"torch", "onebit", "powersgd:2"} and all(off < 1e-5 for off in found.values()), (
+        found
+    )
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 2), (4, 4)])

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from horovod.runner import launch as horovod_launch
 from horovod.runner.common.util.hosts import SlotInfo
+from horovod.runner.elastic.discovery import HostDiscoveryScript
 from horovod.runner.gloo_run import _slot_info_to_command_fn
+from horovod.runner.util import remote
 
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.launch import horovodrun
 from horovod_owt.launch.command import HOROVODRUN, Start, check_folder_for_ssh
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
-from horovod_owt.launch.horovodrun import drop_unspeakable
+from horovod_owt.launch.horovodrun import discover_without_python, drop_unspeakable
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.parallel.interfaces import interface_between, interface_towards
 from horovod_owt.topology import UNBOUND, Launcher
@@ -200,6 +204,30 @@ def test_the_interface_is_that_of_the_route(monkeypatch):
             interface_between(["n1", "me", "n3"])
     with pytest.raises(ConfigError, match="no route from here to host"):
         interface_towards("no-such-host.invalid")
+
+
+def test_horovodrun_started_by_us_writes_nothing_to_a_home(monkeypatch):
+    """It keeps its ssh checks there, and ends where it cannot."""
+    seen = []
+    monkeypatch.setattr(horovod_launch, "_run_static", lambda args: seen.append(args.disable_cache))
+    for restored, name in ((sys, "argv"), (remote, "SSH_COMMAND_PREFIX")):
+        monkeypatch.setattr(restored, name, getattr(restored, name))
+    monkeypatch.setattr(HostDiscoveryScript, "_execute_discovery_script", None)
+    horovodrun.run(["--gloo", "-np", "1", "true"])
+    assert seen == [True]
+
+
+def test_the_hosts_of_an_elastic_job_are_read_without_another_python(tmp_path, monkeypatch):
+    """And an unreadable file is an error of the moment, which Horovod's driver asks again after."""
+    monkeypatch.setattr(HostDiscoveryScript, "_execute_discovery_script", None)  # restored afterwards
+    discover_without_python()
+    file = tmp_path / "a file"
+    file.write_text("n1:2\nn2 slots=1\n")
+    script = HostDiscoveryScript(shlex.join(["sh", str(DISCOVER_HOSTS), str(file)]), None)
+    assert script.find_available_hosts_and_slots() == {"n1": 2, "n2": 1}
+    file.unlink()
+    with pytest.raises(subprocess.CalledProcessError):
+        script.find_available_hosts_and_slots()
 
 
 def test_a_variable_that_a_shell_would_not_take_stays_here_and_the_others_arrive_whole():

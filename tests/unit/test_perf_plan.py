@@ -10,6 +10,7 @@ from horovod_owt.perf.machine import load_machine
 from horovod_owt.perf.memory import memory_gb
 from horovod_owt.perf.plan import Job, fastest, parts_of, plan, predict_row, straggling
 from horovod_owt.perf.published import held_against
+from horovod_owt.perf.traffic import bytes_sent_per_step
 
 NET = net_of("alexnet-owt")
 AUTO = TrainConfig(classes=1000, parallel="auto")
@@ -77,6 +78,32 @@ def test_scheme_b_hides_transfers_behind_other_turns():
 def test_sixteen_bit_gradients_halve_the_ring():
     whole, half = (predict_row(ROUND, job(4, compression=c)).time.exposed_s for c in ("none", "fp16"))
     assert half == pytest.approx(whole / 2)
+
+
+@pytest.mark.parametrize("compression", ["onebit", "powersgd:4"])
+def test_compressed_gradients_take_their_bytes_and_passes_over_memory(compression):
+    """With links of 1 GB/s and all else free; then with memory of 100 GB/s."""
+    row = predict_row(ROUND, job(4, compression=compression))
+    cfg = TrainConfig(classes=1000, parallel="data", fc_group_size=1, compression=compression)
+    sent = bytes_sent_per_step(cfg, 4)
+    assert row.time.exposed_s == pytest.approx(
+        (sent["conv gradients"] + sent["fc gradients"]) / 1e9, rel=1e-3
+    )
+    slow = ROUND.with_figures("a test", memory_gb_s=100)
+    whole, ours = (predict_row(slow, job(4, compression=c)).time.compute_s for c in ("none", compression))
+    assert 5 < (ours - whole) * 100e9 / (4 * NET.parameters("fc")) < 60
+    assert row.memory_gb == pytest.approx(predict_row(ROUND, job(4)).memory_gb + 4 * 58_631_144 / 1e9)
+
+
+def test_approximate_gradients_are_planned_on_request_alone():
+    def planned(cfg: TrainConfig, **options) -> set[tuple[str, str]]:
+        rows = plan(load_machine("gce-k80-8"), Job(cfg, NET, 2, 8), **options)
+        return {(row.job.cfg.compression, row.job.cfg.parallel) for row in rows}
+
+    usual = {(c, p) for c in ("none", "fp16") for p in ("data", "hybrid")}
+    assert planned(AUTO) == usual
+    assert planned(AUTO, inexact=True) == usual | {("onebit", "data"), ("powersgd:4", "data")}
+    assert planned(dataclasses.replace(AUTO, compression="powersgd:2")) == {("powersgd:2", "data")}
 
 
 def test_what_bounds_a_job():

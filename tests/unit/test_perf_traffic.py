@@ -83,6 +83,20 @@ def test_fp16_compression_halves_the_gradients():
             assert halved[name] * (2 if "gradients" in name else 1) == whole[name]
 
 
+@pytest.mark.parametrize(
+    ("compression", "megabytes"), [("none", 244.4), ("fp16", 122.2), ("onebit", 17.32), ("powersgd:4", 10.34)]
+)
+def test_megabytes_of_two_ranks_by_compression(compression, megabytes):
+    of_two = sent(2, parallel="data", compression=compression)
+    assert sum(of_two.values()) / 1e6 == pytest.approx(megabytes, abs=0.05)
+
+
+def test_a_matrix_that_low_rank_does_not_make_smaller_is_sent_whole():
+    """4096 x 2 of rank 2: fc8 of a net of two classes."""
+    two = sent(2, parallel="data", compression="powersgd:2", classes=2)["fc gradients"]
+    assert two == 4 * (2 * (9216 + 4096) + 2 * (4096 + 4096) + 2 * 4096 + 4096 + 4096 + 2)
+
+
 def test_groups_sum_their_parts_and_every_micro_batch_is_exchanged():
     one_group, two_groups = sent(2, parallel="hybrid"), sent(4, parallel="hybrid")
     assert two_groups["fc gradients"] == fc_parameters(1000, group_size=2) * 4

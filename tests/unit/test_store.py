@@ -14,6 +14,7 @@ import urllib.request
 
 import psutil
 import pytest
+from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
 from horovod.runner.elastic.rendezvous import create_rendezvous_handler
 from horovod.runner.http.http_client import put_data_into_kvstore, read_data_from_kvstore
 
@@ -54,6 +55,35 @@ def raw(port: int, sent: bytes) -> bytes:
 def test_horovods_own_client_gets_what_another_put(store):
     put_data_into_kvstore(*store, "global", "1", ("value", 7))
     assert read_data_from_kvstore(*store, "global", "1") == ("value", 7)
+
+
+@pytest.fixture
+def answered():
+    """Whether a server of two ranks, in which the first has put b"an address", answers at once, and what."""
+    store = Store("127.0.0.1")
+    port = store.start()
+    store.init(get_host_assignments(parse_hosts("here:2"), 2))
+    address = store.address("127.0.0.1", port)
+    put_data_into_kvstore(address, port, "global", "0", "an address")
+
+    def answered(key: str, secret: str = address.partition("/")[2], cut: int | None = None) -> bytes | None:
+        rank, request = socket.socketpair()
+        with rank, request:
+            rank.sendall(f"GET /{secret}:{port}/{key} HTTP/1.1\r\nContent-Length: 0\r\n\r\n".encode()[:cut])
+            return rank.recv(1000) if store._httpd._answered(request) else None
+
+    yield answered
+    store.stop()
+
+
+def test_a_rank_that_asks_for_an_address_is_answered_without_a_thread(answered):
+    """If its question has arrived whole, and none that the driver of an elastic job may answer late."""
+    found = answered("global/0")
+    assert found.startswith(b"HTTP/1.0 200 OK\r\nContent-Length: ") and b"an address" in base64.b64decode(
+        found.partition(b"\r\n\r\n")[2]
+    )
+    assert answered("global/1") == b"HTTP/1.0 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+    assert answered("global/0", cut=-1) is answered("global/0", "00") is answered("rank_and_size/0") is None
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD", "POST"])

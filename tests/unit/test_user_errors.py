@@ -66,7 +66,8 @@ momentum=1 dropout=1 dropout=-0.1 label_smoothing=2 seed=-1 seed=999999999999999
 precision= model=vgg schedule=never schedule=step(0) classes=-1 classes=1 decode_threads=1000000
 stall_limit_s=1e12 clip_norm=-1 crop_scale_min=0 parallel=both fc_group_size=0 fc_group_size=x pipeline=none
 bad_images=maybe schedule=[[ momentum_reset=true
-channels_last=maybe keep_checkpoints=0 warmup_epochs=-1 compression=int8 elastic_batch=x precision=fp16
+channels_last=maybe keep_checkpoints=0 warmup_epochs=-1 compression=int8 compression=powersgd:0
+compression=onebit,parallel=hybrid optimizer=lars,precision=fp16 elastic_batch=x precision=fp16
 model=alexnet-owt-bn,batch=1 fc_batch=local sync_bn=true,owt_scheme=b,parallel=hybrid""".split()
 HOSTS = """nowhere folder empty binary zeros words.hosts zero.hosts superscript.hosts many.hosts comment.hosts
 dangling half.utf16""".split()

@@ -6,15 +6,18 @@ usage: train_random.py OUT RUNS     RUNS is a JSON list of {"name": ..., "settin
 The images of BAD are bad in a run with bad_images=skip.
 
 Rank 0 writes OUT/NAME.safetensors, the whole weights, and OUT/NAME.json: the losses, the gradient norms and
-each rank's bytes in the last step. OUT/exchange.json has what exchange_checks.py saw.
+each rank's bytes in the last step. OUT/exchange.json has what exchange_checks.py saw, OUT/compression.json
+what compression_checks.py did.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from compression_checks import check_compression
 from exchange_checks import check_exchange
 from safetensors.torch import save_file
 
@@ -59,14 +62,8 @@ def train(
         bad = BAD.get(step, []) if cfg.bad_images == "skip" else []
         labels[bad] = IGNORED
 
-        def micro_batches(pictures=pictures, labels=labels):
-            for start in range(world.rank * cfg.rank_batch(), (world.rank + 1) * cfg.rank_batch(), cfg.batch):
-                rows = slice(start, start + cfg.batch)
-                faults = {row: "bad" for row, label in enumerate(labels[rows]) if label == IGNORED}
-                indices = np.arange(start, start + cfg.batch)
-                yield Batch(pictures[rows], labels[rows], labels[rows] >= 0, indices, faults)
-
-        report = replica.train_step(micro_batches().__next__, consumed=step * images, lr=cfg.lr)
+        batches = micro_batches(cfg, world, pictures, labels)
+        report = replica.train_step(batches.__next__, consumed=step * images, lr=cfg.lr)
         assert report.bad_images == len(bad) and report.any_unnamed == bool(bad)
         losses.append(report.loss)
         norms.append(report.grad_norm)
@@ -82,6 +79,17 @@ def train(
         pictures, _ = global_batch(0, images, cfg.classes)
         record["evaluation_is_off_by"] = evaluation_is_off_by(replica, pictures, whole)
     return whole, record
+
+
+def micro_batches(
+    cfg: TrainConfig, world: World, pictures: torch.Tensor, labels: torch.Tensor
+) -> Iterator[Batch]:
+    """This rank's of a global batch."""
+    for start in range(world.rank * cfg.rank_batch(), (world.rank + 1) * cfg.rank_batch(), cfg.batch):
+        rows = slice(start, start + cfg.batch)
+        faults = {row: "bad" for row, label in enumerate(labels[rows]) if label == IGNORED}
+        indices = np.arange(start, start + cfg.batch)
+        yield Batch(pictures[rows], labels[rows], labels[rows] >= 0, indices, faults)
 
 
 def evaluation_is_off_by(replica: Replica, pictures: torch.Tensor, whole: dict[str, torch.Tensor]) -> float:
@@ -101,14 +109,22 @@ def evaluation_is_off_by(replica: Replica, pictures: torch.Tensor, whole: dict[s
     return off_by
 
 
+def compression_checks(world: World) -> dict[str, float]:
+    cfg = configure({"image_size": SIDE, "classes": 10, "dropout": 0, "batch": 4})
+    pairs = [global_batch(step, 8, cfg.classes) for step in range(4)]
+    return check_compression(world, cfg, [next(micro_batches(cfg, world, *pair)) for pair in pairs])
+
+
 def main() -> None:
     out, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     alexnet_owt.HIDDEN = HIDDEN
     # the process sets of groups of 2 among 4 do for groups of 1, 2 and 4
     world = runtime.init(CPU, fc_group_size=2)
     checks = {size: check_exchange(world, size) for size in range(2, world.size + 1, 2)}
+    compression = compression_checks(world) if world.size == 2 else {}
     if world.is_root:
         (out / "exchange.json").write_text(json.dumps(checks))
+        (out / "compression.json").write_text(json.dumps(compression))
     for run in runs:
         cfg = configure(run["settings"])
         whole, record = train(cfg, run["steps"], world, evaluate=run["evaluate"])

@@ -1,0 +1,40 @@
+"""The values of `compression`, and the sizes of compressed gradients."""
+
+from __future__ import annotations
+
+from horovod_owt.errors import ConfigError
+
+POWERSGD = "powersgd:"
+WANTED = "none, fp16, onebit or powersgd:R"
+MOST_RANK = 4096  # more than a hidden layer has units is no low rank
+
+
+def powersgd_rank(compression: str) -> int:
+    """R of powersgd:R; 0 of the others."""
+    return int(compression.removeprefix(POWERSGD)) if compression.startswith(POWERSGD) else 0
+
+
+def keeps_errors(compression: str) -> bool:
+    """Whether it sends an approximation of each FC matrix, and what is missing with a later step."""
+    return compression == "onebit" or compression.startswith(POWERSGD)
+
+
+def check_compression(compression: str) -> None:
+    """Raise ConfigError for a value that `compression` does not have."""
+    if compression in ("none", "fp16", "onebit"):
+        return
+    saw, rank = f"compression={compression}", compression.removeprefix(POWERSGD)
+    if not compression.startswith(POWERSGD):
+        raise ConfigError(saw, wanted=WANTED, fix="compression=none")
+    if not (rank.isdecimal() and rank.isascii()) or not 1 <= int(rank) <= MOST_RANK:
+        raise ConfigError(saw, wanted=f"a rank from 1 to {MOST_RANK}", fix="compression=powersgd:4")
+
+
+def one_bit_row_bytes(columns: int, number_bytes: int = 4) -> int:
+    """Bytes of a matrix's row in one bit: its signs, and the means of positive and negative numbers."""
+    return -(-columns // 8) + 2 * number_bytes
+
+
+def low_rank_pays(rows: int, columns: int, rank: int) -> bool:
+    """Whether the two factors of a matrix have fewer numbers than the matrix; if not, it is sent as it is."""
+    return (rows + columns) * rank < rows * columns

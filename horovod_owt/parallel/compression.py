@@ -1,0 +1,179 @@
+"""Compressed sums of FC matrices over all ranks, and the state that they keep from step to step.
+
+A compressor sends an approximation of its matrix. What that lacks, its error, is added to the next gradient,
+so nothing is lost: the sums of all steps and the errors of all ranks add up to the gradients.
+
+Checkpoints have every rank's error, so that a resumed run is the same to the bit. Other ranks than those of
+the checkpoint share the sum of its errors equally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from horovod_owt.compression import low_rank_pays, powersgd_rank
+from horovod_owt.parallel.exchange import Exchange
+from horovod_owt.parallel.low_rank import LowRank
+from horovod_owt.parallel.one_bit import OneBit
+
+ERROR = "error."  # prefixes of a parameter's: every rank's error, one below the other
+OWNER_ERROR = "owner_error."  # of onebit, the errors of the sums
+QUERY = "query."  # of powersgd, the Q of the last step
+PREFIXES = (ERROR, OWNER_ERROR, QUERY)
+
+
+class Compressor(Protocol):
+    """Sums one matrix over the ranks. All of them call its methods once a step, in this order."""
+
+    error: Tensor  # of this rank, in the shape of the matrix
+
+    def start(self, gradient: Tensor) -> None:
+        """Begin to send this rank's gradient."""
+
+    def turn(self) -> None:
+        """Send on what has arrived."""
+
+    def finish(self, total: Tensor) -> None:
+        """Write the sum over the ranks to `total`, the tensor that `start` got."""
+
+
+class Alone:
+    """The same for one rank, which sends nothing: an error from a world of more ranks goes in at once."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.error = torch.zeros_like(matrix)
+
+    def start(self, gradient: Tensor) -> None:
+        gradient.add_(self.error)
+        self.error.zero_()
+
+    def turn(self) -> None:
+        pass
+
+    def finish(self, total: Tensor) -> None:
+        pass
+
+
+def build_compressors(
+    compression: str, named: Mapping[str, nn.Parameter], exchange: Exchange, *, what: str, seed: int
+) -> dict[str, Compressor]:
+    """One for each matrix of `named` that it makes smaller; empty for compressions without errors."""
+    found: dict[str, Compressor] = {}
+    rank = powersgd_rank(compression)
+    for number, (name, parameter) in enumerate(named.items()):
+        is_matrix = parameter.dim() == 2
+        if not (is_matrix and (compression == "onebit" or (rank and low_rank_pays(*parameter.shape, rank)))):
+            continue
+        like, about = parameter.detach(), {"what": what, "name": f"{what}.{name}"}
+        if exchange.group.is_alone:
+            found[name] = Alone(like)
+        elif rank:
+            found[name] = LowRank(like, exchange, rank=rank, seed=seed + number, **about)
+        else:
+            found[name] = OneBit(like, exchange, **about)
+    return found
+
+
+class CompressionState:
+    """The errors and queries of all compressors, as whole tensors by name."""
+
+    def __init__(self, compressors: Mapping[str, Compressor], exchange: Exchange) -> None:
+        self._compressors, self._exchange, self._group = compressors, exchange, exchange.group
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what `gather` returns."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, compressor in self._compressors.items():
+            rows, columns = compressor.error.shape
+            found[ERROR + name] = (self._group.size * rows, columns)
+            if isinstance(compressor, OneBit):
+                found[OWNER_ERROR + name] = (rows, columns)
+            elif isinstance(compressor, LowRank):
+                found[QUERY + name] = tuple(compressor.query.shape)
+        return found
+
+    def gather(self) -> dict[str, Tensor]:
+        """On rank 0 every rank's errors, and the queries; empty on the others. Every rank must call it."""
+        found = {}
+        for name, compressor in self._compressors.items():
+            found[ERROR + name] = self._on_root(compressor.error, f"{ERROR}{name}")
+            if isinstance(compressor, OneBit):
+                found[OWNER_ERROR + name] = self._on_root(compressor.owner_error, f"{OWNER_ERROR}{name}")
+            elif isinstance(compressor, LowRank):
+                found[QUERY + name] = compressor.query
+        return found if self._group.index == 0 else {}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Continue from what `gather` returned, on these or other ranks. Every rank must call it.
+
+        Only rank 0 has `saved`. What is not in it begins anew.
+        """
+        for name, compressor in self._compressors.items():
+            shape, is_root = compressor.error.shape, self._group.index == 0
+            shares = compressor.error.new_empty(0, shape[1])
+            if is_root:
+                shares = self._shares(name, saved).reshape(-1, shape[1]).contiguous()
+            rows = [shape[0] if is_root else 0] * self._group.size
+            sent = self._exchange.to_owners(shares, rows, "restore", f"restore.{ERROR}{name}")
+            compressor.error.copy_(sent.wait())
+            if isinstance(compressor, OneBit):
+                owners = saved.get(OWNER_ERROR + name, compressor.error.new_zeros(shape))
+                whole = self._from_root(owners.to(compressor.error), f"{OWNER_ERROR}{name}")
+                compressor.owner_error.copy_(self._own_rows(compressor, whole))
+            elif isinstance(compressor, LowRank):
+                query = saved.get(QUERY + name, compressor.query)
+                query = query if query.shape == compressor.query.shape else compressor.query
+                compressor.query.copy_(self._from_root(query.to(compressor.query), f"{QUERY}{name}"))
+
+    def total(self) -> dict[str, Tensor]:
+        """The same for an elastic commit, on every rank: the sum of the errors, because ranks may be lost."""
+        found = {}
+        for name, compressor in self._compressors.items():
+            sent = self._exchange.sum_everywhere(compressor.error, "commit", f"commit.{ERROR}{name}")
+            found[ERROR + name] = sent.wait()
+            if isinstance(compressor, OneBit):
+                sent = self._exchange.gather_rows(
+                    compressor.owner_error, "commit", f"commit.{OWNER_ERROR}{name}"
+                )
+                found[OWNER_ERROR + name] = sent.wait()
+            elif isinstance(compressor, LowRank):
+                found[QUERY + name] = compressor.query
+        return found
+
+    def restore_total(self, committed: Mapping[str, Tensor]) -> None:
+        """Continue from what `total` returned, on these or other ranks; each one has it."""
+        for name, compressor in self._compressors.items():
+            compressor.error.copy_(self._shares(name, committed)[self._group.index])
+            if isinstance(compressor, OneBit) and OWNER_ERROR + name in committed:
+                compressor.owner_error.copy_(self._own_rows(compressor, committed[OWNER_ERROR + name]))
+            elif isinstance(compressor, LowRank) and QUERY + name in committed:
+                compressor.query.copy_(committed[QUERY + name])
+
+    def _on_root(self, own: Tensor, name: str) -> Tensor:
+        """Every rank's rows, one below the other, on rank 0; none on the others."""
+        sizes = [len(own), *[0] * (self._group.size - 1)]
+        return self._exchange.to_owners(own, sizes, "checkpoint", f"checkpoint.{name}").wait()
+
+    def _from_root(self, whole: Tensor, name: str) -> Tensor:
+        """Rank 0's tensor on every rank; the others' give shape and dtype."""
+        return self._exchange.lend_rows(whole, 0, f"restore.{name}").wait()
+
+    def _shares(self, name: str, saved: Mapping[str, Tensor]) -> Tensor:
+        """The error of each rank of this world: (K, m, n)."""
+        compressor, ranks = self._compressors[name], self._group.size
+        shape = compressor.error.shape
+        if ERROR + name not in saved:
+            return compressor.error.new_zeros(ranks, *shape)
+        errors = saved[ERROR + name].to(compressor.error).view(-1, *shape)
+        owners = None if isinstance(compressor, OneBit) else saved.get(OWNER_ERROR + name)
+        if len(errors) == ranks and owners is None:
+            return errors
+        total = errors.sum(dim=0) if owners is None else errors.sum(dim=0) + owners.to(errors)
+        return (total / ranks).expand(ranks, *shape)
+
+    def _own_rows(self, compressor: OneBit, whole: Tensor) -> Tensor:
+        return whole.split(compressor.sizes)[self._group.index]
