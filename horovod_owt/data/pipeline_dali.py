@@ -21,7 +21,10 @@ from horovod_owt.errors import RunError
 PREFETCH = 2  # batches that DALI decodes ahead
 
 # bytes; anchors and shapes of windows; sizes to resize to; places of crops, 0 to 1; mirror
-Inputs = tuple[list[tensors.TensorCPU], np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Inputs = tuple[tensors.TensorListCPU, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+# DALI 1 copies tensors to make a list of them; that is in the inputs' thread too
+_VIEWS = {"contiguous": False} if "contiguous" in tensors.TensorListCPU.__init__.__doc__ else {}
 
 
 class DaliPipeline:
@@ -161,7 +164,8 @@ class DaliPipeline:
         sizes, corners = self._feed.view(shapes, self._image_size)
         room = sizes[:, None] - self._image_size
         return (
-            [tensors.TensorCPU(jpeg) for jpeg in encoded.jpegs[rows]],  # views
+            # one list: of 256 tensors the training thread would look at each
+            tensors.TensorListCPU([tensors.TensorCPU(jpeg) for jpeg in encoded.jpegs[rows]], **_VIEWS),
             np.ascontiguousarray(anchors),
             np.ascontiguousarray(shapes),
             sizes.astype(np.float32),
