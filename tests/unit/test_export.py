@@ -84,7 +84,7 @@ def test_a_file_that_onnx_runtime_reads_otherwise_is_not_written(tmp_path, narro
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, missing):
     find = importlib.util.find_spec
-    monkeypatch.setattr(torch, "__version__", "2.14.1")  # the k80 lane's is too old for ONNX, which it is told first
+    monkeypatch.setattr(torch, "__version__", "2.14.1")  # not k80's, which is too old
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(ConfigError, match=rf"ONNX without .*{missing}.*pip install 'horovod_owt\[export\]'"):
         check_export(tmp_path / "net.onnx")
