@@ -10,6 +10,7 @@ from horovod_owt.config import resolve
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import ConfigError, OwtError, explained
 from horovod_owt.files import read_user_text
+from horovod_owt.launch.supervisor import Supervisor
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,8 @@ def outcome(command: str, root) -> BaseException | None:
 def test_bad_input_is_answered_in_one_line(root, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    # no adopting of orphans, no signal handlers: this process is that of other tests, too
+    monkeypatch.setattr(Supervisor, "_set_up_process", lambda self: None)
     error = outcome(command, root)
     if isinstance(error, click.ClickException | SystemExit):
         return  # click's own line, exit code 2
