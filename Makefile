@@ -45,10 +45,10 @@ test-gpu: setup
 test-machines:
 	@$(PYTHON) tests/machines $(CELLS)
 
-# Trains small nets in every way, three seeds each, and writes the table in docs/accuracy.md: an hour on two quiet cores.
-# What is done is kept in build/accuracy; MINUTES=5 stops after that time, and the next call continues.
+# Trains small nets in every way, three seeds each, and writes the table in docs/accuracy.md. Begins none after MINUTES;
+# what is done is kept in build/accuracy, and the next call continues.
 accuracy: setup
-	@$(VENV)/bin/python -c "import sklearn" 2>/dev/null || $(VENV)/bin/pip install -q scikit-learn
+	@$(VENV)/bin/python -c "import sklearn" 2>/dev/null || $(VENV)/bin/pip install -q -c launch/constraints/cpu.txt scikit-learn
 	@$(IN_VENV) python tests/accuracy --minutes $(MINUTES)
 
 soak: setup

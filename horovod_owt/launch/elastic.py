@@ -49,7 +49,7 @@ class ElasticJob:
             *(("--max-np", str(most)) if most else ()),
             *("--network-interfaces", self.interface),
             *("--blacklist-cooldown-range", *map(str, self.cooldown_s)),
-            *("--host-discovery-script", shlex.join(hosts)),  # Horovod runs it in a shell
+            *("--host-discovery-script", shlex.join(hosts)),
             *("owt", "train", *self.train),
         ]
 
