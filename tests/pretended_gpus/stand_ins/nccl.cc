@@ -157,8 +157,9 @@ void reduce_slots(ncclComm* comm, void* out, size_t first, size_t count, ncclDat
 // Act on a fault of this collective in its thread; false if it is not to go on.
 bool survives(ncclComm* comm, int call) {
   if (call != fault().call || fault().rank != job_rank()) return true;
-  if (fault().kind == "kill") kill(getpid(), SIGKILL);
-  if (fault().kind == "stop") kill(getpid(), SIGSTOP);
+  // raise, not kill: a signal to the process may reach another thread first, and this one goes on for a while
+  if (fault().kind == "kill") raise(SIGKILL);
+  if (fault().kind == "stop") raise(SIGSTOP);
   if (fault().kind == "async") {
     comm->async_error = ncclRemoteError;
     comm->wait_for_abort();
