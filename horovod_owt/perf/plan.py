@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 from horovod_owt.compression import keeps_errors, powersgd_rank
@@ -15,6 +14,7 @@ from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.memory import memory_gb
 from horovod_owt.perf.predict import Parts, StepTime, Sum, step_time
 from horovod_owt.perf.traffic import PASS_BYTES, exchanged, fc_gradients
+from horovod_owt.perf.waiting import waiting_s
 
 IMAGENET = 1_281_167  # training images of ILSVRC2012
 FC_PASSES = 3  # over the classifier's weights: forward, input gradient, weight gradient
@@ -129,16 +129,6 @@ def predict_row(machine: Machine, job: Job) -> Row:
     )
 
 
-def straggling(ranks: int, jitter: float) -> float:
-    """How much longer than one rank's mean step the slowest of `ranks` takes.
-
-    The expected maximum of normal variables, by Blom's formula (1958).
-    """
-    if ranks == 1:
-        return 1.0
-    return 1 + jitter * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
-
-
 def parts_of(machine: Machine, job: Job) -> Parts:
     """The parts of a step by the machine's figures."""
     cfg, net, ranks = job.cfg, job.net, job.ranks
@@ -241,7 +231,8 @@ class _Step:
 
 def _step(machine: Machine, job: Job) -> _Step:
     cfg = job.cfg
-    time = step_time(parts_of(machine, job), job.net, accum_steps=cfg.accum_steps, overlap=machine["overlap"])
+    parts = parts_of(machine, job)
+    time = step_time(parts, job.net, accum_steps=cfg.accum_steps, overlap=machine["overlap"])
     # a rank alone has the decoders of its whole node, but not its cores
     decode_s = 0.0
     if job.decodes:
@@ -250,7 +241,7 @@ def _step(machine: Machine, job: Job) -> _Step:
     copy_rate = 1e9 * machine["host_to_device_gb_s"]
     copied_bytes = cfg.rank_batch() * 3 * job.net.image_size**2 * PASS_BYTES["fp32"]
     host_to_device_s = copied_bytes / copy_rate if copy_rate else 0.0
-    work_s = time.total_s * straggling(job.ranks, machine["jitter"])
+    work_s = time.total_s + waiting_s(time, parts, cfg, job.ranks, machine["jitter"])
     if machine.shares_cores:
         total_s = work_s + decode_s
     else:
