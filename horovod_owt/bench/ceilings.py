@@ -37,7 +37,7 @@ from horovod_owt.parallel.parts import measure_parts, time_classifier, time_each
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import DTYPES
 from horovod_owt.perf.layers import Net, net_of
-from horovod_owt.perf.plan import FC_PASSES, UPDATE_PASSES, WEIGHT_BYTES
+from horovod_owt.perf.parts import FC_PASSES, UPDATE_PASSES, WEIGHT_BYTES
 from horovod_owt.perf.predict import Parts
 from horovod_owt.train.prepare import Request, prepare_alone
 from horovod_owt.train.replica import Replica

@@ -26,7 +26,8 @@ from horovod_owt.parallel.collectives import gather_objects, on_root, sum_over_r
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.calibrate import fit_steps, measured
 from horovod_owt.perf.layers import net_of
-from horovod_owt.perf.plan import Job, predict_row
+from horovod_owt.perf.parts import Job
+from horovod_owt.perf.plan import predict_row
 from horovod_owt.train.replica import StepReport
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from horovod_owt.config import TrainConfig, from_mapping
 from horovod_owt.errors import ConfigError
 from horovod_owt.perf.layers import Net, net_of
 from horovod_owt.perf.machine import Machine, checked
-from horovod_owt.perf.plan import Job, predict_row
+from horovod_owt.perf.parts import Job
+from horovod_owt.perf.plan import predict_row
 from horovod_owt.runs.folder import read_config
 from horovod_owt.runs.records import METRICS, newest_records
 

@@ -9,7 +9,8 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.machine import load_machine
 from horovod_owt.perf.memory import memory_gb
-from horovod_owt.perf.plan import Job, fastest, parts_of, plan, predict_row
+from horovod_owt.perf.parts import Job, parts_of
+from horovod_owt.perf.plan import fastest, plan, predict_row
 from horovod_owt.perf.published import held_against
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.perf.waiting import slowest_of
