@@ -102,14 +102,14 @@ def _measure(request: Request, world: World, root: Path, keep: ExitStack, *, ste
 
     ring_s, latency_s = told("TCP ring", _ring(world))
     return Measured(
-        matrix_gflops=told("matrix products", _matrix_gflops(cfg, world)),
-        convolution_gflops=told("convolutions", _convolution_gflops(cfg, world)),
+        matrix_gflops=told("matrix products", matrix_gflops(cfg, world)),
+        convolution_gflops=told("convolutions", convolution_gflops(cfg, world)),
         memory_gb_s=told("memory", _memory_gb_s(world)),
         ring_s=ring_s,
         ring_latency_s=latency_s,
         parts=told("parts of a step", measure_parts(cfg, world, {"data": 1})["data"]),
         few_rows_s=time_classifier(dataclasses.replace(cfg, batch=FEW_ROWS), world, group_size=1)["passes"],
-        step_s=told("steps", _steps(cfg, world, steps)),
+        step_s=told("steps", training_steps(cfg, world, steps)),
         decode_images_s=told("decoding", _images_s(open_decoder(cfg, root, world.threads, keep), cfg)),
         input_images_s=told("input", _input_images_s(request, world, keep)),
     )
@@ -119,7 +119,7 @@ def _best_s(action, world: World) -> float:
     return min(time_each(action, world, repeats=REPEATS))
 
 
-def _matrix_gflops(cfg: TrainConfig, world: World) -> float:
+def matrix_gflops(cfg: TrainConfig, world: World) -> float:
     """The best of square products."""
     rates = []
     for side in SQUARES:
@@ -128,7 +128,7 @@ def _matrix_gflops(cfg: TrainConfig, world: World) -> float:
     return max(rates)
 
 
-def _convolution_gflops(cfg: TrainConfig, world: World) -> float:
+def convolution_gflops(cfg: TrainConfig, world: World) -> float:
     """The best of the net's own convolutions, forward."""
     rates, net = [], _net(cfg)
     for layer, (c_in, c_out, kernel) in list(zip(net.layers(), net.convolutions, strict=False))[1:]:
@@ -176,8 +176,8 @@ def _ring(world: World) -> tuple[float, float]:
     return min(large), min(small) / messages
 
 
-def _steps(cfg: TrainConfig, world: World, steps: int) -> list[float]:
-    """Training steps on random images, data-parallel."""
+def training_steps(cfg: TrainConfig, world: World, steps: int) -> list[float]:
+    """Seconds of that many data-parallel training steps on random images, each of its slowest rank."""
     replica, batch = Replica(cfg, world), random_batch(cfg, world)
     images = cfg.global_batch(world.size)
     seconds = []
