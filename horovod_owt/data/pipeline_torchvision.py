@@ -1,4 +1,8 @@
-"""The reference pipeline: Pillow or nvJPEG decodes, torchvision crops and resizes, in threads."""
+"""The reference pipeline: Pillow or nvJPEG decodes, torchvision crops and resizes, in threads.
+
+It also serves what a cache has decoded, for either setting of `pipeline`: torch resizes 8-bit pixels in a
+fifth of the CPU time that Pillow or DALI take.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.functional import resized_crop
 
 from horovod_owt.data.batch import MEAN, STD, Batch
@@ -20,6 +25,7 @@ from horovod_owt.data.nvjpeg import GpuDecoder, nvjpeg_decoder
 from horovod_owt.data.prefetch import Prefetched
 
 PREFETCH = 2  # batches decoded ahead
+GRAIN = 32_768  # elements up to which torch starts no threads of its own for an operation
 
 
 class TorchvisionPipeline:
@@ -31,10 +37,12 @@ class TorchvisionPipeline:
     def __init__(self, feed: Feed, *, image_size: int, device_id: int | None, num_threads: int) -> None:
         self._feed, self._image_size = feed, image_size
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
-        self._mean = torch.tensor(MEAN, device=self._device) * 255
-        self._std = torch.tensor(STD, device=self._device) * 255
+        self._mean, self._std = (255 * torch.tensor(each, device=self._device) for each in (MEAN, STD))
+        self._mean_of_row, self._std_of_row = (
+            each.cpu().repeat(image_size).numpy() for each in (self._mean, self._std)
+        )
         self._gpu_decoder, self._stream = None, None
-        if device_id is not None and (decode := nvjpeg_decoder(self._device)):
+        if device_id is not None and not feed.decoded and (decode := nvjpeg_decoder(self._device)):
             self._gpu_decoder = GpuDecoder(decode, image_size=image_size, view=feed.view)
             self._stream = torch.cuda.Stream(self._device)
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode-image")
@@ -49,6 +57,8 @@ class TorchvisionPipeline:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             pixels.record_stream(current)
+        if pixels.is_floating_point():
+            return Batch.of(encoded, pixels.flatten(0, 1))
         images = upload(pixels, self._device).float()  # 8 bits over the bus, a quarter of normalised ones
         return Batch.of(encoded, images.sub_(self._mean).div_(self._std).flatten(0, 1))
 
@@ -64,7 +74,7 @@ class TorchvisionPipeline:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def _decode_batches(self) -> Iterator[tuple[EncodedBatch, Tensor]]:
-        """Batches with their pixels (K, b, S, S, 3) uint8, on the host or decoded on the device."""
+        """Batches with their pixels (K, b, S, S, 3): uint8, for a GPU; on a CPU float32, normalised."""
         for encoded in self._feed:
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 batch = self._decode_batch(encoded)
@@ -72,14 +82,15 @@ class TorchvisionPipeline:
 
     def _decode_batch(self, encoded: EncodedBatch) -> tuple[EncodedBatch, Tensor]:
         _, corners = self._feed.view(encoded.windows[:, 2:], self._image_size)
-        shape = (corners.shape[1], len(encoded.jpegs), self._image_size, self._image_size, 3)
+        shape = (corners.shape[1], len(encoded.images), self._image_size, self._image_size, 3)
         on_gpu, rows = None, list(range(shape[1]))
         if self._gpu_decoder:
             on_gpu = torch.empty(shape, dtype=torch.uint8, device=self._device)
             rows = self._gpu_decoder.decode_rows(encoded, on_gpu)
         if on_gpu is not None and not rows:
             return encoded, on_gpu
-        pixels, by_cpu = host_buffer(shape, torch.uint8, self._device), set(rows)
+        kind = torch.float32 if self._device.type == "cpu" and on_gpu is None else torch.uint8
+        pixels, by_cpu = host_buffer(shape, kind, self._device), set(rows)
         while faults := self._decode_rows(encoded, rows, pixels.numpy()):
             encoded = self._feed.without(encoded, faults)
             rows = np.flatnonzero(~encoded.valid).tolist()  # these now repeat a good image
@@ -98,17 +109,45 @@ class TorchvisionPipeline:
 
         def decode(row: int) -> None:
             try:
-                image = decoded(encoded.jpegs[row].tobytes())
+                pixels = _resized(encoded.images[row], encoded.windows[row].tolist(), sizes[row])
             except ValueError as error:
                 faults[row] = f"undecodable: {error}"
                 return
             except MemoryError as error:
                 path = self._feed.store.path(int(encoded.indices[row]))
                 raise machine_error(error, f"cannot decode {path}") from error
-            pixels = np.asarray(resized_crop(image, *encoded.windows[row].tolist(), size=sizes[row]))
             for crop, (top, left) in enumerate(corners[row]):
                 cut = pixels[top : top + side, left : left + side]
-                out[crop, row] = cut[:, ::-1] if encoded.flips[row] else cut
+                self._write(cut, out[crop, row], mirrored=encoded.flips[row])
 
         list(self._decoders.map(decode, rows))
         return dict(sorted(faults.items()))
+
+    def _write(self, cut: np.ndarray, out: np.ndarray, *, mirrored: bool) -> None:
+        """Copy a crop; for a CPU normalise it, some rows at a time, which stay in the core's cache."""
+        if out.dtype == np.uint8:
+            out[:] = cut[:, ::-1] if mirrored else cut
+            return
+        width = 3 * self._image_size
+        step = max(1, GRAIN // width)
+        for top in range(0, self._image_size, step):
+            rows, to = cut[top : top + step], out[top : top + step].reshape(-1, width)
+            if mirrored:
+                rows = torch.from_numpy(rows).flip(1).numpy()
+            np.subtract(rows.reshape(-1, width), self._mean_of_row, out=to, dtype=np.float32)
+            np.divide(to, self._std_of_row, out=to)
+
+
+def _resized(image: np.ndarray, window: list[int], size: list[int]) -> np.ndarray:
+    """The window of a file, or of pixels, at another size: (height, width, 3) uint8.
+
+    Raises ValueError with the fault of a file.
+    """
+    if image.ndim == 1:
+        return np.array(resized_crop(decoded(image.tobytes()), *window, size=size))
+    top, left, height, width = window
+    part = image[None, top : top + height, left : left + width].copy()  # resized whole: the copy is small
+    if [height, width] == size:
+        return part[0]
+    nchw = torch.from_numpy(part).permute(0, 3, 1, 2)
+    return interpolate(nchw, size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)[0].numpy()

@@ -54,7 +54,7 @@ class PretendedNvjpeg:
 
 def by_pillow(batch: EncodedBatch, row: int) -> np.ndarray:
     top, left, height, width = batch.windows[row].tolist()
-    image = Image.open(io.BytesIO(batch.jpegs[row].tobytes())).convert("RGB")
+    image = Image.open(io.BytesIO(batch.images[row].tobytes())).convert("RGB")
     image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     return pixels[:, ::-1] if batch.flips[row] else pixels
