@@ -96,16 +96,15 @@ class Slots:
         return True
 
     def _place(self, number: int) -> int:
-        assert 0 <= number < self._count
         return BLOCK + _SLOT.size * number
 
     def _make(self) -> None:
         """Write the header and reserve the slots, unless another process has."""
-        header = _HEADER.pack(MAGIC, self._count)
-        if os.pread(self._descriptor, len(header), 0) == header:
+        header, size = _HEADER.pack(MAGIC, self._count), self._place(self._count)
+        if os.pread(self._descriptor, BLOCK, 0) == header and os.fstat(self._descriptor).st_size >= size:
             return
         os.ftruncate(self._descriptor, 0)
-        extend(self._descriptor, BLOCK + -(-_SLOT.size * self._count // BLOCK) * BLOCK)
+        extend(self._descriptor, size)
         _write(self._descriptor, header, 0)
 
     def _reserve(self, size: int) -> int | None:
