@@ -178,6 +178,9 @@ class _Cache:
             needed -= (self.folder / split).stat().st_size
         room = self._make_room(needed)
         if needed <= room:
+            if speaks:
+                form = f"decoded, {self.side} px" if self.side else "files"
+                log.info("cache: %s in %s (%s), %s more", split, self.folder, form, size_text(max(0, needed)))
             return True
         what = f"cache: {split} needs {size_text(needed)} more in {self.folder.parent}, which has room for"
         if speaks:
@@ -200,21 +203,21 @@ def _opened(data: DataSet, place: str, side: int) -> Iterator[_Cache]:
     parent = MEMORY if memory else Path(place)
     if not memory:
         parent.mkdir(exist_ok=True)
-    base = private_folder(parent / f"horovod_owt-{os.geteuid()}")
-    take_rights(base, 0o077)
     versions = f"{FORM} pillow {PIL.__version__}" if side else f"{FORM}"
     key = hashlib.sha256(f"{data.fingerprint()} {side} {versions}".encode()).hexdigest()[:16]
+    base = parent / f"horovod_owt-{os.geteuid()}"
     folder = base / key
-    if memory:
-        for other in base.iterdir():
-            if other != folder:
-                _remove_unused(other)
     try:
         with _held(folder):
+            for other in base.iterdir() if memory else ():
+                if other != folder:
+                    _remove_unused(other)
             yield _Cache(folder, memory, side)
     finally:
         if memory:
             _remove_unused(folder)
+            with suppress(OSError):  # others are in there
+                base.rmdir()
 
 
 @contextmanager
@@ -222,8 +225,9 @@ def _held(folder: Path) -> Iterator[None]:
     """The folder, made if it is missing, and in use until the block ends."""
     with ExitStack() as stack:
         for _ in range(TRIES):
-            folder.mkdir(mode=0o700, exist_ok=True)
             try:
+                take_rights(private_folder(folder.parent), 0o077)
+                folder.mkdir(mode=0o700, exist_ok=True)
                 if not stack.enter_context(locked(folder / "lock", shared=True)):
                     raise OSError(errno.ENOLCK, "a file system without locks", str(folder))
                 break

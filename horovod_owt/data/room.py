@@ -23,12 +23,13 @@ def room_in(folder: Path, *, memory: bool) -> int:
     return max(0, room)
 
 
-def _rest_of_cgroups(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[int]:
+def _rest_of_cgroups() -> list[int]:
     """Bytes left to this process's groups under cgroups v2, with limits; file caches count as free."""
     try:
-        groups = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")]
+        groups = [line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::")]
     except OSError:
         return []
+    root = CGROUPS
     folder = root / groups[0].lstrip("/") if groups else root
     rests = []
     for group in (folder, *folder.parents):

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import pytest
@@ -212,7 +213,23 @@ def test_in_memory_the_last_to_leave_removes_it(root, memory):
         assert len(folders(memory)) == 1
         (base,) = memory.iterdir()
         assert stat.S_IMODE(base.stat().st_mode) == 0o700
-    assert folders(memory) == []
+    assert list(memory.iterdir()) == []
+
+
+def test_jobs_that_come_and_go_at_once_do_not_take_each_others_cache(root, memory):
+    """Each opens, uses and leaves it many times: none fails, none finds it gone, and nothing stays."""
+    data = open_data_set(root)
+
+    def job(side: int) -> None:
+        for _ in range(15):
+            with cached(data, "ram", side) as mine:
+                assert mine.train.pixels(side % 7)[0].shape[2] == 3
+                assert (mine.train._slots.get(side % 7, mine.train.stamp(side % 7))) is not None
+                assert len(folders(memory)) >= 1
+
+    with ThreadPoolExecutor(4) as pool:  # each opening has locks of its own
+        list(pool.map(job, [ENOUGH, ENOUGH, 90, 100]))
+    assert list(memory.iterdir()) == []
 
 
 HOLDER = """
@@ -264,7 +281,7 @@ def test_what_does_not_fit_is_not_cached_and_said_in_a_line(root, memory, tmp_pa
             assert mine.train is data.train and mine.val is not data.val
         with cached(data, str(tmp_path / "c"), 0, speaks=False) as mine:
             assert mine.train is not data.train
-    (record,) = caplog.records
+    (record,) = (each for each in caplog.records if each.levelno == logging.WARNING)
     assert "cache: train needs" in record.message and "a smaller cache_side" in record.message
     monkeypatch.setattr(module, "room_in", lambda folder, memory: 0)
     with cached(data, str(tmp_path / "c"), 0) as mine:
