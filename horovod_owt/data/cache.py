@@ -165,7 +165,7 @@ class _Cache:
         """The store through the cache, if that has room for it. Raises OSError."""
         if not self.fits(split, store, speaks):
             return store
-        slots = Slots(self.folder / split, len(store), self.may_grow)
+        slots = Slots(self.folder / split, len(store), self.may_grow, mapped=self.memory)
         return DecodedImages(store, slots, self.side) if self.side else CachedFiles(store, slots)
 
     def may_grow(self, size: int) -> bool:

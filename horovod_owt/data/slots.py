@@ -12,6 +12,7 @@ a power cut, or a write by another host that is not seen here, entries may be mi
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
 import threading
@@ -47,11 +48,14 @@ class Slots:
     """`count` slots in the file at `path`, which is made if it is missing, below a folder of this user's.
 
     `may_grow(bytes)` is asked before the file grows. When it says no, or the disk is full, nothing is stored
-    any more.
+    any more. `mapped` reads without a copy: for files in memory, as a disk's error would be a signal.
     """
 
-    def __init__(self, path: Path, count: int, may_grow: Callable[[int], bool]) -> None:
-        self._count, self._may_grow = count, may_grow
+    def __init__(
+        self, path: Path, count: int, may_grow: Callable[[int], bool], *, mapped: bool = False
+    ) -> None:
+        self._count, self._may_grow, self._mapped = count, may_grow, mapped
+        self._map = memoryview(b"")  # of the file, as long as it was when last looked at
         self._lock_path = path.with_name(f"{path.name}.growing")
         self._lock = threading.Lock()
         self._next = self._end = 0  # of the region of this process
@@ -68,7 +72,7 @@ class Slots:
         place, blocks = divmod(int.from_bytes(slot, "little"), 1 << _LENGTH_BITS)
         if not blocks:
             return None
-        found = memoryview(os.pread(self._descriptor, BLOCK * blocks, BLOCK * place))
+        found = self._read(BLOCK * place, BLOCK * blocks)
         if len(found) != BLOCK * blocks:
             return None
         magic, *known, length, checksum, a, b, c, d = _HEAD.unpack_from(found)
@@ -94,6 +98,13 @@ class Slots:
             self.full = True  # where reserving space promises nothing, as with copy-on-write
             return False
         return True
+
+    def _read(self, place: int, size: int) -> memoryview:
+        if not self._mapped:
+            return memoryview(os.pread(self._descriptor, size, place))
+        if place + size > len(self._map):  # others have made the file longer
+            self._map = memoryview(mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ))
+        return self._map[place : place + size]
 
     def _place(self, number: int) -> int:
         return BLOCK + _SLOT.size * number

@@ -41,8 +41,9 @@ def filled(path) -> Slots:
     return slots
 
 
-def test_what_one_process_puts_every_process_gets(path):
-    mine, other = Slots(path, COUNT, always), Slots(path, COUNT, always)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_one_process_puts_every_process_gets(path, mapped):
+    mine, other = Slots(path, COUNT, always, mapped=mapped), Slots(path, COUNT, always)
     assert mine.get(0, 7) is None
     for number in range(COUNT):
         (mine if number % 2 else other).put(number, number + 7, data_of(number), NUMBERS)
@@ -123,7 +124,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_torn(path, when
 @given(st.data())
 def test_a_damaged_file_has_fewer_entries_but_no_wrong_ones(tmp_path_factory, data):
     """As a power cut leaves it: blocks that were never written, or the end of the file missing."""
-    path = tmp_path_factory.mktemp("slots") / "slots"
+    path, mapped = tmp_path_factory.mktemp("slots") / "slots", data.draw(st.booleans())
     filled(path)
     size = REGION // 8  # where the entries are
     with open(path, "r+b") as file:
@@ -132,7 +133,7 @@ def test_a_damaged_file_has_fewer_entries_but_no_wrong_ones(tmp_path_factory, da
             file.write(data.draw(st.sampled_from([bytes(BLOCK), b"\xff" * BLOCK, os.urandom(BLOCK)])))
         if data.draw(st.booleans()):
             file.truncate(data.draw(st.integers(0, size)))
-    slots = Slots(path, COUNT, always)
+    slots = Slots(path, COUNT, always, mapped=mapped)
     for number in range(COUNT):
         entry = slots.get(number, number + 7)
         assert entry is None or entry == (data_of(number), NUMBERS)
@@ -184,7 +185,8 @@ from pathlib import Path
 import numpy as np
 from horovod_owt.data.slots import Slots
 
-slots, rank = Slots(Path(sys.argv[1]), 200, lambda size: True), int(sys.argv[2])
+rank = int(sys.argv[2])
+slots = Slots(Path(sys.argv[1]), 200, lambda size: True, mapped=rank > 0)
 rng = np.random.default_rng(rank)
 for number in rng.permutation(200).tolist() * 3:
     data = np.random.default_rng(number).bytes(50_000)
