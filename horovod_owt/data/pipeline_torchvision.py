@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import resized_crop
@@ -25,6 +26,7 @@ from horovod_owt.data.nvjpeg import GpuDecoder, nvjpeg_decoder
 from horovod_owt.data.prefetch import Prefetched
 
 PREFETCH = 2  # batches decoded ahead
+RESIZES_BYTES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 1)  # torch does; that for a K80 not
 PARTS = 4  # of a batch, for each thread
 GRAIN = 32_768  # elements up to which torch starts no threads of its own for an operation
 
@@ -159,8 +161,9 @@ def _resized(image: np.ndarray, window: list[int], size: list[int]) -> np.ndarra
 
     Raises ValueError with the fault of a file.
     """
-    if image.ndim == 1:
-        return np.array(resized_crop(decoded(image.tobytes()), *window, size=size))
+    if image.ndim == 1 or not RESIZES_BYTES:
+        whole = decoded(image.tobytes()) if image.ndim == 1 else Image.fromarray(image)
+        return np.array(resized_crop(whole, *window, size=size))
     top, left, height, width = window
     part = image[None, top : top + height, left : left + width].copy()  # resized whole: the copy is small
     if [height, width] == size:

@@ -16,6 +16,7 @@ from bad_files import encoded, undecodable
 
 from horovod_owt.config import resolve
 from horovod_owt.data import cache as module
+from horovod_owt.data import pipeline_torchvision
 from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.data.build import Form
 from horovod_owt.data.cache import cached
@@ -115,6 +116,14 @@ def test_decoded_images_are_the_same_for_both_pipelines_in_and_outside_the_cache
         monkeypatch.setattr(data.train._slots, "get", lambda *args: None)
         monkeypatch.undo()
         assert same(training("torchvision", data), first)
+
+
+def test_an_older_torch_shows_the_same_by_pillow(root, memory, monkeypatch):
+    with cached(open_data_set(root), "ram", ENOUGH) as data:
+        mine = training("torchvision", data)
+        monkeypatch.setattr(pipeline_torchvision, "RESIZES_BYTES", False)
+        difference = (levels(training("torchvision", data)) - levels(mine)).abs()
+    assert difference.mean() < 0.1 and difference.max() < 1.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
