@@ -158,7 +158,8 @@ def input_(
 ) -> None:
     """Time reading and decoding the training images in DATA, or synthetic JPEGs, without a net.
 
-    Our pipeline takes turns with torch's DataLoader and torchvision transforms, and DALI's file reader.
+    Our pipeline takes turns with DALI's file reader, torch's DataLoader with torchvision's transforms, SPDL
+    if it is installed, decoding alone, and our pipeline with all images in the cache.
 
     \b
     Example:  owt bench input /data/imagenet --set batch=64 --set decode_threads=8 --json
