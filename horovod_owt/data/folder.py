@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,10 @@ class FolderStore:
         sizes, times = np.concatenate(rows).T
         return sizes, times
 
+    def stamp(self, index: int) -> int:
+        """64 bits that change when the file does; OSError if it is missing."""
+        return stamp_of(os.stat(self._path(index)))
+
     def empty_classes(self) -> list[str]:
         return [name for name, count in zip(self.classes, self._counts, strict=True) if not count]
 
@@ -67,3 +72,9 @@ class FolderStore:
 
     def _path(self, index: int) -> bytes:
         return os.path.join(self._folder, self._class_names[self.labels[index]], self.names[index])
+
+
+def stamp_of(found: os.stat_result, *more: int) -> int:
+    """A hash of a file's size and times; of the ctime too, which nothing restores."""
+    values = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, *more)
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from horovod_owt.data.arrays import BLOCK, UNREADABLE, Names, read_arrays, write_arrays
+from horovod_owt.data.folder import stamp_of
 from horovod_owt.data.listing import LeftOut, images_below, scan
 from horovod_owt.data.machine import EXHAUSTED, is_of_the_file, machine_error
 from horovod_owt.data.retry import TRANSIENT, with_retries
@@ -151,6 +152,13 @@ class ShardStore:
         """Bytes of each sample, and its checksum in place of an mtime (0 if unknown)."""
         crc32 = self._index.crc32
         return self._index.length, np.zeros(len(self), np.int64) if crc32 is None else crc32.astype(np.int64)
+
+    def stamp(self, index: int) -> int:
+        """64 bits that change with the image: its checksum and length; if unknown, those of its shard."""
+        row = self._index
+        if row.crc32 is not None:
+            return int(row.crc32[index]) << 32 | int(row.length[index]) & 0xFFFFFFFF
+        return stamp_of(os.stat(self._paths[row.shard[index]]), int(row.offset[index]))
 
     def empty_classes(self) -> list[str]:
         counts = np.bincount(self.labels, minlength=len(self.classes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,7 @@ class Store(Protocol):
     def read(self, index: int) -> bytes: ...  # OSError, after retries of transient errors
     def check(self, index: int, data: bytes) -> str | None: ...  # the fault of bytes that were read
     def path(self, index: int) -> str: ...  # for messages
+    def stamp(self, index: int) -> int: ...  # 64 bits that change with the image; OSError
     def name(self, index: int) -> bytes: ...  # file name, without its class folder
     def empty_classes(self) -> list[str]: ...
 
@@ -65,6 +66,12 @@ class DataSet:
     @cached_property  # takes 0.1 s for a million names
     def _fingerprint(self) -> str:
         return fingerprint(self.train, self.val)
+
+    def through(self, train: Store, val: Store) -> DataSet:
+        """The same images, read through other stores."""
+        other = replace(self, train=train, val=val)
+        other.__dict__["_fingerprint"] = self._fingerprint
+        return other
 
     def identity(self) -> dict[str, Any]:
         """The fingerprint, and details that show how another data set differs; stored in checkpoints."""

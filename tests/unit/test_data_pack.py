@@ -61,7 +61,7 @@ def rows(batches) -> list[tuple]:
         (
             b.indices.tolist(),
             b.labels.tolist(),
-            [bytes(j) for j in b.jpegs],
+            [bytes(j) for j in b.images],
             b.windows.tolist(),
             b.flips.tolist(),
         )
