@@ -77,6 +77,12 @@ class TrainConfig:
     compression_start: int = 0  # steps with gradients sent as they are, before compression begins
 
     pipeline: str = "auto"  # auto: DALI where it is installed, else torchvision
+    cache: str = (
+        "none"  # of images on each host: none, ram (decoded ones), or an absolute path of a local disk
+    )
+    cache_side: int = (
+        0  # px, shorter side of decoded images in it; 0: 8/7 of image_size in ram, files on a disk
+    )
     decode_threads: int = 0  # per rank; 0: the rank's share of the cores
     bad_images: str = "fail"  # fail: one ends the run; skip: each is reported once and not counted
     log_every: int = 10  # steps between progress lines
@@ -106,6 +112,16 @@ class TrainConfig:
     def global_batch(self, world_size: int) -> int:
         """Images per optimizer update."""
         return self.rank_batch() * world_size
+
+    def cached_side(self) -> int:
+        """Shorter side to which cached images are reduced; 0: files are kept as they are."""
+        if self.cache_side or self.cache != "ram":
+            return self.cache_side
+        return round(self.largest_image() * 8 / 7)  # 256 px for 224: what validation resizes to
+
+    def largest_image(self) -> int:
+        """The largest side of the square crops."""
+        return max(self.image_size, *(size for _, size in self.image_sizes), 0)
 
     def ranks_per_classifier(self) -> int:
         """How many ranks share the FC layers; `parallel` and `fc_group_size` must be resolved."""
@@ -242,6 +258,7 @@ def _check(cfg: TrainConfig) -> None:
         **{key: (0, MOST) for key in ("checkpoint_every", "checkpoint_retries", "compression_start")},
         "clip_norm": (0, math.inf),
         "decode_threads": (0, 1024),
+        "cache_side": (0, 10_000),
         "metrics_port": (0, 65535),
         "grad_norm_every": (0, MOST),
         "profile": (0, 1000),
@@ -285,6 +302,7 @@ def _check_conflicts(cfg: TrainConfig) -> None:
         )
     local, lars, fp16 = cfg.fc_batch == "local", cfg.optimizer == "lars", cfg.precision == "fp16"
     approximate = keeps_errors(cfg.compression)
+    cached, largest = cfg.cache != "none", cfg.largest_image()
     conflicts = (  # whether there is one, what was seen, what is wanted, how to get it
         (
             local and cfg.owt_scheme != "b",
@@ -333,6 +351,24 @@ def _check_conflicts(cfg: TrainConfig) -> None:
             f"compression={cfg.compression} with parallel=hybrid, whose FC layers are split",
             "parallel=data",
             "--parallel data, or --set compression=fp16",
+        ),
+        (
+            cfg.cache not in ("none", "ram") and not cfg.cache.startswith("/"),
+            f"cache={cfg.cache}",
+            "none, ram or an absolute path",
+            "--set cache=ram, or a folder on a disk of each host",
+        ),
+        (
+            cfg.cache_side and not cached,
+            f"cache_side={cfg.cache_side} without a cache",
+            "both",
+            "--set cache=ram, or cache=/PATH",
+        ),
+        (
+            0 < cfg.cache_side < largest,
+            f"cache_side={cfg.cache_side} with crops of {largest} px",
+            f"at least {largest}",
+            f"--set cache_side={round(largest * 8 / 7)}",
         ),
         (
             approximate and fp16,

@@ -190,15 +190,16 @@ def renew(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on a file; False where the file system has no locks.
+def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock on a file, an exclusive one unless `shared`; False where the file system has no locks.
 
     It is created if it is missing, and never emptied. Raises BlockingIOError if another process holds it,
-    another OSError if it is a link.
+    unless it is to `wait`; FileNotFoundError if it was deleted meanwhile; another OSError if it is a link.
     """
     with open(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666), "r+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
             held = True
         except BlockingIOError:
             raise
@@ -206,6 +207,8 @@ def locked(path: Path) -> Iterator[bool]:
             raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
         except OSError:
             held = False
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         yield held
 
 
@@ -227,6 +230,31 @@ def free_space(folder: Path) -> tuple[int | None, int | None]:
         disk.f_bavail * disk.f_frsize if disk.f_blocks else None,
         disk.f_favail if disk.f_files else None,
     )
+
+
+def size_of_disk(folder: Path) -> int:
+    """Bytes, free or not; 0 where the file system does not say."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return 0
+    return disk.f_blocks * disk.f_frsize
+
+
+def extend(descriptor: int, size: int) -> int:
+    """Append `size` bytes of zeros to a file, with disk space for them; returns where they begin.
+
+    Raises OSError, and leaves the file as it was, where the disk is full.
+    """
+    end = os.fstat(descriptor).st_size
+    try:
+        os.posix_fallocate(descriptor, end, size)
+    except OSError:
+        os.ftruncate(descriptor, end)
+        raise
+    return end
 
 
 @contextmanager

@@ -17,10 +17,16 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 from horovod_owt.bench.images import given_or_synthetic
-from horovod_owt.bench.input_contenders import open_dali_reader, open_data_loader, open_ours
+from horovod_owt.bench.input_contenders import (
+    open_cached,
+    open_dali_reader,
+    open_data_loader,
+    open_decoder,
+    open_ours,
+    open_spdl,
+)
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.parallel import runtime
 from horovod_owt.topology import be_one_process
@@ -55,7 +61,7 @@ def _with_threads(request: Request) -> Request:
     return dataclasses.replace(request, cfg=dataclasses.replace(request.cfg, decode_threads=threads))
 
 
-def _contenders(request: Request, root: Path, keep: ExitStack) -> dict[str, Iterator[Tensor]]:
+def _contenders(request: Request, root: Path, keep: ExitStack) -> dict[str, Iterator]:
     """Ours first. The DataLoader forks its workers before any threads exist, which a fork would break."""
     cfg, store, device = request.cfg, request.folder.train, torch.device(request.device.name)
     loader = open_data_loader(cfg, store, device)
@@ -64,10 +70,14 @@ def _contenders(request: Request, root: Path, keep: ExitStack) -> dict[str, Iter
     contenders = {ours: open_ours(cfg, store, device, keep)}
     if cfg.pipeline == "dali" and not any((root / "train").glob("*.tar")):
         contenders["dali-file-reader"] = open_dali_reader(cfg, root / "train", device)
-    return contenders | {"torchvision": loader}
+    contenders["torchvision"] = loader
+    contenders["spdl"] = open_spdl(cfg, store, device, keep)
+    contenders["decoding-only"] = open_decoder(cfg, root, cfg.decode_threads, keep)
+    contenders["cached"] = open_cached(cfg, store, device, keep)
+    return {name: source for name, source in contenders.items() if source is not None}
 
 
-def _take_turn(source: Iterator[Tensor], batches: int) -> tuple[float, float]:
+def _take_turn(source: Iterator, batches: int) -> tuple[float, float]:
     """Wall and CPU seconds, of this process and its children, for `batches` batches."""
     for _ in range(AHEAD):
         next(source)

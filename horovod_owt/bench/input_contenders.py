@@ -5,13 +5,16 @@ Each yields normalised float32 batches as torch tensors, from the same files, co
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,13 +22,17 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.data.augment import RATIO
+from horovod_owt.data.augment import RATIO, training_windows
 from horovod_owt.data.batch import MEAN, STD
+from horovod_owt.data.cache import cached
 from horovod_owt.data.feed import TrainFeed
+from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.pipeline import make_pipeline
-from horovod_owt.data.store import Store, open_data_set
+from horovod_owt.data.store import DataSet, Store, open_data_set
 
 ENDLESS = 2**40  # samples
+CACHED = 1024  # images in the cache: more than any core's own
+SPDL_AHEAD = 3  # batches
 
 
 def open_ours(cfg: TrainConfig, store: Store, device: torch.device, keep: ExitStack) -> Iterator[Tensor]:
@@ -39,6 +46,84 @@ def open_ours(cfg: TrainConfig, store: Store, device: torch.device, keep: ExitSt
         num_threads=cfg.decode_threads,
     )
     return (batch.images for batch in keep.enter_context(pipeline))
+
+
+def open_cached(
+    cfg: TrainConfig, store: Store, device: torch.device, keep: ExitStack
+) -> Iterator[Tensor] | None:
+    """The same from a cache that has all images, as from the second epoch on; None where there is no room.
+
+    Of some images of the store, in the place and form that `cfg` says, else those of cache=ram.
+    """
+    cfg = dataclasses.replace(cfg, cache="ram") if cfg.cache == "none" else cfg
+    some = _Some(store, CACHED)
+    data = keep.enter_context(cached(DataSet(some, some), cfg.cache, cfg.cached_side()))
+    if data.train is some:
+        return None
+    fill = data.train.pixels if cfg.cached_side() else data.train.read
+    with ThreadPoolExecutor(cfg.decode_threads) as pool:
+        list(pool.map(fill, range(len(some))))
+    return open_ours(cfg, data.train, device, keep)
+
+
+class _Some:
+    """The first images of a store in a shuffled order, as a store."""
+
+    def __init__(self, store: Store, count: int) -> None:
+        _, self._indices = SampleOrder(len(store), 0).at(0, min(count, len(store)))
+        self._store, self.classes, self.labels = store, store.classes, store.labels[self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> bytes:
+        return self._store.read(self._indices[index])
+
+    def stamp(self, index: int) -> int:
+        return self._store.stamp(self._indices[index])
+
+    def name(self, index: int) -> bytes:
+        return self._store.name(self._indices[index])
+
+    def path(self, index: int) -> str:
+        return self._store.path(self._indices[index])
+
+
+def open_spdl(
+    cfg: TrainConfig, store: Store, device: torch.device, keep: ExitStack
+) -> Iterator[Tensor] | None:
+    """SPDL's functions in threads, on FFmpeg; None if either is missing."""
+    try:
+        from spdl import io as spdl
+
+        spdl.utils.get_ffmpeg_versions()
+    except (ImportError, RuntimeError):
+        return None
+    pool = keep.enter_context(ThreadPoolExecutor(cfg.decode_threads, thread_name_prefix="spdl"))
+    keep.callback(pool.shutdown, wait=False, cancel_futures=True)
+    order, side = SampleOrder(len(store), cfg.seed), cfg.image_size
+    mean, std = (255 * torch.tensor(each, device=device).view(3, 1, 1) for each in (MEAN, STD))
+
+    def decode(epoch: int, index: int) -> Tensor:
+        packets = spdl.demux_image(store.read(index))
+        size, where = np.array([[packets.height, packets.width]]), np.array([[epoch], [index]])
+        windows, flips = training_windows(size, cfg.seed, *where, scale=(cfg.crop_scale_min, 1.0))
+        top, left, height, width = windows[0].tolist()
+        steps = [f"crop={width}:{height}:{left}:{top}", f"scale={side}:{side}:flags=bilinear"]
+        steps += ["hflip"] * bool(flips[0]) + ["format=pix_fmts=rgb24"]
+        frames = spdl.decode_packets(packets, filter_desc=",".join(steps))
+        return torch.from_numpy(spdl.to_numpy(spdl.convert_frames(frames)))
+
+    def batches() -> Iterator[Tensor]:
+        ahead: deque[list[Future[Tensor]]] = deque()
+        for position in itertools.count(0, cfg.batch):
+            samples = zip(*(each.tolist() for each in order.at(position, cfg.batch)), strict=True)
+            ahead.append([pool.submit(decode, *sample) for sample in samples])
+            if len(ahead) > SPDL_AHEAD:
+                pixels = torch.stack([image.result() for image in ahead.popleft()]).permute(0, 3, 1, 2)
+                yield pixels.to(device, non_blocking=True).float().sub_(mean).div_(std)
+
+    return batches()
 
 
 def open_data_loader(cfg: TrainConfig, store: Store, device: torch.device) -> Iterator[Tensor]:

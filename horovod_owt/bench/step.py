@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.train.pipelines import training_pipeline
-from horovod_owt.train.prepare import prepare_alone
+from horovod_owt.train.prepare import prepare_alone, with_cache
 from horovod_owt.train.replica import Replica, StepReport
 
 CLASSES = 1000  # of the net, when no data set is given
@@ -34,10 +35,10 @@ def bench_step(
     against: str | None,
 ) -> dict[str, Any] | None:
     """Time `steps` steps of each contender after `warmup` untimed ones; returns the report on rank 0."""
-    with given_or_synthetic(data) as root:
+    with given_or_synthetic(data) as root, ExitStack() as keep:
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
-        request = prepare_alone(root, recipe, settings)
+        request = keep.enter_context(with_cache(prepare_alone(root, recipe, settings)))
         cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
         if against == "torch":
             refuse_unfit(cfg, "torch")

@@ -77,7 +77,7 @@ def train(
     """
     log_to_stderr(log_format)
     from horovod_owt.data.machine import allow_open_files
-    from horovod_owt.train.prepare import prepare_alone
+    from horovod_owt.train.prepare import prepare_alone, with_cache
 
     allow_open_files()
     # validate the input before heavy modules are loaded
@@ -93,4 +93,5 @@ def train(
         from horovod_owt.train.loop import train_rank
 
     to_the_end = train_elastic if is_elastic() else train_rank
-    to_the_end(request, run_dir=run_dir, resume=Resume(resume, other_data))
+    with with_cache(request) as request:
+        to_the_end(request, run_dir=run_dir, resume=Resume(resume, other_data))

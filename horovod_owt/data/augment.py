@@ -58,6 +58,15 @@ def _largest_centred(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
 
 
+def scaled(windows: np.ndarray, sizes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """Windows of images of `sizes` (n, 2) as windows, in whole pixels, of the same reduced to `shapes`."""
+    begins, ends = windows[:, :2], windows[:, :2] + windows[:, 2:]
+    ratios = shapes / sizes
+    starts = np.minimum(np.rint(begins * ratios).astype(np.int64), shapes - 1)
+    stops = np.maximum(np.rint(ends * ratios).astype(np.int64), starts + 1)
+    return np.concatenate([starts, stops - starts], axis=1).astype(np.int32)
+
+
 def validation_windows(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Windows of whole images, but for the ends of very long ones; no flips."""
     sizes = np.asarray(sizes, np.int64)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from horovod_owt.data import augment
+from horovod_owt.data.cache import DecodedImages
 from horovod_owt.data.decode import pillow_fault
 from horovod_owt.data.faults import BadImages, check_image, read_fault
 from horovod_owt.data.header import Header
@@ -19,6 +20,7 @@ from horovod_owt.data.machine import is_of_the_file, machine_error
 from horovod_owt.data.order import SampleOrder, batch_positions, validation_slice
 from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.store import Store
+from horovod_owt.data.workers import usable_cores
 from horovod_owt.errors import RunError
 
 READERS = 4  # I/O threads
@@ -33,8 +35,8 @@ Windows = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # (n, 2) sizes 
 class EncodedBatch:
     """One batch before decoding; it always has the feed's `batch` rows."""
 
-    jpegs: list[np.ndarray]  # the files' bytes, uint8
-    windows: np.ndarray  # (b, 4) int32: top, left, height, width
+    images: list[np.ndarray]  # uint8: the files' bytes (n,), or of a decoded cache pixels (h, w, 3)
+    windows: np.ndarray  # (b, 4) int32: top, left, height, width, in pixels of the images
     flips: np.ndarray  # (b,) bool
     labels: np.ndarray  # (b,) int64; IGNORED where not valid
     indices: np.ndarray  # (b,) int64, into the store
@@ -54,7 +56,7 @@ class EncodedBatch:
         )
         if not valid.any():
             jpeg, window = _placeholder()
-            return replace(batch, jpegs=[jpeg] * len(valid), windows=np.tile(window, (len(valid), 1)))
+            return replace(batch, images=[jpeg] * len(valid), windows=np.tile(window, (len(valid), 1)))
         rows = np.where(valid, np.arange(len(valid)), np.argmax(valid))
         return batch._with_images(rows)
 
@@ -71,8 +73,8 @@ class EncodedBatch:
 
     def _with_images(self, rows: np.ndarray) -> EncodedBatch:
         """The same batch with the images of these rows."""
-        jpegs = [self.jpegs[row] for row in rows]
-        return replace(self, jpegs=jpegs, windows=self.windows[rows], flips=self.flips[rows])
+        images = [self.images[row] for row in rows]
+        return replace(self, images=images, windows=self.windows[rows], flips=self.flips[rows])
 
 
 @cache
@@ -89,7 +91,8 @@ class Feed:
     With `bad_images` a bad image is replaced by another one, not counted, and listed in the batch's faults;
     without, it is a RunError. Pipelines report images that they cannot decode to `without`. An error of the
     machine is a RunError in any case: a good image must not be left out for it.
-    `view` tells pipelines what to show of each window.
+    `view` tells pipelines what to show of each window. With a cache of decoded images its threads decode
+    what is not in there, whatever the pipeline.
     """
 
     def __init__(
@@ -101,8 +104,10 @@ class Feed:
     ) -> None:
         assert batch > 0
         self.store, self.batch, self.view = store, batch, view
+        self.decoded = isinstance(store, DecodedImages)  # images are pixels
         self._bad_images = bad_images
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read-image")
+        self._parts = max(READERS, usable_cores()) if self.decoded else READERS
+        self._readers = ThreadPoolExecutor(self._parts, thread_name_prefix="read-image")
         self._batches = Prefetched(self._read_batches(), READ_AHEAD, "read-batches")
 
     def __iter__(self) -> Iterator[EncodedBatch]:
@@ -127,7 +132,7 @@ class Feed:
                 fix = "replace or remove the file"
                 raise RunError(f"bad image {self.store.path(index)}: {fault}", fix=fix)
             self._bad_images.add(index, fault)
-            self._bad_images.distrust(batch.jpegs[row].tobytes())
+            self._bad_images.distrust(batch.images[row].tobytes())
         return batch.without(faults)
 
     def close(self) -> None:
@@ -138,11 +143,15 @@ class Feed:
         raise NotImplementedError
 
     def _read(self, indices: np.ndarray, windows_of: Windows) -> EncodedBatch:
-        parts = self._readers.map(self._read_part, np.array_split(indices, min(READERS, len(indices))))
+        parts = self._readers.map(self._read_part, np.array_split(indices, min(self._parts, len(indices))))
         samples = [sample for part in parts for sample in part]
-        windows, flips = windows_of(np.array([size for _, size, _ in samples], np.int64))
-        jpegs, valid = [data for data, _, _ in samples], np.ones(len(indices), bool)
-        batch = EncodedBatch(jpegs, windows, flips, self.store.labels[indices], indices, valid)
+        sizes = np.array([size for _, size, _ in samples], np.int64)
+        windows, flips = windows_of(sizes)
+        images, valid = [data for data, _, _ in samples], np.ones(len(indices), bool)
+        if self.decoded:
+            shapes = [image.shape[:2] if image.ndim == 3 else (1, 1) for image in images]
+            windows = augment.scaled(windows, sizes, np.array(shapes, np.int64))
+        batch = EncodedBatch(images, windows, flips, self.store.labels[indices], indices, valid)
         faults = {row: fault for row, (_, _, fault) in enumerate(samples) if fault}
         return self.without(batch, faults) if faults else batch
 
@@ -160,15 +169,25 @@ class Feed:
         fault = pillow_fault(data)
         return f"undecodable: {fault}" if fault else ""
 
+    def _read_image(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """The file's bytes or its pixels, and the stored image's height and width.
+
+        Raises ValueError with the fault of a bad one.
+        """
+        if self.decoded:
+            return self.store.pixels(index)
+        data = self.store.read(index)
+        header = check_image(data)
+        if fault := self._distrusted_fault(data, header):
+            raise ValueError(fault)
+        return np.frombuffer(data, np.uint8), (header.height, header.width)
+
     def _read_one(self, index: int) -> tuple[np.ndarray, tuple[int, int], str]:
-        """The file's bytes, (height, width), and its fault, empty if none."""
+        """What `_read_image` returns, and the fault, empty if none."""
         fault = self._bad_images.fault(index) if self._bad_images else None
         if not fault:
             try:
-                data = self.store.read(index)
-                header = check_image(data)
-                if not (fault := self._distrusted_fault(data, header)):
-                    return np.frombuffer(data, np.uint8), header[:2], ""
+                return *self._read_image(index), ""
             except (OSError, MemoryError) as error:
                 if not is_of_the_file(error):
                     raise machine_error(error, f"cannot read {self.store.path(index)}") from error

@@ -50,7 +50,7 @@ class GpuDecoder:
 
         nvJPEG takes a whole batch or refuses it, and does not say for which image.
         """
-        rows = [row for row, file in enumerate(encoded.jpegs) if file[:2].tobytes() == JPEG_START]
+        rows = [row for row, file in enumerate(encoded.images) if file[:2].tobytes() == JPEG_START]
         decoded = self._try(encoded, rows)
         if decoded is None:
             alone = {row: self._try(encoded, [row]) for row in rows}
@@ -63,10 +63,10 @@ class GpuDecoder:
             for crop, (top, left) in enumerate(corners[row]):
                 cut = pixels[top : top + side, left : left + side]
                 out[crop, row] = cut.flip(1) if encoded.flips[row] else cut
-        return [row for row in range(len(encoded.jpegs)) if row not in decoded]
+        return [row for row in range(len(encoded.images)) if row not in decoded]
 
     def _try(self, encoded: EncodedBatch, rows: Sequence[int]) -> dict[int, Tensor] | None:
-        files = [torch.from_numpy(np.require(encoded.jpegs[row], requirements="W")) for row in rows]
+        files = [torch.from_numpy(np.require(encoded.images[row], requirements="W")) for row in rows]
         try:
             return dict(zip(rows, self._decode(files), strict=True)) if rows else {}
         except RuntimeError:

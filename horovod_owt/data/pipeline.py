@@ -20,9 +20,10 @@ def make_pipeline(
 ) -> Pipeline:
     """A pipeline over `feed`, with its batch size; `kind` is dali, torchvision, or auto (DALI if installed).
 
-    `device_id` is the CUDA device that decodes and receives the batches, None the CPU.
+    `device_id` is the CUDA device that decodes and receives the batches, None the CPU. Of a feed with decoded
+    images nothing is left to decode: either kind gets the same pipeline.
     """
-    if resolve_kind(kind) == "dali":
+    if resolve_kind(kind) == "dali" and not feed.decoded:
         from horovod_owt.data.pipeline_dali import DaliPipeline as Kind
     else:
         from horovod_owt.data.pipeline_torchvision import TorchvisionPipeline as Kind

@@ -155,9 +155,9 @@ class DaliPipeline:
         whole = self._inputs(encoded, slice(None))
         if not find_refused(partial(self._build, batch=self._feed.batch), [whole]):
             return {}
-        alone = (self._inputs(encoded, slice(row, row + 1)) for row in range(len(encoded.jpegs)))
+        alone = (self._inputs(encoded, slice(row, row + 1)) for row in range(len(encoded.images)))
         refused = find_refused(partial(self._build, batch=1), alone)
-        return {row: undecodable(encoded.jpegs[row].tobytes()) for row in refused}
+        return {row: undecodable(encoded.images[row].tobytes()) for row in refused}
 
     def _inputs(self, encoded: EncodedBatch, rows: slice) -> Inputs:
         anchors, shapes = np.split(encoded.windows[rows], 2, axis=1)
@@ -165,7 +165,7 @@ class DaliPipeline:
         room = sizes[:, None] - self._image_size
         return (
             # one list: of 256 tensors the training thread would look at each
-            tensors.TensorListCPU([tensors.TensorCPU(jpeg) for jpeg in encoded.jpegs[rows]], **_VIEWS),
+            tensors.TensorListCPU([tensors.TensorCPU(jpeg) for jpeg in encoded.images[rows]], **_VIEWS),
             np.ascontiguousarray(anchors),
             np.ascontiguousarray(shapes),
             sizes.astype(np.float32),

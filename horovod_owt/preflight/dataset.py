@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 
 from horovod_owt.config import TrainConfig
+from horovod_owt.data.cache import MEMORY, expected_bytes
+from horovod_owt.data.room import room_in
+from horovod_owt.data.staging import size_text
 from horovod_owt.data.store import open_data_set
 from horovod_owt.filesystem import free_space, unlink_quietly
 from horovod_owt.perf.network import conv_parameters, fc_parameters
@@ -21,6 +24,7 @@ from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least,
 
 READ_S = 2.0  # duration of the read test
 READERS = 4
+CACHED_SIDE = TrainConfig(cache="ram").cached_side()
 VISIBLE_S = 5.0  # a network file system may show a new file this late on other hosts
 KEPT = TrainConfig.keep_checkpoints + 2  # the newest ones, the best, and the one being written
 CHECKPOINT_BYTES = 2 * 4 * (conv_parameters() + fc_parameters(1000))  # weights and momentum, in fp32
@@ -48,6 +52,8 @@ def read(root: Path, seed: int) -> dict[str, Any]:
         "fingerprint": data.fingerprint(),
         "images_per_s": images / seconds,
         "bytes_per_s": size / seconds,
+        "cache_bytes": sum(expected_bytes(split, CACHED_SIDE) for split in (data.train, data.val)),
+        "cache_room": room_in(MEMORY, memory=True) if MEMORY.is_dir() else 0,
     }
 
 
@@ -64,7 +70,21 @@ def judge_data(answers: Sequence[Answer]) -> list[Finding]:
     )
     saw += f"; the median of {len(answers)} hosts is {middle:.0f}" if len(answers) > 1 else ""
     fix = "run `owt bench input DATA` there; check the mount, the disk, other jobs" if slow else ""
-    return [*findings, Finding("read rate", not slow, saw, "half the median", fix, hosts_of(slow))]
+    findings.append(Finding("read rate", not slow, saw, "half the median", fix, hosts_of(slow)))
+    return [*findings, _cache_finding(answers)]
+
+
+def _cache_finding(answers: Sequence[Answer]) -> Finding:
+    """Whether decoded images fit in memory. Never bad: most runs ask for no cache."""
+    least = min(answers, key=lambda a: a.value["cache_room"] - a.value["cache_bytes"])
+    needed, room = least.value["cache_bytes"], least.value["cache_room"]
+    fits = "fits" if needed <= room else "does not fit"
+    return Finding(
+        "cache=ram",
+        True,
+        f"{fits}: about {size_text(needed)} of decoded images at {CACHED_SIDE} px, {MEMORY} has room for "
+        f"{size_text(room)} on {least.host}",
+    )
 
 
 def nearest_folder(run_dir: Path) -> Path:

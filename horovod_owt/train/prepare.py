@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from horovod_owt.config import TrainConfig, check_batch_norm, resolve
+from horovod_owt.data.cache import cached
 from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import DataSet, open_data_set
 from horovod_owt.errors import ConfigError, DeviceError, OwtError
@@ -54,6 +57,19 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
         error.on_every_rank()
         raise
     return Request(cfg, real_path(data), folder, device)
+
+
+@contextmanager
+def with_cache(request: Request) -> Iterator[Request]:
+    """The request with its images read through the cache that it asks for; raises ConfigError."""
+    cfg, speaks = request.cfg, rank_topology().local_rank == 0
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(cached(request.folder, cfg.cache, cfg.cached_side(), speaks=speaks))
+        except OwtError as error:
+            error.on_every_rank()
+            raise
+        yield dataclasses.replace(request, folder=folder)
 
 
 def _group_size(cfg: TrainConfig, topology: Topology) -> int:

@@ -32,7 +32,7 @@ def rows(batches: list[EncodedBatch]) -> list[tuple]:
         (
             int(b.indices[i]),
             int(b.labels[i]),
-            bytes(b.jpegs[i]),
+            bytes(b.images[i]),
             tuple(b.windows[i].tolist()),
             bool(b.flips[i]),
         )
@@ -49,8 +49,8 @@ def train_rows(data, steps, **how) -> list[tuple]:
 def test_a_row_is_one_sample_of_the_store(data):
     with TrainFeed(data.train, seed=3, batch=8) as feed:
         batch = next(feed)
-    assert len(batch.jpegs) == len(batch.windows) == len(batch.flips) == len(batch.labels) == 8
-    for jpeg, index, label in zip(batch.jpegs, batch.indices, batch.labels, strict=True):
+    assert len(batch.images) == len(batch.windows) == len(batch.flips) == len(batch.labels) == 8
+    for jpeg, index, label in zip(batch.images, batch.indices, batch.labels, strict=True):
         assert bytes(jpeg) == data.train.read(index) and label == data.train.labels[index]
     assert batch.labels.dtype == batch.indices.dtype == np.int64 and batch.windows.dtype == np.int32
 
@@ -88,7 +88,7 @@ def test_validation_counts_each_image_once(data, world_size):
     for rank in range(world_size):
         with ValidationFeed(data.val, batch=4, rank=rank, world_size=world_size) as feed:
             batches = list(feed)
-        assert all(len(b.jpegs) == len(b.windows) == len(b.valid) == 4 for b in batches)
+        assert all(len(b.images) == len(b.windows) == len(b.valid) == 4 for b in batches)
         assert all(b.valid.all() for b in batches[:-1])
         seen += rows(batches)
     assert [row[0] for row in seen] == list(range(21))

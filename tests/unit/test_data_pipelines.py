@@ -63,7 +63,7 @@ def test_pixels_equal_pillow_by_hand(data, kind):
     assert 0 < encoded.flips.sum() < 20
     (batch,) = run(kind, TrainFeed(data.train, seed=1, batch=20), steps=1)
     for row, (top, left, height, width) in enumerate(encoded.windows.tolist()):
-        image = Image.open(io.BytesIO(encoded.jpegs[row])).convert("RGB")
+        image = Image.open(io.BytesIO(encoded.images[row])).convert("RGB")
         image = image.crop((left, top, left + width, top + height)).resize(
             (64, 64), Image.Resampling.BILINEAR
         )

@@ -245,11 +245,14 @@ def test_names_that_do_not_resolve_or_resolve_elsewhere_are_reported_with_the_ho
 
 def test_a_data_set_that_differs_and_a_slow_disk_are_found():
     good = {"fingerprint": "48 images", "images_per_s": 1000.0, "bytes_per_s": 1e8}
+    good |= {"cache_bytes": 3 * 10**9, "cache_room": 4 * 10**9}
     assert all(finding.ok for finding in dataset.judge_data(on_hosts(good, good)))
     other = {**good, "fingerprint": "47 images"}
-    slow = {**good, "images_per_s": 400.0}
+    slow = {**good, "images_per_s": 400.0, "cache_room": 10**9}
     findings = dataset.judge_data(on_hosts(good, other, good, slow))
     assert {f.check: f.hosts for f in findings if not f.ok} == {"data: set": ("h1",), "read rate": ("h3",)}
+    assert findings[-1].saw.startswith("does not fit: about 3.0 GB of decoded images at 256 px")
+    assert findings[-1].saw.endswith("has room for 1.0 GB on h3")
 
 
 def test_a_real_data_set_is_read(tmp_path, monkeypatch):
@@ -262,6 +265,7 @@ def test_a_real_data_set_is_read(tmp_path, monkeypatch):
     assert found["images_per_s"] > 6  # a small set is read again and again
     assert found["bytes_per_s"] / found["images_per_s"] == pytest.approx(size / 6, rel=0.01)
     assert found["fingerprint"].startswith("6 + 2 images of 2 classes")
+    assert 8 * 3 * 32 * 32 < found["cache_bytes"] < 2**25
 
 
 def test_a_run_folder_is_tried_where_it_will_be_and_left_as_it_was(tmp_path):
