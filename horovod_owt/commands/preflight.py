@@ -36,6 +36,7 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
     Start it with the launcher that you use for training. Each check has a time limit, and a rank that does
     not answer is reported.
     """
+    from horovod_owt.commands.loading import loading
     from horovod_owt.commands.log import log_to_stderr
     from horovod_owt.errors import ProblemFound
     from horovod_owt.preflight.run import preflight
@@ -48,7 +49,9 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
         document = {"findings": [finding.to_dict() for finding in findings]}
         click.echo(json.dumps(document) if as_json else _table(findings))
 
-    if bad := preflight(topology, data, run_dir, tell):
+    with loading():  # most of its time; and the process is a short one
+        bad = preflight(topology, data, run_dir, tell)
+    if bad:
         found = f"{bad} bad finding{'s'[: bad > 1]}"
         raise ProblemFound(f"preflight failed: {found}; see BAD lines above").by_rank_0(topology.rank)
 

@@ -28,7 +28,7 @@ def upload(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 class Download:
-    """A few numbers on their way to the host: `tolist` waits for them, not for work queued after them."""
+    """A few numbers on their way to the host: `array` waits for them, not for work queued after them."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -39,7 +39,7 @@ class Download:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def tolist(self) -> list[float]:
+    def array(self) -> np.ndarray:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._host.tolist()
+        return self._host.detach().numpy()

@@ -12,7 +12,7 @@ import resource
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,30 @@ from horovod_owt.errors import DataError
 
 INDEX = "index.npz"
 VERSION = 1
+REBUILD = "rebuild the data set with `owt data pack` or `owt data prepare`"
+SIZES_CHECKED = 1024  # shards whose size is compared when a data set is opened, by every rank
 OPEN_FILES = 256  # shards open at a time, at most
 OPEN_SHARE = 4  # and a quarter of what the process may open: sockets, libraries and checkpoints need the rest
 
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
+
+
+@dataclass(frozen=True)
+class ShardPaths(Sequence[Path]):
+    """The paths of a folder's shards; a billion images have half a million."""
+
+    folder: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Path:
+        if not 0 <= number < self.count:
+            raise IndexError(number)
+        return self.folder / shard_name(number)
 
 
 @dataclass
@@ -96,7 +114,7 @@ class ShardStore:
     left_out: Sequence[LeftOut] = ()
     _folder: Path | None = None  # with the index in it
 
-    def __init__(self, files: list[Path], index: Index) -> None:
+    def __init__(self, files: Sequence[Path], index: Index) -> None:
         self._paths, self._index = files, index
         self.classes = tuple(os.fsdecode(name) for name in index.classes)
         self.labels, self.names = index.label.astype(np.int64, copy=False), index.names
@@ -104,28 +122,22 @@ class ShardStore:
 
     @classmethod
     def open(cls, folder: Path) -> ShardStore:
-        """The shards of one split; DataError if the index is damaged or a shard is missing."""
+        """The shards of one split; DataError if the index is damaged or a shard is missing.
+
+        Of more than SIZES_CHECKED shards only so many sizes are compared; the others when they are opened.
+        """
         path = folder / INDEX
-        again = "rebuild the data set with `owt data pack` or `owt data prepare`"
         try:
             index = Index.read(path)
         except (*UNREADABLE, TypeError) as error:
             if isinstance(error, OSError) and error.errno and not is_of_the_file(error):
                 raise machine_error(error, f"cannot read {path}") from error
-            raise DataError(f"{path} cannot be used: {error}", fix=again) from error
-        files = [folder / shard_name(number) for number in range(len(index.shard_bytes))]
-        for file, wanted in zip(files, index.shard_bytes.tolist(), strict=True):
-            try:
-                saw = os.stat(file).st_size
-            except OSError as error:
-                if not is_of_the_file(error):
-                    raise machine_error(error, f"cannot read {file}") from error
-                raise DataError(f"{file} cannot be read: {error.strerror}", fix=again) from error
-            if saw != wanted:
-                raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, as in {path.name}", fix=again)
+            raise DataError(f"{path} cannot be used: {error}", fix=REBUILD) from error
+        files, entries = ShardPaths(folder, len(index.shard_bytes)), scan(os.fsencode(folder))
+        _check_shards(files, index.shard_bytes, {entry.name for entry in entries})
         store = cls(files, index)
         store._folder = folder
-        store.left_out = _beside(folder, {os.fsencode(file.name) for file in files})
+        store.left_out = _beside(entries, {os.fsencode(file.name) for file in files})
         return store
 
     def __len__(self) -> int:
@@ -186,10 +198,26 @@ class ShardStore:
         return ShardStore, (self._paths, self._index)
 
 
-def _beside(folder: Path, shards: set[bytes]) -> list[LeftOut]:
+def _check_shards(files: Sequence[Path], sizes: np.ndarray, there: set[bytes]) -> None:
+    """Raise DataError for a shard that is not `there`, or, of up to SIZES_CHECKED, has another size."""
+    if missing := next((file for file in files if os.fsencode(file.name) not in there), None):
+        raise DataError(f"{missing} cannot be read: {os.strerror(errno.ENOENT)}", fix=REBUILD)
+    for number in range(0, len(files), -(-len(files) // SIZES_CHECKED)):
+        file, wanted = files[number], int(sizes[number])
+        try:
+            saw = os.stat(file).st_size
+        except OSError as error:
+            if not is_of_the_file(error):
+                raise machine_error(error, f"cannot read {file}") from error
+            raise DataError(f"{file} cannot be read: {error.strerror}", fix=REBUILD) from error
+        if saw != wanted:
+            raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, as in {INDEX}", fix=REBUILD)
+
+
+def _beside(entries: Iterable[os.DirEntry[bytes]], shards: set[bytes]) -> list[LeftOut]:
     """Other shards than those of the index, and folders of images."""
     found = []
-    for entry in scan(os.fsencode(folder)):
+    for entry in entries:
         other_shard = entry.name.endswith(b".tar") and entry.name not in shards
         images = images_below(entry.path) if entry.is_dir() else int(other_shard)
         if images:
@@ -206,7 +234,7 @@ def open_files_limit() -> int:
 class _Files:
     """Open files by number: opened on first use; over the limit the least recently used is closed."""
 
-    def __init__(self, paths: list[Path], sizes: np.ndarray) -> None:
+    def __init__(self, paths: Sequence[Path], sizes: np.ndarray) -> None:
         self._paths, self._sizes = paths, sizes
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _File] = OrderedDict()  # least recently used first

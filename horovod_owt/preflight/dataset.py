@@ -11,10 +11,9 @@ from statistics import median
 from time import monotonic, sleep
 from typing import Any
 
-import numpy as np
-
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.cache import MEMORY, expected_bytes
+from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.room import room_in
 from horovod_owt.data.staging import size_text
 from horovod_owt.data.store import open_data_set
@@ -33,14 +32,15 @@ CHECKPOINT_BYTES = 2 * 4 * (conv_parameters() + fc_parameters(1000))  # weights 
 def read(root: Path, seed: int) -> dict[str, Any]:
     """Fingerprint of the data set on this host, and its random read rate; raises DataError, OSError."""
     data = open_data_set(root)
-    order, turns = np.random.default_rng(seed).permutation(len(data.train)), itertools.count()
+    order, turns = SampleOrder(len(data.train), seed), itertools.count()
     start = monotonic()
 
     def some() -> tuple[int, int]:
         """Images and bytes read by one thread; `next` on the shared counter is atomic."""
         images = size = 0
         while monotonic() < start + READ_S:
-            size += len(data.train.read(int(order[next(turns) % len(order)])))
+            _, indices = order.at(next(turns), 1)
+            size += len(data.train.read(int(indices[0])))
             images += 1
         return images, size
 

@@ -11,9 +11,12 @@ The times within a step are those of rank 0.
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +76,33 @@ def goodput(run_dir: Path) -> Goodput | None:
     for span, following, upto in zip_longest(spans, spans[1:], _kept(spans)):
         for part, seconds in span.parts(upto, last=following is None).items():
             total[part] += seconds
-        steps += sum(step.number <= upto for step in span.steps)
-        lost += sum(step.number > upto for step in span.steps)
+        steps += span.steps.upto(upto)
+        lost += len(span.steps) - span.steps.upto(upto)
         if following:
             between = "queue" if following.attempt != span.attempt else "lost work"  # the ranks regroup
             total[between] += max(0.0, following.started - span.end)
     return Goodput(total, len({span.attempt for span in spans}), steps, lost)
 
 
-@dataclass(frozen=True)
-class _Step:
-    number: int
-    end: float
-    step_s: float
-    data_s: float
-    comm_s: float
+class _Steps:
+    """The steps of a span in ascending order, a column for each of their numbers: a run may have millions."""
+
+    def __init__(self) -> None:
+        self.number = array("q")
+        self.end, self.step_s, self.data_s, self.comm_s = (array("d") for _ in range(4))
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def append(self, number: int, *seconds: float) -> None:
+        """`seconds` are end, step_s, data_s and comm_s."""
+        self.number.append(number)
+        for column, value in zip((self.end, self.step_s, self.data_s, self.comm_s), seconds, strict=True):
+            column.append(value)
+
+    def upto(self, step: int) -> int:
+        """How many of them are not after `step`."""
+        return bisect_right(self.number, step)
 
 
 @dataclass
@@ -99,7 +114,7 @@ class _Span:
     first_step: int
     end: float
     exit_code: int | None = None  # None if it was killed, or is under way
-    steps: list[_Step] = field(default_factory=list)
+    steps: _Steps = field(default_factory=_Steps)
     validations: list[tuple[int, float, float]] = field(default_factory=list)  # step, end, seconds
     stalls: dict[int, float] = field(default_factory=dict)  # for checkpoints: seconds by step
 
@@ -108,25 +123,31 @@ class _Span:
         failed = self.exit_code not in (None, 0, Preempted.exit_code)
         if failed:
             return max(self.stalls, default=self.first_step)
-        return self.steps[-1].number if self.steps else self.first_step
+        return self.steps.number[-1] if self.steps else self.first_step
 
     def parts(self, upto: int, *, last: bool) -> dict[str, float]:
         """Seconds by part; steps after `upto` are lost. `last`: nothing follows this span."""
-        counted = [step for step in self.steps if step.number <= upto]
+        steps, counted = self.steps, self.steps.upto(upto)
+        step_s, data_s, comm_s = (
+            fsum(column[:counted]) for column in (steps.step_s, steps.data_s, steps.comm_s)
+        )
         validated = [(end, seconds) for step, end, seconds in self.validations if step <= upto]
         found = {
-            "compute": sum(step.step_s - step.data_s - step.comm_s for step in counted),
-            "data": sum(step.data_s for step in counted),
-            "communication": sum(step.comm_s for step in counted),
+            "compute": step_s - data_s - comm_s,
+            "data": data_s,
+            "communication": comm_s,
             "validation": sum(seconds for _, seconds in validated),
             "checkpoint": sum(seconds for step, seconds in self.stalls.items() if step <= upto),
         }
         at_work = self._start_of_work()
-        ends = [step.end + self.stalls.get(step.number, 0.0) for step in counted]
-        kept_until = max(ends + [end for end, _ in validated], default=at_work)
-        redone = [step for step in self.steps if step.number > upto]
+        ends = (
+            end + self.stalls.get(number, 0.0)
+            for end, number in zip(steps.end[:counted], steps.number, strict=False)
+        )
+        kept_until = max(chain(ends, (end for end, _ in validated)), default=at_work)
+        redone = counted < len(steps)
         if redone:
-            kept_until = max(kept_until, redone[0].end - redone[0].step_s)
+            kept_until = max(kept_until, steps.end[counted] - steps.step_s[counted])
         gracefully = self.exit_code in (0, Preempted.exit_code)
         under_way = last and self.exit_code is None
         # A run that stops or ends waits for its last checkpoint; after any other end the rest was in vain.
@@ -138,7 +159,7 @@ class _Span:
 
     def _start_of_work(self) -> float:
         """When the first step or validation began."""
-        begins = [step.end - step.step_s for step in self.steps[:1]]
+        begins = [self.steps.end[0] - self.steps.step_s[0]] if self.steps else []
         begins += [end - seconds for _, end, seconds in self.validations[:1]]
         return max(self.started, min(begins, default=self.end))
 
@@ -167,7 +188,7 @@ def _spans(found: Iterable[dict[str, Any]], ends: dict[int, float]) -> list[_Spa
         if following is None or following.attempt != span.attempt:
             span.end = max(span.end, ends.get(span.attempt, span.end))
         if following is not None:
-            span.end = min(span.end, max(following.started, span.steps[-1].end if span.steps else 0.0))
+            span.end = min(span.end, max(following.started, span.steps.end[-1] if span.steps else 0.0))
     return spans
 
 
@@ -179,7 +200,7 @@ def _note(span: _Span, kind: str | None, time: float, record: dict[str, Any]) ->
     span.end = max(span.end, time)
     if kind == "step":
         ms = (record.get(key) or 0.0 for key in ("step_ms", "data_wait_ms", "exposed_comm_ms"))
-        span.steps.append(_Step(record["step"], time, *(value / 1e3 for value in ms)))
+        span.steps.append(record["step"], time, *(value / 1e3 for value in ms))
     elif kind == "validation":
         span.validations.append((record["step"], time, record.get("validation_s") or 0.0))
     elif kind == "checkpoint":

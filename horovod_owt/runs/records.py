@@ -116,6 +116,9 @@ def validations(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
             wanted.discard(record["step"])
         elif record.get("kind") == "run":
             wanted = {step for step in wanted if step <= record.get("first_step", step)}
+        elif record.get("kind") == "step" and not lacks_step(record):
+            # all that is older in this start is of earlier steps, and it resumed before this one
+            wanted = {step for step in wanted if step <= record["step"]}
         if not wanted:
             break
     return found

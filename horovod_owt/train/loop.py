@@ -52,6 +52,8 @@ from horovod_owt.train.watch import watched
 
 log = logging.getLogger(__name__)
 
+SHOWN_INDICES = 4096  # of the images of a step whose loss is NaN: a global batch may have a million
+
 
 def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume) -> None:
     """Run one rank of training to its end.
@@ -286,9 +288,11 @@ class Run:
         """The error for a NaN or infinite loss, with the images of the step."""
         position = self.position
         self._record("fault", fault=str(error), step=position.step + 1, loss_not_finite=True)
-        _, indices = SampleOrder(position.num_samples, self.cfg.seed).at(position.consumed, self.global_batch)
+        shown = min(self.global_batch, SHOWN_INDICES)
+        _, indices = SampleOrder(position.num_samples, self.cfg.seed).at(position.consumed, shown)
+        more = f" and {self.global_batch - shown} more" if self.global_batch > shown else ""
         return RunError(
-            f"{error} at step {position.step + 1}, lr {lr:.2e}, image indices {indices.tolist()}",
+            f"{error} at step {position.step + 1}, lr {lr:.2e}, image indices {indices.tolist()}{more}",
             wanted="a finite loss",
             fix="a smaller lr or more warmup_epochs; the last checkpoint is finite",
         ).on_every_rank()

@@ -27,7 +27,7 @@ class RankTimes:
     seconds: np.ndarray  # (ranks, 3)
 
     @classmethod
-    def from_flat(cls, values: Sequence[float]) -> RankTimes | None:
+    def from_flat(cls, values: Sequence[float] | np.ndarray) -> RankTimes | None:
         """From all ranks' `spent`, one after the other; None before the first step."""
         seconds = np.array(values, np.float64).reshape(-1, len(PARTS))
         return cls(seconds) if seconds.any() else None

@@ -57,7 +57,7 @@ class _Facts(NamedTuple):
     unnamed: float
     saves: float
     grad_norm: float | None
-    spent: list[float]  # by each rank in the step before
+    spent: np.ndarray  # by each rank in the step before
 
 
 NUM_SUMS = 5
@@ -292,9 +292,10 @@ class Replica:
         arriving = Download(facts if norm is None else torch.cat([facts.double(), norm]))
         if self._update_decides:
             self._update_unless_forbidden(facts, norm)
-        values = arriving.tolist()
-        grad_norm = None if norm is None else values.pop()
-        loss, stops, bad, unnamed, saves = values[:NUM_SUMS]
+        values = arriving.array()  # three for each rank: no list of Python's numbers
+        grad_norm = None if norm is None else float(values[-1])
+        loss, stops, bad, unnamed, saves = values[:NUM_SUMS].tolist()
+        spent_by_all = values[NUM_SUMS:][: len(PARTS) * self.world.size]
         factor = self._mean_factor(round(bad))
         loss *= factor
         if not math.isfinite(loss):
@@ -312,7 +313,7 @@ class Replica:
         self.weights_changed()
         if self.average:
             self.average.update()
-        return _Facts(loss, stops, bad, unnamed, saves, grad_norm, values[NUM_SUMS:])
+        return _Facts(loss, stops, bad, unnamed, saves, grad_norm, spent_by_all)
 
     def _mean_factor(self, bad: int) -> float:
         """From the mean over the global batch to that over its good images; BadBatch if there is none."""

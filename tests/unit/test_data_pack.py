@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -348,3 +349,17 @@ def test_a_damaged_index_is_noticed_if_it_is_mapped_too(tmp_path, monkeypatch, f
 def test_a_store_goes_to_another_process_without_its_index(root):
     store = open_data_set(root / "packed").train
     assert len(pickle.dumps(store)) < 1000
+
+
+def test_of_many_shards_few_are_asked_for_their_size_and_all_must_be_there(root, tmp_path, monkeypatch):
+    """Every rank would ask the file server for each of half a million shards."""
+    packed = tmp_path / "packed"
+    shutil.copytree(root / "packed", packed)
+    monkeypatch.setattr(shards, "SIZES_CHECKED", 2)  # of three
+    asked, stat = [], os.stat
+    monkeypatch.setattr(shards.os, "stat", lambda path, **how: (asked.append(Path(path).name), stat(path))[1])
+    ShardStore.open(packed / "train")
+    assert [name for name in asked if name.endswith(".tar")] == ["shard-000000.tar", "shard-000002.tar"]
+    (packed / "train" / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match="shard-000001.tar cannot be read: No such file"):
+        ShardStore.open(packed / "train")

@@ -114,6 +114,21 @@ def test_a_validation_of_a_step_that_was_taken_back_does_not_count(metrics):
     assert scores(2, 6) == {2: 20, 6: 66}
 
 
+def test_a_validation_that_is_missing_is_not_looked_for_in_the_whole_file(metrics, monkeypatch):
+    steps = [line("step", step=number) for number in range(1, 1001)]
+    metrics.write_text(line("run", first_step=0) + "".join(steps))
+    read, newest = [], records.newest_records
+    monkeypatch.setattr(
+        records, "newest_records", lambda file: (read.append(1) or record for record in newest(file))
+    )
+    assert validations(metrics.parent, {995}) == {} and len(read) <= 7
+    metrics.write_text(
+        line("run", first_step=0) + "".join(steps[:995]) + line("validation", step=995, top1=7)
+    )
+    append_record(metrics, {"kind": "step", "step": 996})
+    assert validations(metrics.parent, {995}).keys() == {995}
+
+
 def test_each_line_has_the_time_the_attempt_and_the_job(metrics):
     log, before = MetricsLog(metrics.parent, Start(3, "7_2")), time.time()
     log.write("step", step=9)
