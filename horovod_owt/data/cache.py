@@ -107,15 +107,22 @@ class DecodedImages(CachedFiles):
 
         Raises what reading raises, and ValueError with the fault of a bad image.
         """
-        stamp = self._stamp(index)
-        if stamp is not None and (entry := self._get(index, stamp)):
-            height, width, *size = entry.numbers
-            return np.frombuffer(entry.data, np.uint8).reshape(height, width, 3), tuple(size)
+        if found := self.cached(index):
+            return found
+        stamp = self._stamp(index)  # before the file is read: if it changes meanwhile, it is read again
         data = self._store.read(index)
         header = check_image(data)
         pixels, size = reduced(data, self._side), (header.height, header.width)
         self._put(index, stamp, memoryview(pixels).cast("B"), (*pixels.shape[:2], *size))
         return pixels, size
+
+    def cached(self, index: int) -> tuple[np.ndarray, tuple[int, int]] | None:
+        """The same if it is in the cache."""
+        stamp = self._stamp(index)
+        if stamp is None or not (entry := self._get(index, stamp)):
+            return None
+        height, width, *size = entry.numbers
+        return np.frombuffer(entry.data, np.uint8).reshape(height, width, 3), tuple(size)
 
 
 def reduced(data: bytes, side: int) -> np.ndarray:
