@@ -7,6 +7,7 @@ blocks, and their lower quartiles are compared.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +20,18 @@ from horovod_owt.bench.blocks import alternate, figures, method, seconds_by_rank
 from horovod_owt.bench.contenders import HelperProcess, Name, build
 from horovod_owt.bench.ddp_loop import free_init_method
 from horovod_owt.bench.request import OURS, PEERS, Request
+from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects, on_root, sum_over_ranks
 from horovod_owt.parallel.runtime import World
+from horovod_owt.perf.calibrate import fit_steps, measured
 from horovod_owt.perf.layers import net_of
-from horovod_owt.perf.plan import Job, predict_row
+from horovod_owt.perf.parts import Job
+from horovod_owt.perf.plan import predict_row
 from horovod_owt.train.replica import StepReport
+
+log = logging.getLogger(__name__)
+PREDICTED = "one rank by the machine file; several with this run's rate and jitter of one rank"
 
 
 def bench_scaling(request: Request) -> dict[str, Any] | None:
@@ -125,11 +132,11 @@ def _report(
             # other ranks have no steps of contenders on rank 0, and make no report
             row["bytes_sent_per_step"] = sum(reports[name][-1].bytes_sent.values()) if world.is_root else 0
             row["exposed_comm_share"] = totals[2] / totals[0]
-        if request.machine and name.strategy in OURS:
-            row["predicted_step_ms"] = 1e3 * _predicted_s(request, name, world)
         if request.interface:
             row["wire_bytes_per_step"] = wire[name] / (request.steps * name.ranks)
         rows.append(row)
+    if request.machine:
+        _predict(request, world, rows)
     alone = _images_per_s(rows, "data", 1)
     for row in rows:
         row["efficiency"] = row["images_per_s_p25"] / (row["ranks"] * alone)
@@ -152,18 +159,34 @@ def _report(
             "fc_batch": cfg.fc_batch,
             "hosts": gather_objects(world.host, "bench.hosts"),
             "counted_interface": request.interface,
+            **({"predicted": PREDICTED} if request.machine else {}),
         },
     }
 
 
-def _predicted_s(request: Request, name: Name, world: World) -> float:
-    """What `owt plan` says of a row: images are there already."""
-    cfg, ranks = dataclasses.replace(request.cfg, parallel=name.strategy), name.ranks
-    if name.strategy == "data":
-        cfg = dataclasses.replace(cfg, fc_batch="global", owt_scheme="a")
-    net = net_of(cfg.model, classes=cfg.classes, image_size=cfg.image_size)
-    per_node = min(world.local_size, ranks)
-    return predict_row(request.machine, Job(cfg, net, ranks // per_node, per_node, decodes=False)).step_s
+def _predict(request: Request, world: World, rows: list[dict[str, Any]]) -> None:
+    """Add what `owt plan` says of our rows: of one rank by the machine file alone.
+
+    The speed of cores drifts by more than the planner's error. So rows of several ranks are predicted with
+    the convolutions' rate and the jitter of this run's own row of one rank.
+    """
+    net = net_of(request.cfg.model, classes=request.cfg.classes, image_size=request.cfg.image_size)
+    ours = [row for row in rows if row["strategy"] in OURS]
+    as_today = request.machine
+    for row in sorted(ours, key=lambda row: row["ranks"]):
+        cfg = dataclasses.replace(request.cfg, parallel=row["strategy"])
+        if row["strategy"] == "data":
+            cfg = dataclasses.replace(cfg, fc_batch="global", owt_scheme="a")
+        machine = request.machine if row["ranks"] == 1 else as_today
+        per_node = min(world.local_size, row["ranks"])
+        job = Job(cfg, net, row["ranks"] // per_node, per_node, decodes=False)
+        row["predicted_step_ms"] = 1e3 * predict_row(machine, job).step_s
+        if row["ranks"] == 1:
+            try:
+                as_today = fit_steps(machine, [measured(cfg, row)], net, source="this run")
+            except ConfigError as error:
+                if world.is_root:
+                    log.warning("this run's row of one rank is not used to predict: %s", error)
 
 
 def _images_per_s(rows: list[dict[str, Any]], strategy: str, ranks: int) -> float | None:
@@ -235,6 +258,7 @@ def format_scaling_report(report: dict[str, Any]) -> str:
         f"{method['warmup_steps']} warm-up steps, {method['steps']} timed in blocks of "
         f"{method['block_steps']}, contenders in turn; bytes per rank and step",
         f"images {method['images']}",
+        *([f"predicted: {method['predicted']}; off: of the median"] if predicts else []),
         ", ".join(f"{name} {version}" for name, version in method["versions"].items()),
     ]
     return "\n".join(lines)

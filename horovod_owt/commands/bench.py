@@ -198,6 +198,32 @@ def ceilings(
 
 
 @bench.command()
+@RECIPE_OPTION
+@SET_OPTION
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed rounds.")
+@JSON_OPTION
+def layers(recipe: str | None, settings: tuple[str, ...], rounds: int, as_json: bool) -> None:
+    """Measure where a training step goes: every layer's passes, on random images, beside the step.
+
+    Rates stand beside the best convolution and the best matrix product of the same run. What the layers do
+    not explain is autograd, memory and, with several ranks, communication.
+
+    \b
+    Example:  owt bench layers --set batch=64
+              horovodrun --gloo -np 2 owt bench layers --set batch=32 --json
+    """
+    log_to_stderr()
+    from horovod_owt.config import resolve
+
+    cfg = resolve(recipe, settings)
+    from horovod_owt.bench.layers import bench_layers, format_layers_report
+
+    report = bench_layers(cfg, rounds=rounds)
+    if report is not None:  # rank 0
+        click.echo(json.dumps(report) if as_json else format_layers_report(report))
+
+
+@bench.command()
 @SET_OPTION
 @click.option("--min-bytes", default=1 << 10, show_default=True, help="Smallest buffer.")
 @click.option("--max-bytes", default=256 << 20, show_default=True, help="Largest; each is 4 times the last.")

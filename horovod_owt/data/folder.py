@@ -24,7 +24,7 @@ class FolderStore:
     def __init__(self, folder: Path) -> None:
         self._folder = os.fsencode(folder)
         listing = list_split(Path(folder))
-        self._class_names, self._names, self._counts = listing.classes, listing.names, listing.counts
+        self._class_names, self.names, self._counts = listing.classes, listing.names, listing.counts
         self.left_out = listing.left_out(self._folder)
         self.classes = tuple(os.fsdecode(name) for name in self._class_names)
         self.labels = np.repeat(np.arange(len(self.classes), dtype=np.int64), self._counts)
@@ -37,7 +37,7 @@ class FolderStore:
 
     def name(self, index: int) -> bytes:
         """The file's name in its class folder."""
-        return self._names[index]
+        return self.names[index]
 
     def read(self, index: int) -> bytes:
         return with_retries(self._read_once, index, self.path)
@@ -49,14 +49,14 @@ class FolderStore:
     def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and mtime_ns of each file, both int64: one stat per file; OSError if one is missing."""
 
-        def stat(part: range) -> list[tuple[int, int]]:
+        def stat(part: range) -> np.ndarray:
             found = map(os.stat, map(self._path, part))
-            return [(each.st_size, each.st_mtime_ns) for each in found]
+            return np.array([(each.st_size, each.st_mtime_ns) for each in found], np.int64)
 
         parts = [range(start, min(start + 10_000, len(self))) for start in range(0, len(self), 10_000)]
         with ThreadPoolExecutor(STATTERS) as pool:
-            rows = [row for part in pool.map(stat, parts) for row in part]
-        sizes, times = np.array(rows, np.int64).reshape(-1, 2).T
+            rows = [np.empty((0, 2), np.int64), *pool.map(stat, parts)]
+        sizes, times = np.concatenate(rows).T
         return sizes, times
 
     def stamp(self, index: int) -> int:
@@ -71,7 +71,7 @@ class FolderStore:
             return file.read()
 
     def _path(self, index: int) -> bytes:
-        return os.path.join(self._folder, self._class_names[self.labels[index]], self._names[index])
+        return os.path.join(self._folder, self._class_names[self.labels[index]], self.names[index])
 
 
 def stamp_of(found: os.stat_result, *more: int) -> int:

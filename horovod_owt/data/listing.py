@@ -83,12 +83,16 @@ def list_split(folder: Path) -> Listing:
     """The listing of a split folder, from the cache where it is still valid; raises DataError."""
     split = os.fsencode(folder)
     known = _read_cached(folder)
-    remembered = {name: contents for name, *contents in known.of_each_class()} if known else {}
     classes, left_in_split = _classes(split)
+    # before the listing: a change meanwhile is noticed the next time
+    found = [_stamp(os.path.join(split, name)) for name in classes]
+    if known is not None and (known.classes, known.stamps) == (classes, found):
+        known.left_in_split = left_in_split  # as it is: its names may be mapped, and many
+        return known
+    remembered = {name: contents for name, *contents in known.of_each_class()} if known else {}
     stamps, parts, left = [], [], []
-    for name in classes:
+    for name, stamp in zip(classes, found, strict=True):
         path = os.path.join(split, name)
-        stamp = _stamp(path)  # before the listing: a change meanwhile is noticed the next time
         old_stamp, images, left_out = remembered.get(name, (_UNSETTLED, None, None))
         if images is None or stamp != old_stamp:
             settled = max(stamp) < time.time_ns() - SETTLED_NS
@@ -101,8 +105,8 @@ def list_split(folder: Path) -> Listing:
     listing = Listing(
         classes, stamps, counts, Names.chained(parts), left_counts, Names.chained(left), left_in_split
     )
-    fresh = known is not None and (known.classes, known.stamps) == (classes, stamps)
-    if len(listing.names) >= CACHE_FROM and not fresh:
+    same = known is not None and (known.classes, known.stamps) == (classes, stamps)
+    if len(listing.names) >= CACHE_FROM and not same:
         _write_cached(folder, listing)
     return listing
 

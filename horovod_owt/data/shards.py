@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from horovod_owt.data.arrays import UNREADABLE, Names, read_arrays, write_arrays
+from horovod_owt.data.arrays import BLOCK, UNREADABLE, Names, read_arrays, write_arrays
 from horovod_owt.data.folder import stamp_of
 from horovod_owt.data.listing import LeftOut, images_below, scan
 from horovod_owt.data.machine import EXHAUSTED, is_of_the_file, machine_error
@@ -75,12 +75,18 @@ class Index:
             raise ValueError("columns of different lengths")
         if not len(self.names):
             raise ValueError("no samples")
-        if self.shard.max() >= len(self.shard_bytes) or self.label.max() >= len(self.classes):
+        for start in range(0, len(self.names), BLOCK):
+            self._check_rows(slice(start, start + BLOCK))
+
+    def _check_rows(self, rows: slice) -> None:
+        shard, offset, length, label = (
+            column[rows] for column in (self.shard, self.offset, self.length, self.label)
+        )
+        if shard.max() >= len(self.shard_bytes) or label.max() >= len(self.classes):
             raise ValueError("a sample without a shard or a class")
-        ends = self.offset + self.length
-        if min(self.offset.min(), self.length.min(), self.label.min()) < 0:
+        if min(offset.min(), length.min(), label.min()) < 0:
             raise ValueError("a sample with a negative offset, length or label")
-        if (ends > self.shard_bytes[self.shard]).any():
+        if (offset + length > self.shard_bytes[shard]).any():
             raise ValueError("a sample beyond the end of its shard")
 
 
@@ -88,11 +94,12 @@ class ShardStore:
     """Samples as byte ranges of a few large files. Thread-safe; a read is one pread."""
 
     left_out: Sequence[LeftOut] = ()
+    _folder: Path | None = None  # with the index in it
 
     def __init__(self, files: list[Path], index: Index) -> None:
         self._paths, self._index = files, index
         self.classes = tuple(os.fsdecode(name) for name in index.classes)
-        self.labels = index.label.astype(np.int64, copy=False)
+        self.labels, self.names = index.label.astype(np.int64, copy=False), index.names
         self._files = _Files(files, index.shard_bytes)
 
     @classmethod
@@ -117,6 +124,7 @@ class ShardStore:
             if saw != wanted:
                 raise DataError(f"{file} has {saw} bytes", wanted=f"{wanted}, as in {path.name}", fix=again)
         store = cls(files, index)
+        store._folder = folder
         store.left_out = _beside(folder, {os.fsencode(file.name) for file in files})
         return store
 
@@ -129,7 +137,7 @@ class ShardStore:
         return f"{self._paths[self._index.shard[index]]}: {member}"
 
     def name(self, index: int) -> bytes:
-        return self._index.names[index]
+        return self.names[index]
 
     def read(self, index: int) -> bytes:
         return with_retries(self._read_once, index, self.path)
@@ -172,6 +180,9 @@ class ShardStore:
         return data
 
     def __reduce__(self):
+        """Another process opens the folder itself: a mapped index would be copied into it."""
+        if self._folder is not None:
+            return ShardStore.open, (self._folder,)
         return ShardStore, (self._paths, self._index)
 
 

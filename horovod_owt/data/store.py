@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from horovod_owt.data.arrays import Names
 from horovod_owt.data.folder import FolderStore
 from horovod_owt.data.listing import LAYOUT, LeftOut, left_out_text, scan
 from horovod_owt.data.shards import INDEX, ShardStore, shard_name
@@ -26,6 +27,7 @@ class Store(Protocol):
 
     classes: tuple[str, ...]  # label -> class name
     labels: np.ndarray  # index -> label, int64
+    names: Names  # index -> file name, without its class folder
     left_out: Sequence[LeftOut]  # what looks like images but is not read
 
     def __len__(self) -> int: ...
@@ -61,7 +63,7 @@ class DataSet:
         """Counts, and a hash of names and labels: equal for all copies of a data set, folder or packed."""
         return self._fingerprint
 
-    @cached_property  # takes a second for a million names
+    @cached_property  # takes 0.1 s for a million names
     def _fingerprint(self) -> str:
         return fingerprint(self.train, self.val)
 
@@ -86,8 +88,9 @@ def fingerprint(*splits: Store) -> str:
     digest = hashlib.sha256()
     for store in splits:
         digest.update(os.fsencode("\0".join(store.classes)))
-        digest.update(store.labels.tobytes())
-        digest.update(b"\0".join(map(store.name, range(len(store)))))
+        digest.update(np.ascontiguousarray(store.labels))
+        for names in store.names.separated():
+            digest.update(names)
     counts = f"{' + '.join(str(len(store)) for store in splits)} images of {len(splits[0].classes)} classes"
     return f"{counts}, sha256 {digest.hexdigest()[:12]}"
 

@@ -28,7 +28,7 @@ from horovod_owt.parallel.lines import Lines, json_line, parsed
 HELLO_BYTES = 1000  # of a line of the handshake
 PROVE_S = 5.0  # for a client to prove the key, from accept on
 TRUST_S = 15.0  # for a server to do the same, longer: it may be busy
-MOST_UNPROVEN = 128  # connections at a time, per server
+MOST_UNPROVEN = 128  # connections at a time, per server that expects no more
 ACCEPTS = 32  # new connections between two looks at the others
 BACKLOG = 1024  # connections that the kernel keeps for us
 RETRY_S = 0.1
@@ -74,13 +74,17 @@ def is_proof(shown: Any, key: str, role: str, challenges: Sequence[str], hello: 
 
 
 class Listener:
-    """Listens on `ips`; for one thread. `fileno` becomes readable when `admit` has something to do."""
+    """Listens on `ips`; for one thread. `fileno` becomes readable when `admit` has something to do.
 
-    def __init__(self, ips: Sequence[str], key: str) -> None:
-        self.key = key
+    `clients` may connect at the same moment: a bound below their number would drop those that answer late,
+    they would connect again, and with thousands of ranks few would ever get through.
+    """
+
+    def __init__(self, ips: Sequence[str], key: str, clients: int = 0) -> None:
+        self.key, self._most_unproven = key, max(MOST_UNPROVEN, clients)
         self._selector = selectors.DefaultSelector()
         self._listeners: list[socket.socket] = []
-        self._unproven: list[Unproven] = []  # oldest first
+        self._unproven: dict[Unproven, None] = {}  # oldest first
         try:
             self._listeners.extend(listen(ip) for ip in ips)
         except OSError:
@@ -111,8 +115,8 @@ class Listener:
                 self._accept(key.fileobj)
             elif key.data in self._unproven and (hello := self._judge(key.data)) is not None:
                 admitted.append(Admitted(hello, key.data.connection))
-        while self._unproven and monotonic() > self._unproven[0].since + PROVE_S:
-            self._drop(self._unproven[0])
+        while self._unproven and monotonic() > (oldest := next(iter(self._unproven))).since + PROVE_S:
+            self._drop(oldest)
         return admitted
 
     def close(self) -> None:
@@ -136,9 +140,9 @@ class Listener:
                 return
             connection.setblocking(False)
             one = Unproven(connection, ip)
-            if len(self._unproven) >= MOST_UNPROVEN:
+            if len(self._unproven) >= self._most_unproven:
                 self._make_room()
-            self._unproven.append(one)
+            self._unproven[one] = None
             self._selector.register(connection, selectors.EVENT_READ, one)
             try:
                 connection.sendall(json_line({"challenge": one.challenge}))
@@ -174,7 +178,7 @@ class Listener:
         return None
 
     def _forget(self, one: Unproven) -> None:
-        self._unproven.remove(one)
+        del self._unproven[one]
         self._selector.unregister(one.connection)
 
     def _drop(self, one: Unproven) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import horovod.torch as hvd
 import torch
@@ -37,6 +37,8 @@ class Commit:
     first_global_batch: int  # of the job's first world
     began_from: str = ""  # the --resume PATH of the run
     attempt: int = 1  # of the run folder
+    checkpoint_due: bool = False  # of this step, by the world that committed or by the next
+    validation_due: bool = False
 
 
 class Committed(State):
@@ -54,26 +56,27 @@ class Committed(State):
             str, Any
         ] = {}  # fault record of the last regrouping, for the next world to write
 
-    def commit_copy(self, tensors: dict[str, Tensor], commit: Commit) -> None:
-        """Keep a copy; if hosts joined or left since the last one, all ranks raise HostsUpdatedInterrupt."""
+    def commit_copy(self, tensors: dict[str, Tensor], commit: Commit) -> bool:
+        """Keep a copy; returns on every rank whether hosts joined or left since the last one.
+
+        That is asked of rank 0 first: if it died before, the step is not in its records, and no rank may
+        keep it.
+        """
+        hosts_changed = self._hosts_changed()
         self._forget_all_but(tensors)
         for name, tensor in tensors.items():
             if name not in self.tensors:
                 self.tensors[name] = torch.empty_like(tensor)
             self.tensors[name].copy_(tensor)
         self.last = commit
-        self.check_host_updates()
+        return hosts_changed
 
-    def check_host_updates(self) -> None:
-        """Horovod's check, without its shortcut of not synchronising after hosts were only removed.
-
-        A host that joins before the ranks have regrouped starts with a `sync`, in which it would wait for
-        ranks that skip theirs: after a job fell below its minimum, for one, which then waits for hosts.
-        """
+    def _hosts_changed(self) -> bool:
         try:
-            super().check_host_updates()
+            self.check_host_updates()
         except HostsUpdatedInterrupt:
-            raise HostsUpdatedInterrupt(skip_sync=False) from None
+            return True
+        return False
 
     def sync(self) -> None:
         """Broadcast the latest commit from a rank that has it; new ranks have none.
@@ -121,6 +124,16 @@ def regroup_reason(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
     if isinstance(reset, HostsUpdatedInterrupt):
         return "hosts joined or left"
     return f"a rank was lost: {str(first_cause(reset)).partition('. ')[0] or 'Horovod gave no reason'}"
+
+
+def regroup() -> NoReturn:
+    """Leave this world for one of the hosts that there are now; every rank must call it.
+
+    Without Horovod's shortcut of not synchronising after hosts were only removed. A host that joins before
+    the ranks have regrouped starts with a `sync`, in which it would wait for ranks that skip theirs: after a
+    job fell below its minimum, for one, which then waits for hosts.
+    """
+    raise HostsUpdatedInterrupt(skip_sync=False)
 
 
 def run(state: Committed, train: Callable[[Committed], None]) -> None:

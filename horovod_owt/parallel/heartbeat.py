@@ -1,7 +1,8 @@
 """A heartbeat between ranks, independent of Horovod: it names a dead rank at once and a hung rank in time.
 
 Rank 0 listens and every other rank keeps a connection to it; twice a second a thread at each end sends what
-its main thread is doing. The kernel closes the connections of a killed process, and a stopped one sends
+its main thread is doing, and less often in jobs of more than 256 ranks: a beat costs rank 0, which trains
+too, some 60 us of Python. The kernel closes the connections of a killed process, and a stopped one sends
 nothing. Messages are one JSON object per line. Rank 0 stops listening once all ranks are connected.
 """
 
@@ -25,7 +26,10 @@ from horovod_owt.parallel.runtime import World
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
-SILENT_S = 3.0  # without a beat: the rank is stopped or its host unreachable
+BEATS_PER_S = 512  # from all ranks together; more ranks beat less often
+SILENT_S = 3.0  # without a beat, at one every BEAT_S: the rank is stopped or its host unreachable
+LOOK_S = 0.2  # between two looks at all peers
+NAMED = 8  # ranks in a message
 SEND_S = 5.0  # for the kernel to take a message
 LINE_BYTES = 1 << 16  # of a message
 GOODBYE_S = 2 * SEND_S  # to finish the beat in progress and to send the goodbye
@@ -85,6 +89,8 @@ class Heartbeat:
         self._world, self._report_s, self._give_up_s = world, report_s, give_up_s
         self._report, self._give_up, self._dump, self._on_death = report, give_up, dump, on_death
         self._regroup_s = regroup_s
+        slower = max(1.0, world.size / BEATS_PER_S / BEAT_S)
+        self.beat_s, self._silent_s, self._look_s = BEAT_S * slower, SILENT_S * slower, LOOK_S * slower
         self._lost: list[Peer] = []
         self._someone_lost, self._ending = threading.Event(), threading.Event()
         self._peers: dict[int, Peer] = {}
@@ -111,12 +117,14 @@ class Heartbeat:
     def lost(self, wait_s: float = 2.0) -> str:
         """The ranks known to have died, for a message; waits up to `wait_s` for the first, else empty."""
         self._someone_lost.wait(wait_s)
-        return ", ".join(f"{peer} (last heard from after step {peer.step})" for peer in self._lost)
+        lost = list(self._lost)
+        named = ", ".join(f"{peer} (last heard from after step {peer.step})" for peer in lost[:NAMED])
+        return named + (f" and {len(lost) - NAMED} more" if lost[NAMED:] else "")
 
     def silent(self) -> list[Peer]:
         """On rank 0: the ranks that are silent now or have died. Any thread may ask."""
         moment = monotonic()
-        hung = [peer for peer in list(self._peers.values()) if moment - peer.heard > SILENT_S]
+        hung = [peer for peer in list(self._peers.values()) if moment - peer.heard > self._silent_s]
         return [*self._lost, *hung]
 
     def _run(self) -> None:
@@ -129,32 +137,35 @@ class Heartbeat:
         except OSError as error:
             log.warning("rank %d has no heartbeat: %s", self._world.rank, error)
         finally:
+            self._send_all({"bye": True})
             for peer in self._peers.values():
-                self._send(peer, {"bye": True})
                 peer.connection.close()
             self._stop_listening()
             self._selector.close()
 
     def _watch(self) -> None:
-        next_beat, next_report = 0.0, self._report_s
+        # spread over the interval, or the beats of all ranks would hold up rank 0's training thread at once
+        next_beat = monotonic() + self.beat_s * self._world.rank / self._world.size
+        next_look, next_report = 0.0, self._report_s
         while not self._ending.is_set():
-            for key, _ in self._selector.select(timeout=0.2):
+            for key, _ in self._selector.select(timeout=LOOK_S):
                 if key.data is not None and self._peers.get(key.data.rank) is key.data:
                     self._hear(key.data)
             self._admit()
             if monotonic() >= next_beat:
-                next_beat = monotonic() + BEAT_S
-                for peer in list(self._peers.values()):
-                    beat = dict(step=now.step, what=now.what, waiting=now.waiting)
-                    self._send(peer, {**beat, "for_s": round(monotonic() - now.since, 3)})
+                next_beat = monotonic() + self.beat_s
+                beat = dict(step=now.step, what=now.what, waiting=now.waiting)
+                self._send_all({**beat, "for_s": round(monotonic() - now.since, 3)})
+            if monotonic() < next_look:
+                continue
+            next_look = monotonic() + self._look_s
             waited_s, who = self._longest_wait()
             if waited_s < self._report_s:
                 next_report = self._report_s
             elif waited_s >= self._give_up_s:
                 self._dump_everywhere(who)
                 # A stopped rank that resumes would take our exit for a death and overwrite the outcome.
-                for peer in self._peers.values():
-                    self._send(peer, {"bye": True})
+                self._send_all({"bye": True})
                 self._give_up(who)
                 return
             elif waited_s >= next_report:
@@ -163,38 +174,40 @@ class Heartbeat:
                 self._report(who)
 
     def _longest_wait(self) -> tuple[float, str]:
-        """Seconds of the longest wait in a collective, and a message that names the ranks waited for.
+        """Seconds of the longest wait in a collective, and, if it is to be reported, who is waited for.
 
         0 if this rank does not report: rank 0 does, or rank 1 while rank 0 is silent.
         """
         peers, moment = list(self._peers.values()), monotonic()
-        silent = [peer for peer in peers if moment - peer.heard > SILENT_S]
+        silent = {peer.rank: peer for peer in peers if moment - peer.heard > self._silent_s}
         if not self._world.is_root and (self._world.rank != 1 or not silent):
             return 0.0, ""
         here = Peer(
             self._world.rank, self._world.host, None, moment, now.step, now.what, now.waiting, now.since
         )
-        waiting = [peer for peer in [here, *peers] if peer.waiting and peer not in silent]
+        waiting = [peer for peer in [here, *peers] if peer.waiting and peer.rank not in silent]
         if not waiting:
             return 0.0, ""
         longest = min(waiting, key=lambda peer: peer.since)
-        missing = [f"{peer} has been silent for {moment - peer.heard:.0f} s" for peer in silent]
+        waited_s = moment - longest.since
+        if waited_s < self._report_s:
+            return waited_s, ""
+        missing = [f"{peer} has been silent for {moment - peer.heard:.0f} s" for peer in silent.values()]
         for peer in [here, *peers]:
-            if peer not in silent and not (peer.waiting and peer.what == longest.what):
+            if peer.rank not in silent and not (peer.waiting and peer.what == longest.what):
                 doing = f"waits in {peer.what!r}" if peer.waiting else f"is in {peer.what!r}"
                 missing.append(f"{peer} {doing}, for {moment - peer.since:.0f} s")
-        ranks = ", ".join(str(peer.rank) for peer in sorted(waiting, key=lambda peer: peer.rank)[:8])
-        more = f" and {len(waiting) - 8} more" if waiting[8:] else ""
-        waited_s = moment - longest.since
-        for_whom = "; ".join(missing[:8]) or "no rank is missing"
+        ranks = ", ".join(map(str, sorted(peer.rank for peer in waiting)[:NAMED]))
+        more = f" and {len(waiting) - NAMED} more" if waiting[NAMED:] else ""
+        for_whom = "; ".join(missing[:NAMED]) or "no rank is missing"
+        for_whom += f" and {len(missing) - NAMED} more" if missing[NAMED:] else ""
         who = f"ranks {ranks}{more} wait" if waiting[1:] else f"rank {ranks} waits"
         words = f"{who} in {longest.what!r} for {waited_s:.0f} s"
         return waited_s, f"{for_whom}; {words}, after step {longest.step}"
 
     def _dump_everywhere(self, why: str) -> None:
         self._dump(why)
-        for peer in list(self._peers.values()):
-            self._send(peer, {"dump": why})
+        self._send_all({"dump": why})
 
     def _admit(self) -> None:
         if self._rendezvous:
@@ -258,10 +271,10 @@ class Heartbeat:
     def _lose(self, peer: Peer, died: str) -> None:
         self._lost.append(peer)
         log.error("lost %s: %s, last heard from after step %d", peer, died, peer.step)
-        self._on_death(self.lost(0.0))
+        if len(self._lost) <= NAMED:  # further ones would change no name
+            self._on_death(self.lost(0.0))
         if self._regroup_s is not None:
-            for other in self._peers.values():
-                self._send(other, {"abort": str(peer)})
+            self._send_all({"abort": str(peer)})
             self._abort_collectives()
         self._someone_lost.set()
 
@@ -270,8 +283,10 @@ class Heartbeat:
         if not self._ending.is_set():
             abort_connections(keep={peer.connection.fileno() for peer in self._peers.values()})
 
-    def _send(self, peer: Peer, what: dict[str, Any]) -> None:
-        try:
-            peer.connection.sendall(json_line(what))
-        except OSError:
-            pass  # the next read from it reports why
+    def _send_all(self, what: dict[str, Any]) -> None:
+        line = json_line(what)
+        for peer in list(self._peers.values()):
+            try:
+                peer.connection.sendall(line)
+            except OSError:
+                pass  # the next read from it reports why

@@ -28,7 +28,7 @@ class Rendezvous:
     """
 
     def __init__(self, host: str, ranks: int, *, one_host: bool, env: Mapping[str, str] = os.environ) -> None:
-        self.listener = Listener(listening_addresses(env, one_host=one_host), new_key())
+        self.listener = Listener(listening_addresses(env, one_host=one_host), new_key(), clients=ranks)
         self.address = Address(self.listener.key, self.listener.places, host)
         self._ranks = ranks
 

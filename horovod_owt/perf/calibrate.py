@@ -18,7 +18,8 @@ from horovod_owt.config import TrainConfig, from_mapping
 from horovod_owt.errors import ConfigError
 from horovod_owt.perf.layers import Net, net_of
 from horovod_owt.perf.machine import Machine, checked
-from horovod_owt.perf.plan import Job, predict_row
+from horovod_owt.perf.parts import Job
+from horovod_owt.perf.plan import predict_row
 from horovod_owt.runs.folder import read_config
 from horovod_owt.runs.records import METRICS, newest_records
 
@@ -144,21 +145,25 @@ def _steps_of(document: dict[str, Any], wanted: Net, path: Path) -> list[Measure
             raise ConfigError(
                 f"{path} has no row of one rank", wanted="owt bench scaling, or owt bench step on one rank"
             )
-        return [_measured(row, method, wanted) for row in ours]
+        return [measured(_configuration(row, wanted), row) for row in ours]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} lacks {error}", wanted=BENCHES) from None
 
 
-def _measured(row: dict[str, Any], method: dict[str, Any], net: Net) -> Measured:
-    step_ms = row["step_ms"]
-    share = 1 - row.get("data_wait_share", 0.0) - row.get("exposed_comm_share", 0.0)
-    cfg = TrainConfig(
+def _configuration(row: dict[str, Any], net: Net) -> TrainConfig:
+    return TrainConfig(
         model=net.name,
         classes=net.classes,
         image_size=net.image_size,
         batch=row["batch_per_rank"],
         precision=row["precision"],
     )
+
+
+def measured(cfg: TrainConfig, row: dict[str, Any]) -> Measured:
+    """What a benchmark's row of one rank says of this configuration."""
+    step_ms = row["step_ms"]
+    share = 1 - row.get("data_wait_share", 0.0) - row.get("exposed_comm_share", 0.0)
     jitter = (step_ms["p75"] - step_ms["p25"]) / 1.349 / step_ms["median"]  # of a normal variable
     return Measured(cfg, 1e-3 * share * step_ms["median"], jitter)
 

@@ -15,7 +15,8 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
 from horovod_owt.perf.layers import Net, net_of
 from horovod_owt.perf.machine import Machine
-from horovod_owt.perf.plan import IMAGENET, Job, fastest, plan
+from horovod_owt.perf.parts import Job
+from horovod_owt.perf.plan import IMAGENET, fastest, plan
 from horovod_owt.text import nearest
 
 UNIT_S = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86_400.0}

@@ -5,43 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
-from horovod_owt.compression import keeps_errors, powersgd_rank
+from horovod_owt.compression import keeps_errors
 from horovod_owt.config import TrainConfig
-from horovod_owt.perf.layers import Net
 from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.memory import memory_gb
-from horovod_owt.perf.predict import Parts, StepTime, Sum, step_time
-from horovod_owt.perf.traffic import PASS_BYTES, exchanged, fc_gradients
+from horovod_owt.perf.parts import Job, parts_of
+from horovod_owt.perf.predict import StepTime, step_time
+from horovod_owt.perf.traffic import PASS_BYTES
+from horovod_owt.perf.waiting import waiting_s
 
 IMAGENET = 1_281_167  # training images of ILSVRC2012
-FC_PASSES = 3  # over the classifier's weights: forward, input gradient, weight gradient
-UPDATE_PASSES = 5  # over 4 bytes a weight: read weight, gradient and momentum, write weight and momentum
-WEIGHT_BYTES = 4
-# The same of compressed gradients, from their time on a CPU beside that of an addition; see parallel.one_bit.
-QUANTISE_PASSES, DEQUANTISE_PASSES = 21, 10
-LOW_RANK_PASSES = 10  # add the error, two products, the approximation, the new error
 INEXACT = ("onebit", "powersgd:4")
 WORTH = 0.99
 MAX_GROUP = 64  # ranks that share the FC layers, in a plan
-
-
-@dataclass(frozen=True)
-class Job:
-    """A configuration with `parallel` and `fc_group_size` resolved, on so many ranks."""
-
-    cfg: TrainConfig
-    net: Net
-    nodes: int
-    ranks_per_node: int
-    decodes: bool = True  # JPEGs, not images that are there already
-    two_level: bool = False
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -129,107 +107,6 @@ def predict_row(machine: Machine, job: Job) -> Row:
     )
 
 
-def straggling(ranks: int, jitter: float) -> float:
-    """How much longer than one rank's mean step the slowest of `ranks` takes.
-
-    The expected maximum of normal variables, by Blom's formula (1958).
-    """
-    if ranks == 1:
-        return 1.0
-    return 1 + jitter * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
-
-
-def parts_of(machine: Machine, job: Job) -> Parts:
-    """The parts of a step by the machine's figures."""
-    cfg, net, ranks = job.cfg, job.net, job.ranks
-    group_size = cfg.ranks_per_classifier()
-    links = machine.links(job.ranks_per_node)
-    speedup = machine["speedup_16"] if cfg.precision in ("bf16", "fp16") else 1.0
-    conv_rate, fc_rate = (1e9 * speedup * machine[key] for key in ("conv_gflops", "fc_gflops"))
-    convs = [layer for layer in net.layers() if layer.kind == "conv"]
-    turns = group_size if cfg.owt_scheme == "b" else 1
-    shard = net.parameters("fc") / group_size
-    memory_rate = 1e9 * machine["memory_gb_s"]
-    classifier_s = (
-        net.flops("fc") * cfg.batch / fc_rate + FC_PASSES * turns * shard * WEIGHT_BYTES / memory_rate
-    )
-    gradient_bytes = 2 if cfg.compression == "fp16" else WEIGHT_BYTES
-    compressed = _compressed(machine, job) if keeps_errors(cfg.compression) and ranks > 1 else None
-    updates = group_size * cfg.accum_steps if cfg.fc_batch == "local" else 1
-    return Parts(
-        conv_forward_s=1e-3 * machine["fixed_ms"]
-        + cfg.batch * sum(layer.forward_flops for layer in convs) / conv_rate,
-        conv_backward_s=cfg.batch * sum(layer.backward_flops for layer in convs) / conv_rate,
-        classifier_s=classifier_s,
-        exchange_s=_exchange_s(machine, job, compute_s=classifier_s / turns),
-        update_s=UPDATE_PASSES
-        * WEIGHT_BYTES
-        * (net.parameters("conv") + updates * shard)
-        / memory_rate
-        + (compressed.compute_s if compressed else 0.0),
-        conv_sum=links.allreduce(
-            net.parameters("conv") * gradient_bytes, ranks, two_level=job.two_level
-        ),
-        fc_sum=compressed.first if compressed else links.allreduce(
-            shard * gradient_bytes * updates,
-            ranks // group_size,
-            rings=group_size,
-            two_level=job.two_level,
-        ),
-        fc_reply_s=compressed.reply.total_s if compressed else 0.0,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Compressed:
-    """The FC layers' gradients, compressed: what may overlap with the backward pass, and what follows it."""
-
-    first: Sum
-    reply: Sum
-    compute_s: float
-
-
-def _compressed(machine: Machine, job: Job) -> _Compressed:
-    """Half of the bytes travel before the other half: rows to their owners and back, or P and then Q."""
-    cfg, net, ranks = job.cfg, job.net, job.ranks
-    links = machine.links(job.ranks_per_node)
-    sent = fc_gradients(dataclasses.replace(cfg, classes=net.classes), net.parameters("fc"), ranks)
-    if powersgd_rank(cfg.compression):
-        buffer_bytes = sent / 2 / (2 * (ranks - 1) / ranks)
-        half = links.allreduce(buffer_bytes, ranks, two_level=job.two_level)
-        passes = LOW_RANK_PASSES
-    else:
-        half = links.exchange(sent / 2, ranks - 1, ranks)
-        passes = QUANTISE_PASSES * (1 + 1 / ranks) + 2 * DEQUANTISE_PASSES
-    memory_rate = 1e9 * machine["memory_gb_s"]
-    return _Compressed(half, half, passes * WEIGHT_BYTES * net.parameters("fc") / memory_rate)
-
-
-def _exchange_s(machine: Machine, job: Job, *, compute_s: float) -> float:
-    """Seconds that a micro-batch waits for transfers inside its fc_group.
-
-    Scheme b sends the features of one rank at a time, behind the `compute_s` of the turn before; the first
-    transfer forward and the last one back stay exposed, and so does what keeps the cores busy.
-    """
-    cfg, size = job.cfg, job.cfg.ranks_per_classifier()
-    if size == 1:
-        return 0.0
-    links, pass_bytes = machine.links(job.ranks_per_node), PASS_BYTES[cfg.precision]
-    sent = exchanged(cfg.batch, job.net.classes, size, pass_bytes=pass_bytes)
-    features = sent["features"]
-    inner = sum(sent[name] for name in ("fc7 units", "logits", "fc7 units back"))
-    hop = size - 1  # messages of a gather or an alltoall; a ring sum has twice as many
-    if cfg.owt_scheme == "a":
-        return links.exchange(2 * features + inner, 6 * hop, size).total_s
-    inner_s = links.exchange(inner, size * 4 * hop, size).total_s
-    to_all = links.exchange(features / hop, hop, size)  # a pipelined broadcast
-    to_owner = links.exchange(features, hop, size)
-    exposed_s = 0.0
-    for turn in (to_all, to_owner):
-        exposed_s += turn.wire_s + (size - 1) * max(0.0, turn.wire_s - compute_s) + size * turn.busy_s
-    return inner_s + exposed_s
-
-
 @dataclass(frozen=True)
 class _Step:
     time: StepTime
@@ -241,7 +118,8 @@ class _Step:
 
 def _step(machine: Machine, job: Job) -> _Step:
     cfg = job.cfg
-    time = step_time(parts_of(machine, job), job.net, accum_steps=cfg.accum_steps, overlap=machine["overlap"])
+    parts = parts_of(machine, job)
+    time = step_time(parts, job.net, accum_steps=cfg.accum_steps, overlap=machine["overlap"])
     # a rank alone has the decoders of its whole node, but not its cores
     decode_s = 0.0
     if job.decodes:
@@ -250,7 +128,7 @@ def _step(machine: Machine, job: Job) -> _Step:
     copy_rate = 1e9 * machine["host_to_device_gb_s"]
     copied_bytes = cfg.rank_batch() * 3 * job.net.image_size**2 * PASS_BYTES["fp32"]
     host_to_device_s = copied_bytes / copy_rate if copy_rate else 0.0
-    work_s = time.total_s * straggling(job.ranks, machine["jitter"])
+    work_s = time.total_s + waiting_s(time, parts, cfg, job.ranks, machine["jitter"])
     if machine.shares_cores:
         total_s = work_s + decode_s
     else:

@@ -9,7 +9,8 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.perf.calibrate import Measured, fit_steps
 from horovod_owt.perf.layers import NETS
 from horovod_owt.perf.machine import Machine
-from horovod_owt.perf.plan import Job, predict_row
+from horovod_owt.perf.parts import Job
+from horovod_owt.perf.plan import predict_row
 
 
 def held_against(machine: Machine) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.perf.goodput import goodput_report
 from horovod_owt.perf.layers import Net
 from horovod_owt.perf.machine import Machine
-from horovod_owt.perf.plan import Job, Row, fastest, group_sizes, plan
+from horovod_owt.perf.parts import Job
+from horovod_owt.perf.plan import Row, fastest, group_sizes, plan
 
 MOST_NODES = 100_000
 

@@ -54,6 +54,7 @@ class Opened:
     began_from: str = ""  # the --resume PATH that the run in this folder started from
     attempt: int = 1
     job_id: str | None = None
+    kept_global_batch: int = 0  # of an elastic run with elastic_batch=keep, from its own checkpoint
 
     @property
     def start(self) -> Start:
@@ -137,7 +138,8 @@ def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
         )
     if path and path != str(real_path(own)):
         log.info("this run started from --resume %s: resuming from its own newest checkpoint", resume.how)
-    return Opened(run_dir, own, path or began_from)
+    kept_global_batch = state.get("kept_global_batch", 0)
+    return Opened(run_dir, own, path or began_from, kept_global_batch=kept_global_batch)
 
 
 def _check_config(run_dir: Path, cfg: TrainConfig) -> None:

@@ -51,8 +51,9 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
             where = opened.run_dir if opened else run_dir
             opened = on_root(lambda: _open(where, cfg, state), "run_dir", kind=Opened)
-            if state.last:
-                cfg = in_world_of(world.size, cfg, state.last.first_global_batch)
+            kept = state.last.first_global_batch if state.last else opened.kept_global_batch
+            if kept:
+                cfg = in_world_of(world.size, cfg, kept)
             Run(cfg, request, world, opened, stop, committed=state).train()
 
         def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
@@ -72,7 +73,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
 
 
 def in_world_of(ranks: int, cfg: TrainConfig, first_global_batch: int) -> TrainConfig:
-    """The configuration for `ranks`; `first_global_batch` is that of the job's first world.
+    """The configuration for `ranks`; `first_global_batch` is that of the run's first elastic world.
 
     With elastic_batch=scale it is unchanged: the global batch, and with it the learning rate, follows the
     number of ranks. With keep, each rank takes its share of the first global batch, in micro-batches of at

@@ -21,7 +21,7 @@ from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
-from horovod_owt.parallel.elastic import RESETS, Committed, regroup_reason
+from horovod_owt.parallel.elastic import RESETS, Committed, regroup, regroup_reason
 from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.timeline import start_timeline, stop_timeline
@@ -124,7 +124,9 @@ class Run:
                 places = gather_objects(place(self.world), "places")
                 if self.world.is_root:
                     self._record_start([host for host, *_ in places])
-                if self._validation_due:
+                if self._due.checkpoint:
+                    self._checkpoint(validation_due=self._due.validation)
+                if self._due.validation:
                     self._validate()
                 with self._step_records(places) as records:
                     self._run_steps(records)
@@ -157,10 +159,9 @@ class Run:
             on_root(lambda: write_config(self.run_dir, cfg.to_dict()), "chosen strategy")
         self.replica = Replica(cfg, self.world)
         if self._committed is not None and self._committed.last:
-            self._validation_due = restore_commit(self.replica, self.position, self._committed)
+            self._due = restore_commit(self.replica, self.position, self._committed)
         else:
-            checkpoint = self._opened.checkpoint
-            self._validation_due = restore(self.replica, self.position, self.run_dir, checkpoint)
+            self._due = restore(self.replica, self.position, self.run_dir, self._opened.checkpoint)
         now.step = self.position.step
         self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
         self.total_steps = cfg.total_steps(
@@ -251,18 +252,21 @@ class Run:
                 epoch_over = int(position.epoch) > int(began)
                 last = position.step == self.total_steps
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
-                keep = epoch_over or last or due or report.stop_asked or report.save_asked
+                validate = epoch_over or last
+                keep = validate or due or report.stop_asked or report.save_asked
                 if keep:
                     if records is not None:
                         records.checkpoint(position.step)
                     self.replica.average_running_statistics()
-                    self._checkpoint(validation_due=epoch_over or last)
+                hosts_changed = self._commit(checkpoint_due=keep, validation_due=validate)
+                if keep:
+                    self._checkpoint(validation_due=validate)
                 if report.stop_asked:
                     raise self._stopped()
-                if epoch_over or last:
+                if validate:
                     self._validate()
-                if self._committed is not None and (position.step % cfg.commit_every == 0 or keep):
-                    commit(self.replica, position, self._committed, self._opened)
+                if hosts_changed:
+                    regroup()
             self._finish_writing()
         if self.world.is_root and self._bad_images:
             log.info("%d bad images skipped; see the `fault` records", self._bad_images)
@@ -313,6 +317,13 @@ class Run:
             self.observers.per_class(position.step, score.class_top1(), self.folder.classes)
             self.writer.score(step=position.step, epoch=position.epoch, top1=score.top1)
 
+    def _commit(self, *, checkpoint_due: bool, validation_due: bool) -> bool:
+        """In an elastic job, if it is time; returns on every rank whether hosts joined or left."""
+        if self._committed is None or not (checkpoint_due or self.position.step % self.cfg.commit_every == 0):
+            return False
+        due = {"checkpoint_due": checkpoint_due, "validation_due": validation_due}
+        return commit(self.replica, self.position, self._committed, self._opened, **due)
+
     def _checkpoint(self, *, validation_due: bool) -> None:
         """Copy the state; it is written while training continues."""
         start = perf_counter()
@@ -325,10 +336,17 @@ class Run:
             began_from=self._opened.began_from,
             job=job_name(os.environ),
             data=self.folder.identity(),
+            **self._kept_global_batch(),
         )
         if self.writer is not None:
             self.journal.requests.saving(self.position.step)
             self.writer.write(state, stall_s=perf_counter() - start)
+
+    def _kept_global_batch(self) -> dict[str, int]:
+        """For a checkpoint: a job that resumes from it may begin with fewer ranks."""
+        if self._committed is None or self.cfg.elastic_batch != "keep":
+            return {}
+        return {"kept_global_batch": self._committed.last.first_global_batch}
 
     def _finish_writing(self) -> None:
         on_root(self.writer.finish if self.writer else None, "written")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import compression, runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
 from horovod_owt.parallel.elastic import Commit, Committed
+from horovod_owt.runs.checkpoints import checkpoint_folder, resume_at
 from horovod_owt.runs.opening import Opened
 from horovod_owt.runs.records import validations
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
@@ -22,6 +23,13 @@ from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
 
 log = logging.getLogger(__name__)
 BESIDE_WEIGHTS = (MOMENTUM, *compression.PREFIXES)  # what a checkpoint has in its optimizer file
+
+
+class Due(NamedTuple):
+    """What a run that resumes at a step does before the next one."""
+
+    checkpoint: bool = False
+    validation: bool = False
 
 
 @dataclass
@@ -93,13 +101,13 @@ def snapshot(
     )
 
 
-def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Path | None) -> bool:
+def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Path | None) -> Due:
     """Resume from a checkpoint, if there is one: rank 0 reads and broadcasts it. Every rank must call it.
 
     Returns whether that state is still to be validated.
     """
     if checkpoint is None:
-        return False
+        return Due()
     found: list[Checkpoint] = []
 
     def read_on_root() -> dict[str, Any]:
@@ -127,34 +135,58 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
         replica.average.restart()
     replica.load_scaler_state(state["scaler"])
     position.step, position.consumed = state["step"], state["samples_consumed"]
-    return state["validation_due"]
+    return Due(validation=state["validation_due"])
 
 
-def commit(replica: Replica, position: Position, committed: Committed, opened: Opened) -> None:
-    """Keep this state in the memory of every rank's device; if hosts changed, all raise an elastic reset."""
-    last, own_global_batch = committed.last, replica.cfg.global_batch(replica.world.size)
+def commit(
+    replica: Replica,
+    position: Position,
+    committed: Committed,
+    opened: Opened,
+    *,
+    checkpoint_due: bool = False,
+    validation_due: bool = False,
+) -> bool:
+    """Keep this state in the memory of every rank's device; returns on each whether hosts changed.
+
+    A checkpoint or a validation that is due at this step comes after it, so that no checkpoint is ahead of
+    the commit that ranks go back to; if rank 0 is lost meanwhile, the next world does both.
+    """
+    last = committed.last
+    first_global_batch = last.first_global_batch if last else opened.kept_global_batch
     state = Commit(
         step=position.step,
         consumed=position.consumed,
         scaler=replica.scaler_state(),
         run_dir=opened.run_dir,
-        first_global_batch=last.first_global_batch if last else own_global_batch,
+        first_global_batch=first_global_batch or replica.cfg.global_batch(replica.world.size),
         began_from=opened.began_from,
         attempt=opened.attempt,
+        checkpoint_due=checkpoint_due,
+        validation_due=validation_due,
     )
     tensors = {name: tensor for name, tensor, _ in replica.parts()}
-    committed.commit_copy(tensors | replica.strategy.compression.total(), state)
+    return committed.commit_copy(tensors | replica.strategy.compression.total(), state)
 
 
-def restore_commit(replica: Replica, position: Position, committed: Committed) -> bool:
-    """Go back to the last commit, on every rank. Returns False: validation is not due."""
+def restore_commit(replica: Replica, position: Position, committed: Committed) -> Due:
+    """Go back to the last commit, on every rank. Returns what of its step is still to be done."""
     for name, tensor, _ in replica.parts():
         tensor.copy_(committed.tensors[name])
     replica.strategy.compression.restore_total(committed.tensors)
     replica.weights_changed()
     replica.load_scaler_state(committed.last.scaler)
     position.step, position.consumed = committed.last.step, committed.last.consumed
-    return False
+    return Due(*on_root(lambda: _still_due(committed.last), "due"))
+
+
+def _still_due(last: Commit) -> Due:
+    """By what rank 0 of the world that committed has left on disk."""
+    resume_at(last.run_dir, last.step)  # it may have been alone in keeping a later commit
+    return Due(
+        checkpoint=last.checkpoint_due and not checkpoint_folder(last.run_dir, last.step).is_dir(),
+        validation=last.validation_due and not validations(last.run_dir, {last.step}),
+    )
 
 
 def _by_part(checkpoint: Checkpoint) -> dict[str, Tensor]:

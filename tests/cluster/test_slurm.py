@@ -4,12 +4,14 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).parents[2]
+VENV_BIN = Path(sys.executable).parent
 SMALL = ["--recipe", REPO / "tests" / "parallel" / "small.yaml"]
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 STEPS = 18  # 6 an epoch
@@ -235,10 +237,15 @@ def test_a_job_that_fails_at_once_stays_failed_and_a_waiting_one_is_cancelled(sl
 
 @pytest.mark.parametrize("command", ["hosts", pytest.param("mpirun", marks=pytest.mark.slow)])
 def test_launched_jobs_reach_hosts_by_ssh(slurm, images, tmp_path, command):
-    """Without Slurm; the hosts have nothing in common but a network and their files."""
+    """Without Slurm; the hosts have nothing in common but a network and their files.
+
+    The user's bash exports functions, and a variable of two lines.
+    """
     (tmp_path / "hosts").write_text("n1:1\nn2:1\n")
-    start = ["owt", "launch", command, "--hosts", "hosts", "--", images, "--run-dir", "run"]
-    slurm.run(*start, *SMALL, *settings(max_steps=2), host="n1", cwd=tmp_path, limit_s=LIMIT_S)
+    start = [VENV_BIN / "owt", "launch", command, "--hosts", "hosts", "--", images, "--run-dir", "run"]
+    env = slurm.environment() | {"BASH_FUNC_module%%": "() {  eval `modulecmd $*`\n}", "TWO": "it's\ntwo"}
+    train = [*start, *SMALL, *settings(max_steps=2)]
+    slurm.run(*train, host="n1", cwd=tmp_path, limit_s=LIMIT_S, env=env)
     assert records(tmp_path / "run", "run")[0]["hosts"] == ["n1", "n2"]
     assert len(losses(tmp_path / "run")) == 2
 

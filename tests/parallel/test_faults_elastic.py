@@ -142,6 +142,17 @@ def test_a_job_below_its_minimum_continues_as_soon_as_its_hosts_return(start, im
     assert list(what_counts(run_dir)) == list(range(1, outcome(run_dir)["step"] + 1))
 
 
+@pytest.mark.slow
+def test_a_job_that_resumes_with_fewer_ranks_keeps_the_global_batch(run, images, tmp_path, narrow_owt):
+    train = [images, *SMALL, *EXACT, *settings(elastic_batch="keep"), "--run-dir", tmp_path / "run"]
+    for ranks, steps in ((2, 2), (1, 4)):
+        options = ["--ranks", ranks, "--", *train, *settings(max_steps=steps)]
+        run([*ELASTIC, *options], launcher="none", **narrow_owt)
+    assert worlds(tmp_path / "run") == [(0, 2), (2, 1)]
+    for step, line in what_counts(tmp_path / "run").items():
+        assert (line["epoch"], line["lr"]) == (pytest.approx(8 * step / 96), pytest.approx(PEAK_LR))
+
+
 def test_hybrid_is_refused(run, images):
     command = [*OWT, "train", images, *SMALL, "--parallel", "hybrid"]
     done = run(command, launcher="none", exit_code=2, HOROVOD_ELASTIC="1")

@@ -56,7 +56,7 @@ def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
     predicted = {
         name: row["predicted_step_ms"] for name, row in rows.items() if name[0] in ("data", "hybrid")
     }
-    assert predicted["data", 2] > predicted["hybrid", 2] > 0 < predicted["data", 1] < predicted["data", 2]
+    assert predicted["data", 2] > predicted["hybrid", 2] > 0 < predicted["data", 1]
     parameters = sum(p.numel() for p in build_model("alexnet-owt", 1000).parameters())
     assert rows["data", 2]["bytes_sent_per_step"] == pytest.approx(4 * parameters, rel=0.01)
     assert rows["hybrid", 2]["bytes_sent_per_step"] < 0.1 * 4 * parameters

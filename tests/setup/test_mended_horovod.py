@@ -152,6 +152,26 @@ def test_horovod_starts_again_with_its_settings(ranks):
     assert job.wait(20) == 0 and said.count("sum: 2.0") == 4, said
 
 
+STARTS_OPERATIONS = """
+import itertools, os
+import torch, horovod.torch as hvd
+from horovod.common.exceptions import HorovodInternalError
+hvd.init()
+hvd.allreduce(torch.ones(1), name="both")
+if hvd.rank() == 1:
+    os._exit(0)
+try:
+    for number in itertools.count():
+        hvd.allreduce_async_(torch.ones(1), name=str(number))
+except HorovodInternalError:
+    print("told", flush=True)
+"""
+
+
+def test_a_lost_rank_does_not_freeze_one_that_starts_an_operation(ranks):
+    assert "told" in ranks(2, STARTS_OPERATIONS).stdout.read()
+
+
 def test_stall_shutdown_ends_the_job_under_gloo(ranks, tmp_path):
     job = ranks(
         2,

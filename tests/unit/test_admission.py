@@ -264,3 +264,24 @@ def test_a_line_is_bounded_whole_or_in_parts():
                 lines.feed(part)
     with pytest.raises(ValueError, match="nested too deeply"):
         Lines(1 << 20).feed(nested(100_000))
+
+
+def test_ranks_that_all_connect_before_one_of_them_answers_are_all_admitted():
+    """Thousands of busy ranks do: if they were dropped, they would connect again, and again be too late."""
+    ranks = MOST_UNPROVEN + 72
+    with Listener(["127.0.0.1"], "key", clients=ranks) as listener:
+        clients = [socket.create_connection(listener.places[0], timeout=10) for _ in range(ranks)]
+        end = time.monotonic() + 10
+        while len(listener.descriptors()) < ranks:
+            assert not listener.admit(1.0) and time.monotonic() < end
+        for number, client in enumerate(clients):
+            (challenge,) = Lines(HELLO_BYTES).feed(client.recv(HELLO_BYTES))
+            hello, challenges = {"rank": number}, (challenge["challenge"], "own")
+            shown = admission.proof("key", "client", challenges, hello)
+            client.sendall(json_line({"challenge": "own", "hello": hello, "proof": shown}))
+        admitted, end = [], time.monotonic() + 10
+        while len(admitted) < ranks and time.monotonic() < end:
+            admitted += listener.admit(1.0)
+        assert {one.hello["rank"] for one in admitted} == set(range(ranks))
+        for connection in [*clients, *(one.connection for one in admitted)]:
+            connection.close()

@@ -6,12 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bad_files import encoded
 from click.testing import CliRunner
 
 from horovod_owt.cli import cli
-from horovod_owt.data import listing
+from horovod_owt.data import arrays, listing
 from horovod_owt.data.build import Form
 from horovod_owt.data.folder import FolderStore
 from horovod_owt.data.listing import cache_files
@@ -273,3 +274,12 @@ def test_a_class_that_has_only_other_formats_is_refused_with_their_number(tmp_pa
         path.rename(path.with_suffix(".bmp"))
     with pytest.raises(DataError, match=r"no image in class n02 .*; left out: 3 \(.bmp is not read\)"):
         open_data_set(root)
+
+
+def test_names_that_have_not_changed_are_used_where_they_are(split, monkeypatch):
+    """Those of a large split are mapped: a copy would be one for each rank of the host."""
+    FolderStore(split)
+    monkeypatch.setattr(arrays, "MAP_FROM", 1)
+    store = FolderStore(split)
+    assert isinstance(store.names.blob, np.memmap) and isinstance(store.names.ends, np.memmap)
+    assert paths(split) == on_disk(split)

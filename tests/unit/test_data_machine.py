@@ -207,7 +207,7 @@ def test_a_source_that_cannot_be_read_is_not_called_a_full_disk(root, tmp_path, 
 def test_the_soft_limit_of_open_files_is_raised(monkeypatch):
     asked = []
     monkeypatch.setattr(machine.resource, "setrlimit", lambda kind, limits: asked.append(limits))
-    for limits in [(1024, 10**9), (256, 300), (10_000, 10**6), (-1, -1), (1024, -1)]:
+    for limits in [(1024, 10**9), (256, 300), (20_000, 10**6), (-1, -1), (1024, -1)]:
         monkeypatch.setattr(machine.resource, "getrlimit", lambda kind, limits=limits: limits)
         machine.allow_open_files()
-    assert asked == [(4096, 10**9), (300, 300), (4096, -1)]
+    assert asked == [(16384, 10**9), (300, 300), (16384, -1)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from horovod_owt.data import retry, shards
+from horovod_owt.data import arrays, retry, shards
 from horovod_owt.data.build import Form
 from horovod_owt.data.feed import TrainFeed, ValidationFeed
 from horovod_owt.data.machine import is_of_the_file
@@ -313,3 +313,38 @@ def test_a_write_error_is_reported_and_the_same_command_continues(root, tmp_path
     monkeypatch.setattr("horovod_owt.filesystem.os.fsync", real)
     assert pack(root / "folder", tmp_path / "packed", Form(shard_mb=1), workers=1)[1]
     assert tree(tmp_path / "packed") == tree(root / "packed")
+
+
+def test_a_large_index_is_mapped_and_as_correct(root, monkeypatch):
+    """So that the ranks of a host share it, and only what is used of it is in memory."""
+    copied = open_data_set(root / "packed")
+    monkeypatch.setattr(arrays, "MAP_FROM", 1)
+    mapped = open_data_set(root / "packed")
+    index = mapped.train._index
+    columns = [index.shard, index.offset, index.length, index.label, index.crc32]
+    assert all(isinstance(each, np.memmap) for each in [*columns, index.names.blob, index.names.ends])
+    assert mapped.fingerprint() == copied.fingerprint()
+    assert [mapped.train.read(i) for i in range(len(mapped.train))] == [
+        copied.train.read(i) for i in range(len(copied.train))
+    ]
+
+
+@pytest.mark.parametrize("from_end", [8, 200])
+def test_a_damaged_index_is_noticed_if_it_is_mapped_too(tmp_path, monkeypatch, from_end):
+    monkeypatch.setattr(arrays, "MAP_FROM", 1)
+    path = tmp_path / "index.npz"
+    arrays.write_arrays(path, {"ends": np.arange(1000)})
+    written = bytearray(path.read_bytes())
+    middle = len(written) // 2
+    written[middle] ^= 1
+    path.write_bytes(written)
+    with pytest.raises(arrays.UNREADABLE):
+        arrays.read_arrays(path)
+    path.write_bytes(written[:-from_end])
+    with pytest.raises(arrays.UNREADABLE):
+        arrays.read_arrays(path)
+
+
+def test_a_store_goes_to_another_process_without_its_index(root):
+    store = open_data_set(root / "packed").train
+    assert len(pickle.dumps(store)) < 1000

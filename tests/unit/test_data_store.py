@@ -1,15 +1,19 @@
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from horovod_owt.data import arrays
+from horovod_owt.data.arrays import Names
 from horovod_owt.data.folder import FolderStore
-from horovod_owt.data.store import open_data_set
+from horovod_owt.data.store import fingerprint, open_data_set
 from horovod_owt.errors import DataError
 
 
@@ -141,3 +145,40 @@ def test_an_unreadable_folder_is_named(root, folder, mode):
     finally:
         (root / folder).chmod(0o755)
     assert said.startswith(f"DataError {root / folder} is not readable by user ") and "chmod" in said
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7])
+def test_names_are_joined_taken_apart_and_separated_block_by_block(monkeypatch, count):
+    monkeypatch.setattr(arrays, "BLOCK", 3)
+    plain = [b"n%d" % number * (number % 3) for number in range(count)]  # some of them empty
+    names = Names.joined(iter(plain))
+    assert list(names) == plain == [names[i] for i in range(count)]
+    assert b"".join(part.tobytes() for part in names.separated()) == b"\0".join(plain)
+
+
+@dataclass
+class Labelled:
+    """What a fingerprint reads of a store."""
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    names: Names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def test_a_fingerprint_makes_no_object_of_each_sample(monkeypatch):
+    monkeypatch.setattr(arrays, "BLOCK", 1000)
+    count, names = 50_000, [b"n01440764_%d.JPEG" % number for number in range(50_000)]
+    labels = np.arange(count) // 25_000
+    store = Labelled(("n01", "n02"), labels, Names.joined(names))
+    tracemalloc.start()
+    try:
+        found = fingerprint(store)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    digest = hashlib.sha256(b"n01\0n02" + labels.tobytes() + b"\0".join(names)).hexdigest()
+    assert found == f"50000 images of 2 classes, sha256 {digest[:12]}"
+    assert peak < 1_000_000  # 20 bytes a sample: a bytes object alone takes 50

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from horovod.common.exceptions import HostsUpdatedInterrupt
+from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.runner.elastic.worker import HostUpdateResult
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,15 +76,33 @@ def test_a_path_with_spaces_and_quotes_reaches_the_discovery_script_whole():
 
 
 @pytest.mark.parametrize("update", [HostUpdateResult.removed, HostUpdateResult.added, HostUpdateResult.mixed])
-def test_ranks_synchronise_after_any_change_of_hosts(monkeypatch, update):
-    """Horovod would not after a removal, and a host that joins meanwhile would wait for them for ever."""
+def test_a_commit_says_that_hosts_changed(monkeypatch, update):
     monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
     state = elastic.Committed(torch.device("cpu"))
-    state.check_host_updates()
+    assert state.commit_copy({}, None) is False
     state.on_hosts_updated(1.0, update)
+    assert state.commit_copy({}, None) is True
+    assert state.commit_copy({}, None) is False
+
+
+def test_ranks_that_regroup_synchronise():
+    """Horovod's would not after a removal, and a host that joins meanwhile would wait for them for ever."""
     with pytest.raises(HostsUpdatedInterrupt) as interrupt:
-        state.check_host_updates()
+        elastic.regroup()
     assert interrupt.value.skip_sync is False
+
+
+def test_no_rank_keeps_a_commit_that_rank_0_has_not_recorded(monkeypatch):
+    def rank_0_died(value, name):
+        raise HorovodInternalError
+
+    state = elastic.Committed(torch.device("cpu"))
+    monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
+    state.commit_copy({"w": torch.ones(2)}, "first")
+    monkeypatch.setattr(elastic, "broadcast_object", rank_0_died)
+    with pytest.raises(HorovodInternalError):
+        state.commit_copy({"w": torch.zeros(2)}, "second")
+    assert state.last == "first" and state.tensors["w"].all()
 
 
 def test_a_commit_keeps_nothing_of_an_earlier_one(monkeypatch):

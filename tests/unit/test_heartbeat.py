@@ -306,3 +306,37 @@ def test_strangers_neither_stop_the_heartbeat_nor_make_it_grow_nor_keep_a_rank_o
         assert call._thread.is_alive() and not calls["on_death"].said
         for one in silent:
             one.close()
+
+
+@pytest.mark.parametrize("size", [2, 256, 4096, 100_000])
+def test_rank_0_gets_at_most_512_beats_a_second_however_many_ranks_there_are(monkeypatch, size):
+    monkeypatch.setattr(heartbeat, "broadcast_object", lambda address, name, kind: address)
+    does_nothing = dict.fromkeys(("report", "give_up", "dump", "on_death"), lambda what: None)
+    world = World(1, size, 0, 2, "node6", torch.device("cpu"), 1)
+    beats = heartbeat.Heartbeat(world, report_s=60, give_up_s=600, **does_nothing)
+    assert size / beats.beat_s <= 512 and (beats.beat_s == 0.5 or size > 256)
+    assert beats._silent_s == 6 * beats.beat_s
+
+
+def test_a_beat_costs_no_look_at_all_other_ranks(rank0, monkeypatch):
+    monkeypatch.setattr(heartbeat, "LOOK_S", 60.0)
+    looks = []
+    monkeypatch.setattr(heartbeat.Heartbeat, "_longest_wait", lambda self: (looks.append(1) or 0.0, ""))
+    with rank0() as (call, address, _):
+        rank1 = Rank1(address)
+        for step in range(50):
+            rank1.say(step=step, what="computing", waiting=False, for_s=0.1)
+            wait_for(lambda step=step: call._peers and call._peers[1].step == step)
+        assert len(looks) == 1
+        rank1.say(bye=True)
+        rank1.leave()
+
+
+def test_the_death_of_many_ranks_names_a_few_and_writes_few_outcomes(rank0):
+    with rank0(size=13) as (call, address, calls):
+        for rank in [Rank1(address, rank=rank) for rank in range(1, 13)]:
+            wait_for(rank.is_heard_of)
+            rank.leave()
+        wait_for(lambda: len(call._lost) == 12)
+        assert call.lost().count("on node7") == 8 and call.lost().endswith(" and 4 more")
+    assert len(calls["on_death"].said) == 8

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "monitoring": {"data", "runs", "parallel"},
     "train": {"perf", "data", "runs", "model", "parallel", "monitoring"},
     "inference": {"perf", "data", "runs", "model", "parallel", "train"},
-    "bench": {"perf", "data", "parallel", "train"},
+    "bench": {"perf", "data", "model", "parallel", "train"},
     "report": {"perf", "data", "runs"},
     "recipes": set(),
 }

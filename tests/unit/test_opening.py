@@ -84,6 +84,12 @@ def test_a_job_that_began_from_a_path_goes_on_from_its_own_newest_checkpoint(tmp
         start(tmp_path / "other", str(base))
 
 
+def test_the_global_batch_that_an_elastic_run_keeps_is_that_of_its_own_checkpoint(tmp_path):
+    own = write(tmp_path / "run", 3, kept_global_batch=60)
+    assert start(tmp_path / "run").kept_global_batch == 60
+    assert start(tmp_path / "new", str(own)).kept_global_batch == 0
+
+
 def test_to_go_back_is_refused_with_the_way_to_do_it(tmp_path):
     base = write(tmp_path / "base", 1)
     earlier, newest = (write(tmp_path / "run", step) for step in (2, 6))

@@ -9,7 +9,8 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.perf.calibrate import calibrate
 from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.machine import load_machine
-from horovod_owt.perf.plan import Job, predict_row
+from horovod_owt.perf.parts import Job
+from horovod_owt.perf.plan import predict_row
 
 NET = net_of("alexnet-owt")
 BASE = load_machine("one-gk210")

@@ -2,15 +2,18 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.machine import load_machine
 from horovod_owt.perf.memory import memory_gb
-from horovod_owt.perf.plan import Job, fastest, parts_of, plan, predict_row, straggling
+from horovod_owt.perf.parts import Job, parts_of
+from horovod_owt.perf.plan import fastest, plan, predict_row
 from horovod_owt.perf.published import held_against
 from horovod_owt.perf.traffic import bytes_sent_per_step
+from horovod_owt.perf.waiting import slowest_of
 
 NET = net_of("alexnet-owt")
 AUTO = TrainConfig(classes=1000, parallel="auto")
@@ -122,9 +125,41 @@ def test_cpu_ranks_decode_on_the_cores_that_compute():
 
 
 def test_the_slowest_of_many_ranks():
-    assert straggling(1, 0.1) == 1.0
-    assert straggling(2, 0.1) == pytest.approx(1 + 0.1 * 0.564, abs=3e-3)  # 1 / sqrt(pi)
-    assert straggling(100, 0.1) == pytest.approx(1 + 0.1 * 2.508, abs=2e-3)
+    assert slowest_of(1) == 0.0
+    assert slowest_of(2) == pytest.approx(0.564, abs=0.03)  # 1 / sqrt(pi)
+    assert slowest_of(100) == pytest.approx(2.508, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"parallel": "hybrid", "fc_group_size": 2},
+        {"parallel": "hybrid", "fc_group_size": 4, "owt_scheme": "b"},
+        {"parallel": "hybrid", "fc_group_size": 2, "accum_steps": 3},
+    ],
+    ids=["data", "a", "b", "accumulated"],
+)
+def test_ranks_wait_where_they_meet_as_in_a_simulation(values):
+    """Each rank's stretches are drawn, and the ranks that meet go on together."""
+    seed, jitter = 20261126, 0.02
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    jittery, wanted = ROUND.with_figures("a test", jitter=jitter), job(4, batch=8, **values)
+    row = predict_row(jittery, wanted)
+    cfg, parts, total_s = wanted.cfg, parts_of(jittery, wanted), row.time.total_s
+    meets, group = [], cfg.ranks_per_classifier()
+    for micro_batch in range(cfg.accum_steps if group > 1 else 0):
+        turns = 4 * (group if cfg.owt_scheme == "b" else 1)
+        meets += [parts.conv_forward_s + (parts.conv_backward_s if micro_batch else 0)]
+        meets += turns * [parts.classifier_s / turns]
+    last_s = total_s - sum(meets)
+    now = np.zeros((20_000, 4))
+    for number, seconds in enumerate([*meets, last_s]):
+        now += seconds + jitter * np.sqrt(seconds * total_s) * random.standard_normal(now.shape)
+        of_group = now.reshape(len(now), -1, 4 if number == len(meets) else group)
+        now[:] = np.broadcast_to(of_group.max(axis=2, keepdims=True), of_group.shape).reshape(now.shape)
+    assert row.step_s - total_s == pytest.approx(now.mean() - total_s, rel=0.12)
 
 
 def test_a_plan_has_each_strategy_at_its_best_group():

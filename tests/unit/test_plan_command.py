@@ -151,7 +151,8 @@ def test_the_table_of_cpu_ranks_on_the_page_is_what_is_predicted():
     from horovod_owt.config import TrainConfig
     from horovod_owt.perf.layers import net_of
     from horovod_owt.perf.machine import load_machine
-    from horovod_owt.perf.plan import Job, predict_row
+    from horovod_owt.perf.parts import Job
+    from horovod_owt.perf.plan import predict_row
 
     row = re.compile(
         r"^\| (\d+) \| (\d) (ranks?|hosts) \| (data|hybrid) \| (\d+) \| (\d+) \| (\S+) % \|$", re.M

@@ -15,12 +15,20 @@ from horovod_owt.model import alexnet_owt
 from horovod_owt.parallel.elastic import Committed
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.runtime import World
-from horovod_owt.runs.checkpoints import checkpoint_folder, find_fault
+from horovod_owt.runs.checkpoints import checkpoint_folder, find_fault, list_checkpoints, step_of
 from horovod_owt.runs.opening import Opened
 from horovod_owt.train import state
 from horovod_owt.train.checkpoint import write_checkpoint
 from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
-from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
+from horovod_owt.train.state import (
+    Due,
+    Position,
+    commit,
+    restore,
+    restore_commit,
+    room_for_copies,
+    snapshot,
+)
 
 IMAGES = 40
 CONFIG = TrainConfig(model="alexnet-owt-bn", classes=3, image_size=63, fc_group_size=1)
@@ -51,6 +59,13 @@ def replica(seed: int, **values) -> Replica:
 
 def tensors(made: Replica) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor, _ in made.parts()}
+
+
+def without_hosts() -> Committed:
+    """A commit in a world whose hosts do not change."""
+    committed = Committed(torch.device("cpu"))
+    committed.check_host_updates = lambda: None
+    return committed
 
 
 def saved(made: Replica, position: Position, *, validation_due: bool = False):
@@ -109,8 +124,8 @@ def test_ranks_other_than_0_make_no_room_and_keep_nothing():
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_checkpoint_is_restored_to_the_bit(run_dir, step):
     made, position = replica(1), Position(IMAGES)
-    owed = restore(made, position, run_dir, checkpoint_folder(run_dir, step))
-    assert (position.step, position.consumed, owed) == (step, 5 * step, step == 8)
+    due = restore(made, position, run_dir, checkpoint_folder(run_dir, step))
+    assert (position.step, position.consumed, due.validation) == (step, 5 * step, step == 8)
     wanted = tensors(replica(step))
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(made).items())
 
@@ -118,18 +133,47 @@ def test_a_checkpoint_is_restored_to_the_bit(run_dir, step):
 def test_without_a_checkpoint_a_run_starts_from_scratch(run_dir):
     made, position = replica(1), Position(IMAGES)
     before = tensors(made)
-    assert restore(made, position, run_dir, None) is False
+    assert restore(made, position, run_dir, None) == Due()
     assert position == Position(IMAGES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(made).items())
 
 
-@pytest.mark.parametrize(("validated", "owed"), [([], True), ([4], True), ([4, 8], False)])
-def test_a_validation_is_owed_until_the_run_has_a_score_of_that_step(run_dir, validated, owed):
+@pytest.mark.parametrize(("validated", "due"), [([], True), ([4], True), ([4, 8], False)])
+def test_a_validation_is_due_until_the_run_has_a_score_of_that_step(run_dir, validated, due):
+    """After a start from a checkpoint, and after ranks have regrouped."""
     lines = [{"kind": "step", "step": 8}, *({"kind": "validation", "step": step} for step in validated)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     newest, older = (checkpoint_folder(run_dir, step) for step in (8, 4))
-    assert restore(replica(1), Position(IMAGES), run_dir, newest) is owed
-    assert restore(replica(1), Position(IMAGES), run_dir, older) is False
+    assert restore(replica(1), Position(IMAGES), run_dir, newest) == Due(validation=due)
+    assert restore(replica(1), Position(IMAGES), run_dir, older) == Due()
+    for step, still in ((8, due), (4, not validated)):
+        made, committed = replica(1), without_hosts()
+        commit(made, Position(IMAGES, step, 40), committed, Opened(run_dir), validation_due=True)
+        assert restore_commit(made, Position(IMAGES), committed) == Due(validation=still)
+
+
+def test_a_checkpoint_of_a_commit_is_due_until_it_is_on_disk(run_dir):
+    """Its world may have lost rank 0 while it wrote."""
+    made, committed = replica(1), without_hosts()
+    commit(made, Position(IMAGES, 8, 40), committed, Opened(run_dir), checkpoint_due=True)
+    assert restore_commit(made, Position(IMAGES), committed) == Due()
+    shutil.rmtree(checkpoint_folder(run_dir, 8))
+    assert restore_commit(made, Position(IMAGES), committed) == Due(checkpoint=True)
+    commit(made, Position(IMAGES, 8, 40), committed, Opened(run_dir))
+    assert restore_commit(made, Position(IMAGES), committed) == Due()
+
+
+def test_no_checkpoint_is_ahead_of_the_commit_that_ranks_go_back_to(run_dir):
+    made, committed = replica(1), without_hosts()
+    commit(made, Position(IMAGES, 6, 30), committed, Opened(run_dir))
+    restore_commit(made, Position(IMAGES), committed)
+    assert [step_of(folder) for folder in list_checkpoints(run_dir)] == [4]
+
+
+def test_a_resumed_elastic_run_keeps_the_global_batch_of_its_checkpoint(run_dir):
+    committed = without_hosts()
+    commit(replica(1), Position(IMAGES, 4, 20), committed, Opened(run_dir, kept_global_batch=60))
+    assert committed.last.first_global_batch == 60
 
 
 @pytest.mark.parametrize(
@@ -202,9 +246,8 @@ def test_a_run_without_an_average_resumes_from_a_checkpoint_with_one(alone, tmp_
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(made).items())
 
 
-def test_a_commit_has_the_average(monkeypatch):
-    monkeypatch.setattr(Committed, "check_host_updates", lambda self: None)
-    committed, made = Committed(torch.device("cpu")), replica(2, ema=0.9)
+def test_a_commit_has_the_average():
+    committed, made = without_hosts(), replica(2, ema=0.9)
     wanted = tensors(made)
     commit(made, Position(IMAGES, 7, 56), committed, Opened(Path("runs/a"), None))
     for _, tensor, _ in made.parts():
@@ -213,9 +256,8 @@ def test_a_commit_has_the_average(monkeypatch):
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(made).items())
 
 
-def test_a_commit_brings_weights_and_place_back(monkeypatch):
-    monkeypatch.setattr(Committed, "check_host_updates", lambda self: None)
-    committed, made = Committed(torch.device("cpu")), replica(2)
+def test_a_commit_brings_weights_and_place_back():
+    committed, made = without_hosts(), replica(2)
     wanted = tensors(made)
     commit(made, Position(IMAGES, 7, 56), committed, Opened(Path("runs/a"), None, "runs/base", attempt=3))
     assert (committed.last.step, committed.last.consumed) == (7, 56)
@@ -224,7 +266,7 @@ def test_a_commit_brings_weights_and_place_back(monkeypatch):
     for _, tensor, _ in made.parts():
         tensor.zero_()
     newcomer, position = replica(3), Position(IMAGES)
-    assert restore_commit(newcomer, position, committed) is False
+    assert restore_commit(newcomer, position, committed) == Due()
     assert (position.step, position.consumed) == (7, 56)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(newcomer).items())
 
@@ -237,8 +279,7 @@ def test_errors_of_compressed_gradients_are_saved_and_restored(tmp_path):
     for number, error in enumerate(errors.values(), 1):
         error.fill_(number)
     write_checkpoint(tmp_path, saved(made, Position(IMAGES, 4, 20)))
-    committed = Committed(torch.device("cpu"))
-    committed.check_host_updates = lambda: None
+    committed = without_hosts()
     commit(made, Position(IMAGES, 4, 20), committed, Opened(tmp_path))
     from_disk, from_memory = (replica(2, compression="powersgd:1") for _ in range(2))
     restore(from_disk, Position(IMAGES), tmp_path, checkpoint_folder(tmp_path, 4))

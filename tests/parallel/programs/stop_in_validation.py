@@ -1,6 +1,5 @@
 """`owt`, where a signal reaches rank 1 in the midst of its first validation."""
 
-import os
 import signal
 
 from narrow import main
@@ -13,7 +12,7 @@ count = evaluate._count
 
 def struck(logits, batch):
     if read_topology().rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # in this thread, at once
     return count(logits, batch)
 
 

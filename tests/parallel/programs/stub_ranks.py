@@ -51,7 +51,8 @@ def ask(method: str, key: str, value: bytes = b"") -> bytes:
     ip, port = place.split(":")
     length = f"Host: {ip}\r\nContent-Length: {len(value)}"
     head = f"{method} /{secret}:{port}/global/{key} HTTP/1.1\r\n{length}\r\n\r\n"
-    with socket.create_connection((ip, int(port)), LIMIT_S) as connection:
+    with socket.socket() as connection:
+        connection.connect((ip, int(port)))
         connection.sendall(head.encode() + value)
         return b"".join(iter(lambda: connection.recv(1 << 16), b"")).partition(b"\r\n\r\n")[2]
 

@@ -1,0 +1,47 @@
+"""How long ranks wait for the slowest of them, from how much one rank's step time varies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import sqrt
+from statistics import NormalDist
+
+from horovod_owt.config import TrainConfig
+from horovod_owt.perf.predict import Parts, StepTime
+
+EXCHANGES = 5  # of a classifier pass: features, units and logits forward, units and features back
+
+Stretch = tuple[float, int]  # seconds of one rank's work, and the ranks that meet at its end
+
+
+def waiting_s(time: StepTime, parts: Parts, cfg: TrainConfig, ranks: int, jitter: float) -> float:
+    """Seconds of a step that the ranks wait for each other, expected.
+
+    `jitter` is the standard deviation of one rank's step, as a share of it. Disturbances are taken to be
+    short and independent, so that their variance grows with time: a stretch of t seconds of a step of T has
+    a deviation of jitter sqrt(t T). Ranks that meet inside a step, as those of an fc_group do, therefore
+    wait longer in all than ranks that meet once.
+    """
+    return sum(
+        jitter * sqrt(seconds * time.total_s) * slowest_of(meeting)
+        for seconds, meeting in _stretches(time, parts, cfg, ranks)
+    )
+
+
+def slowest_of(ranks: int) -> float:
+    """The expected maximum of that many standard normal variables, by Blom's formula (1958)."""
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
+
+
+def _stretches(time: StepTime, parts: Parts, cfg: TrainConfig, ranks: int) -> Iterator[Stretch]:
+    """A step's stretches of work; their seconds add up to the step."""
+    group, left_s = cfg.ranks_per_classifier(), time.total_s
+    if group > 1:
+        turns = group if cfg.owt_scheme == "b" else 1
+        between = turns * (EXCHANGES - 1)
+        for micro_batch in range(cfg.accum_steps):
+            after_s = parts.conv_backward_s if micro_batch else 0.0  # of the micro-batch before
+            inside = [after_s + parts.conv_forward_s] + between * [parts.classifier_s / between]
+            yield from ((seconds, group) for seconds in inside)
+            left_s -= sum(inside)
+    yield left_s, ranks
