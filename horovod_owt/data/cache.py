@@ -162,11 +162,12 @@ def cached(data: DataSet, place: str, side: int, *, speaks: bool = True) -> Iter
         yield data.through(*stores)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Cache:
     folder: Path
     memory: bool
     side: int
+    promised: int = 0  # bytes, to splits that are not read yet
 
     def of(self, split: str, store: Store, speaks: bool) -> Store:
         """The store through the cache, if that has room for it. Raises OSError."""
@@ -183,7 +184,8 @@ class _Cache:
         needed = expected_bytes(store, self.side)
         with suppress(FileNotFoundError):
             needed -= (self.folder / split).stat().st_size
-        room = self._make_room(needed)
+        room = self._make_room(needed + self.promised) - self.promised
+        self.promised += max(0, needed) if needed <= room or not self.side else 0
         if needed <= room:
             if speaks:
                 form = f"decoded, {self.side} px" if self.side else "files"
@@ -192,7 +194,7 @@ class _Cache:
         what = f"cache: {split} needs {size_text(needed)} more in {self.folder.parent}, which has room for"
         if speaks:
             rest = "not cached; a smaller cache_side needs less" if self.side else "only a part is cached"
-            log.warning("%s %s: %s", what, size_text(room), rest)
+            log.warning("%s %s: %s", what, size_text(max(0, room)), rest)
         return not self.side and room > 0
 
     def _make_room(self, needed: int) -> int:
@@ -210,6 +212,8 @@ def _opened(data: DataSet, place: str, side: int) -> Iterator[_Cache]:
     parent = MEMORY if memory else Path(place)
     if not memory:
         parent.mkdir(exist_ok=True)
+    elif not parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(parent))
     versions = f"{FORM} pillow {PIL.__version__}" if side else f"{FORM}"
     key = hashlib.sha256(f"{data.fingerprint()} {side} {versions}".encode()).hexdigest()[:16]
     base = parent / f"horovod_owt-{os.geteuid()}"

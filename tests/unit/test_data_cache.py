@@ -297,6 +297,23 @@ def test_what_does_not_fit_is_not_cached_and_said_in_a_line(root, memory, tmp_pa
         assert mine.train is data.train and mine.val is data.val
 
 
+def test_splits_that_fit_alone_but_not_together_are_not_both_cached(root, memory, monkeypatch):
+    data = open_data_set(root)
+    needed = [module.expected_bytes(split, ENOUGH) for split in (data.train, data.val)]
+    monkeypatch.setattr(module, "room_in", lambda folder, memory: sum(needed) - 1)
+    with cached(data, "ram", ENOUGH) as mine:
+        assert mine.train is not data.train and mine.val is data.val
+    monkeypatch.setattr(module, "room_in", lambda folder, memory: sum(needed))
+    with cached(data, "ram", ENOUGH) as mine:
+        assert mine.train is not data.train and mine.val is not data.val
+
+
+def test_without_shared_memory_cache_ram_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MEMORY", tmp_path / "none")
+    with pytest.raises(ConfigError, match="none: No such file"), cached(open_data_set(root), "ram", ENOUGH):
+        pass
+
+
 def test_the_expected_size_is_that_of_the_cache(root, memory):
     data = open_data_set(root)
     with cached(data, "ram", ENOUGH) as mine:
