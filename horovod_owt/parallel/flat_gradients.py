@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from horovod_owt.parallel.compression import Compressor
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.traffic import Traffic, Transfer, start_sum
-
-MAX_PIECE_ELEMENTS = 4 * 2**20  # 16 MB of fp32: large enough to reach the ring's bandwidth
-MIN_PIECES = 4  # of a small buffer, so that most of it is sent before the first layer's gradient is ready
+from horovod_owt.perf.predict import piece_elements
 
 
 @dataclass
@@ -158,7 +156,7 @@ class FlatGradients:
 
     def _in_equal_pieces(self) -> _Layout:
         layout, total = _Layout(), 0 if self._group.is_alone else self._flat.numel()
-        length = min(MAX_PIECE_ELEMENTS, -(-self._flat.numel() // MIN_PIECES))
+        length = piece_elements(self._flat.numel())
         for start in range(0, total, length):
             name = f"{self._name}.{len(layout.pieces)}"
             layout.pieces.append(_Piece(self._flat[start : start + length], name))

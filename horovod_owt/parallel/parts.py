@@ -13,14 +13,13 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.model.alexnet_owt import AlexNetOWT
 from horovod_owt.parallel.collectives import gather_objects, sum_over_ranks
 from horovod_owt.parallel.exchange import Exchange
-from horovod_owt.parallel.flat_gradients import MAX_PIECE_ELEMENTS, MIN_PIECES
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.optimizer import build_optimizer
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import DTYPES, autocast
 from horovod_owt.parallel.traffic import Traffic, start_sum
 from horovod_owt.perf.network import FC6_IN, HIDDEN, conv_parameters, fc_layers, fc_parameters, share
-from horovod_owt.perf.predict import Parts, Sum
+from horovod_owt.perf.predict import Parts, Sum, piece_elements
 
 REPEATS = 3  # of each measurement, after one warm-up
 LONG_S = 0.5  # what takes longer is measured once
@@ -119,7 +118,7 @@ def time_sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world
     if group.is_alone:
         return Sum()
     dtype = torch.float16 if cfg.compression == "fp16" else _kept(cfg)
-    length = min(MAX_PIECE_ELEMENTS, -(-parameters // MIN_PIECES))
+    length = piece_elements(parameters)
     pieces = [torch.zeros(length, device=world.device, dtype=dtype) for _ in range(PIECES)]
     traffic, busy_s = Traffic(world.device), []
 

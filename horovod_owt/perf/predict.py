@@ -11,6 +11,13 @@ from dataclasses import dataclass
 from horovod_owt.perf.layers import Net
 
 FC_BACKWARD = 2 / 3  # of a classifier's arithmetic: the gradients of weights and inputs
+MAX_PIECE_ELEMENTS = 4 * 2**20  # of gradients sent together: 16 MB of fp32 reach a ring's bandwidth
+MIN_PIECES = 4  # of a small buffer, so that most of it is sent before the first layer's gradient is ready
+
+
+def piece_elements(parameters: int) -> int:
+    """How many of that many gradients are sent together."""
+    return min(MAX_PIECE_ELEMENTS, -(-parameters // MIN_PIECES))
 
 
 @dataclass(frozen=True)
@@ -71,14 +78,25 @@ def step_time(parts: Parts, net: Net, *, accum_steps: int = 1, overlap: float = 
 
 
 def _left_after_backward(parts: Parts, net: Net) -> float:
-    """Seconds of wire time left when the backward pass is done; the layers go last to first."""
-    seconds = {"conv": parts.conv_backward_s, "fc": FC_BACKWARD * parts.classifier_s}
-    sums = {"conv": parts.conv_sum.wire_s, "fc": parts.fc_sum.wire_s}
-    layers = net.layers()
-    flops = {kind: sum(layer.backward_flops for layer in layers if layer.kind == kind) for kind in seconds}
-    numbers = {kind: net.parameters(kind) for kind in seconds}
+    """Seconds of wire time left when the backward pass is done; the layers go last to first.
+
+    FC layers and convolutions have a buffer each, in equal pieces; a piece is sent when the gradients of the
+    first layer in it are there.
+    """
     computed_s = sent_s = 0.0
-    for layer in reversed(layers):
-        computed_s += seconds[layer.kind] * layer.backward_flops / flops[layer.kind]
-        sent_s = max(sent_s, computed_s) + sums[layer.kind] * layer.parameters / numbers[layer.kind]
+    for kind, backward_s, summed in (
+        ("fc", FC_BACKWARD * parts.classifier_s, parts.fc_sum),
+        ("conv", parts.conv_backward_s, parts.conv_sum),
+    ):
+        layers = [layer for layer in net.layers() if layer.kind == kind]
+        flops = sum(layer.backward_flops for layer in layers)
+        total = unsent = ready_from = net.parameters(kind)
+        piece = piece_elements(total)
+        for layer in reversed(layers):
+            computed_s += backward_s * layer.backward_flops / flops
+            ready_from -= layer.parameters
+            whole_from = -(-ready_from // piece) * piece
+            if whole_from < unsent:
+                sent_s = max(sent_s, computed_s) + summed.wire_s * (unsent - whole_from) / total
+                unsent = whole_from
     return max(0.0, sent_s - computed_s)
