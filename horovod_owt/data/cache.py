@@ -28,7 +28,7 @@ from horovod_owt.data.room import room_in
 from horovod_owt.data.slots import BLOCK, REGION, Slots
 from horovod_owt.data.staging import size_text
 from horovod_owt.data.store import SPLITS, DataSet, Store
-from horovod_owt.errors import ConfigError, fix_of
+from horovod_owt.errors import ConfigError
 from horovod_owt.files import remove_folder
 from horovod_owt.filesystem import locked, take_rights
 from horovod_owt.private import private_folder
@@ -278,4 +278,5 @@ def expected_bytes(store: Store, side: int) -> int:
 def _unusable(place: str, error: OSError) -> ConfigError:
     where = error.filename or place
     saw = f"cache={place}: {os.fsdecode(where)}: {error.strerror}"
-    return ConfigError(saw, wanted="a folder of this user on a local disk", fix=fix_of(error))
+    fix = "use another folder, or --set cache=none"
+    return ConfigError(saw, wanted="a folder of this user on a local disk", fix=fix)
