@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from horovod_owt.config import TrainConfig
+from horovod_owt.data.arrays import Names
 from horovod_owt.data.augment import RATIO, training_windows
 from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.data.cache import cached
@@ -72,6 +73,7 @@ class _Some:
     def __init__(self, store: Store, count: int) -> None:
         _, self._indices = SampleOrder(len(store), 0).at(0, min(count, len(store)))
         self._store, self.classes, self.labels = store, store.classes, store.labels[self._indices]
+        self.names = Names.joined(map(store.name, self._indices.tolist()))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -81,9 +83,6 @@ class _Some:
 
     def stamp(self, index: int) -> int:
         return self._store.stamp(self._indices[index])
-
-    def name(self, index: int) -> bytes:
-        return self._store.name(self._indices[index])
 
     def path(self, index: int) -> str:
         return self._store.path(self._indices[index])

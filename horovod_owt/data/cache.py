@@ -28,7 +28,7 @@ from horovod_owt.data.room import room_in
 from horovod_owt.data.slots import BLOCK, REGION, Slots
 from horovod_owt.data.staging import size_text
 from horovod_owt.data.store import SPLITS, DataSet, Store
-from horovod_owt.errors import ConfigError, fix_of
+from horovod_owt.errors import ConfigError
 from horovod_owt.files import remove_folder
 from horovod_owt.filesystem import locked, take_rights
 from horovod_owt.private import private_folder
@@ -107,15 +107,22 @@ class DecodedImages(CachedFiles):
 
         Raises what reading raises, and ValueError with the fault of a bad image.
         """
-        stamp = self._stamp(index)
-        if stamp is not None and (entry := self._get(index, stamp)):
-            height, width, *size = entry.numbers
-            return np.frombuffer(entry.data, np.uint8).reshape(height, width, 3), tuple(size)
+        if found := self.cached(index):
+            return found
+        stamp = self._stamp(index)  # before the file is read: if it changes meanwhile, it is read again
         data = self._store.read(index)
         header = check_image(data)
         pixels, size = reduced(data, self._side), (header.height, header.width)
         self._put(index, stamp, memoryview(pixels).cast("B"), (*pixels.shape[:2], *size))
         return pixels, size
+
+    def cached(self, index: int) -> tuple[np.ndarray, tuple[int, int]] | None:
+        """The same if it is in the cache."""
+        stamp = self._stamp(index)
+        if stamp is None or not (entry := self._get(index, stamp)):
+            return None
+        height, width, *size = entry.numbers
+        return np.frombuffer(entry.data, np.uint8).reshape(height, width, 3), tuple(size)
 
 
 def reduced(data: bytes, side: int) -> np.ndarray:
@@ -155,11 +162,12 @@ def cached(data: DataSet, place: str, side: int, *, speaks: bool = True) -> Iter
         yield data.through(*stores)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Cache:
     folder: Path
     memory: bool
     side: int
+    promised: int = 0  # bytes, to splits that are not read yet
 
     def of(self, split: str, store: Store, speaks: bool) -> Store:
         """The store through the cache, if that has room for it. Raises OSError."""
@@ -176,7 +184,8 @@ class _Cache:
         needed = expected_bytes(store, self.side)
         with suppress(FileNotFoundError):
             needed -= (self.folder / split).stat().st_size
-        room = self._make_room(needed)
+        room = self._make_room(needed + self.promised) - self.promised
+        self.promised += max(0, needed) if needed <= room or not self.side else 0
         if needed <= room:
             if speaks:
                 form = f"decoded, {self.side} px" if self.side else "files"
@@ -185,7 +194,7 @@ class _Cache:
         what = f"cache: {split} needs {size_text(needed)} more in {self.folder.parent}, which has room for"
         if speaks:
             rest = "not cached; a smaller cache_side needs less" if self.side else "only a part is cached"
-            log.warning("%s %s: %s", what, size_text(room), rest)
+            log.warning("%s %s: %s", what, size_text(max(0, room)), rest)
         return not self.side and room > 0
 
     def _make_room(self, needed: int) -> int:
@@ -203,6 +212,8 @@ def _opened(data: DataSet, place: str, side: int) -> Iterator[_Cache]:
     parent = MEMORY if memory else Path(place)
     if not memory:
         parent.mkdir(exist_ok=True)
+    elif not parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(parent))
     versions = f"{FORM} pillow {PIL.__version__}" if side else f"{FORM}"
     key = hashlib.sha256(f"{data.fingerprint()} {side} {versions}".encode()).hexdigest()[:16]
     base = parent / f"horovod_owt-{os.geteuid()}"
@@ -267,4 +278,5 @@ def expected_bytes(store: Store, side: int) -> int:
 def _unusable(place: str, error: OSError) -> ConfigError:
     where = error.filename or place
     saw = f"cache={place}: {os.fsdecode(where)}: {error.strerror}"
-    return ConfigError(saw, wanted="a folder of this user on a local disk", fix=fix_of(error))
+    fix = "use another folder, or --set cache=none"
+    return ConfigError(saw, wanted="a folder of this user on a local disk", fix=fix)

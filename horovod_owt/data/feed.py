@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,8 @@ READ_AHEAD = 2  # batches
 IGNORED = -100  # label of a row that must not count: the ignore_index of torch's cross_entropy
 
 Windows = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # (n, 2) sizes -> windows and flips
+# an image as in EncodedBatch, the height and width of the stored one, and its fault, empty if none
+Sample = tuple[np.ndarray, tuple[int, int], str]
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,7 @@ class Feed:
         raise NotImplementedError
 
     def _read(self, indices: np.ndarray, windows_of: Windows) -> EncodedBatch:
-        parts = self._readers.map(self._read_part, np.array_split(indices, min(self._parts, len(indices))))
-        samples = [sample for part in parts for sample in part]
+        samples = self._read_samples(indices)
         sizes = np.array([size for _, size, _ in samples], np.int64)
         windows, flips = windows_of(sizes)
         images, valid = [data for data, _, _ in samples], np.ones(len(indices), bool)
@@ -155,7 +157,23 @@ class Feed:
         faults = {row: fault for row, (_, _, fault) in enumerate(samples) if fault}
         return self.without(batch, faults) if faults else batch
 
-    def _read_part(self, indices: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int], str]]:
+    def _read_samples(self, indices: np.ndarray) -> list[Sample]:
+        """By the readers; what a cache has decoded by this thread, as theirs would wait for each other."""
+        found = map(self._cached, indices.tolist()) if self.decoded else [None] * len(indices)
+        samples: list[Sample | None] = list(found)
+        missing = np.array([row for row, sample in enumerate(samples) if sample is None], np.int64)
+        if len(missing):
+            parts = np.array_split(missing, min(self._parts, len(missing)))
+            read = self._readers.map(self._read_part, (indices[part] for part in parts))
+            for row, sample in zip(missing.tolist(), chain.from_iterable(read), strict=True):
+                samples[row] = sample
+        return samples
+
+    def _cached(self, index: int) -> Sample | None:
+        found = self.store.cached(index)
+        return (*found, "") if found else None
+
+    def _read_part(self, indices: np.ndarray) -> list[Sample]:
         return [self._read_one(index) for index in indices.tolist()]
 
     def _distrusted_fault(self, data: bytes, header: Header) -> str:
@@ -182,7 +200,7 @@ class Feed:
             raise ValueError(fault)
         return np.frombuffer(data, np.uint8), (header.height, header.width)
 
-    def _read_one(self, index: int) -> tuple[np.ndarray, tuple[int, int], str]:
+    def _read_one(self, index: int) -> Sample:
         """What `_read_image` returns, and the fault, empty if none."""
         fault = self._bad_images.fault(index) if self._bad_images else None
         if not fault:

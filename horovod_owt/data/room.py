@@ -8,7 +8,8 @@ import psutil
 
 from horovod_owt.filesystem import free_space, size_of_disk
 
-SPARED = 0.1  # share of a file system, and of memory, that caches leave free
+SPARED = 0.1  # share of a file system, and of memory, that caches leave free,
+SPARED_BYTES = 10 * 10**9  # but of a file system not more than this
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -16,7 +17,7 @@ def room_in(folder: Path, *, memory: bool) -> int:
     """Bytes that a cache in `folder` may still take; `memory` says that files there are in memory."""
     free, _ = free_space(folder)
     size = size_of_disk(folder)
-    room = 1 << 62 if free is None else free - int(SPARED * size)
+    room = 1 << 62 if free is None else free - min(int(SPARED * size), SPARED_BYTES)
     if memory:
         host = psutil.virtual_memory()
         room = min(room, host.available - int(SPARED * host.total), *_rest_of_cgroups())

@@ -44,7 +44,7 @@ def reason_not_to_restart(
         return "" if restarts < max_restarts else _limit_reached(max_restarts)
     if last.exit_code == ConfigError.exit_code:
         return "bad usage or configuration"
-    if not last.last_step:
+    if not last.last_step and not (before and before[-1].last_step):  # once may be a host's fault
         return "failed before the first step"
     if before and not last.new_checkpoint and last.last_step == before[-1].last_step:
         return f"no progress: failed twice after step {last.last_step}, without a new checkpoint"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from horovod_owt.parallel.collectives import broadcast_object, first_cause, gather_objects
 from horovod_owt.parallel.interfaces import ipv4_address_of
+from horovod_owt.parallel.rendezvous import abort_connections
 from horovod_owt.parallel.store import listen_on
 
 RESETS = (HorovodInternalError, HostsUpdatedInterrupt)  # after these the ranks regroup
@@ -107,7 +108,12 @@ class Committed(State):
         """Horovod's own commit is not used."""
 
     def restore(self) -> None:
-        """Nothing to undo: after a reset the run is built again from the last commit."""
+        """After a failed collective: let the other ranks know.
+
+        Gloo lets only those know that exchange data with the dead one, and while ranks regroup there is no
+        heartbeat to tell the others. The run itself is built again from the last commit.
+        """
+        abort_connections(keep=set())
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], str]:

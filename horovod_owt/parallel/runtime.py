@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
 from horovod_owt.errors import ConfigError, DeviceError
 from horovod_owt.parallel.collectives import gather_objects
@@ -177,8 +179,12 @@ def _nccl_on_shared_device(
 
 
 def shutdown() -> None:
-    """Leave the job, all ranks together: the first rank to leave would shut Horovod down for the others."""
-    hvd.barrier()
+    """Leave the job, all ranks together: the first rank to leave would shut Horovod down for the others.
+
+    One that dies now, with its work done, is for the launcher to name.
+    """
+    with suppress(HorovodInternalError):
+        hvd.barrier()
     hvd.shutdown()
 
 

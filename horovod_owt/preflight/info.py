@@ -123,9 +123,13 @@ def _told(argv: tuple[str, ...]) -> str:
 
 
 def _loaded() -> dict[str, dict[str, Any]]:
-    """What torch and Horovod say once they are loaded: in a process of its own, which they may crash."""
-    command = [sys.executable, "-m", "horovod_owt.preflight.libraries"]
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))))
+    """What torch and Horovod say once they are loaded: in a process of its own, which they may crash.
+
+    It looks for modules where this one does, and not in the folder of the user, who may have a random.py.
+    """
+    path = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+    code = f"import sys; sys.path[:] = {path!r}; from horovod_owt.preflight.libraries import main; main()"
+    command = [sys.executable, "-I", "-c", code]
     try:
         done = subprocess.run(
             command,
@@ -133,7 +137,6 @@ def _loaded() -> dict[str, dict[str, Any]]:
             text=True,
             timeout=LOAD_S,
             errors="replace",
-            env={**os.environ, "PYTHONPATH": path},
         )
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:

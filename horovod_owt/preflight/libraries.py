@@ -37,7 +37,3 @@ def _horovod() -> dict[str, Any]:
 
     version = installed_versions().get("horovod", "unknown")
     return {"version": version, "patched": "+owt" in version, "operations": runtime.operations()}
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ from real_ranks import (
 )
 from safetensors.torch import load_file
 
-from horovod_owt.runs.checkpoints import list_checkpoints
+from horovod_owt.runs.checkpoints import list_checkpoints, step_of
 from horovod_owt.runs.records import last_step
 
 ELASTIC = [VENV_BIN / "owt", "launch", "elastic"]
@@ -151,6 +151,22 @@ def test_a_job_that_resumes_with_fewer_ranks_keeps_the_global_batch(run, images,
     assert worlds(tmp_path / "run") == [(0, 2), (2, 1)]
     for step, line in what_counts(tmp_path / "run").items():
         assert (line["epoch"], line["lr"]) == (pytest.approx(8 * step / 96), pytest.approx(PEAK_LR))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["validation", "last checkpoint"])
+def test_what_rank_0_leaves_undone_the_next_one_does(run, images, tmp_path, narrow_owt, phase):
+    """The others have committed the step by then."""
+    owt, run_dir, died = tmp_path / "bin" / "owt", tmp_path / "run", tmp_path / "died"
+    owt.write_text(owt.read_text().replace("narrow.py", "dying.py"))
+    train = [images, *SMALL, *EXACT, *settings(elastic_batch="keep", epochs=1), "--run-dir", run_dir]
+    options = ["--ranks", "2", "--cooldown", "1", "4", "--", *train]
+    environ = narrow_owt | {"OWT_TEST_DIES_IN": phase, "OWT_TEST_DIED": str(died)}
+    run([*ELASTIC, *options], launcher="none", **environ)
+    assert died.exists() and worlds(run_dir)[1][0] == 12
+    assert list(what_counts(run_dir)) == list(range(1, 13))
+    assert [record["step"] for record in records(run_dir, "validation")] == [12]
+    assert step_of(list_checkpoints(run_dir)[0]) == 12
 
 
 def test_hybrid_is_refused(run, images):

@@ -37,6 +37,14 @@ SIDE, BATCH = 64, 12
 ENOUGH = 73  # shorter side of what validation at SIDE sees
 
 
+@pytest.fixture(autouse=True)
+def plenty():
+    """Room, however full this machine's disk is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "room_in", lambda folder, memory: 10**12)
+        yield
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "set"
@@ -97,24 +105,22 @@ def test_files_in_a_cache_give_the_same_batches_and_are_not_read_again(root, tmp
     plain, seen = training(kind, data), validation(kind, data)
     with cached(data, str(tmp_path / "c"), 0) as mine:
         assert same(training(kind, mine), plain) and same(validation(kind, mine), seen)
-        without_reading(monkeypatch)
+    again = open_data_set(root)  # the next run
+    monkeypatch.setattr(module, "expected_bytes", lambda *args: 0)
+    without_reading(monkeypatch)
+    with cached(again, str(tmp_path / "c"), 0) as mine:
         assert same(training(kind, mine), plain) and same(validation(kind, mine), seen)
-    monkeypatch.undo()
-    with cached(open_data_set(root), str(tmp_path / "c"), 0) as again:  # the next run
-        monkeypatch.setattr(module, "log", None)
-        without_reading(monkeypatch)
-        assert same(training(kind, again), plain)
 
 
 def test_decoded_images_are_the_same_for_both_pipelines_in_and_outside_the_cache(root, memory, monkeypatch):
     with cached(open_data_set(root), "ram", ENOUGH) as data:
         first = training("torchvision", data)
-        without_reading(monkeypatch)
-        assert same(training("torchvision", data), first)
-        if importlib.util.find_spec("nvidia.dali"):
-            assert same(training("dali", data), first)
+        with pytest.MonkeyPatch.context() as patch:
+            without_reading(patch)
+            assert same(training("torchvision", data), first)
+            if importlib.util.find_spec("nvidia.dali"):
+                assert same(training("dali", data), first)
         monkeypatch.setattr(data.train._slots, "get", lambda *args: None)
-        monkeypatch.undo()
         assert same(training("torchvision", data), first)
 
 
@@ -295,6 +301,23 @@ def test_what_does_not_fit_is_not_cached_and_said_in_a_line(root, memory, tmp_pa
     monkeypatch.setattr(module, "room_in", lambda folder, memory: 0)
     with cached(data, str(tmp_path / "c"), 0) as mine:
         assert mine.train is data.train and mine.val is data.val
+
+
+def test_splits_that_fit_alone_but_not_together_are_not_both_cached(root, memory, monkeypatch):
+    data = open_data_set(root)
+    needed = [module.expected_bytes(split, ENOUGH) for split in (data.train, data.val)]
+    monkeypatch.setattr(module, "room_in", lambda folder, memory: sum(needed) - 1)
+    with cached(data, "ram", ENOUGH) as mine:
+        assert mine.train is not data.train and mine.val is data.val
+    monkeypatch.setattr(module, "room_in", lambda folder, memory: sum(needed))
+    with cached(data, "ram", ENOUGH) as mine:
+        assert mine.train is not data.train and mine.val is not data.val
+
+
+def test_without_shared_memory_cache_ram_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MEMORY", tmp_path / "none")
+    with pytest.raises(ConfigError, match="none: No such file"), cached(open_data_set(root), "ram", ENOUGH):
+        pass
 
 
 def test_the_expected_size_is_that_of_the_cache(root, memory):

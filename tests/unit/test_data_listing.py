@@ -156,6 +156,13 @@ def test_where_root_is_read_only_the_names_are_kept_at_home(split, listed, monke
     assert paths(split) == first and listed == []
 
 
+def test_a_user_without_home_and_passwd_entry_has_no_cache_there(split, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    assert [path.parent for path in cache_files(split)] == [split.parent]
+
+
 def test_small_folders_leave_no_file_behind(split, monkeypatch):
     monkeypatch.setattr(listing, "CACHE_FROM", 10)
     paths(split)

@@ -36,6 +36,12 @@ def test_a_tenth_of_a_disk_is_spared(host):
     assert room_in(host, memory=True) == 35 * GB
 
 
+def test_of_a_large_disk_10_gb_are_spared(host, monkeypatch):
+    disk = os.statvfs_result((1000, 1000, 10**9, 6 * 10**7, 6 * 10**7, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    assert room_in(host, memory=False) == 50 * GB
+
+
 def test_the_least_that_a_group_has_left_counts(host):
     limit(host / "slurm" / "job", 20 * GB, 10 * GB, 4 * GB)
     assert room_in(host, memory=True) == 12 * GB

@@ -105,6 +105,14 @@ def test_no_rank_keeps_a_commit_that_rank_0_has_not_recorded(monkeypatch):
     assert state.last == "first" and state.tensors["w"].all()
 
 
+def test_a_rank_whose_collective_failed_lets_the_others_know(monkeypatch):
+    """Also while ranks regroup: rank 2 may wait for rank 1, which heard that rank 0 is gone."""
+    kept = []
+    monkeypatch.setattr(elastic, "abort_connections", lambda *, keep: kept.append(keep))
+    elastic.Committed(torch.device("cpu")).restore()
+    assert kept == [set()]
+
+
 def test_a_commit_keeps_nothing_of_an_earlier_one(monkeypatch):
     """Else the errors of a world of two ranks would come back after one that has made up for them."""
     state = elastic.Committed(torch.device("cpu"))

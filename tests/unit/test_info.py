@@ -40,7 +40,11 @@ def test_every_key_is_there_and_the_text_has_the_same_facts(loaded):
         assert fact in text
 
 
-def test_it_loads_the_installed_horovod():
+def test_it_loads_the_installed_horovod(tmp_path, monkeypatch):
+    """Whatever modules the user's folder has."""
+    for name in ("random", "token", "psutil", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the user')")
+    monkeypatch.chdir(tmp_path)
     assert info._loaded()["horovod"]["operations"].startswith("gloo")
 
 
@@ -85,7 +89,7 @@ def test_no_listed_variable_is_one_that_holds_a_key():
 )
 def test_a_broken_torch_is_told_in_its_fields(torch, fault, tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text(torch)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     if "sleep" in torch:
         monkeypatch.setattr(info, "LOAD_S", 2.0)
     document = info.information()

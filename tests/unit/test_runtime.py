@@ -1,7 +1,9 @@
 """The variables that Horovod and NCCL are started with."""
 
 import pytest
+from horovod.common.exceptions import HorovodInternalError
 
+from horovod_owt.parallel import runtime
 from horovod_owt.parallel.device import Device
 from horovod_owt.parallel.gpus import Gpu
 from horovod_owt.parallel.runtime import _background_thread_sleep, _nccl_on_shared_device
@@ -46,3 +48,15 @@ def test_with_a_gpu_tensors_do_not_wait_for_the_next_poll(
 )
 def test_nccl_is_told_of_shared_devices(device, env, nccl, expected):
     assert _nccl_on_shared_device(device, RANK_3, nccl, env) == expected
+
+
+def test_a_rank_that_is_done_leaves_although_another_one_died(monkeypatch):
+    left = []
+
+    def barrier():
+        raise HorovodInternalError("Horovod has been shut down")
+
+    monkeypatch.setattr(runtime.hvd, "barrier", barrier)
+    monkeypatch.setattr(runtime.hvd, "shutdown", lambda: left.append(True))
+    runtime.shutdown()
+    assert left

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def words_that_arrive(script: str, folder: Path, *submitted: str) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_scripts_in_slurm_are_what_render_gives(kind):
     assert (REPO / "slurm" / f"{kind}.sbatch").read_text() == rendered("--kind", kind)
+
+
+def test_a_job_script_does_not_import_what_lies_in_the_folder_it_was_submitted_from(tmp_path):
+    """It fails for want of a job, not for a random.py of the user's."""
+    for name in ("random", "token", "psutil"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the user')")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    script = ["bash", REPO / "slurm" / "train.sbatch", "DATA"]
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30)
+    assert "no SLURM_JOB_NODELIST" in done.stderr, done.stderr
 
 
 def test_every_word_of_owt_and_of_the_launcher_arrives_as_it_was_given(tmp_path):

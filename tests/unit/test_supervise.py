@@ -38,6 +38,8 @@ def attempt(exit_code=1, last_step=5, new_checkpoint=False, asked_to_stop=False)
         ([attempt(exit_code=75)], "stopped by a signal"),
         ([attempt(exit_code=1, asked_to_stop=True)], "stopped by a signal"),
         ([attempt(last_step=0)], "before the first step"),
+        ([attempt(last_step=5), attempt(last_step=0)], ""),
+        ([attempt(last_step=n) for n in (5, 0, 0)], "before the first step"),
         ([attempt(last_step=5), attempt(last_step=5)], "failed twice after step 5"),
         ([attempt(last_step=5), attempt(last_step=5, new_checkpoint=True)], ""),
         ([attempt(last_step=5), attempt(last_step=4)], ""),
