@@ -77,12 +77,8 @@ class TrainConfig:
     compression_start: int = 0  # steps with gradients sent as they are, before compression begins
 
     pipeline: str = "auto"  # auto: DALI where it is installed, else torchvision
-    cache: str = (
-        "none"  # of images on each host: none, ram (decoded ones), or an absolute path of a local disk
-    )
-    cache_side: int = (
-        0  # px, shorter side of decoded images in it; 0: 8/7 of image_size in ram, files on a disk
-    )
+    cache: str = "none"  # of images on each host: none, ram (decoded), or an absolute path on a local disk
+    cache_side: int = 0  # px, shorter side of its decoded images; 0: 8/7 of image_size in ram, else files
     decode_threads: int = 0  # per rank; 0: the rank's share of the cores
     bad_images: str = "fail"  # fail: one ends the run; skip: each is reported once and not counted
     log_every: int = 10  # steps between progress lines

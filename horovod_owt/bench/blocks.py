@@ -74,6 +74,16 @@ def figures(seconds: np.ndarray, images: int) -> dict[str, Any]:
     }
 
 
+def heading(report: dict[str, Any]) -> str:
+    """What ran: the first line of a report, which has these keys itself or in its `method`."""
+    about = report["method"] | report
+    net = ", ".join(about[key] for key in ("model", "strategy", "precision") if key in about)
+    return (
+        f"{net}, {about['ranks']} ranks x {about['batch_per_rank']} images of {about['image_size']} px, "
+        f"{about['device']}, {about['threads_per_rank']} threads per rank"
+    )
+
+
 def method(cfg: TrainConfig, world: World, *, warmup: int) -> dict[str, Any]:
     """The part of the method that all step benchmarks share."""
     return {

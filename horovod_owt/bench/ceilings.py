@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from horovod_owt.bench.blocks import method
+from horovod_owt.bench.blocks import heading, method
 from horovod_owt.bench.contenders import random_batch
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.input_contenders import open_decoder, open_ours
@@ -296,9 +296,7 @@ def format_ceilings_report(report: dict[str, Any]) -> str:
     """The report as text."""
     method = report["method"]
     lines = [
-        f"{method['model']}, {method['precision']}, {method['ranks']} ranks x {method['batch_per_rank']} "
-        f"images of {method['image_size']} px, {method['device']}, "
-        f"{method['threads_per_rank']} threads per rank",
+        heading(report),
         "",
         f"{'':14}{'reached':>10}{'ceiling':>10}  {'':10}{'share':>6}  ceiling is",
     ]

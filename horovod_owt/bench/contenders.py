@@ -74,7 +74,7 @@ class HelperProcess:
         """Run these steps of the contender, which is built on first use."""
         self._connection.send((name, steps))
         if self._stops_itself:
-            os.kill(os.getpid(), signal.SIGSTOP)  # until the helper sends CONT
+            signal.raise_signal(signal.SIGSTOP)  # until the helper sends CONT
         return self._receive()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from horovod_owt.bench.blocks import finish_queued_work, method
+from horovod_owt.bench.blocks import finish_queued_work, heading, method
 from horovod_owt.bench.ceilings import CLASSES, convolution_gflops, matrix_gflops, training_steps
 from horovod_owt.config import TrainConfig
 from horovod_owt.model.alexnet_owt import FC6_IN, AlexNetOWT
@@ -212,9 +212,7 @@ def format_layers_report(report: dict[str, Any]) -> str:
     """The report as text: a line for each layer."""
     method, ceilings = report["method"], report["ceilings_gflops"]
     lines = [
-        f"{method['model']}, {method['precision']}, {method['ranks']} ranks x {method['batch_per_rank']} "
-        f"images of {method['image_size']} px, {method['device']}, "
-        f"{method['threads_per_rank']} threads per rank",
+        heading(report),
         "",
         f"{'':10}" + "".join(f"{what + ' ms':>13}{'GFLOP/s':>9}{'share':>7}" for what in PASSES),
     ]

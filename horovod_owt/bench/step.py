@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.bench.blocks import alternate, figures, method, seconds_by_rank
+from horovod_owt.bench.blocks import alternate, figures, heading, method, seconds_by_rank
 from horovod_owt.bench.contenders import alone, random_batch
 from horovod_owt.bench.ddp_loop import DdpLoop
 from horovod_owt.bench.images import given_or_synthetic
@@ -105,9 +105,7 @@ def format_step_report(report: dict[str, Any]) -> str:
     """The report as text."""
     method, step_ms = report["method"], report["step_ms"]
     lines = [
-        f"{method['model']}, {report['strategy']}, {report['precision']}, {report['ranks']} ranks x "
-        f"{report['batch_per_rank']} images of {method['image_size']} px, {method['device']}, "
-        f"{method['threads_per_rank']} threads per rank",
+        heading(report),
         f"step ms       min {step_ms['min']:.1f}   p25 {step_ms['p25']:.1f}   "
         f"median {step_ms['median']:.1f}   p75 {step_ms['p75']:.1f}",
         f"images/s      {report['images_per_s']:.1f}",

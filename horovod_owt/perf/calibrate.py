@@ -24,6 +24,7 @@ from horovod_owt.runs.folder import read_config
 from horovod_owt.runs.records import METRICS, newest_records
 
 BENCHES = "the JSON of owt bench step, scaling or ceilings, or a run folder"
+RATES = {"conv_gflops", "fc_gflops"}  # of arithmetic; a machine file has those in fp32
 RUN_STEPS = 1000  # of a run, the newest
 
 
@@ -43,7 +44,10 @@ def calibrate(machine: Machine, paths: list[Path], wanted: Net) -> Machine:
         document = _read(path)
         if "figures" in document:  # of bench ceilings
             _refuse_another_net(document.get("method", {}), wanted, path)
+            speedup = machine.speedup(document.get("method", {}).get("precision", "fp32"))
             values = {key: checked(key, value, str(path)) for key, value in document["figures"].items()}
+            for key in RATES & values.keys():
+                values[key] /= speedup
             machine = machine.with_figures(f"measured by owt bench ceilings ({path.name})", **values)
         else:
             steps += _steps_of(document, wanted, path)
@@ -54,10 +58,12 @@ def fit_steps(machine: Machine, steps: list[Measured], net: Net, *, source: str)
     """The rate of the convolutions, and with several batches also the fixed time, that explain the steps.
 
     Seconds are linear in the batch: a least-squares line, of relative errors, through what is left of each
-    step when the machine's figures for the FC layers and the update are subtracted.
+    step when the machine's figures for the FC layers and the update are subtracted. A batch in 16 bits counts
+    as the fp32 batch that takes as long.
     """
-    points, several = [], len({step.cfg.rank_batch() for step in steps}) > 1
-    for step in steps:
+    batches = [step.cfg.rank_batch() / machine.speedup(step.cfg.precision) for step in steps]
+    points, several = [], len(set(batches)) > 1
+    for batch, step in zip(batches, steps, strict=True):
         rest_s = step.step_s - _without_convolutions(machine, step.cfg, net)
         rest_s -= 0.0 if several else 1e-3 * machine["fixed_ms"] * step.cfg.accum_steps
         if rest_s <= 0:
@@ -67,7 +73,7 @@ def fit_steps(machine: Machine, steps: list[Measured], net: Net, *, source: str)
                 wanted="a machine file of the same device",
                 fix="calibrate from owt bench ceilings, which measures every part",
             )
-        points.append((step.cfg.rank_batch(), rest_s))
+        points.append((batch, rest_s))
     slope, fixed_s = _line(points)
     values = {"conv_gflops": net.flops("conv") / slope / 1e9}
     if several:

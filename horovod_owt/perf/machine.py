@@ -70,6 +70,10 @@ class Machine:
     def ranks_per_node(self) -> int:
         return int(self["ranks_per_node"])
 
+    def speedup(self, precision: str) -> float:
+        """How many times as fast arithmetic is in this precision as in fp32, in which rates are given."""
+        return self["speedup_16"] if precision in ("bf16", "fp16") else 1.0
+
     def links(self, ranks: int | None = None) -> Links:
         """Of a job with this many ranks on a node; all devices of it by default."""
         names = ("link_gb_s", "link_us", "net_gb_s", "net_us", "core_gb_s")

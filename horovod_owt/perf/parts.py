@@ -40,8 +40,9 @@ def parts_of(machine: Machine, job: Job) -> Parts:
     """The parts of a step by the machine's figures."""
     cfg, net, ranks = job.cfg, job.net, job.ranks
     group_size = cfg.ranks_per_classifier()
-    speedup = machine["speedup_16"] if cfg.precision in ("bf16", "fp16") else 1.0
-    conv_rate, fc_rate = (1e9 * speedup * machine[key] for key in ("conv_gflops", "fc_gflops"))
+    conv_rate, fc_rate = (
+        1e9 * machine.speedup(cfg.precision) * machine[key] for key in ("conv_gflops", "fc_gflops")
+    )
     convs = [layer for layer in net.layers() if layer.kind == "conv"]
     turns = group_size if cfg.owt_scheme == "b" else 1
     shard = net.parameters("fc") / group_size

@@ -33,8 +33,8 @@ def scaling_json(path, step_ms: dict[int, float], **method):
     return files
 
 
-def predicted_ms(machine, batch: int) -> float:
-    cfg = TrainConfig(classes=1000, batch=batch)
+def predicted_ms(machine, batch: int, precision: str = "fp32") -> float:
+    cfg = TrainConfig(classes=1000, batch=batch, precision=precision)
     return 1e3 * predict_row(machine, Job(cfg, NET, 1, 1, decodes=False)).step_s
 
 
@@ -50,6 +50,28 @@ def test_two_batches_give_a_fixed_time_as_well(tmp_path):
     made = calibrate(BASE, scaling_json(tmp_path, step_ms), NET)
     assert {batch: predicted_ms(made, batch) for batch in step_ms} == pytest.approx(step_ms)
     assert made["fixed_ms"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_in_16_bits_is_predicted_as_it_was_measured(tmp_path, precision):
+    cpu = load_machine("cpu-2-cores")  # four times as slow in 16 bits
+    files = scaling_json(tmp_path, {8: 2400.0, 32: 8700.0})
+    for file in files:
+        file.write_text(file.read_text().replace('"fp32"', f'"{precision}"'))
+    for wanted in ([8], [32], [8, 32]):
+        made = calibrate(
+            cpu, [file for batch, file in zip((8, 32), files, strict=True) if batch in wanted], NET
+        )
+        for batch in wanted:
+            assert predicted_ms(made, batch, precision) == pytest.approx({8: 2400, 32: 8700}[batch])
+
+
+def test_ceilings_in_16_bits_are_rates_in_16_bits(tmp_path):
+    file = tmp_path / "ceilings.json"
+    figures = {"conv_gflops": 20, "memory_gb_s": 12}
+    file.write_text(json.dumps({"figures": figures, "method": {"precision": "bf16"}}))
+    made = calibrate(load_machine("cpu-2-cores"), [file], NET)
+    assert (made["conv_gflops"], made["memory_gb_s"]) == (pytest.approx(20 / 0.25), 12)
 
 
 def test_ceilings_give_their_figures(tmp_path):
