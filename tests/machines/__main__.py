@@ -2,7 +2,7 @@
 
 A cell is one machine, one way to use it, and how that ought to end: a quickstart that learns, or one line
 that names the fix. Each runs in namespaces of its own and is thrown away; Debian's roots, packages, logs and
-results are kept in ~/.cache/horovod_owt/machines. Wants root, debootstrap, and 10 GB of disk.
+results are kept in ~/.cache/horovod_owt/machines. Wants root, debootstrap, and 20 GB of free disk.
 """
 
 import argparse
@@ -37,8 +37,9 @@ def main() -> int:
         if not args.keep:
             workshop.forget()
         try:
+            workshop.check_room()
             done = run_cells(workshop, with_starts(workshop, args.cells), args.keep)
-        except Ended as fault:  # no Debian root: the network, a mirror
+        except Ended as fault:  # no room, or no Debian root: the network, a mirror
             if not args.if_possible:
                 raise
             say(f"{fault}; no other machine was tried")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from machines import host
 from machines.cells import CELLS, REPO, Cell, documented_packages
-from machines.machine import Bind, Machine, must, run, say, user_environ
+from machines.machine import Bind, Ended, Machine, must, run, say, user_environ
 
 KEPT_DAYS = 7  # a Debian's root and packages are made anew after this long
+ROOM_GB = 20  # for a root, its packages, pip's cache, and the 13 GB that set-up checks for inside
 
 
 class Workshop:
@@ -40,6 +41,12 @@ class Workshop:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             self.clean(set())  # what a run that was killed has left; nothing of it is mounted or running
             yield
+
+    def check_room(self) -> None:
+        """Before anything is made: else set-up inside would fail, through no fault of its own."""
+        free_gb = shutil.disk_usage(self.folder).free / 1e9
+        if free_gb < ROOM_GB:
+            raise Ended(f"{free_gb:.1f} GB free for {self.folder}, wanted {ROOM_GB} GB: free some space")
 
     def clean(self, wanted: set[str]) -> None:
         """Remove the machines of cells but the wanted and the kept ones."""

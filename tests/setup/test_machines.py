@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "tests"))
 
-from machines import cells, host, machine, results, trial  # noqa: E402
+from machines import __main__ as harness  # noqa: E402
+from machines import cells, host, machine, results, trial, workshop  # noqa: E402
 from machines.cells import CELLS, SUITES, Cell, Mount  # noqa: E402
 
 FINISHED = """\
@@ -143,6 +145,21 @@ def test_nothing_outlives_a_killed_harness(tmp_path):
     harness.wait(10)
     wait_for(lambda: not processes_with(naps))
     assert not list(tmp_path.iterdir())  # it was never mounted out here
+
+
+@pytest.mark.parametrize(("words", "code"), [(["debian-13"], None), (["--if-possible", "debian-13"], 0)])
+def test_without_room_no_machine_is_made(words, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(host, "lacking", lambda: None)
+    monkeypatch.setattr(workshop.shutil, "disk_usage", lambda _: SimpleNamespace(free=12e9))
+    monkeypatch.setattr(workshop.Workshop, "clone_checkout", lambda _: pytest.fail("it began"))
+    monkeypatch.setattr(sys, "argv", ["machines", *words])
+    if code is None:
+        with pytest.raises(machine.Ended, match=r"12\.0 GB free for .*machines, wanted 20 GB"):
+            harness.main()
+    else:
+        assert harness.main() == code
+        assert "12.0 GB free" in capsys.readouterr().err
 
 
 def processes_with(argument: str) -> list[str]:
