@@ -9,7 +9,6 @@ COMMON = {
     "model": "alexnet-owt-bn",
     "image_size": 64,
     "crop_scale_min": 0.5,
-    "epochs": 4,
     "lr": 0.02,
     "lr_batch": GLOBAL_BATCH,
     "weight_decay": 5e-4,
@@ -22,7 +21,8 @@ COMMON = {
     "tensorboard": "never",
     "log_every": 1000,
 }
-DATA = ("digits", "synthetic", "synthetic-hard")
+DATA = {"digits": 4, "synthetic": 4, "synthetic-hard": 8}  # epochs
+START = 50  # steps, a little more than the first epoch, for ways that compress later
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ WAYS = {
         Way("compression=fp16, 2 ranks", 2, {"compression": "fp16"}),
         Way("compression=onebit, 2 ranks", 2, {"compression": "onebit"}),
         Way("compression=powersgd:4, 2 ranks", 2, {"compression": "powersgd:4"}),
+        Way("compression=onebit, later, 2 ranks", 2, {"compression": "onebit", "compression_start": START}),
+        Way(
+            "compression=powersgd:4, later, 2 ranks",
+            2,
+            {"compression": "powersgd:4", "compression_start": START},
+        ),
         Way("data, 2 ranks, LARS", 2, LARS),
         Way("hybrid a, 2 ranks, LARS", 2, {**HYBRID, **LARS}),
         Way("data, 1 rank, bf16", 1, {"precision": "bf16"}),
@@ -89,8 +95,8 @@ class Cell:
         return WAYS[self.way].ranks
 
     def settings(self) -> dict[str, object]:
-        batch = {"batch": GLOBAL_BATCH // self.ranks, "seed": self.seed}
-        return {**COMMON, **batch, **WAYS[self.way].settings, **(PLATEAU if self.plateau else {})}
+        own = {"batch": GLOBAL_BATCH // self.ranks, "seed": self.seed, "epochs": DATA[self.data]}
+        return {**COMMON, **own, **WAYS[self.way].settings, **(PLATEAU if self.plateau else {})}
 
 
 def cells() -> Iterator[Cell]:
