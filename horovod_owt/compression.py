@@ -6,7 +6,7 @@ from horovod_owt.errors import ConfigError
 
 POWERSGD = "powersgd:"
 WANTED = "none, fp16, onebit or powersgd:R"
-MOST_RANK = 4096  # more than a hidden layer has units is no low rank
+MOST_RANK = 4096  # units of a hidden layer: no matrix of the classifier has a higher rank
 
 
 def powersgd_rank(compression: str) -> int:
@@ -15,7 +15,7 @@ def powersgd_rank(compression: str) -> int:
 
 
 def keeps_errors(compression: str) -> bool:
-    """Whether it sends an approximation of each FC matrix, and what is missing with a later step."""
+    """Whether it approximates FC matrices and adds the errors to the gradients of later steps."""
     return compression == "onebit" or compression.startswith(POWERSGD)
 
 

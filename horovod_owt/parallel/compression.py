@@ -20,9 +20,10 @@ from horovod_owt.parallel.exchange import Exchange
 from horovod_owt.parallel.low_rank import LowRank
 from horovod_owt.parallel.one_bit import OneBit
 
-ERROR = "error."  # prefixes of a parameter's: every rank's error, one below the other
-OWNER_ERROR = "owner_error."  # of onebit, the errors of the sums
-QUERY = "query."  # of powersgd, the Q of the last step
+# Prefixes of a parameter's name in checkpoints and commits.
+ERROR = "error."  # in a checkpoint every rank's, stacked in rank order; in a commit their sum
+OWNER_ERROR = "owner_error."  # onebit: those of the sums, each row's kept by the rank that owns it
+QUERY = "query."  # powersgd: Q of the last step
 PREFIXES = (ERROR, OWNER_ERROR, QUERY)
 
 
@@ -42,7 +43,7 @@ class Compressor(Protocol):
 
 
 class Alone:
-    """The same for one rank, which sends nothing: an error from a world of more ranks goes in at once."""
+    """For one rank, which sends nothing: errors of a larger world are added to the first gradient."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.error = torch.zeros_like(matrix)
@@ -110,7 +111,7 @@ class CompressionState:
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Continue from what `gather` returned, on these or other ranks. Every rank must call it.
 
-        Only rank 0 has `saved`. What is not in it begins anew.
+        Only rank 0 has `saved`. What is not in it starts from zeros, Q from its random draw.
         """
         for name, compressor in self._compressors.items():
             shape, is_root = compressor.error.shape, self._group.index == 0
@@ -163,7 +164,11 @@ class CompressionState:
         return self._exchange.lend_rows(whole, 0, f"restore.{name}").wait()
 
     def _shares(self, name: str, saved: Mapping[str, Tensor]) -> Tensor:
-        """The error of each rank of this world: (K, m, n)."""
+        """The error of each rank of this world: (K, m, n).
+
+        Those saved, if as many ranks saved them; else equal shares of the sum. Owners' errors are added
+        unless this compressor has owners itself.
+        """
         compressor, ranks = self._compressors[name], self._group.size
         shape = compressor.error.shape
         if ERROR + name not in saved:

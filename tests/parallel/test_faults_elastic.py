@@ -56,9 +56,12 @@ def what_counts(run_dir) -> dict[int, dict]:
 def test_a_killed_rank_comes_back_and_the_run_is_that_of_one_process(
     start, run, images, tmp_path, narrow_owt, chance
 ):
-    """Which rank and when, chance says; the global batch is kept, so every loss must be the same."""
+    """Which rank and when, chance says; the global batch is kept, so every loss must be the same.
+
+    As must be the moving average of the weights.
+    """
     elastic, alone = tmp_path / "elastic", tmp_path / "alone"
-    train = [images, *SMALL, *EXACT]
+    train = [images, *SMALL, *EXACT, *settings(ema=0.9)]
     options = ["--ranks", "2", "--cooldown", "1", "4", "--", *train, "--run-dir", elastic]
     job = start([*ELASTIC, *options, *settings(elastic_batch="keep")], launcher="none", **narrow_owt)
     at_step = chance.randint(4, 12)
@@ -83,10 +86,9 @@ def test_a_killed_rank_comes_back_and_the_run_is_that_of_one_process(
         assert steps[step]["loss"] == pytest.approx(line["loss"], rel=1e-6)
         assert (steps[step]["epoch"], steps[step]["lr"]) == (line["epoch"], line["lr"])
     # and so whatever is scored, then and later
-    weights, same = (
-        load_file(list_checkpoints(folder)[0] / "model.safetensors") for folder in (elastic, alone)
-    )
-    torch.testing.assert_close(weights, same, rtol=1e-6, atol=1e-9)
+    for name in ("model.safetensors", "average.safetensors"):
+        weights, same = (load_file(list_checkpoints(folder)[0] / name) for folder in (elastic, alone))
+        torch.testing.assert_close(weights, same, rtol=1e-6, atol=1e-9)
     scores = [{r["step"]: r["correct_top1"] for r in records(f, "validation")} for f in (elastic, alone)]
     assert scores[0] and scores[0].items() <= scores[1].items()
 
