@@ -124,9 +124,11 @@ def plan(
     if out:
         if not measured:
             raise ConfigError("--out without --calibrate", wanted="a measurement to make the machine file of")
-        from horovod_owt.files import write_text
+        from horovod_owt.files import named_file
+        from horovod_owt.text import encode
 
-        write_text(out, place.to_yaml())
+        with named_file(out, "--out") as file:
+            file.write(encode(place.to_yaml()))
     if claim:
         from horovod_owt.perf.claim import check_claim, format_claim, parse_claim
 

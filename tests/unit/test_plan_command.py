@@ -102,6 +102,8 @@ def test_a_calibrated_machine_is_written_and_used(tmp_path):
     assert "measured with model=alexnet-owt" in refused(
         "--calibrate", str(file), "--set", "model=alexnet-owt-bn"
     )
+    nowhere = tmp_path / "missing" / "mine.yaml"
+    assert f"--out {nowhere}: No such file" in refused("--calibrate", str(file), "--out", str(nowhere))
 
 
 def test_a_slow_node_costs_nothing_where_all_wait_for_decoders():
