@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import click
@@ -148,7 +149,7 @@ def plan(
     from horovod_owt.perf.request import PlanRequest, answer, parse_nodes
     from horovod_owt.perf.text import format_plan
 
-    if slow < 1:
+    if not 1 <= slow < math.inf:
         raise ConfigError(f"--slow {slow:g}", wanted="at least 1, how many times as long the node computes")
     request = PlanRequest(
         place,

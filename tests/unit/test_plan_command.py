@@ -81,6 +81,8 @@ def test_it_takes_less_than_a_second():
         (["--set", "btch=3"], "unknown key 'btch'"),
         (["--set", "batch=-3"], "batch=-3"),
         (["--slow", "0.5"], "--slow 0.5"),
+        (["--slow", "nan"], "--slow nan"),
+        (["--slow", "inf"], "--slow inf"),
         (["--error", "6.9"], "--error without --claim"),
         (["--out", "x.yaml"], "--out without --calibrate"),
         (["--published"], "boston-k80 has no published figures"),
