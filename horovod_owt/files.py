@@ -48,6 +48,17 @@ def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None
         sync(path.parent)
 
 
+@contextmanager
+def named_file(path: Path, option: str) -> Iterator[BinaryIO]:
+    """`atomic_file` for a file that the user named with `option`; raises ConfigError."""
+    try:
+        with atomic_file(path) as file:
+            yield file
+    except OSError as error:
+        saw = f"{option} {path}: {error.strerror or error}"
+        raise ConfigError(saw, wanted="a file that can be written", fix=f"another {option}") from None
+
+
 def real_path(path: Path | str) -> Path:
     """Absolute and without links, like `resolve`, which raises RuntimeError for a loop of links."""
     return Path(os.path.realpath(path))

@@ -21,8 +21,10 @@ import fcntl
 import os
 import secrets
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -269,9 +271,35 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
             fix="export TMPDIR=/path/of/a/writable/folder",
         ) from None
     try:
-        yield folder
+        with _removed_on_term(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _removed_on_term(folder: Path) -> Iterator[None]:
+    """TERM, which launchers send to their ranks at Ctrl-C, removes the folder before it ends the process.
+
+    Not where TERM has a handler already, nor outside of the main thread, which alone may set one.
+    """
+    free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() == owner:  # not in a forked worker
+            shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _repeated(action: Callable[[], None], transient: set[int]) -> None:

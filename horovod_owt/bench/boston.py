@@ -22,7 +22,6 @@ from horovod_owt.bench.blocks import method
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.data.store import SPLITS
 from horovod_owt.errors import ConfigError
-from horovod_owt.filesystem import temporary_folder
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import gather_objects
@@ -88,15 +87,18 @@ def given_or_dealt_out(data: Path | None) -> Iterator[Path]:
 
     Drawing as many images as classes would take minutes. The loss needs all labels, the decoder real JPEGs.
     """
-    with given_or_synthetic(data) as root, temporary_folder("owt-bench-") as folder:
-        if data is None:
-            for split in SPLITS:
-                drawn = itertools.cycle(sorted((root / split).rglob("*.JPEG")))
-                for label, source in zip(range(CLASSES), drawn, strict=False):
-                    synset = folder / split / f"n{label:08d}"
-                    synset.mkdir(parents=True)
-                    (synset / source.name).symlink_to(source)
-        yield folder if data is None else root
+    with given_or_synthetic(data) as root:
+        if data is not None:
+            yield root
+            return
+        folder = root.with_name("dealt-out")  # beside it, in the same temporary folder
+        for split in SPLITS:
+            drawn = itertools.cycle(sorted((root / split).rglob("*.JPEG")))
+            for label, source in zip(range(CLASSES), drawn, strict=False):
+                synset = folder / split / f"n{label:08d}"
+                synset.mkdir(parents=True)
+                (synset / source.name).symlink_to(source)
+        yield folder
 
 
 def _train(replica: Replica, images, batches: int) -> tuple[list[StepReport], float]:

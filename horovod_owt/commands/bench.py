@@ -242,18 +242,19 @@ def collectives(
     """
     log_to_stderr()
     from horovod_owt.config import resolve
+    from horovod_owt.perf.plot import check_lines_plot, plot_collectives
 
+    if plot:
+        check_lines_plot(plot)
     cfg = resolve(None, settings)
     from horovod_owt.bench.collectives import bench_collectives, format_collectives_report
 
     report = bench_collectives(cfg, min_bytes, max_bytes)
     if report is None:
         return
-    if plot:
-        from horovod_owt.perf.plot import plot_collectives
-
-        plot_collectives(report, plot)
     click.echo(json.dumps(report) if as_json else format_collectives_report(report))
+    if plot:
+        plot_collectives(report, plot)
 
 
 @bench.command()

@@ -77,8 +77,8 @@ def evaluate(
     found = evaluate_ranks(request, checkpoint, crops=int(crops), newest=newest, confused=confused)
     if found is None:
         return
+    click.echo(json.dumps(found.report) if as_json else format_report(found.report))
     if confusion is not None:
         report = found.report
         title = f"top-1 {report['top1']:.2f} % of {report['images']} images, {crops_text(report['crops'])}"
         plot_confusion(found.outcomes.confusion(len(found.names)), found.names, confusion, title=title)
-    click.echo(json.dumps(found.report) if as_json else format_report(found.report))

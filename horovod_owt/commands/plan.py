@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import click
@@ -124,9 +125,11 @@ def plan(
     if out:
         if not measured:
             raise ConfigError("--out without --calibrate", wanted="a measurement to make the machine file of")
-        from horovod_owt.files import write_text
+        from horovod_owt.files import named_file
+        from horovod_owt.text import encode
 
-        write_text(out, place.to_yaml())
+        with named_file(out, "--out") as file:
+            file.write(encode(place.to_yaml()))
     if claim:
         from horovod_owt.perf.claim import check_claim, format_claim, parse_claim
 
@@ -146,7 +149,7 @@ def plan(
     from horovod_owt.perf.request import PlanRequest, answer, parse_nodes
     from horovod_owt.perf.text import format_plan
 
-    if slow < 1:
+    if not 1 <= slow < math.inf:
         raise ConfigError(f"--slow {slow:g}", wanted="at least 1, how many times as long the node computes")
     request = PlanRequest(
         place,

@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from horovod_owt.commands.options import JSON_OPTION
-from horovod_owt.errors import ConfigError
-from horovod_owt.files import atomic_file
+from horovod_owt.files import named_file
 
 RUNS = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 
@@ -59,13 +58,8 @@ def report(
         return
     path = output or report_file(runs[0] if len(runs) == 1 else Path())
     html = page(summaries, most_points=points, folder=path.parent)
-    try:
-        with atomic_file(path) as file:
-            file.write(html.encode(errors="backslashreplace"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}", wanted="a place to write the page to", fix="--output FILE"
-        ) from None
+    with named_file(path, "--output") as file:
+        file.write(html.encode(errors="backslashreplace"))
     click.echo(path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from horovod_owt.files import atomic_file
+from horovod_owt.files import named_file
 from horovod_owt.perf.plot import check_plot
 
 SUFFIXES = (".svg", ".png")
@@ -34,6 +34,6 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path, *, titl
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
             axes.set_yticks(range(len(names)), names, fontsize="small")
         figure.colorbar(image, label="% of the class")
-        with atomic_file(path) as file:
+        with named_file(path, "--confusion") as file:
             kind = path.suffix[1:]
             figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

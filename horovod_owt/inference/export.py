@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,6 +73,9 @@ def _check_onnx() -> None:
 
 def _write_onnx(net: TrainedNet, file: BinaryIO) -> dict[str, Any]:
     """Logits of normalised images, any number at a time; checked against torch before it is there."""
+    # ONNX Runtime 1.32 collects usage data for Microsoft, in ~/.cache and TMPDIR, from when it is loaded,
+    # perhaps by torch's exporter. A value set by the user is kept.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnx
 
     model, side = net.build(torch.device("cpu")), net.info.image_size

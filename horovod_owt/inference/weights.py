@@ -164,7 +164,7 @@ def _why_refused(error: Exception) -> str:
 
 
 def _net_of(weights: dict[str, Tensor], source: Path, **about: Any) -> TrainedNet:
-    """The net whose names and shapes the weights have; ConfigError if there is none."""
+    """The net whose names and shapes the weights have; ConfigError if none has, or if they are not finite."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     classes = _outputs(shapes)
     candidates = {}
@@ -174,6 +174,8 @@ def _net_of(weights: dict[str, Tensor], source: Path, **about: Any) -> TrainedNe
         candidates[model] = {name: tuple(each.shape) for name, each in net.state_dict().items()}
     for model, wanted in candidates.items():
         if shapes == wanted:
+            if bad := next((name for name, each in weights.items() if not each.isfinite().all()), None):
+                raise ConfigError(f"{source}: {bad} contains NaN or infinity", wanted="finite weights")
             return TrainedNet(NetInfo(source, model, classes, **about), weights)
     model, wanted = max(candidates.items(), key=lambda each: len(each[1].items() & shapes.items()))
     odd = next(name for name in [*wanted, *sorted(shapes)] if wanted.get(name) != shapes.get(name))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.files import atomic_file
+from horovod_owt.files import named_file
 from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.text import gradients_name, strategy_name
 
@@ -46,7 +46,7 @@ def plot_lines(
     lines: dict[str, list[tuple[float, float]]], path: Path, *, title: str, x: str, y: str, dashed: str = ""
 ) -> None:
     """Lines through (x, y) points on logarithmic axes, written as an SVG; raises ConfigError."""
-    check_plot(path, "--plot", (".svg",))
+    check_lines_plot(path)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -65,8 +65,13 @@ def plot_lines(
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
         axes.grid(True, which="major", alpha=0.3)
         axes.legend(fontsize="small")
-        with atomic_file(path) as file:
+        with named_file(path, "--plot") as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def check_lines_plot(path: Path) -> None:
+    """Raise ConfigError if `plot_lines` cannot draw to that file; for callers that measure first."""
+    check_plot(path, "--plot", (".svg",))
 
 
 def check_plot(path: Path, option: str, suffixes: tuple[str, ...]) -> None:

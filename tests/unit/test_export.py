@@ -1,6 +1,9 @@
 """Exported nets: what others make of them, and what is refused."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,6 +72,26 @@ def test_onnx_runtime_gives_the_same_logits(tmp_path, narrow):
     assert about["classes"] == '["cat", "dog", "eel"]' and about["image_size"] == "64"
     assert about["mean"].startswith("[0.485")
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_onnx_runtime_keeps_no_usage_data(tmp_path, narrow):
+    """It looks when it is loaded, so in a process that has not loaded it."""
+    for name in ("onnxruntime", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(name)
+    export(net(tmp_path), tmp_path / "net.safetensors")
+    code = (
+        "from pathlib import Path; from horovod_owt.inference.export import export;"
+        "from horovod_owt.inference.weights import read_net; from horovod_owt.model import alexnet_owt;"
+        "alexnet_owt.HIDDEN = 7; export(read_net(Path('net.safetensors')), Path('net.onnx'))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    env |= dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "net.onnx").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.name in (".ses", "Microsoft")]
 
 
 def test_a_file_that_onnx_runtime_reads_otherwise_is_not_written(tmp_path, narrow, monkeypatch):

@@ -4,6 +4,9 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -213,6 +216,27 @@ def test_free_space_that_is_not_reported_is_unknown_not_zero(tmp_path, monkeypat
     staging.check_room(tmp_path, 10**15, 10**9)
     refuse(monkeypatch, os, "statvfs", errno.ENOSYS)
     assert free_space(tmp_path) == (None, None)
+
+
+def test_term_removes_a_temporary_folder_and_ends_the_process(tmp_path):
+    code = (
+        "import signal; from horovod_owt.filesystem import temporary_folder\n"
+        "with temporary_folder('owt-') as folder:\n"
+        "    (folder / 'file').write_text('')\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, timeout=60)
+    assert done.returncode == -signal.SIGTERM and not list(tmp_path.iterdir())
+
+
+def test_a_temporary_folder_leaves_a_handler_of_term_alone():
+    mine = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with temporary_folder("owt-"):
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, mine)
 
 
 def test_without_a_temporary_folder_the_error_names_tmpdir(monkeypatch):

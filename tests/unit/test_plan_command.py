@@ -81,6 +81,8 @@ def test_it_takes_less_than_a_second():
         (["--set", "btch=3"], "unknown key 'btch'"),
         (["--set", "batch=-3"], "batch=-3"),
         (["--slow", "0.5"], "--slow 0.5"),
+        (["--slow", "nan"], "--slow nan"),
+        (["--slow", "inf"], "--slow inf"),
         (["--error", "6.9"], "--error without --claim"),
         (["--out", "x.yaml"], "--out without --calibrate"),
         (["--published"], "boston-k80 has no published figures"),
@@ -102,6 +104,8 @@ def test_a_calibrated_machine_is_written_and_used(tmp_path):
     assert "measured with model=alexnet-owt" in refused(
         "--calibrate", str(file), "--set", "model=alexnet-owt-bn"
     )
+    nowhere = tmp_path / "missing" / "mine.yaml"
+    assert f"--out {nowhere}: No such file" in refused("--calibrate", str(file), "--out", str(nowhere))
 
 
 def test_a_slow_node_costs_nothing_where_all_wait_for_decoders():

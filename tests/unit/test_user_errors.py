@@ -133,6 +133,13 @@ def test_bad_input_is_answered_in_one_line(root, tmp_path, monkeypatch, command)
     assert isinstance(error, OwtError), f"only the last resort explains {error!r}"
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_benchmark(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = ["bench", "collectives", "--plot", str(tmp_path / "missing" / "a.svg")]
+    with pytest.raises(ConfigError, match="--plot .*no folder"):  # not that one rank is too few
+        cli.main(command, standalone_mode=False)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_a_recipe_may_have_a_byte_order_mark(tmp_path, encoding):
     (tmp_path / "mine.yaml").write_bytes("batch: 7  # größer\r\nmomentum: 0.5\r\n".encode(encoding))

@@ -221,6 +221,8 @@ def test_a_file_cut_short_anywhere_is_one_line(tmp_path, suffix):
         (lambda w: w.update({"features.0.weight": torch.zeros(64, 3, 7, 7)}), "features.0.weight of shape"),
         (lambda w: w.update({"extra": torch.zeros(1)}), "has extra of shape"),
         (lambda w: w.clear(), "has no features.0.weight"),
+        (lambda w: w["classifier.6.bias"].fill_(float("nan")), "classifier.6.bias contains NaN"),
+        (lambda w: w["features.0.weight"][0, 0, 0, 0].fill_(float("inf")), "features.0.weight contains NaN"),
     ],
 )
 def test_another_net_is_told_by_its_first_difference(tmp_path, change, message):
