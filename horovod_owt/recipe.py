@@ -53,7 +53,7 @@ def built_in_recipes() -> Iterator[Recipe]:
 def load_recipe(name_or_file: str) -> Recipe:
     """A built-in recipe or a YAML file; raises ConfigError."""
     if name_or_file in recipe_names():
-        text = (resources.files("horovod_owt.recipes") / f"{name_or_file}.yaml").read_text()
+        text = (resources.files("horovod_owt.recipes") / f"{name_or_file}.yaml").read_text(encoding="utf-8")
     elif os.path.exists(name_or_file):
         text = read_user_text(Path(name_or_file), wanted="a YAML file of key: value lines")
     else:

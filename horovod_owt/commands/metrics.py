@@ -36,4 +36,4 @@ def dashboard() -> None:
 
 
 def _file(name: str) -> str:
-    return (resources.files("horovod_owt") / "monitoring" / name).read_text()
+    return (resources.files("horovod_owt") / "monitoring" / name).read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ READER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}  # EIO: of a terminal t
 def survive_lost_readers() -> None:
     """Call it first: a file that is opened while descriptor 2 is closed would get the log of C libraries."""
     _open_closed_descriptors()
-    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)
     sys.stdout = _stream(1, sys.stdout, errors="strict", is_log=False)
     sys.stderr = _stream(2, sys.stderr, errors="backslashreplace", is_log=True)
 

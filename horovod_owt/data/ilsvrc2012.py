@@ -52,7 +52,7 @@ def read_checksums(path: Path) -> dict[str, Published]:
     """Read md5sum's format, `md5  name` per line; raises DataError."""
     found = {}
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     for line in filter(str.strip, lines):

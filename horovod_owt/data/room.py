@@ -27,7 +27,9 @@ def room_in(folder: Path, *, memory: bool) -> int:
 def _rest_of_cgroups() -> list[int]:
     """Bytes left to this process's groups under cgroups v2, with limits; file caches count as free."""
     try:
-        groups = [line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::")]
+        groups = [
+            line[3:] for line in OWN_CGROUP.read_text(encoding="utf-8").splitlines() if line.startswith("0::")
+        ]
     except OSError:
         return []
     root = CGROUPS
@@ -37,9 +39,11 @@ def _rest_of_cgroups() -> list[int]:
         if not group.is_relative_to(root):
             break
         try:
-            most = int((group / "memory.max").read_text())
-            used = int((group / "memory.current").read_text())
-            lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            most = int((group / "memory.max").read_text(encoding="utf-8"))
+            used = int((group / "memory.current").read_text(encoding="utf-8"))
+            lines = (
+                line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+            )
             used -= sum(int(value) for name, value in lines if name in ("inactive_file", "active_file"))
         except (OSError, ValueError):  # "max", or not the memory controller's
             continue

@@ -153,7 +153,7 @@ def _alone(folder: Path, out: Path) -> Iterator[None]:
 def read_json(path: Path) -> dict | None:
     """None if the file is missing or holds no JSON object."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

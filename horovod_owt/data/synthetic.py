@@ -235,7 +235,7 @@ def write_synthetic(
                 done += written
                 if progress:
                     progress(done, spec.num_images)
-            (scratch / NOTE).write_text(json.dumps(asdict(spec), indent=2) + "\n")
+            (scratch / NOTE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         saw = f"cannot write {out}: {error.strerror or error}"
         raise DataError(saw, fix="choose a writable folder on a disk with room") from error
@@ -264,7 +264,7 @@ def _is_there_already(out: Path, spec: SyntheticSet) -> bool:
 
 def _read_note(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise DataError(f"unreadable {path}", fix="choose another name, or remove the folder") from None
 

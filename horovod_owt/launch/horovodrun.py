@@ -39,7 +39,14 @@ def discover_without_python() -> None:
 
     def hosts_now(self: HostDiscoveryScript) -> str:
         argv = shlex.split(self._discovery_script)
-        done = subprocess.run(argv, stdout=subprocess.PIPE, check=True, timeout=DISCOVERY_LIMIT_S, text=True)
+        done = subprocess.run(
+            argv,
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=DISCOVERY_LIMIT_S,
+            encoding="utf-8",
+            errors="replace",
+        )
         return done.stdout
 
     HostDiscoveryScript._execute_discovery_script = hosts_now

@@ -136,6 +136,6 @@ def cpu_list(cpus: Iterable[int]) -> str:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
     except OSError:
         return ""

@@ -150,7 +150,7 @@ def link(interface: str, net: Path = SYSFS_NET) -> dict[str, int | None]:
 
 def _number(file: Path) -> int | None:
     try:
-        return max(0, int(file.read_text())) or None
+        return max(0, int(file.read_text(encoding="utf-8"))) or None
     except (OSError, ValueError):
         return None
 

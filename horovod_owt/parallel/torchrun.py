@@ -50,7 +50,7 @@ def join_torchrun(topology: Topology) -> None:
     try:
         _store = _torchruns_store(topology)
         variables, interface = meet(_store, topology, os.environ)
-    except RuntimeError as error:  # includes torch's DistError, which 2.0 lacks
+    except (RuntimeError, TimeoutError) as error:  # DistError is the former; torch 2.0 raises the latter
         raise RunError(
             f"rank {topology.rank} on {topology.host} cannot meet the others in torchrun's store "
             f"at {master}: {str(error).splitlines()[0]}",

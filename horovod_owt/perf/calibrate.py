@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _read_run(path)
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}", wanted=BENCHES) from None
     if not isinstance(document, dict):

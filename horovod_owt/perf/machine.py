@@ -106,10 +106,12 @@ def machine_names() -> list[str]:
 def load_machine(name_or_file: str, *, option: str = "--machine") -> Machine:
     """A machine of the package or a YAML file; raises ConfigError, whose fix names the user's option."""
     if name_or_file in machine_names():
-        text = (resources.files("horovod_owt.perf.machines") / f"{name_or_file}.yaml").read_text()
+        text = (resources.files("horovod_owt.perf.machines") / f"{name_or_file}.yaml").read_text(
+            encoding="utf-8"
+        )
     elif Path(name_or_file).is_file():
         try:
-            text = Path(name_or_file).read_text()
+            text = Path(name_or_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read {name_or_file}: {error}", wanted="a machine file") from None
     else:
@@ -201,7 +203,7 @@ def _refuse_unknown(found: dict, known, where: str) -> None:
 
 def load_network(name: str) -> dict[str, float]:
     """net_gb_s and net_us of a kind of network; raises ConfigError."""
-    text = (resources.files("horovod_owt.perf.machines") / "networks.yml").read_text()
+    text = (resources.files("horovod_owt.perf.machines") / "networks.yml").read_text(encoding="utf-8")
     networks = yaml.safe_load(text)
     if name not in networks:
         raise ConfigError(

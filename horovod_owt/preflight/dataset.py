@@ -98,7 +98,7 @@ def nearest_folder(run_dir: Path) -> Path:
 def leave_token(run_dir: Path, token: str) -> str:
     """Create a file for the other hosts to look for; `take_token` removes it. Raises OSError."""
     folder = nearest_folder(run_dir)
-    (folder / f".owt-preflight-{token}").write_text(token)
+    (folder / f".owt-preflight-{token}").write_text(token, encoding="utf-8")
     return str(folder)
 
 
@@ -112,7 +112,7 @@ def try_folder(run_dir: Path, token: str, rank: int) -> dict[str, Any]:
     own = folder / f".owt-preflight-{token}-{rank}"
     error_text = ""
     try:
-        own.write_text(token)
+        own.write_text(token, encoding="utf-8")
     except OSError as error:
         error_text = error.strerror or str(error)
     finally:

@@ -111,10 +111,10 @@ def _told(argv: tuple[str, ...]) -> str:
         done = subprocess.run(
             argv,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=PROGRAM_S,
             stdin=subprocess.DEVNULL,
-            errors="replace",
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return _fault(error)
@@ -134,9 +134,9 @@ def _loaded() -> dict[str, dict[str, Any]]:
         done = subprocess.run(
             command,
             capture_output=True,
-            text=True,
-            timeout=LOAD_S,
+            encoding="utf-8",
             errors="replace",
+            timeout=LOAD_S,
         )
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
@@ -158,8 +158,12 @@ def _gpus() -> list[dict[str, Any]]:
 def _cpu() -> dict[str, Any]:
     from horovod_owt.parallel.cores import cpu_list
 
-    names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    names = re.findall(
+        r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    memory = re.search(
+        r"^MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE
+    )
     return {
         "name": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
@@ -217,7 +221,7 @@ def _free(place: str) -> int | None:
 def _cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> dict[str, str]:
     """This process's limits under cgroups v2, from its group up: the nearest of each name."""
     try:
-        groups = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")]
+        groups = [line[3:] for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::")]
     except OSError:
         return {}
     folder = root / groups[0].lstrip("/") if groups else root
@@ -227,7 +231,7 @@ def _cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
             break
         for name in CGROUP_FILES:
             if (group / name).is_file() and name not in found:
-                found[name] = (group / name).read_text().strip()
+                found[name] = (group / name).read_text(encoding="utf-8").strip()
     return found
 
 

@@ -46,7 +46,7 @@ def evaluation_of(run_dir: Path, file: Path | None) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", wanted=WANTED) from None
     except (ValueError, RecursionError):

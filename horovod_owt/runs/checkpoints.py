@@ -57,7 +57,7 @@ def step_of(folder: Path) -> int:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json, not verified; raises OSError or ValueError if it cannot be read."""
-    return json.loads((folder / STATE).read_text())
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
@@ -69,7 +69,7 @@ def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
     not damaged, and a run that took it for that would lose the steps since an older one.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())["sha256"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         averaged = (AVERAGED,) if files is FILES and AVERAGED in manifest else ()
         for name in (*files, *averaged):
             if _sha256(folder / name) != manifest[name]:
@@ -175,7 +175,7 @@ def read_best(run_dir: Path) -> dict[str, Any]:
 
 def _load_best(run_dir: Path) -> dict[str, Any]:
     try:
-        best = json.loads((run_dir / CHECKPOINTS / BEST).read_text())
+        best = json.loads((run_dir / CHECKPOINTS / BEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     return {"step": int(best["step"]), "epoch": float(best["epoch"]), "top1": float(best["top1"])}
@@ -225,11 +225,11 @@ def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
         yield scratch
         names = (*FILES, *([AVERAGED] if (scratch / AVERAGED).exists() else []))
         sums = {name: _sha256(scratch / name) for name in names}
-        (scratch / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")
+        (scratch / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1) + "\n", encoding="utf-8")
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
 def drop_old(run_dir: Path, *, keep: int, newest: int) -> list[str]:

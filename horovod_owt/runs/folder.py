@@ -29,7 +29,7 @@ KEPT_LOGS = 10  # attempts
 def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
     """The object in a JSON file; raises FileNotFoundError if it is missing, ConfigError if it is damaged."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
         fault = "holds no JSON object"

@@ -142,7 +142,7 @@ class Ownership:
             return
         self.hand_over()
         try:
-            left = {**json.loads(file.read_text()), "left": True}
+            left = {**json.loads(file.read_text(encoding="utf-8")), "left": True}
             with atomic_file(file) as scratch:
                 scratch.write(json.dumps(left).encode())
         except (OSError, ValueError) as error:  # disk error; the next owner sees that this process has ended
@@ -207,7 +207,7 @@ def _create(folder: Path, number: int, owner: Owner) -> Path | None:
     except FileExistsError:
         return None
     try:
-        with open(descriptor, "w") as file:
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps(asdict(owner)) + "\n")
     except OSError:  # a full disk: leave no owner file without content
         unlink_quietly(path)
@@ -233,7 +233,7 @@ def _numbers(folder: Path) -> list[int]:
 def _read(folder: Path, number: int) -> Owner | None:
     """The content of an owner file; None if it is not written yet, or was lost in a crash."""
     try:
-        return Owner(**json.loads(_path(folder, number).read_text()))
+        return Owner(**json.loads(_path(folder, number).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -263,14 +263,16 @@ def _now(folder: Path) -> float:
 
 
 def _kernel() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _start_ticks(pid: int) -> int | None:
     """Start time of a process in clock ticks after boot; None if it has ended, reaped or not."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
     except OSError:
         return None
     return None if state in "ZX" else int(fields[18])  # proc(5): field 22

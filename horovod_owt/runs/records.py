@@ -185,7 +185,7 @@ def _parsed_lines(
 def append_record(file: Path, record: dict[str, Any]) -> None:
     """Append a line, after removing an incomplete one left by a crash; raises OSError."""
     drop_half_a_line(file)
-    with file.open("a") as lines:
+    with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record) + "\n")
 
 

@@ -41,7 +41,13 @@ def ask(argv: Sequence[str]) -> str:
     """The stdout of a short command; RunError with its message if it fails."""
     try:
         done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=True
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=LIMIT_S,
+            check=True,
         )
     except FileNotFoundError:
         raise ConfigError(

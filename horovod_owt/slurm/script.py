@@ -13,7 +13,7 @@ from horovod_owt.slurm.spec import AUTO, KINDS, JobSpec
 def render(spec: JobSpec) -> str:
     """The script; every word from the user is quoted, so that it arrives unchanged."""
     template = jinja2.Template(
-        resources.files("horovod_owt.slurm").joinpath("job.sbatch.j2").read_text(),
+        resources.files("horovod_owt.slurm").joinpath("job.sbatch.j2").read_text(encoding="utf-8"),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,

@@ -33,7 +33,7 @@ def main(use_gpu: bool) -> None:
 
 def mapped_libmpi() -> list[str]:
     """The MPI libraries loaded in this process; there must not be two."""
-    with open("/proc/self/maps") as maps:
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         paths = {line.rstrip("\n").split(maxsplit=5)[5] for line in maps if "/libmpi" in line}
     return sorted(path for path in paths if "libmpi.so" in path.rpartition("/")[2])
 

@@ -135,7 +135,7 @@ def build_wheel(
         env=env,
         cwd=place.scratch,
     )
-    (out / "built-from.json").write_text(json.dumps(ingredients, indent=1) + "\n")
+    (out / "built-from.json").write_text(json.dumps(ingredients, indent=1) + "\n", encoding="utf-8")
     kept = place.cache / "wheels" / built.key
     beside = kept.with_suffix(".new")
     for stale in (kept, beside):
@@ -157,7 +157,7 @@ def fetch_sdist(place: Place) -> Path:
     archive.unlink(missing_ok=True)
     wanted = place.scratch / "horovod.txt"
     place.scratch.mkdir(parents=True, exist_ok=True)
-    wanted.write_text(f"horovod=={VERSION} --hash=sha256:{SHA256}\n")
+    wanted.write_text(f"horovod=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
     pip(
         place,
         "sdist",

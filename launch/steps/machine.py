@@ -102,7 +102,7 @@ def check_space(place) -> None:
 def build_cpu_flags() -> list[str]:
     """The instruction sets of this CPU that Horovod's default build would use."""
     try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return []
     return sorted({"avx", "fma", "f16c"} & set(flags[1].split())) if flags else []

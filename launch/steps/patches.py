@@ -41,7 +41,7 @@ def apply(patches: Iterable[Path], folder: Path) -> list[Path]:
             hunks.setdefault(hunk.file, []).append(hunk)
     texts = {folder / file: _merged(folder / file, hunks[file]) for file in hunks}
     for target, text in texts.items():
-        target.write_text(text)
+        target.write_text(text, encoding="utf-8")
     return list(texts)
 
 
@@ -50,7 +50,7 @@ def _merged(target: Path, hunks: list[Hunk]) -> str:
     hunks = sorted(hunks, key=lambda hunk: hunk.start)
     if not target.is_file():
         raise Failed(f"{hunks[0].patch}: {target} does not exist")
-    lines = target.read_text().splitlines(keepends=True)
+    lines = target.read_text(encoding="utf-8").splitlines(keepends=True)
     for one, other in zip(hunks, hunks[1:], strict=False):
         if other.start < one.end:
             raise Failed(f"{one.patch} and {other.patch} both change {target} at line {other.start}")
@@ -63,7 +63,7 @@ def _merged(target: Path, hunks: list[Hunk]) -> str:
 
 
 def _hunks(patch: Path) -> Iterator[Hunk]:
-    lines = iter(patch.read_text().splitlines(keepends=True))
+    lines = iter(patch.read_text(encoding="utf-8").splitlines(keepends=True))
     file = ""
     for line in lines:
         if line.startswith("+++ b/"):

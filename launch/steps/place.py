@@ -52,7 +52,7 @@ def file_digest(path: Path) -> str:
 
 def patch_digest(patch: Path) -> str:
     """Digest of a patch's changes; a new header does not cause a new build."""
-    _header, diff, rest = patch.read_text().partition("diff --git ")
+    _header, diff, rest = patch.read_text(encoding="utf-8").partition("diff --git ")
     return hashlib.sha256((diff + rest).encode()).hexdigest()
 
 
@@ -85,7 +85,7 @@ class Place:
 
     def _read_stamp(self) -> dict:
         try:
-            return json.loads(self.stamp_file.read_text())
+            return json.loads(self.stamp_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
             return {}
 
@@ -93,7 +93,7 @@ class Place:
         if not (self.venv / "pyvenv.cfg").exists():
             return  # kept in memory until the virtual environment exists
         beside = self.stamp_file.with_suffix(".new")
-        beside.write_text(json.dumps(self.stamp, indent=1, sort_keys=True) + "\n")
+        beside.write_text(json.dumps(self.stamp, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         beside.replace(self.stamp_file)
 
     def is_done(self, step: str, inputs: str) -> bool:
@@ -151,7 +151,7 @@ class Place:
             str(REPO),
             self.lane_kept(),
             self.settings(),
-            python.read_text() if python.exists() else None,
+            python.read_text(encoding="utf-8") if python.exists() else None,
         )
 
     def up_to_date(self, lane_asked: str | None) -> bool:

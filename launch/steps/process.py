@@ -62,7 +62,7 @@ def ask(
             env=env,
             cwd=NEUTRAL,
             timeout=timeout_s,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -105,7 +105,7 @@ def run(
         finally:
             if child is not None:
                 stop(child)
-    text = log.read_text(errors="replace")
+    text = log.read_text(encoding="utf-8", errors="replace")
     if timed_out:
         raise Failed(f"{label}: timed out after {timeout_s:.0f} s; log: {log}")
     if child.returncode != 0:
@@ -165,7 +165,7 @@ def _watch(child: subprocess.Popen, label: str, log: Path, start: float, timeout
         elapsed_s = time.monotonic() - start
         if timeout_s is not None and elapsed_s > timeout_s:
             return False
-        shown = progress.of(log.read_text(errors="replace"), elapsed_s)
+        shown = progress.of(log.read_text(encoding="utf-8", errors="replace"), elapsed_s)
         line = f"{label}: {int(elapsed_s) // 60}:{int(elapsed_s) % 60:02d} {shown}"
         if on_terminal:
             width = os.get_terminal_size(sys.stderr.fileno()).columns

@@ -1,11 +1,13 @@
 """File names that are not UTF-8, or not of the locale's encoding, are neither lost nor end a command."""
 
+import ast
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bad_files import encoded
@@ -138,3 +140,30 @@ def test_a_name_with_a_newline_or_a_terminals_codes_is_shown_in_one_line(root):
     assert r"a\nremark  b.JPEG: \x1b[2Jfine\x9b.JPEG: empty file" in done.stdout
     assert text.one_line("ä \ud8e9 b") == "ä \ud8e9 b"
     assert text.without_terminal_codes("a\n\x1bb") == "a\n\\x1bb"
+
+
+def text_without_encoding(source: Path) -> list[str]:
+    """Calls that read or write text in whatever encoding the locale has at that moment."""
+    found = []
+    for call in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call):
+            continue
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        method, given = isinstance(call.func, ast.Attribute), {keyword.arg for keyword in call.keywords}
+        modes = [each.value for each in call.args if isinstance(each, ast.Constant)]
+        text = (
+            (method and name in ("read_text", "write_text"))
+            or (not method and name == "open" and not any("b" in str(mode) for mode in modes[-1:]))
+            or "text" in given
+        )
+        if text and "encoding" not in given:
+            found.append(f"{source.name}:{call.lineno}: {ast.unparse(call)}")
+    return found
+
+
+def test_text_has_an_encoding_whatever_a_library_makes_of_the_locale():
+    """A C library may call setlocale: from then on Python would read ASCII. Seen with the k80 lane's."""
+    launch = Path(text.__file__).resolve().parents[1] / "launch"
+    scripts = [launch / name for name in ("setup", "quickstart", "two-hosts")]
+    sources = [*Path(text.__file__).parent.rglob("*.py"), *launch.rglob("*.py"), *scripts]
+    assert [call for source in sources for call in text_without_encoding(source)] == []
