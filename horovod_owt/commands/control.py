@@ -12,8 +12,8 @@ RUN_DIR = click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Pat
 WAIT = click.option("--wait", is_flag=True, help="Wait until it is done.")
 TIME_LIMIT = click.option(
     "--time-limit",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
+    type=click.IntRange(min=1),
+    default=600,
     show_default=True,
     metavar="SECONDS",
     help="How long to wait.",
@@ -24,7 +24,7 @@ TIME_LIMIT = click.option(
 @RUN_DIR
 @WAIT
 @TIME_LIMIT
-def stop(run_dir: Path, wait: bool, time_limit: float) -> None:
+def stop(run_dir: Path, wait: bool, time_limit: int) -> None:
     """Stop the run in RUN at a checkpoint, after its current step; it is not restarted or requeued.
 
     The same as creating the file RUN/STOP, on any host that sees the folder. Starting it again resumes it.
@@ -42,7 +42,7 @@ def stop(run_dir: Path, wait: bool, time_limit: float) -> None:
 @RUN_DIR
 @WAIT
 @TIME_LIMIT
-def save(run_dir: Path, wait: bool, time_limit: float) -> None:
+def save(run_dir: Path, wait: bool, time_limit: int) -> None:
     """Have the run in RUN write a checkpoint after its current step, and continue.
 
     The same as creating the file RUN/SAVE, on any host that sees the folder.

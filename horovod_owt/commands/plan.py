@@ -130,6 +130,8 @@ def plan(
 
         with named_file(out, "--out") as file:
             file.write(encode(place.to_yaml()))
+    if plot and (claim or published):
+        raise ConfigError(f"--plot with --{'claim' if claim else 'published'}", wanted="a plan to draw")
     if claim:
         from horovod_owt.perf.claim import check_claim, format_claim, parse_claim
 

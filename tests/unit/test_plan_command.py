@@ -86,6 +86,8 @@ def test_it_takes_less_than_a_second():
         (["--error", "6.9"], "--error without --claim"),
         (["--out", "x.yaml"], "--out without --calibrate"),
         (["--published"], "boston-k80 has no published figures"),
+        (["--published", "--plot", "x.svg"], "--plot with --published"),
+        (["--claim", "1000 epochs in 32 minutes", "--plot", "x.svg"], "--plot with --claim"),
         (["--parallel", "hybrid", "--set", "fc_group_size=3"], "fc_group_size=3 on 4 ranks"),
     ],
 )
