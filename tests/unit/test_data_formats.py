@@ -122,7 +122,7 @@ SAME = {
 }
 if "dali" in KINDS and dali_version().startswith("1."):
     del SAME["webp animated"]  # 1.34 sees no picture in it, and verify says so
-    del SAME["tiff CMYK"]  # 1.34 takes inks for colours: docs/k80.md
+    del SAME["tiff CMYK"], SAME["tiff YCbCr"]  # 1.34 takes them for RGB: docs/k80.md
 # name -> the file, and its fault
 REFUSED = {
     "gif": (encoded(RGB, "GIF"), "unsupported format GIF"),

@@ -54,7 +54,9 @@ def test_writes_are_complete_where_fsync_is_refused(tmp_path, monkeypatch, code,
     write_text(tmp_path / "note", "text")
     with atomic_folder(tmp_path / "final", durable=True) as scratch:
         (scratch / "weights").write_text("1")
-    assert (tmp_path / "note").read_text() == "text" and (tmp_path / "final" / "weights").read_text() == "1"
+    assert (tmp_path / "note").read_text(encoding="utf-8") == "text" and (
+        tmp_path / "final" / "weights"
+    ).read_text(encoding="utf-8") == "1"
     assert refused
 
 
@@ -65,7 +67,7 @@ def test_an_fsync_that_fails_is_an_error(tmp_path, monkeypatch, code):
     with pytest.raises(OSError) as caught:
         write_text(tmp_path / "note", "new")
     assert caught.value.errno == code
-    assert (tmp_path / "note").read_text() == "old" and names(tmp_path) == ["note"]
+    assert (tmp_path / "note").read_text(encoding="utf-8") == "old" and names(tmp_path) == ["note"]
 
 
 @pytest.mark.parametrize("code", [errno.EBUSY, errno.ETXTBSY, errno.EACCES, errno.EPERM, errno.EEXIST])
@@ -75,7 +77,7 @@ def test_an_open_file_is_replaced(tmp_path, monkeypatch, code, times):
     note.write_text("old")
     refused = refuse(monkeypatch, os, "replace", code, when=lambda _, target: target.exists(), times=times)
     write_text(note, "new")
-    assert note.read_text() == "new" and names(tmp_path) == ["note"] and refused
+    assert note.read_text(encoding="utf-8") == "new" and names(tmp_path) == ["note"] and refused
 
 
 def test_the_old_file_stays_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
@@ -85,7 +87,7 @@ def test_the_old_file_stays_if_the_new_one_cannot_take_its_place(tmp_path, monke
     refuse(monkeypatch, os, "rename", errno.EIO, when=lambda source, target: target == note, times=1)
     with pytest.raises(OSError, match="Input/output"):
         write_text(note, "new")
-    assert note.read_text() == "old" and names(tmp_path) == ["note"]
+    assert note.read_text(encoding="utf-8") == "old" and names(tmp_path) == ["note"]
 
 
 def test_a_file_is_copied_where_folders_are_devices_of_their_own(tmp_path, monkeypatch):
@@ -108,7 +110,9 @@ def test_a_folder_that_cannot_be_renamed_is_moved_file_by_file(tmp_path, monkeyp
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_text(name)
     assert sorted(moved[:-1]) == ["a", "b", "z"] and moved[-1] == "MANIFEST"  # which shows that all are there
-    assert (tmp_path / "final" / "sub" / "b").read_text() == "sub/b" and names(tmp_path) == ["final"]
+    assert (tmp_path / "final" / "sub" / "b").read_text(encoding="utf-8") == "sub/b" and names(tmp_path) == [
+        "final"
+    ]
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS])
@@ -186,7 +190,7 @@ def test_a_modification_time_is_renewed_where_only_writing_does(tmp_path, monkey
             if code:
                 refuse(patch, os, "utime", code)
             renew(file)
-        assert file.stat().st_mtime > 1e9 and file.read_text() == "content"
+        assert file.stat().st_mtime > 1e9 and file.read_text(encoding="utf-8") == "content"
     file.unlink()
     with pytest.raises(FileNotFoundError):
         renew(file)
@@ -294,6 +298,6 @@ def test_every_refusable_operation_is_in_one_module():
         f"{path.relative_to(package)}: {call}"
         for path in package.rglob("*.py")
         for call in calls
-        if call in path.read_text() and path.name != "filesystem.py"
+        if call in path.read_text(encoding="utf-8") and path.name != "filesystem.py"
     }
     assert not found

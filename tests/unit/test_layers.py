@@ -118,7 +118,10 @@ def _import(name: str, deferred: bool) -> Import:
 
 
 MODULES = modules()
-IMPORTS = {name: read_imports(ast.parse(path.read_text()), set(MODULES)) for name, path in MODULES.items()}
+IMPORTS = {
+    name: read_imports(ast.parse(path.read_text(encoding="utf-8")), set(MODULES))
+    for name, path in MODULES.items()
+}
 
 
 def folder_of(module: str) -> str:
@@ -277,7 +280,7 @@ def test_only_parallel_talks_to_horovod():
 def test_only_runs_names_the_files_of_a_run_folder():
     files = ("config.json", "metrics.jsonl", "outcome.json", "attempts.jsonl", "best.json", "state.json")
     for module, path in MODULES.items():
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         words = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in prose]
         named = {name for name in files for word in words if name in str(word.value)}

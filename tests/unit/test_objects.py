@@ -156,7 +156,7 @@ def test_no_code_of_ours_pickles_between_ranks():
     import horovod_owt
 
     for path in Path(horovod_owt.__file__).parent.rglob("*.py"):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         for word in ("hvd.broadcast_object", "hvd.allgather_object", "import pickle", "cloudpickle"):
             assert word not in text, f"{path}: {word}"
 

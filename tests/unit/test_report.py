@@ -280,7 +280,7 @@ def test_the_page_is_written_to_the_run_folder_or_where_asked(eventful, tmp_path
     assert "2 runs" in (tmp_path / "report.html").read_text()
     assert report(eventful, "--output", tmp_path / "x.html").exit_code == 0
     error = report(eventful, "--output", tmp_path / "no" / "x.html").exception
-    assert str(error).startswith(f"{tmp_path}/no/x.html: No such file or directory; wanted")
+    assert str(error).startswith(f"--output {tmp_path}/no/x.html: No such file or directory; wanted")
 
 
 def test_where_a_step_goes_is_told_of_all_ranks_that_the_newest_record_has(tmp_path):
