@@ -17,7 +17,7 @@ UNREADABLE = "unreadable"  # prefix of the fault of a file that is gone
 MODES = {
     "BMP": {"1", "L", "P", "RGB"},
     "WEBP": {"RGB", "RGBA"},
-    "TIFF": {"L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B"},
+    "TIFF": {"L", "P", "RGB", "RGBA", "I;16", "I;16B"},  # DALI 1.34 takes CMYK and YCbCr for RGB
     "JPEG2000": {"L", "RGB", "RGBA", "I;16"},
 }
 

@@ -215,3 +215,8 @@ def test_attempts_recorded_by_an_older_version_are_read(tmp_path):
         del record[key]
     (tmp_path / "attempts.jsonl").write_text(json.dumps(record) + "\n")
     assert earlier_attempts(tmp_path, "7") == [attempt]
+
+
+@pytest.mark.parametrize("limit", ["nan", "0", "-1"])
+def test_a_time_limit_is_a_number_of_seconds(run_dir, limit):
+    assert CliRunner().invoke(cli, ["stop", str(run_dir), "--time-limit", limit]).exit_code == 2

@@ -113,8 +113,6 @@ SAME = {
     "tiff RGB": (encoded(RGB, "TIFF"), RGB),
     "tiff RGB, deflated": (encoded(RGB, "TIFF", compression="tiff_deflate"), RGB),
     "tiff RGBA": (encoded(np.dstack([RGB, ALPHA]), "TIFF"), RGB),
-    "tiff CMYK": (encoded(CMYK, "TIFF"), RGB),
-    "tiff YCbCr": (encoded(RGB, "TIFF", "YCbCr"), RGB),
     "jp2 L": (encoded(GREY, "JPEG2000"), GREY),
     "jp2 I;16": (encoded(GREY16, "JPEG2000"), GREY),
     "jp2 RGB": (encoded(RGB, "JPEG2000"), RGB),
@@ -122,7 +120,6 @@ SAME = {
 }
 if "dali" in KINDS and dali_version().startswith("1."):
     del SAME["webp animated"]  # 1.34 sees no picture in it, and verify says so
-    del SAME["tiff CMYK"], SAME["tiff YCbCr"]  # 1.34 takes them for RGB: docs/k80.md
 # name -> the file, and its fault
 REFUSED = {
     "gif": (encoded(RGB, "GIF"), "unsupported format GIF"),
@@ -136,6 +133,8 @@ REFUSED = {
     "tiff I": (encoded(GREY16.astype(np.int32), "TIFF"), "unsupported pixel format I of a TIFF"),
     "tiff F": (encoded(LEVELS.astype(np.float32), "TIFF"), "unsupported pixel format F of a TIFF"),
     "tiff LAB": (encoded(Image.new("LAB", (W, H)), "TIFF"), "unsupported pixel format LAB of a TIFF"),
+    "tiff CMYK": (encoded(CMYK, "TIFF"), "unsupported pixel format CMYK of a TIFF"),
+    "tiff YCbCr": (encoded(RGB, "TIFF", "YCbCr"), "unsupported pixel format YCbCr of a TIFF"),
     "jpeg of 12 bits": (
         encoded(RGB, "JPEG").replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),
         "12 bits",
