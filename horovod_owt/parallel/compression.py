@@ -9,7 +9,7 @@ the checkpoint share the sum of its errors equally.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -25,6 +25,7 @@ ERROR = "error."  # in a checkpoint every rank's, stacked in rank order; in a co
 OWNER_ERROR = "owner_error."  # onebit: those of the sums, each row's kept by the rank that owns it
 QUERY = "query."  # powersgd: Q of the last step
 PREFIXES = (ERROR, OWNER_ERROR, QUERY)
+MOST_NUMBERS = 2**28  # of all ranks in one transfer: Horovod and MPI count them in 32 bits
 
 
 class Compressor(Protocol):
@@ -101,7 +102,7 @@ class CompressionState:
         """On rank 0 every rank's errors, and the queries; empty on the others. Every rank must call it."""
         found = {}
         for name, compressor in self._compressors.items():
-            found[ERROR + name] = self._on_root(compressor.error, f"{ERROR}{name}")
+            found[ERROR + name] = self._errors_on_root(name, compressor)
             if isinstance(compressor, OneBit):
                 found[OWNER_ERROR + name] = self._on_root(compressor.owner_error, f"{OWNER_ERROR}{name}")
             elif isinstance(compressor, LowRank):
@@ -114,13 +115,8 @@ class CompressionState:
         Only rank 0 has `saved`. What is not in it starts from zeros, Q from its random draw.
         """
         for name, compressor in self._compressors.items():
-            shape, is_root = compressor.error.shape, self._group.index == 0
-            shares = compressor.error.new_empty(0, shape[1])
-            if is_root:
-                shares = self._shares(name, saved).reshape(-1, shape[1]).contiguous()
-            rows = [shape[0] if is_root else 0] * self._group.size
-            sent = self._exchange.to_owners(shares, rows, "restore", f"restore.{ERROR}{name}")
-            compressor.error.copy_(sent.wait())
+            shape = compressor.error.shape
+            self._errors_from_root(name, compressor, saved)
             if isinstance(compressor, OneBit):
                 owners = saved.get(OWNER_ERROR + name, compressor.error.new_zeros(shape))
                 whole = self._from_root(owners.to(compressor.error), f"{OWNER_ERROR}{name}")
@@ -153,6 +149,33 @@ class CompressionState:
                 compressor.owner_error.copy_(self._own_rows(compressor, committed[OWNER_ERROR + name]))
             elif isinstance(compressor, LowRank) and QUERY + name in committed:
                 compressor.query.copy_(committed[QUERY + name])
+
+    def _errors_on_root(self, name: str, compressor: Compressor) -> Tensor:
+        """Every rank's error, one below the other, on rank 0; empty on the others."""
+        ranks, shape = self._group.size if self._group.index == 0 else 0, compressor.error.shape
+        whole = compressor.error.new_empty(ranks, *shape)
+        for start, some in self._pieces(compressor.error):
+            arrived = self._on_root(some, f"{ERROR}{name}.{start}")
+            whole[:, start : start + len(some)] = arrived.view(ranks, *some.shape)
+        return whole.view(-1, shape[1])
+
+    def _errors_from_root(self, name: str, compressor: Compressor, saved: Mapping[str, Tensor]) -> None:
+        """To each rank its share of the errors that only rank 0 has."""
+        is_root, columns = self._group.index == 0, compressor.error.shape[1]
+        shares = self._shares(name, saved) if is_root else None
+        for start, some in self._pieces(compressor.error):
+            rows = compressor.error.new_empty(0, columns)
+            if shares is not None:
+                rows = shares[:, start : start + len(some)].reshape(-1, columns).contiguous()
+            sizes = [len(some) if is_root else 0] * self._group.size
+            some.copy_(
+                self._exchange.to_owners(rows, sizes, "restore", f"restore.{ERROR}{name}.{start}").wait()
+            )
+
+    def _pieces(self, error: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows of this rank's error, from their first one on; few enough that all ranks' fit one transfer."""
+        rows = max(1, MOST_NUMBERS // (self._group.size * error.shape[1]))
+        return ((start, error[start : start + rows]) for start in range(0, len(error), rows))
 
     def _on_root(self, own: Tensor, name: str) -> Tensor:
         """Every rank's rows, one below the other, on rank 0; none on the others."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError
+from horovod_owt.parallel import compression
 from horovod_owt.parallel.compression import CompressionState, build_compressors
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.low_rank import LowRank
@@ -53,7 +54,13 @@ class SimulatedExchange:
 
     def to_owners(self, rows, sizes, what, name):
         parts = [part.clone() for part in rows.split(sizes)]
-        return self._post(name, parts, lambda all_parts: torch.cat([p[self.group.index] for p in all_parts]))
+
+        def own(all_parts):
+            arrived = torch.cat([parts[self.group.index] for parts in all_parts])
+            assert arrived.numel() <= compression.MOST_NUMBERS, name
+            return arrived
+
+        return self._post(name, parts, own)
 
     def gather_rows(self, own, what, name=""):
         return self._post(name, own.clone(), torch.cat)
@@ -300,6 +307,18 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(kind):
     assert all(torch.equal(a, b) for a, b in zip(unbroken, resumed, strict=True))
     anew = train(several(kind, 3), seed=2)
     assert not torch.equal(anew[0], unbroken[0])
+
+
+@pytest.mark.parametrize("kind", ["onebit", "powersgd:2"])
+def test_errors_of_many_ranks_travel_in_pieces(kind, monkeypatch):
+    made = several(kind, 3)
+    train(made, seed=1)
+    whole = saved_by(made)
+    monkeypatch.setattr(compression, "MOST_NUMBERS", 150)  # two rows of three ranks
+    pieces = saved_by(made)
+    assert whole.keys() == pieces.keys() and all(torch.equal(whole[name], pieces[name]) for name in whole)
+    resumed = continued(kind, 3, pieces, "checkpoint")
+    assert all(torch.equal(a.w.error, b.w.error) for a, b in zip(made, resumed, strict=True))
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "commit"])

@@ -274,10 +274,10 @@ def test_a_commit_brings_weights_and_place_back():
 def test_errors_of_compressed_gradients_are_saved_and_restored(tmp_path):
     """In a checkpoint and in a commit; of one rank here, which keeps what an earlier world left."""
     made = replica(1, compression="onebit")
-    errors = made.strategy.compression.gather()
-    assert errors.keys() == {f"error.classifier.{layer}.weight" for layer in (1, 5, 8)}
-    for number, error in enumerate(errors.values(), 1):
-        error.fill_(number)
+    zeros = made.strategy.compression.gather()
+    assert zeros.keys() == {f"error.classifier.{layer}.weight" for layer in (1, 5, 8)}
+    errors = {name: zero + number for number, (name, zero) in enumerate(zeros.items(), 1)}
+    made.strategy.compression.restore(errors)
     write_checkpoint(tmp_path, saved(made, Position(IMAGES, 4, 20)))
     committed = without_hosts()
     commit(made, Position(IMAGES, 4, 20), committed, Opened(tmp_path))
