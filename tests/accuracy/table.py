@@ -15,10 +15,16 @@ WINDOW = 10  # steps that are averaged
 
 def write(folder: Path) -> None:
     """Put the tables of what is done into the page, and print them."""
-    lines = [*_accuracy(folder), "", *_plateau(folder)]
+    put_between(PAGE, BEGIN, END, [*_accuracy(folder), "", *_plateau(folder)])
+
+
+def put_between(page: Path, begin: str, end: str, lines: list[str]) -> None:
+    """Replace what is between two marks of a page, and print it."""
     print("\n".join(lines))
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text("\n".join([before + BEGIN, "", *lines, "", END]) + rest.partition(END)[2])
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(
+        "\n".join([before + begin, "", *lines, "", end]) + rest.partition(end)[2], encoding="utf-8"
+    )
 
 
 def _result(folder: Path, cell: Cell) -> dict | None:
