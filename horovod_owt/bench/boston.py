@@ -32,6 +32,7 @@ from horovod_owt.topology import rank_topology
 from horovod_owt.train.pipelines import training_pipeline
 from horovod_owt.train.prepare import prepare_alone
 from horovod_owt.train.replica import Replica, StepReport
+from horovod_owt.train.stop import StopRequest
 
 CLASSES = 1000
 LR, WEIGHT_DECAY = 1e-2, 5e-4
@@ -46,7 +47,11 @@ log = logging.getLogger(__name__)
 def bench_boston(
     data: Path | None, recipe: str | None, settings: tuple[str, ...], *, batches: int
 ) -> dict[str, Any] | None:
-    """Train for `batches` mini-batches after WARMUP; returns the report on rank 0."""
+    """Train for `batches` mini-batches after WARMUP; returns the report on rank 0.
+
+    A signal ends it after the mini-batch in work, with a report of those before; KeyboardInterrupt if there
+    are none.
+    """
     ranks = rank_topology().world_size
     if MINI_BATCH % ranks:
         raise ConfigError(
@@ -71,9 +76,9 @@ def bench_boston(
         world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
         runtime.check_devices(request.device, world)
         cfg, _ = choose_parallel(cfg, world)
-        with training_pipeline(cfg, request.folder, world) as images:
+        with StopRequest() as stop, training_pipeline(cfg, request.folder, world) as images:
             replica = Replica(cfg, world)
-            reports, wall_s = _train(replica, images, batches)
+            reports, wall_s = _train(replica, images, batches, stop)
         everyone = gather_objects([report.step_s for report in reports], "boston.seconds")
         seconds = np.max(everyone, axis=0)
         report = _report(replica, reports, seconds, wall_s, data)
@@ -101,19 +106,23 @@ def given_or_dealt_out(data: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def _train(replica: Replica, images, batches: int) -> tuple[list[StepReport], float]:
+def _train(replica: Replica, images, batches: int, stop: StopRequest) -> tuple[list[StepReport], float]:
     """Reports of the counted mini-batches, and the seconds of all of them."""
     reports: list[StepReport] = []
     start = perf_counter()
     for number in range(WARMUP + batches):
         if number == WARMUP:
             start = perf_counter()
-        report = replica.train_step(images.__next__, consumed=number * MINI_BATCH, lr=LR)
+        report = replica.train_step(images.__next__, consumed=number * MINI_BATCH, lr=LR, stop=stop.asked)
         if number >= WARMUP:
             reports.append(report)
         if replica.world.is_root and len(reports) % TOLD == 1:
             # as fbcunn's program prints it
             log.info("[%d/%d]  Time %.3f  Err %.4f", len(reports), batches, report.step_s, report.loss)
+        if report.stop_asked:  # on any rank
+            break
+    if not reports:
+        raise KeyboardInterrupt
     return reports, perf_counter() - start
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 import click
@@ -272,6 +274,8 @@ def boston(
     what the planner says of four GK210. Without DATA each rank first draws 200 synthetic JPEGs and
     deals them out to 1000 classes. Hybrid, as fbcunn, on several ranks.
 
+    Ctrl-C ends it with a report of the mini-batches that were done, and exit code 130.
+
     \b
     Example:  horovodrun --gloo -np 2 owt bench boston --batches 1000
     """
@@ -281,3 +285,5 @@ def boston(
     report = bench_boston(data, recipe, settings, batches=batches)
     if report is not None:  # rank 0
         click.echo(json.dumps(report) if as_json else format_boston_report(report))
+        if report["batches"] < batches:
+            sys.exit(128 + signal.SIGINT)
