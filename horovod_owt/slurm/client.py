@@ -12,15 +12,29 @@ from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scanc
 from horovod_owt.text import encode
 
 EXPORT_LIMITS = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")  # set by sbatch --export, read by srun
+OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_")  # how Slurm's variables in a job begin
+OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_HINT", "SLURM_JWT")  # may be set outside of jobs too
 LIMIT_S = 60.0  # for slurmctld to answer
 
 
 def submit(script: str) -> str:
-    """Submit a script with sbatch; returns the job id."""
+    """Submit a script with sbatch; returns the job id. Without a limit: `--wait` waits for the job's end."""
     with temporary_folder("owt-job-") as folder:
         file = folder / "job.sbatch"  # sbatch copies it
         file.write_bytes(encode(script))
-        return ask(sbatch_argv(file)).strip().partition(";")[0]  # ID, or ID;CLUSTER
+        said = ask(sbatch_argv(file), env=_outside_of_jobs(os.environ), limited=False)
+        return said.strip().partition(";")[0]  # ID, or ID;CLUSTER
+
+
+def _outside_of_jobs(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` without the variables of the Slurm job that this process runs in, if it does.
+
+    sbatch would pass them on, and sets only those that it has an option for: the new job would take the
+    number of tasks, or the array and the task, of this one for its own.
+    """
+    if "SLURM_JOB_ID" not in env:
+        return dict(env)
+    return {name: value for name, value in env.items() if name in OF_A_SITE or not name.startswith(OF_A_JOB)}
 
 
 def find_jobs(job_id: str) -> list[JobRecord]:
@@ -37,16 +51,22 @@ def cancel(job_id: str) -> None:
     ask(scancel_argv(job_id))
 
 
-def ask(argv: Sequence[str]) -> str:
+def ask(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    limited: bool = True,
+) -> str:
     """The stdout of a short command; RunError with its message if it fails."""
     try:
         done = subprocess.run(
             argv,
+            env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=LIMIT_S,
+            timeout=LIMIT_S if limited else None,
             check=True,
         )
     except FileNotFoundError:

@@ -198,10 +198,32 @@ def fake_sbatch(tmp_path, monkeypatch):
     """An `sbatch` that keeps the script it was given."""
     tool = tmp_path / "bin" / "sbatch"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\ncp "$2" "{tmp_path}/seen.sh"\necho "4242;cluster"\n')
+    tool.write_text(f'#!/bin/sh\ncp "$2" "{tmp_path}/seen.sh"\nenv >"{tmp_path}/env"\necho "4242;cluster"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
     return tmp_path / "seen.sh"
+
+
+def test_a_job_submitted_from_a_job_gets_none_of_its_settings(fake_sbatch, monkeypatch):
+    """From a shell of `srun --pty`, say: sbatch would pass them on, and the new job take them for its own."""
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # here for a reason of the user's
+    args = ["job", "submit", "/data"]
+    CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert "SLURM_NTASKS=1" in (fake_sbatch.parent / "env").read_text().splitlines()
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "1")
+    CliRunner().invoke(cli, args, catch_exceptions=False)
+    said = (fake_sbatch.parent / "env").read_text().splitlines()
+    assert [line for line in said if line.startswith(("SLURM", "SRUN"))] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def test_sbatch_may_wait_for_the_jobs_end(fake_sbatch, monkeypatch):
+    """--sbatch --wait: that it takes long is no fault of slurmctld's."""
+    tool = fake_sbatch.parent / "bin" / "sbatch"
+    tool.write_text(tool.read_text() + "sleep 0.3\n")
+    monkeypatch.setattr(client, "LIMIT_S", 0.05)
+    assert client.submit("#!/bin/sh\n") == "4242"
 
 
 def test_submit_hands_the_rendered_script_to_sbatch_and_prints_the_number(fake_sbatch):
