@@ -18,7 +18,7 @@ from horovod_owt.launch.supervisor import Supervisor, reason_not_to_restart
 from horovod_owt.parallel.interfaces import interface_between
 from horovod_owt.runs.attempts import JOB, AttemptWatch, append_attempt, earlier_attempts, find_run_dir
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
-from horovod_owt.slurm.client import ask, find_jobs, start_ranks
+from horovod_owt.slurm.client import ask, find_jobs, mpi_types, start_ranks
 from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
 from horovod_owt.slurm.launchers import (
     choose_launcher,
@@ -53,7 +53,7 @@ def run_job(
         return train(ElasticRanks(allocation, min_ranks), command, max_restarts)
     chosen, why = choose_launcher(
         launcher,
-        srun_mpi=ask(["srun", "--mpi=list"]),
+        srun_mpi=mpi_types(),
         mpirun=shutil.which("mpirun"),
         # a container's contents are not visible from here
         horovod_mpi=bool(container_image or apptainer) or horovod_has_mpi(),

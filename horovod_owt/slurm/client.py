@@ -47,6 +47,11 @@ def find_jobs(job_id: str) -> list[JobRecord]:
         raise
 
 
+def mpi_types() -> str:
+    """What `srun --mpi=list` prints: to stderr before Slurm 22.05."""
+    return ask(["srun", "--mpi=list"], or_stderr=True)
+
+
 def cancel(job_id: str) -> None:
     ask(scancel_argv(job_id))
 
@@ -56,8 +61,9 @@ def ask(
     *,
     env: Mapping[str, str] | None = None,
     limited: bool = True,
+    or_stderr: bool = False,
 ) -> str:
-    """The stdout of a short command; RunError with its message if it fails."""
+    """The stdout of a short command, with `or_stderr` its stderr if stdout is empty; RunError if it fails."""
     try:
         done = subprocess.run(
             argv,
@@ -80,7 +86,7 @@ def ask(
     except subprocess.CalledProcessError as error:
         said = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
         raise RunError(f"{argv[0]}: {said.removeprefix(f'{argv[0]}: ').removeprefix('error: ')}") from None
-    return done.stdout
+    return done.stdout or (done.stderr if or_stderr else "")
 
 
 def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:

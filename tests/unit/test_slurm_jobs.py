@@ -379,6 +379,25 @@ def test_the_launcher_is_what_the_site_has(site, chosen, why):
             choose_launcher("pmix", **site)
 
 
+@pytest.mark.parametrize(
+    ("said", "chosen"),
+    [
+        ("printf 'MPI plugin types are...\\n\\tnone\\n\\tpmix\\n'", "pmix"),
+        (
+            "printf 'srun: MPI types are...\\nsrun: none\\nsrun: pmix_v3\\nsrun: pmix\\n' >&2",
+            "pmix",
+        ),  # before 22.05
+        ("printf 'none\\n'; echo 'srun: error: mpi/pmix: can not load PMIx library' >&2", "mpirun"),
+    ],
+)
+def test_mpi_types_are_read_wherever_srun_prints_them(tmp_path, monkeypatch, said, chosen):
+    (tmp_path / "srun").write_text(f"#!/bin/sh\n{said}\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    types = client.mpi_types()
+    assert choose_launcher("auto", srun_mpi=types, mpirun="/bin/mpirun", horovod_mpi=True)[0] == chosen
+
+
 def test_containers_wrap_what_ranks_run():
     owt = ["owt", "train", "/my data"]
     argv = ranks_argv(Launcher.GLOO, ALLOCATION, owt, apptainer="image.sif")
