@@ -18,7 +18,7 @@ from horovod_owt.launch.supervisor import Supervisor, reason_not_to_restart
 from horovod_owt.parallel.interfaces import interface_between
 from horovod_owt.runs.attempts import JOB, AttemptWatch, append_attempt, earlier_attempts, find_run_dir
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
-from horovod_owt.slurm.client import ask, find_jobs, mpi_types, start_ranks
+from horovod_owt.slurm.client import ask, find_job, mpi_types, start_ranks
 from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
 from horovod_owt.slurm.launchers import (
     choose_launcher,
@@ -182,7 +182,7 @@ def requeue(job_id: str, start: str) -> None:
     """Requeue the job, and wait for the TERM that follows."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        (record,) = find_jobs(job_id)
+        record = find_job(job_id)
         if record.state != "RUNNING":  # cancelled, which a requeue would undo, or preempted
             say(f"job is {record.state}; not requeueing")
             return
@@ -198,7 +198,7 @@ def leave_run_dir(job_id: str, run_dir: Path) -> None:
     """Record the run folder in the job's comment, for `owt job status`, unless the user has set one."""
     comment = json.dumps({"run_dir": str(run_dir)})
     try:
-        (record,) = find_jobs(job_id)
+        record = find_job(job_id)
         if not record.comment:
             ask(comment_argv(job_id, comment))
         elif record.comment != comment:

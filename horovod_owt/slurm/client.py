@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 
@@ -42,9 +43,18 @@ def find_jobs(job_id: str) -> list[JobRecord]:
     try:
         return parse_jobs(ask(show_job_argv(job_id)))
     except RunError as error:
-        if "Invalid job id" in str(error):
+        # "Job 7_2 not found" of a task, while Slurm knows others of its array
+        if re.search(r"Invalid job id|Job \S+ not found", str(error)):
             return []
         raise
+
+
+def find_job(job_id: str) -> JobRecord:
+    """Slurm's record of one job, or of one task of an array; RunError if it has none, or several."""
+    records = find_jobs(job_id)
+    if len(records) != 1:
+        raise RunError(f"Slurm has {len(records) or 'no'} record{'s'[: len(records) > 1]} of job {job_id}")
+    return records[0]
 
 
 def mpi_types() -> str:
@@ -84,7 +94,7 @@ def ask(
             f"{argv[0]} did not answer within {LIMIT_S:g} s", fix="check slurmctld with `scontrol ping`"
         ) from None
     except subprocess.CalledProcessError as error:
-        said = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
+        said = " ".join((error.stderr.strip() or error.stdout).split()) or f"exit code {error.returncode}"
         raise RunError(f"{argv[0]}: {said.removeprefix(f'{argv[0]}: ').removeprefix('error: ')}") from None
     return done.stdout or (done.stderr if or_stderr else "")
 

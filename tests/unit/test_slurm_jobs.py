@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -276,6 +277,40 @@ def test_a_job_that_waits_for_nodes_has_none(monkeypatch, none):
     monkeypatch.setattr(client, "ask", lambda argv: text.replace("n[1,3]", none))
     done = CliRunner().invoke(cli, ["job", "nodes", "7"], catch_exceptions=False)
     assert (done.exit_code, done.output) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "echo 'slurm_load_jobs error: Invalid job id specified' >&2",
+        "echo 'Job 7_9 not found'",  # while Slurm knows other tasks of the array
+    ],
+)
+def test_a_job_that_slurm_has_forgotten_is_known_by_its_run_folder(tmp_path, monkeypatch, said):
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{said}\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    (tmp_path / "outcome.json").write_text('{"exit_code": 0}')
+    assert status.job_status("7_9", tmp_path).state == "COMPLETED"
+    with pytest.raises(ConfigError, match="unknown to Slurm, or ended too long ago"):
+        status.job_status("7_9")
+    with pytest.raises(RunError, match="Slurm has no record of job 7_9"):
+        client.find_job("7_9")
+
+
+def test_a_job_without_a_record_of_its_own_trains_and_says_so(monkeypatch, capfd):
+    """As where sbatch passed on the array variables of a job that submitted it, which has ended since."""
+    monkeypatch.setattr(client, "find_jobs", lambda job_id: [])
+    batch.leave_run_dir("7_9", Path("/runs/a"))
+    try:
+        batch.requeue("7_9", "start 2 of 21")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    said = capfd.readouterr().err
+    assert "cannot set the job's comment: Slurm has no record of job 7_9" in said
+    assert "requeue failed: Slurm has no record of job 7_9" in said
 
 
 def test_components_of_a_heterogeneous_job_are_named_as_squeue_does(monkeypatch):
