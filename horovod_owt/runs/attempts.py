@@ -72,12 +72,13 @@ class Attempt:
 
 
 def find_run_dir(command: Sequence[str]) -> Path | None:
-    """The command's --run-dir."""
+    """The command's --run-dir; of several the last one, as `owt train` takes it."""
+    found = None
     for word, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--run-dir" and (value or following):
-            return Path(value if equals else following)
-    return None
+            found = Path(value if equals else following)
+    return found
 
 
 def run_dir_of(command: Sequence[str]) -> Path:

@@ -72,6 +72,8 @@ def test_a_queue_that_stops_a_job_starts_it_again_but_not_for_ever(attempts, res
 def test_the_run_folder_is_found_in_the_command_and_wanted_there():
     assert run_dir_of(["horovodrun", "owt", "train", "D", "--run-dir", "runs/a"]).name == "a"
     assert run_dir_of(["owt", "train", "D", "--run-dir=runs/b"]).name == "b"
+    twice = ["owt", "train", "D", "--run-dir", "runs/a", "--run-dir", "runs/b"]  # a script's, and the user's
+    assert run_dir_of(twice).name == "b"
     for command in (["owt", "train", "D"], ["owt", "train", "D", "--run-dir"]):
         with pytest.raises(ConfigError, match="no --run-dir"):
             run_dir_of(command)
