@@ -12,7 +12,9 @@ from horovod_owt.filesystem import temporary_folder
 from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
 from horovod_owt.text import encode
 
-EXPORT_LIMITS = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")  # set by sbatch --export, read by srun
+# Options of sbatch that srun would take for its own: --export, and --ntasks-per-gpu, which it refuses beside
+# --ntasks-per-node, given by us and by mpirun.
+NOT_FOR_SRUN = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_TRES")
 OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_")  # how Slurm's variables in a job begin
 OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_HINT", "SLURM_JWT")  # may be set outside of jobs too
 LIMIT_S = 60.0  # for slurmctld to answer
@@ -102,10 +104,10 @@ def ask(
 def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
     """Start srun or mpirun in its own session, so that it does not get the batch process's signals.
 
-    Ranks get the batch process's full environment, whatever sbatch --export was; srun, also below mpirun,
-    would otherwise inherit that setting.
+    Ranks get the batch process's full environment, whatever sbatch --export was, save for what would mislead
+    srun, also below mpirun.
     """
-    whole = {name: value for name, value in os.environ.items() if name not in EXPORT_LIMITS}
+    whole = {name: value for name, value in os.environ.items() if name not in NOT_FOR_SRUN}
     return subprocess.Popen(
         argv,
         env={**whole, **env},

@@ -358,8 +358,10 @@ def test_the_nodes_of_a_job_are_those_that_it_has_now(monkeypatch):
 def test_ranks_get_the_batch_processs_environment_whatever_sbatch_exported(monkeypatch):
     monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
     monkeypatch.setenv("SRUN_EXPORT_ENV", "NIL")
+    monkeypatch.setenv("SLURM_NTASKS_PER_GPU", "1")  # srun ends: "mutually exclusive" with --ntasks-per-node
     monkeypatch.setenv("OF_THE_JOB", "a")
-    check = 'test "$OF_THE_JOB$OF_THE_LAUNCHER/$SLURM_EXPORT_ENV$SRUN_EXPORT_ENV" = ab/'
+    unset = "$SLURM_EXPORT_ENV$SRUN_EXPORT_ENV$SLURM_NTASKS_PER_GPU"
+    check = f'test "$OF_THE_JOB$OF_THE_LAUNCHER/{unset}" = ab/'
     assert start_ranks(["sh", "-c", check], {"OF_THE_LAUNCHER": "b"}).wait(20) == 0
 
 
