@@ -17,6 +17,11 @@ from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.spec import AUTO
 from horovod_owt.topology import UNBOUND, Launcher
 
+# Options of sbatch for each task or GPU. The srun below mpirun would take them for mpirun's daemons, one on
+# each node; since Slurm 24.05 it refuses SRUN_CPUS_PER_TASK beside another number in SLURM_TRES_PER_TASK.
+NOT_FOR_DAEMONS = ("SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_CPUS_PER_GPU", "SLURM_GPUS_PER_TASK")
+NOT_FOR_DAEMONS += ("SLURM_GPU_BIND", "SLURM_TRES_BIND")
+
 
 def choose_launcher(
     asked: str, *, srun_mpi: str, mpirun: str | None, horovod_mpi: bool
@@ -90,9 +95,14 @@ def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
 
 
 def mpirun_argv(allocation: Allocation) -> list[str]:
-    """Open MPI starts its daemons with srun; more ranks than Slurm tasks are allowed."""
+    """Open MPI starts a daemon on each node with srun; more ranks than Slurm tasks are allowed.
+
+    Ranks inherit the cores and GPUs of their daemon: all that the job has on the node.
+    """
+    unset = [word for name in NOT_FOR_DAEMONS for word in ("-u", name)]
+    env = ["env", *unset, f"SRUN_CPUS_PER_TASK={allocation.cpus_per_node}"]
     placing = ["--map-by", f"ppr:{allocation.ranks_per_node}:node:oversubscribe", "--bind-to", "none"]
-    return ["mpirun", "-np", str(allocation.world_size), *placing]
+    return [*env, "mpirun", "-np", str(allocation.world_size), *placing]
 
 
 @contextmanager
@@ -104,9 +114,6 @@ def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator
         return
     interface = interface_between(list(allocation.hosts))
     environment = {UNBOUND: "1", **({} if interface == "lo" else interface_environment(interface))}
-    if launcher is Launcher.MPIRUN:
-        # for the srun that starts mpirun's daemons on each node: ranks inherit its cores
-        environment["SRUN_CPUS_PER_TASK"] = str(allocation.cpus_per_node)
     yield {name: value for name, value in environment.items() if name not in os.environ}
 
 

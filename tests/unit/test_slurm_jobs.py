@@ -446,6 +446,23 @@ def test_containers_wrap_what_ranks_run():
     assert ranks_argv(Launcher.MPIRUN, ALLOCATION, ["/x/owt"])[-1] == "/x/owt"
 
 
+def test_mpiruns_daemons_get_all_cores_and_gpus_of_their_node(tmp_path, monkeypatch):
+    """Whatever was asked for per task, or set by the user: some sites advise to export SRUN_CPUS_PER_TASK."""
+    (tmp_path / "mpirun").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("SRUN_CPUS_PER_TASK", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_TRES_PER_TASK", "cpu=1")  # "set by two different environment variables"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    argv = ranks_argv(Launcher.MPIRUN, ALLOCATION, ["owt", "train"])
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line for line in sorted(said) if line.startswith(("SLURM", "SRUN"))] == [
+        "SLURM_JOB_ID=7",
+        "SRUN_CPUS_PER_TASK=8",
+    ]
+
+
 def test_each_attempt_finds_the_same_run_folder_and_each_task_its_own():
     assert owt_args(["train", "D"], ALLOCATION) == ["train", "D", "--run-dir", "runs/slurm-7"]
     array = {"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
