@@ -79,7 +79,7 @@ def _ranks_per_node(env: Mapping[str, str], nodes: int) -> int:
                 f"{tasks} tasks on {nodes} nodes", wanted="the same number on each", fix="--ntasks-per-node N"
             )
         return tasks // nodes
-    for name in ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):  # 4, or a100:4
-        if found := re.search(r"(\d+)$", env.get(name, "")):
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):  # 4, a100:4, or a100 for one
+        if found := re.search(r"(?:^|:)(\d+)$", env.get(name, "")):
             return max(1, int(found[1]))
     return 1

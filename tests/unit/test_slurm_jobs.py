@@ -374,6 +374,9 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}
         ({}, 1),
         ({"SLURM_GPUS_PER_NODE": "a100:4", "SLURM_GPUS_ON_NODE": "4"}, 4),
         ({"SLURM_GPUS_ON_NODE": "2"}, 2),
+        ({"SLURM_GPUS_PER_NODE": "a100:4"}, 4),
+        ({"SLURM_GPUS_PER_NODE": "a100"}, 1),  # not 100
+        ({"SLURM_GPUS_PER_NODE": "a100:2,v100:2", "SLURM_GPUS_ON_NODE": "4"}, 4),
         ({"SLURM_NTASKS": "6"}, 3),
         ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": "8"}, 2),
     ],
