@@ -15,7 +15,7 @@ from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch.command import check_folder_for_ssh
 from horovod_owt.launch.elastic import ElasticJob
 from horovod_owt.launch.supervisor import Supervisor, reason_not_to_restart
-from horovod_owt.parallel.interfaces import interface_between
+from horovod_owt.parallel.interfaces import chosen_interface
 from horovod_owt.runs.attempts import JOB, AttemptWatch, append_attempt, earlier_attempts, find_run_dir
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
 from horovod_owt.slurm.client import ask, find_job, mpi_types, start_ranks
@@ -40,6 +40,7 @@ def run_job(
     command: Sequence[str],
     *,
     launcher: str = AUTO,
+    interface: str = "",
     max_restarts: int = JobSpec.max_restarts,
     elastic: bool = False,
     min_ranks: int = 0,
@@ -49,8 +50,9 @@ def run_job(
     """Run `owt` with this command line on the job's ranks; returns the job's exit code."""
     allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
     command = ["owt", *owt_args(command, allocation)]
+    interface = chosen_interface(interface or None, list(allocation.hosts))
     if elastic:
-        return train(ElasticRanks(allocation, min_ranks), command, max_restarts)
+        return train(ElasticRanks(allocation, min_ranks, interface), command, max_restarts)
     chosen, why = choose_launcher(
         launcher,
         srun_mpi=mpi_types(),
@@ -58,17 +60,16 @@ def run_job(
         # a container's contents are not visible from here
         horovod_mpi=bool(container_image or apptainer) or horovod_has_mpi(),
     )
-    log_start(allocation, chosen, why)
-    job = Ranks(allocation, chosen, container_image, apptainer)
+    log_start(allocation, chosen, why, interface)
+    job = Ranks(allocation, chosen, interface, container_image, apptainer)
     if command[1] == "train":
         return train(job, command, max_restarts)
     code = job.run(command)
     return 128 - code if code < 0 else code  # as shells report a signal
 
 
-def log_start(allocation: Allocation, launcher: Launcher, why: str) -> None:
+def log_start(allocation: Allocation, launcher: Launcher, why: str, interface: str) -> None:
     hosts, ranks = len(allocation.hosts), allocation.ranks_per_node
-    interface = interface_between(list(allocation.hosts))
     say(
         f"job {allocation.job_id} start {allocation.restarts + 1}: {hosts} nodes x {ranks} ranks, "
         f"launcher {launcher} ({why}), interface {interface}"
@@ -100,9 +101,14 @@ class Ranks:
     """Runs the ranks, and forwards Slurm's signals to end the job."""
 
     def __init__(
-        self, allocation: Allocation, launcher: Launcher, container_image: str, apptainer: str
+        self,
+        allocation: Allocation,
+        launcher: Launcher,
+        interface: str,
+        container_image: str,
+        apptainer: str,
     ) -> None:
-        self.allocation, self._launcher = allocation, launcher
+        self.allocation, self._launcher, self._interface = allocation, launcher, interface
         self._container = {"container_image": container_image, "apptainer": apptainer}
         self._ranks: subprocess.Popen | None = None
         self.asked_to_stop = False
@@ -112,7 +118,7 @@ class Ranks:
     def run(self, command: list[str]) -> int:
         """Run to the end; returns the launcher's exit code, negative for a signal."""
         argv = ranks_argv(self._launcher, self.allocation, command, **self._container)
-        with launcher_environment(self._launcher, self.allocation) as env:
+        with launcher_environment(self._launcher, self.allocation, self._interface) as env:
             self._ranks = start_ranks(argv, env)
             if self.asked_to_stop:  # while it was started
                 self._ranks.terminate()
@@ -130,8 +136,8 @@ class Ranks:
 class ElasticRanks:
     """The same for an elastic job, which survives the loss of nodes (--no-kill)."""
 
-    def __init__(self, allocation: Allocation, min_ranks: int) -> None:
-        self.allocation, self.asked_to_stop = allocation, False
+    def __init__(self, allocation: Allocation, min_ranks: int, interface: str) -> None:
+        self.allocation, self._interface, self.asked_to_stop = allocation, interface, False
         self._min_ranks = min_ranks or (allocation.world_size + 1) // 2
         if self._min_ranks > allocation.world_size:
             raise ConfigError(
@@ -140,13 +146,13 @@ class ElasticRanks:
             )
         if len(allocation.hosts) > 1:
             check_folder_for_ssh(os.getcwd())
-        log_start(allocation, Launcher.GLOO, f"elastic, at least {self._min_ranks} ranks, by ssh")
+        log_start(allocation, Launcher.GLOO, f"elastic, at least {self._min_ranks} ranks, by ssh", interface)
 
     def run(self, command: list[str]) -> int:
         with nodes_file(self.allocation, say) as hosts_file:
             elastic = ElasticJob(
                 command[2:],
-                interface=interface_between(list(self.allocation.hosts)),
+                interface=self._interface,
                 hosts_file=hosts_file,
                 min_ranks=self._min_ranks,
             )

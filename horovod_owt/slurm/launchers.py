@@ -12,7 +12,7 @@ from pathlib import Path
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.gloo import Node, store_environment
-from horovod_owt.parallel.interfaces import interface_between, interface_environment, ipv4_address_of
+from horovod_owt.parallel.interfaces import interface_environment, ipv4_address_of
 from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.spec import AUTO
 from horovod_owt.topology import UNBOUND, Launcher
@@ -106,24 +106,25 @@ def mpirun_argv(allocation: Allocation) -> list[str]:
 
 
 @contextmanager
-def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator[dict[str, str]]:
+def launcher_environment(
+    launcher: Launcher, allocation: Allocation, interface: str
+) -> Iterator[dict[str, str]]:
     """Variables to add to the ranks' environment, for as long as the block lasts."""
     if launcher is Launcher.GLOO:
-        with rendezvous(allocation) as environment:
+        with rendezvous(allocation, interface) as environment:
             yield environment
         return
-    interface = interface_between(list(allocation.hosts))
     environment = {UNBOUND: "1", **({} if interface == "lo" else interface_environment(interface))}
     yield {name: value for name, value in environment.items() if name not in os.environ}
 
 
 @contextmanager
-def rendezvous(allocation: Allocation) -> Iterator[dict[str, str]]:
+def rendezvous(allocation: Allocation, interface: str) -> Iterator[dict[str, str]]:
     """Run Horovod's rendezvous server for ranks without MPI, on this host."""
     from horovod_owt.parallel.store import start_store  # loads Horovod
 
     nodes = [Node(host, allocation.ranks_per_node) for host in allocation.hosts]
-    address, port, stop = start_store(nodes, ipv4_address_of(interface_between(list(allocation.hosts))))
+    address, port, stop = start_store(nodes, ipv4_address_of(interface))
     try:
         yield store_environment(address, port)
     finally:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.parallel import interfaces
 from horovod_owt.runs.records import last_step
 from horovod_owt.slurm import batch, client, nodes, status
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
@@ -162,12 +163,11 @@ def test_an_elastic_job_outlives_its_nodes_and_has_them_alone():
 
 
 @pytest.mark.parametrize(("asked", "least"), [(0, 2), (3, 3)])
-def test_half_of_an_elastic_jobs_ranks_are_enough_unless_more_are_asked_for(monkeypatch, capfd, asked, least):
-    monkeypatch.setattr(batch, "interface_between", lambda hosts: "eth0")
-    batch.ElasticRanks(ALLOCATION, asked)
+def test_half_of_an_elastic_jobs_ranks_are_enough_unless_more_are_asked_for(capfd, asked, least):
+    batch.ElasticRanks(ALLOCATION, asked, "eth0")
     assert f"elastic, at least {least} ranks" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="--min-ranks 5 in a job of 4 ranks"):
-        batch.ElasticRanks(ALLOCATION, 5)
+        batch.ElasticRanks(ALLOCATION, 5, "eth0")
 
 
 def test_the_file_of_nodes_follows_slurm_while_it_answers(monkeypatch):
@@ -464,6 +464,25 @@ def test_mpiruns_daemons_get_all_cores_and_gpus_of_their_node(tmp_path, monkeypa
         "SLURM_JOB_ID=7",
         "SRUN_CPUS_PER_TASK=8",
     ]
+
+
+def test_an_interface_decides_where_the_jobs_nodes_are_reached_by_several(tmp_path, monkeypatch):
+    """The error that names them says `--interface NAME`, which the batch process gets from the script."""
+    ways = {"n1": "eth0", "n2": "ib0"}
+    monkeypatch.setattr(interfaces, "interface_towards", ways.get)
+    monkeypatch.setattr(interfaces.psutil, "net_if_addrs", lambda: {"eth0": [], "ib0": []})
+    monkeypatch.setattr(batch, "ask", lambda argv: "n1\nn2\n")
+    monkeypatch.setattr(batch, "mpi_types", lambda: PMIX)
+    monkeypatch.setattr(batch, "horovod_has_mpi", lambda: True)
+    monkeypatch.setattr(batch.Ranks, "run", lambda self, command: self._interface == "ib0")
+    monkeypatch.setattr(batch.signal, "signal", lambda *_: None)
+    for name, value in {**SLURM, "SLURM_JOB_NODELIST": "n[1-2]"}.items():
+        monkeypatch.setenv(name, value)
+    script = rendered("--kind", "preflight", "--interface", "ib0", "D")
+    words = words_that_arrive(script, tmp_path)
+    assert CliRunner().invoke(cli, words, catch_exceptions=False).exit_code == 1  # True: ran, with ib0
+    with pytest.raises(ConfigError, match="n1 by eth0, n2 by ib0; .*--interface NAME"):
+        CliRunner().invoke(cli, ["job", "run", "--", "preflight"], catch_exceptions=False)
 
 
 def test_each_attempt_finds_the_same_run_folder_and_each_task_its_own():
