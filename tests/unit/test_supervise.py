@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import time
 
 import psutil
@@ -146,6 +147,21 @@ def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_a_signal_finds_the_ranks_in_a_shell_of_srun_too(monkeypatch):
+    """With an MPI by default, each process below `srun --pty` looks like rank 0 of 1, the launcher too."""
+    monkeypatch.setenv("PMIX_RANK", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    with subprocess.Popen(["sh", "-c", "HOROVOD_RANK=0 HOROVOD_SIZE=2 sleep 60; true"]) as launcher:
+        try:
+            rank, end = [], time.monotonic() + 20
+            while not rank and time.monotonic() < end:
+                below = psutil.Process(launcher.pid).children()
+                rank = [process for process in below if "HOROVOD_RANK" in process.environ()]
+            assert [process.pid for process in supervisor.ranks_here()] == [rank[0].pid]
+        finally:
+            supervisor.end_descendants(0)
 
 
 def test_a_damaged_record_of_an_attempt_is_passed_over(tmp_path, caplog):
