@@ -252,7 +252,14 @@ JobId={id}{array} JobName=x JobState=COMPLETED
 
 @pytest.mark.parametrize(
     ("state", "code", "exit_code"),
-    [("RUNNING", "0:0", None), ("COMPLETED", "0:0", 0), ("FAILED", "75:0", 75), ("CANCELLED", "0:15", 143)],
+    [
+        ("RUNNING", "0:0", None),
+        ("COMPLETED", "0:0", 0),
+        ("FAILED", "75:0", 75),
+        ("CANCELLED", "0:15", 143),
+        ("CANCELLED", "0:0", None),  # while it waited
+        ("TIMEOUT", "0:0", None),
+    ],
 )
 def test_a_job_record_is_read_whatever_the_job_is_called(state, code, exit_code):
     (job,) = parse_jobs(RECORD.format(id=7, array="", state=state, code=code, space=" ") + "   \n\n")
