@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
@@ -18,7 +18,7 @@ from horovod_owt.launch.supervisor import Supervisor, reason_not_to_restart
 from horovod_owt.parallel.interfaces import chosen_interface
 from horovod_owt.runs.attempts import JOB, AttemptWatch, append_attempt, earlier_attempts, find_run_dir
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
-from horovod_owt.slurm.client import ask, find_job, mpi_types, start_ranks
+from horovod_owt.slurm.client import ask, find_job, find_jobs, mpi_types, start_ranks
 from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
 from horovod_owt.slurm.launchers import (
     choose_launcher,
@@ -48,6 +48,7 @@ def run_job(
     apptainer: str = "",
 ) -> int:
     """Run `owt` with this command line on the job's ranks; returns the job's exit code."""
+    forget_array_of_submitter(os.environ)
     allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
     command = ["owt", *owt_args(command, allocation)]
     interface = chosen_interface(interface or None, list(allocation.hosts))
@@ -66,6 +67,23 @@ def run_job(
         return train(job, command, max_restarts)
     code = job.run(command)
     return 128 - code if code < 0 else code  # as shells report a signal
+
+
+def forget_array_of_submitter(env: MutableMapping[str, str]) -> None:
+    """Remove the array variables of a task that submitted this job: sbatch passes them on.
+
+    With them the job would take that task for itself, and requeue it.
+    """
+    if "SLURM_ARRAY_JOB_ID" not in env or "SLURM_ARRAY_TASK_ID" not in env:
+        return
+    try:
+        tasks = find_jobs(f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}")
+    except OwtError as error:
+        say(f"WARNING {error}")
+        return
+    if all(task.number != env.get("SLURM_JOB_ID") for task in tasks):
+        for name in [name for name in env if name.startswith("SLURM_ARRAY_")]:
+            del env[name]
 
 
 def log_start(allocation: Allocation, launcher: Launcher, why: str, interface: str) -> None:

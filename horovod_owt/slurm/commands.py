@@ -42,6 +42,7 @@ def comment_argv(job_id: str, comment: str) -> list[str]:
 class JobRecord:
     """A job's record in slurmctld, kept for MinJobAge after its end."""
 
+    number: str  # its SLURM_JOB_ID: each task of an array has its own
     job_id: str  # N; N_TASK in an array; N+COMPONENT in a heterogeneous job
     state: str
     exit_code: int | None  # 128 + the signal that ended it, as in a shell; None if Slurm has none
@@ -67,8 +68,10 @@ def _parse_job(text: str) -> JobRecord:
         state = REQUEUED
     ended = state in FINISHED and (code or (number and 128 + number))
     nodes = _values(text, r"NodeList=(.*)")[0].strip() if "\n   NodeList=" in text else ""
+    first_line = text.lstrip().partition("\n")[0]
     return JobRecord(
-        job_id=_job_id(text.lstrip().partition("\n")[0]),
+        number=re.match(r"JobId=(\d+)", first_line)[1],
+        job_id=_job_id(first_line),
         state=state,
         exit_code=0 if state == "COMPLETED" else ended or None,  # 0:0 of TIMEOUT, CANCELLED, ... is none
         restarts=restarts,

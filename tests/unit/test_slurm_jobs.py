@@ -307,8 +307,19 @@ def test_a_job_that_slurm_has_forgotten_is_known_by_its_run_folder(tmp_path, mon
         client.find_job("7_9")
 
 
+@pytest.mark.parametrize(("number", "left"), [("9", True), ("12", False)])
+def test_a_job_does_not_take_the_task_that_submitted_it_for_itself(monkeypatch, number, left):
+    """A plain sbatch passes on the array variables of the job that it runs in."""
+    record = RECORD.format(id=9, array=" ArrayJobId=7 ArrayTaskId=2", state="RUNNING", code="0:0", space="")
+    monkeypatch.setattr(client, "ask", lambda argv: record)
+    env = {"SLURM_JOB_ID": number, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    batch.forget_array_of_submitter(env)
+    assert ("SLURM_ARRAY_JOB_ID" in env) == ("SLURM_ARRAY_TASK_ID" in env) == left
+    assert env["SLURM_JOB_ID"] == number
+
+
 def test_a_job_without_a_record_of_its_own_trains_and_says_so(monkeypatch, capfd):
-    """As where sbatch passed on the array variables of a job that submitted it, which has ended since."""
+    """That costs it the comment for `owt job status`, and the requeue."""
     monkeypatch.setattr(client, "find_jobs", lambda job_id: [])
     batch.leave_run_dir("7_9", Path("/runs/a"))
     try:
