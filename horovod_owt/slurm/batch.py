@@ -92,6 +92,9 @@ def log_start(allocation: Allocation, launcher: Launcher, why: str, interface: s
         f"job {allocation.job_id} start {allocation.restarts + 1}: {hosts} nodes x {ranks} ranks, "
         f"launcher {launcher} ({why}), interface {interface}"
     )
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdecimal() and int(gpus) > ranks:
+        say(f"WARNING {ranks} of the {gpus} GPUs on a node in use; fix: --ntasks-per-node {gpus}")
     if allocation.crowded:
         say(
             f"WARNING {ranks} ranks share {allocation.cpus_per_node} CPU on a node; "

@@ -307,6 +307,16 @@ def test_a_job_that_slurm_has_forgotten_is_known_by_its_run_folder(tmp_path, mon
         client.find_job("7_9")
 
 
+@pytest.mark.parametrize(("gpus", "warned"), [("4", True), ("2", False), ("", False)])
+def test_gpus_without_a_rank_are_warned_of(monkeypatch, capfd, gpus, warned):
+    """SLURM_NTASKS_PER_NODE may be left from the shell that submitted the job."""
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
+    batch.log_start(ALLOCATION, Launcher.GLOO, "set by --launcher", "eth0")
+    assert (
+        "WARNING 2 of the 4 GPUs on a node in use; fix: --ntasks-per-node 4" in capfd.readouterr().err
+    ) == warned
+
+
 @pytest.mark.parametrize(("number", "left"), [("9", True), ("12", False)])
 def test_a_job_does_not_take_the_task_that_submitted_it_for_itself(monkeypatch, number, left):
     """A plain sbatch passes on the array variables of the job that it runs in."""
