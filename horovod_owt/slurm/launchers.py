@@ -79,7 +79,8 @@ def ranks_argv(
 def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
     """No binding by srun: ranks choose their cores themselves, as under every launcher.
 
-    Since 22.05 a step gets only the cores that it requests, whatever sbatch requested.
+    Since 22.05 a step gets only the cores that it requests, whatever sbatch requested. A host's ranks are
+    consecutive, also where sbatch was given another --distribution.
     """
     return [
         "srun",
@@ -87,6 +88,7 @@ def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
         f"--nodes={len(allocation.hosts)}",
         f"--ntasks={allocation.world_size}",
         f"--ntasks-per-node={allocation.ranks_per_node}",
+        "--distribution=block",
         f"--cpus-per-task={allocation.cpus_per_rank}",
         "--cpu-bind=none",
         "--kill-on-bad-exit=1",

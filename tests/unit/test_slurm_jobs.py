@@ -470,6 +470,7 @@ def test_containers_wrap_what_ranks_run():
     owt = ["owt", "train", "/my data"]
     argv = ranks_argv(Launcher.GLOO, ALLOCATION, owt, apptainer="image.sif")
     assert argv[0] == "srun" and "--mpi=none" in argv
+    assert "--distribution=block" in argv  # SLURM_DISTRIBUTION may say cyclic
     shim = ["owt", "job", "rank"]
     assert argv[argv.index("apptainer") :] == ["apptainer", "exec", "--nv", "image.sif", *shim, *owt]
     argv = ranks_argv(Launcher.PMIX, ALLOCATION, owt, container_image="docker://x")
