@@ -44,9 +44,9 @@ def bench() -> None:
 @WARMUP_OPTION
 @click.option(
     "--against",
-    type=click.Choice(["plain", "torch"]),
+    type=click.Choice(["plain", "torch", "compile"]),
     help="Compare with a hand-written Horovod loop (plain), or the same net in torch on each rank alone, "
-    "without Horovod (torch); both on random tensors.",
+    "without Horovod (torch), also compiled by torch.compile (compile); all on random tensors.",
 )
 @JSON_OPTION
 def step(
