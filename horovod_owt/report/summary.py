@@ -53,11 +53,16 @@ def summarize_all(
             fix=f"copy each to its run folder: cp {evaluation} {evaluation_file(run_dirs[0])}",
         )
     found = [summarize(run_dir, most_points=most_points, evaluation=evaluation) for run_dir in run_dirs]
-    names = Counter(run["name"] for run in found)
-    for run in found:
-        if names[run["name"]] > 1:
-            run["name"] = run["path"]
-    return found
+    return [run | {"name": name} for run, name in zip(found, names_of(run_dirs), strict=True)]
+
+
+def names_of(run_dirs: Sequence[Path]) -> list[str]:
+    """The folders' names; of those that have the same one, their paths."""
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else str(run_dir) for name, run_dir in zip(names, run_dirs, strict=True)
+    ]
 
 
 def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None) -> dict[str, Any]:
