@@ -153,6 +153,12 @@ def plan(
 
     if not 1 <= slow < math.inf:
         raise ConfigError(f"--slow {slow:g}", wanted="at least 1, how many times as long the node computes")
+    if (ranks_per_node or 0) > place.ranks_per_node:
+        raise ConfigError(
+            f"--ranks-per-node {ranks_per_node}",
+            wanted=f"at most {place.ranks_per_node}, the devices of {place.name}",
+            fix=f"--figure ranks_per_node={ranks_per_node}, of a larger machine",
+        )
     request = PlanRequest(
         place,
         cfg,

@@ -78,6 +78,7 @@ def test_it_takes_less_than_a_second():
         (["--figure", "link_gb_s=-1"], "link_gb_s=-1"),
         (["--nodes", "0"], "--nodes 0"),
         (["--nodes", "two"], "--nodes two"),
+        (["--ranks-per-node", "8"], "--ranks-per-node 8; wanted at most 4"),
         (["--set", "btch=3"], "unknown key 'btch'"),
         (["--set", "batch=-3"], "batch=-3"),
         (["--slow", "0.5"], "--slow 0.5"),
