@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -14,6 +13,7 @@ from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
 from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.text import json_text
 from horovod_owt.topology import be_one_process
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def predict(
         else:
             click.echo(_text(found.path, best))
     if as_json:
-        click.echo(json.dumps({"checkpoint": str(info.source), "images": rows, "bad": bad}))
+        click.echo(json_text({"checkpoint": str(info.source), "images": rows, "bad": bad}))
     if bad:
         raise RunError(f"{len(bad)} of {len(named)} not classified, {bad[0]['path']}: {bad[0]['fault']}")
 
