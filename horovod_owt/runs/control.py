@@ -17,6 +17,7 @@ from horovod_owt.filesystem import unlink_quietly
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import read_outcome
 from horovod_owt.runs.owner import Owner, active_owner
+from horovod_owt.runs.records import METRICS, last_attempt
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,18 @@ def withdraw_older(run_dir: Path, since: float) -> None:
 
 
 def wait_for_end(run_dir: Path, owner: Owner, limit_s: float) -> str:
-    """Wait until the owner has left the folder; returns how its run ended. RunError after `limit_s`."""
+    """Wait until the owner has left the folder; returns how its run ended. RunError after `limit_s`.
+
+    A rank that is killed leaves the outcome of an earlier attempt, which is not this run's.
+    """
     _wait(lambda: active_owner(run_dir) != owner, limit_s, f"{run_dir} is still in use by {owner}")
     try:
-        return read_outcome(run_dir)["reason"]
+        outcome, attempt = read_outcome(run_dir), last_attempt(run_dir / METRICS)
     except FileNotFoundError:
-        return "the process has ended, and left no outcome.json"
+        outcome, attempt = None, 0
+    if outcome is None or outcome.get("attempt", attempt) != attempt:
+        return "the process has ended without an outcome: it was killed, or its host went down"
+    return outcome["reason"]
 
 
 def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:

@@ -20,7 +20,7 @@ from horovod_owt.runs.control import SAVE, STOP, ask, requests, wait_for_checkpo
 from horovod_owt.runs.folder import write_outcome
 from horovod_owt.runs.opening import Resume, open_run_folder
 from horovod_owt.runs.owner import Ownership, active_owner, this_process
-from horovod_owt.runs.records import Start
+from horovod_owt.runs.records import MetricsLog, Start
 from horovod_owt.train import requests as train_requests
 from horovod_owt.train.requests import FileRequests
 from horovod_owt.train.stop import StopRequest
@@ -176,6 +176,19 @@ def test_waiting_for_the_end_tells_how_it_ended(tmp_path):
     write_outcome(tmp_path, {"exit_code": 75, "reason": "stopped by the file STOP after step 7"})
     ownership.leave()
     assert wait_for_end(tmp_path, owner, 10) == "stopped by the file STOP after step 7"
+
+
+def test_the_outcome_of_an_earlier_attempt_is_not_that_of_a_killed_one(tmp_path):
+    first, second = Start(attempt=1), Start(attempt=2)
+    write_outcome(tmp_path, {**first.stamp(), "exit_code": 75, "reason": "stopped by the file STOP"})
+    for start in (first, second):
+        log = MetricsLog(tmp_path, start)
+        log.write("run", first_step=0)
+        log.close()
+    gone = replace(this_process({}), pid=1)
+    assert "without an outcome" in wait_for_end(tmp_path, gone, 10)
+    write_outcome(tmp_path, {**second.stamp(), "exit_code": 0, "reason": "done"})
+    assert wait_for_end(tmp_path, gone, 10) == "done"
 
 
 def test_waiting_for_a_checkpoint_names_it(tmp_path):
