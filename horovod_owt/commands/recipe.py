@@ -53,7 +53,8 @@ def show(name: str, as_json: bool) -> None:
     """
     found = load_recipe(name)
     document = _document(found)
-    click.echo(json.dumps(document) if as_json else found.text.rstrip("\n"))
+    # default: YAML has dates
+    click.echo(json.dumps(document, default=str) if as_json else found.text.rstrip("\n"))
 
 
 def _document(recipe: Recipe) -> dict:
