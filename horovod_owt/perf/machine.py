@@ -198,6 +198,7 @@ def _figure(key: str, entry: Any, where: str) -> Figure:
 
 def checked(key: str, value: Any, where: str) -> float:
     """`value` as a number that the figure may have; raises ConfigError."""
+    _refuse_unknown({key: value}, FIGURES, where)
     meaning, least = FIGURES[key]
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
