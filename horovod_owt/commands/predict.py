@@ -42,7 +42,7 @@ def predict(
     """Print the most probable classes of each IMAGE: a file, a folder, or - for a list of these on stdin.
 
     The net is a run folder, a checkpoint or a file of weights, as for `owt evaluate`. Classes have the names
-    of the run's class folders; weights of others have numbers. Images that cannot be decoded are named, the
+    of the run's class folders; where those are unknown, numbers. Images that cannot be decoded are named, the
     others are classified, and the exit code is 1.
 
     \b
