@@ -60,7 +60,7 @@ def plot_runs(
                     _draw(axes, run, column, x, colour)
             axes.set(xlabel=AXES[x], ylabel=title)
             axes.set_yscale("log") if log and may_be_log else axes.set_ylim(bottom=0)
-            if len(found) > 1 or name == "accuracy":
+            if axes.lines and (len(found) > 1 or name == "accuracy"):
                 axes.legend()
         with named_file(path, "--out") as file:
             metadata = {"Date": None} if path.suffix == ".svg" else {}

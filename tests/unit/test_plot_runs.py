@@ -104,9 +104,15 @@ def test_a_figure_is_written_in_each_format(runs, tmp_path, suffix):
         assert file.read_bytes() == first
 
 
+@pytest.mark.filterwarnings("error:No artists")
 def test_a_run_that_lacks_a_curve_has_no_line(runs, tmp_path, figures):
     assert plot(runs[1], "--out", tmp_path / "x.svg", "--what", "gradient").exit_code == 0
     assert drawn(figures[0], 0) == {}
+    young = WrittenRun(tmp_path / "young")
+    young.start(["a"])
+    young.steps(3)
+    done = plot(tmp_path / "young", "--out", tmp_path / "x.svg", "--what", "accuracy")
+    assert done.exit_code == 0 and drawn(figures[1], 0) == {}
 
 
 @pytest.mark.parametrize(
