@@ -33,6 +33,9 @@ WARMUP_OPTION = click.option(
 @click.group()
 def bench() -> None:
     """Run benchmarks; each report includes its method."""
+    from horovod_owt.data.machine import allow_open_files
+
+    allow_open_files()
 
 
 @bench.command()
