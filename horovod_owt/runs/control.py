@@ -109,5 +109,5 @@ def _wait(done, limit_s: float, saw: str) -> None:
     end = time.monotonic() + limit_s
     while not done():
         if time.monotonic() > end:
-            raise RunError(f"{saw} after {limit_s:g} s", fix="it stays asked; see the log of the run")
+            raise RunError(f"{saw} after {limit_s:g} s", fix="see the log of the run; the request stays")
         time.sleep(POLL_S)
