@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.errors import ConfigError, Preempted, RunError
 from horovod_owt.filesystem import unlink_quietly
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import read_outcome
@@ -87,9 +87,19 @@ def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:
 
     _wait(done, limit_s, f"{run_dir} has no new checkpoint yet")
     found = list_checkpoints(run_dir)
-    if (run_dir / SAVE).exists() or not found:
+    if (run_dir / SAVE).exists() or not found or _has_failed(run_dir):  # at its end a run withdraws requests
         raise RunError(f"the run in {run_dir} has ended without writing a checkpoint", fix="see outcome.json")
     return found[0]
+
+
+def _has_failed(run_dir: Path) -> bool:
+    """Whether the newest attempt has ended with an error."""
+    try:
+        outcome = read_outcome(run_dir)
+    except (FileNotFoundError, ConfigError):
+        return False
+    own = outcome.get("attempt") == last_attempt(run_dir / METRICS)
+    return own and outcome["exit_code"] not in (0, Preempted.exit_code)
 
 
 def _owner(run_dir: Path) -> Owner:

@@ -207,6 +207,22 @@ def test_waiting_for_a_checkpoint_names_it(tmp_path):
         wait_for_checkpoint(tmp_path, owner, 10)
 
 
+@pytest.mark.parametrize(("attempt", "exit_code", "saved"), [(2, 1, False), (2, 75, True), (1, 1, True)])
+def test_a_run_that_failed_has_not_saved(tmp_path, attempt, exit_code, saved):
+    """It withdraws the request at its end; an outcome of an earlier attempt says nothing."""
+    log = MetricsLog(tmp_path, Start(attempt=2))
+    log.write("run", first_step=0)
+    log.close()
+    (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
+    write_outcome(tmp_path, {**Start(attempt).stamp(), "exit_code": exit_code, "reason": "loss is nan"})
+    owner = this_process({})
+    if saved:
+        assert wait_for_checkpoint(tmp_path, owner, 10).name == "step-00000007"
+    else:
+        with pytest.raises(RunError, match="has ended without writing a checkpoint; fix: see outcome.json"):
+            wait_for_checkpoint(tmp_path, owner, 10)
+
+
 @pytest.mark.parametrize("stop_is_final", [True, False])
 def test_a_deliberate_stop_is_neither_restarted_nor_requeued(tmp_path, stop_is_final):
     watch = AttemptWatch(tmp_path)
