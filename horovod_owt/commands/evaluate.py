@@ -53,7 +53,8 @@ def evaluate(
     \b
     Examples:  owt evaluate /data/imagenet runs/first
                owt evaluate /data/imagenet runs/first/checkpoints/step-00450362 --crops 10
-               horovodrun -np 4 owt evaluate /data/imagenet alexnet-owt-7be5be79.pth --json
+               horovodrun -np 4 owt evaluate /data/imagenet runs/first
+               mpirun -np 4 owt evaluate /data/imagenet alexnet-owt-7be5be79.pth --json
                owt evaluate /data/imagenet runs/first --confusion confusion.svg --set batch=32
 
     Ctrl-C stops it at once; nothing is written but the picture.
