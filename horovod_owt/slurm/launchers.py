@@ -99,10 +99,13 @@ def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
 def mpirun_argv(allocation: Allocation) -> list[str]:
     """Open MPI starts a daemon on each node with srun; more ranks than Slurm tasks are allowed.
 
-    Ranks inherit the cores and GPUs of their daemon: all that the job has on the node.
+    Ranks inherit the cores and GPUs of their daemon: all that the job has on the node. Of GPUs requested per
+    task a step of one task per node gets those of one task, unless it says otherwise.
     """
     unset = [word for name in NOT_FOR_DAEMONS for word in ("-u", name)]
     env = ["env", *unset, f"SRUN_CPUS_PER_TASK={allocation.cpus_per_node}"]
+    if allocation.gpus_by_task:
+        env.append(f"SLURM_GPUS_PER_NODE={allocation.gpus_by_task}")
     placing = ["--map-by", f"ppr:{allocation.ranks_per_node}:node:oversubscribe", "--bind-to", "none"]
     return [*env, "mpirun", "-np", str(allocation.world_size), *placing]
 

@@ -487,12 +487,16 @@ def test_mpiruns_daemons_get_all_cores_and_gpus_of_their_node(tmp_path, monkeypa
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_TRES_PER_TASK", "cpu=1")  # "set by two different environment variables"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    argv = ranks_argv(Launcher.MPIRUN, ALLOCATION, ["owt", "train"])
+    env = {**SLURM, "SLURM_NTASKS": "4", "SLURM_GPUS_PER_TASK": "a100:1", "SLURM_GPUS_ON_NODE": "2"}
+    argv = ranks_argv(Launcher.MPIRUN, read_allocation(env, ["n1", "n2"]), ["owt", "train"])
     said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line for line in sorted(said) if line.startswith(("SLURM", "SRUN"))] == [
+        "SLURM_GPUS_PER_NODE=2",
         "SLURM_JOB_ID=7",
         "SRUN_CPUS_PER_TASK=8",
     ]
+    argv = ranks_argv(Launcher.MPIRUN, ALLOCATION, ["owt", "train"])
+    assert not any(word.startswith("SLURM_GPUS_PER_NODE=") for word in argv)
 
 
 def test_an_interface_decides_where_the_jobs_nodes_are_reached_by_several(tmp_path, monkeypatch):
