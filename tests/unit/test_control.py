@@ -67,8 +67,14 @@ def test_the_owner_is_found_while_it_owns_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(("seen_s_ago", "alive"), [(3, True), (60, False)])
-def test_an_owner_on_another_host_is_alive_as_long_as_it_renews_its_file(tmp_path, seen_s_ago, alive):
+@pytest.mark.parametrize("clock_off_s", [0, 600, -600])
+def test_an_owner_on_another_host_is_alive_as_long_as_it_renews_its_file(
+    tmp_path, monkeypatch, seen_s_ago, alive, clock_off_s
+):
+    """By the file server's clock, whatever this host's says."""
     owner_elsewhere(tmp_path, seen_s_ago)
+    now = time.time() + clock_off_s
+    monkeypatch.setattr(time, "time", lambda: now)
     assert (active_owner(tmp_path) is not None) == alive
 
 
