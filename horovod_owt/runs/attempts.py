@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,7 @@ class AttemptWatch:
         self.start = next_start(run_dir, os.environ)
         self._records_before = records_size(run_dir)
         self._outcome_before = outcome_stamp(run_dir)
-        newest = self._newest_checkpoint()
-        self._checkpoint_before = _made_at(newest) if newest else None
+        self._checkpoint_before = self._newest_checkpoint()
 
     def attempt(self, launcher_code: int, *, asked_to_stop: bool) -> Attempt:
         exit_code = 128 - launcher_code if launcher_code < 0 else launcher_code
@@ -115,8 +115,8 @@ class AttemptWatch:
             exit_code=outcome["exit_code"],
             reason=outcome["reason"],
             last_step=step or 0,
-            checkpoint=newest.name if newest else "",
-            new_checkpoint=newest is not None and _made_at(newest) != self._checkpoint_before,
+            checkpoint=newest[0] if newest else "",
+            new_checkpoint=newest is not None and newest != self._checkpoint_before,
             asked_to_stop=asked_to_stop,
             stopped_by=str(outcome.get("stopped_by", "")),
         )
@@ -132,14 +132,15 @@ class AttemptWatch:
         except ConfigError as error:
             return {"reason": error.saw}
 
-    def _newest_checkpoint(self) -> Path | None:
-        """Not verified: the run does that when it resumes."""
-        return next(iter(list_checkpoints(self._run_dir)), None)
+    def _newest_checkpoint(self) -> tuple[str, int] | None:
+        """Its name, and a time that changes when that of a step is written again; None if none is seen.
 
-
-def _made_at(checkpoint: Path) -> tuple[str, int]:
-    """A key that changes when the checkpoint of a step is written again."""
-    return checkpoint.name, checkpoint.stat().st_mtime_ns
+        Not verified: the run does that when it resumes.
+        """
+        with suppress(OSError):
+            for folder in list_checkpoints(self._run_dir):
+                return folder.name, folder.stat().st_mtime_ns
+        return None
 
 
 def _launcher_reason(code: int) -> str:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +47,17 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first; other names are ignored."""
-    folders = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name[5:].isdigit()]
+    """The run's checkpoint folders, newest first; other names are ignored.
+
+    Raises OSError if they cannot be listed. Path.glob would hide that, and a run with an unreadable folder
+    would start anew.
+    """
+    try:
+        with os.scandir(run_dir / CHECKPOINTS) as entries:
+            names = [entry.name for entry in entries]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    folders = [run_dir / CHECKPOINTS / name for name in names if re.fullmatch("step-[0-9]+", name)]
     return sorted(folders, key=step_of, reverse=True)
 
 
@@ -95,10 +106,13 @@ def sound_checkpoint(folder: Path) -> Path:
 def newest_sound(run_dir: Path) -> Path | None:
     """The newest valid checkpoint; damaged ones are logged and skipped.
 
-    None if there are no checkpoints. Raises RunError if all are damaged: starting from scratch would hide
-    that.
+    None if there are no checkpoints. Raises RunError if all are damaged, or the machine does not list them:
+    starting from scratch would hide that.
     """
-    folders = list_checkpoints(run_dir)
+    try:
+        folders = list_checkpoints(run_dir)
+    except OSError as error:
+        raise (explained(error) or error) from error
     for folder in folders:
         fault = find_fault(folder)
         if not fault:
@@ -241,7 +255,10 @@ def drop_old(run_dir: Path, *, keep: int, newest: int) -> list[str]:
         best, faults = _load_best(run_dir).get("step"), []
     except (OSError, ValueError, KeyError, TypeError) as error:  # the best one could be among them
         return [f"old checkpoints kept: {run_dir / CHECKPOINTS / BEST} cannot be read: {error}"]
-    folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest]
+    try:
+        folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest]
+    except OSError as error:
+        return [f"old checkpoints kept: {run_dir / CHECKPOINTS}: {error.strerror or error}"]
     for old in folders[keep:]:
         if step_of(old) != best:
             try:

@@ -15,6 +15,7 @@ from horovod_owt.cli import cli
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, ProblemFound, RunError
 from horovod_owt.runs import checkpoints
+from horovod_owt.runs.attempts import AttemptWatch
 from horovod_owt.runs.checkpoints import (
     FILES,
     MANIFEST,
@@ -33,6 +34,7 @@ from horovod_owt.train import checkpoint as module
 from horovod_owt.train import checkpoint_writer
 from horovod_owt.train.checkpoint import Checkpoint, DiskError, read_checkpoint, write_checkpoint
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
+from horovod_owt.train.watch import _how_to_resume
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -113,6 +115,28 @@ def test_a_file_that_the_machine_does_not_give_is_not_damaged(tmp_path, monkeypa
         assert verified.exception.exit_code == 3 and "step-00000001  whole" in verified.stdout
         assert f"step-00000002  unreadable: {newer}" in verified.stdout
     assert newest_sound(tmp_path) == newer and older.is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_checkpoints_that_the_machine_does_not_list_are_not_taken_for_none(tmp_path, monkeypatch, number):
+    """The run would start from initial weights, and move its checkpoints aside when they are seen again."""
+    folder = write_checkpoint(tmp_path, checkpoint(7))
+    real_scandir = os.scandir
+
+    def no_list(path):
+        if Path(path) == folder.parent:
+            raise OSError(number, os.strerror(number), str(path))
+        return real_scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", no_list)
+        with pytest.raises(RunError, match=f"checkpoints: {os.strerror(number)}; fix"):
+            open_folder(tmp_path)
+        (kept,) = drop_old(tmp_path, keep=1, newest=8)
+        assert "old checkpoints kept" in kept and os.strerror(number) in kept
+        assert f"--run-dir {tmp_path} resumes" in _how_to_resume(tmp_path)  # of a job that hangs
+        assert AttemptWatch(tmp_path).attempt(1, asked_to_stop=False).checkpoint == ""
+    assert newest_sound(tmp_path) == folder
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
