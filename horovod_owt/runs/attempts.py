@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.errors import ConfigError
+from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import outcome_stamp, read_outcome
 from horovod_owt.runs.owner import elastic_driver
@@ -122,14 +122,18 @@ class AttemptWatch:
         )
 
     def has_ended(self) -> bool:
-        """Whether this attempt has written an outcome."""
-        return outcome_stamp(self._run_dir) != self._outcome_before
+        """Whether this attempt has written an outcome, as far as that can be seen now."""
+        try:
+            stamp = outcome_stamp(self._run_dir)
+        except OSError:  # of a file server; this is asked every second, and must not end who asks
+            return False
+        return stamp not in (None, self._outcome_before)
 
     def _own_outcome(self) -> dict[str, Any]:
         """The run's outcome; if it is damaged, the launcher's exit code stays."""
         try:
             return read_outcome(self._run_dir)
-        except ConfigError as error:
+        except OwtError as error:
             return {"reason": error.saw}
 
     def _newest_checkpoint(self) -> tuple[str, int] | None:
