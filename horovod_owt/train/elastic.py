@@ -54,12 +54,17 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             kept = state.last.first_global_batch if state.last else opened.kept_global_batch
             if kept:
                 cfg = in_world_of(world.size, cfg, kept)
+            else:  # also if ranks are lost before the first commit
+                opened = dataclasses.replace(opened, kept_global_batch=cfg.global_batch(world.size))
             Run(cfg, request, world, opened, stop, committed=state).train()
 
         def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
             if not state.last:
                 found = open_run(where, cfg, request.folder.identity(), resume, ownership)
-                return dataclasses.replace(found, attempt=opened.attempt) if opened else found
+                if opened is None:
+                    return found
+                kept = found.kept_global_batch or opened.kept_global_batch
+                return dataclasses.replace(found, attempt=opened.attempt, kept_global_batch=kept)
             ownership.take(state.last.run_dir)
             return Opened(
                 state.last.run_dir,

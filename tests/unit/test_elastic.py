@@ -3,6 +3,7 @@
 import shlex
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from hypothesis import strategies as st
 from horovod_owt.config import TrainConfig
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
 from horovod_owt.parallel import elastic
+from horovod_owt.parallel.runtime import World
+from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
+from horovod_owt.train import elastic as train_elastic
 from horovod_owt.train.elastic import in_world_of
 
 
@@ -30,6 +34,45 @@ def test_with_keep_the_global_batch_is_divided_among_the_new_ranks(ranks, batch,
     """128 images, and the nearest number that 3 or 5 ranks can share."""
     kept = in_world_of(ranks, config(), 128)
     assert (kept.batch, kept.accum_steps) == (batch, accum_steps)
+
+
+@pytest.mark.parametrize(
+    ("elastic_batch", "global_batches"), [("keep", [128, 132, 128]), ("scale", [128, 96, 128])]
+)
+def test_the_first_ranks_determine_the_global_batch_also_if_one_dies_before_the_first_commit(
+    monkeypatch, tmp_path, elastic_batch, global_batches
+):
+    sizes, seen = iter([4, 3, 4]), []
+
+    class Run:
+        def __init__(self, cfg, request, world, *_, **__) -> None:
+            seen.append(cfg.global_batch(world.size))
+
+        def train(self) -> None:
+            """Nothing is committed."""
+
+    def current_world(device):
+        return World(0, next(sizes), 0, 1, "here", torch.device("cpu"), 1)
+
+    runtime = SimpleNamespace(init=lambda *_, **__: None, current_world=current_world, shutdown=lambda: None)
+    worlds = SimpleNamespace(run=lambda state, train: [train(state) for _ in range(3)])
+    alone = {
+        "runtime": runtime,
+        "elastic": worlds,
+        "Run": Run,
+        "check_agreement": lambda *_: None,
+        "broadcast_object": lambda value, name, kind: value,
+        "on_root": lambda action, name, kind: action(),
+        "open_run": lambda *_: Opened(tmp_path),
+    }
+    for name, stand_in in alone.items():
+        monkeypatch.setattr(train_elastic, name, stand_in)
+    folder = SimpleNamespace(fingerprint=lambda: "", identity=dict)
+    request = SimpleNamespace(
+        cfg=config(elastic_batch=elastic_batch), device=SimpleNamespace(name="cpu"), folder=folder
+    )
+    train_elastic.train_elastic(request, run_dir=tmp_path, resume=Resume())
+    assert seen == global_batches
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 256), st.integers(1, 4))
