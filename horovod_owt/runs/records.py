@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class MetricsLog:
         self._refused = False
 
     def write(self, kind: str, **values: Any) -> dict[str, Any]:
-        """Write a line; returns its record."""
+        """Write a line; returns its record. NaN and infinity, which JSON lacks, become null."""
+        values = {key: None if _is_not_finite(value) else value for key, value in values.items()}
         with self._one_at_a_time:
             record = {"kind": kind, **self._start.stamp(), **values}
             self._unwritten += (json.dumps(record) + "\n").encode()
@@ -92,6 +94,11 @@ class MetricsLog:
             self._file.close()
         except OSError as error:  # late error of a network file system
             log.warning("%s: %s", METRICS, error.strerror)
+
+
+def _is_not_finite(value: Any) -> bool:
+    """Whether it is NaN or infinite, as the gradient norm of an fp16 step that overflowed."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def records_size(run_dir: Path) -> int:

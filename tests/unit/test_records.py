@@ -139,6 +139,16 @@ def test_each_line_has_the_time_the_attempt_and_the_job(metrics):
     assert before - 0.001 <= time_of(record) <= time.time() and record["time"].endswith("Z")
 
 
+def test_what_json_has_no_number_for_is_null(metrics):
+    """`jq` and JavaScript refuse a line with Infinity."""
+    log = MetricsLog(metrics.parent)
+    log.write("step", step=9, loss=2.5, grad_norm=float("inf"))
+    log.write("validation", step=9, loss=float("nan"))
+    log.close()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in metrics.read_text().splitlines()]
+    assert [(line["loss"], line.get("grad_norm")) for line in lines] == [(2.5, None), (None, None)]
+
+
 @pytest.mark.parametrize("tz", ["UTC", "Asia/Kolkata", "America/New_York"])
 def test_times_are_utc_whatever_the_clock_shows(monkeypatch, tz):
     monkeypatch.setenv("TZ", tz)
