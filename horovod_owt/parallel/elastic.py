@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,14 @@ class Committed(State):
         heartbeat to tell the others. The run itself is built again from the last commit.
         """
         abort_connections(keep=set())
+        self._host_messages = queue.Queue()  # the driver chooses the next world's hosts later than this
+
+    def on_reset(self) -> None:
+        """Keep what the driver has said of hosts meanwhile; Horovod forgets it.
+
+        It chooses a world's hosts before it starts their ranks, and says once that there are others. A host
+        that came back while new ranks loaded torch would be left out until some other host changes.
+        """
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], str]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from horovod.common.elastic import run_fn
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.runner.elastic.worker import HostUpdateResult
 from hypothesis import given
@@ -126,6 +127,31 @@ def test_a_commit_says_that_hosts_changed(monkeypatch, update):
     state.on_hosts_updated(1.0, update)
     assert state.commit_copy({}, None) is True
     assert state.commit_copy({}, None) is False
+
+
+def test_hosts_that_change_while_ranks_regroup_are_not_forgotten(monkeypatch):
+    """Two places of a box come back within seconds, and the second one while the first one's rank starts."""
+    monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
+    monkeypatch.setattr(elastic, "abort_connections", lambda *, keep: None)
+    worlds, seen = iter(range(3)), []
+
+    def train(state):
+        seen.append(state.commit_copy({}, None))
+        world = next(worlds)
+        if world == 0:
+            raise HostsUpdatedInterrupt(skip_sync=True)
+        if world == 1:
+            state.on_hosts_updated(2.0, HostUpdateResult.added)  # before the next world's hosts are chosen
+            raise HorovodInternalError
+
+    def regroup():
+        if len(seen) == 1:
+            state.on_hosts_updated(1.0, HostUpdateResult.added)
+
+    state = elastic.Committed(torch.device("cpu"))
+    monkeypatch.setattr(state, "sync", lambda: None)
+    run_fn(train, regroup)(state)
+    assert seen == [False, True, False]
 
 
 def test_ranks_that_regroup_synchronise():
