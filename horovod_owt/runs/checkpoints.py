@@ -199,28 +199,29 @@ def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
     """Record the checkpoint of `step` as the best one if it is; raises OSError."""
     if top1 <= read_best(run_dir).get("top1", -1.0):
         return False
-    _write_best(run_dir, {"step": step, "epoch": epoch, "top1": top1})
+    best = {"step": step, "epoch": epoch, "top1": top1}
+    write_text(run_dir / CHECKPOINTS / BEST, json.dumps(best) + "\n")
     return True
 
 
-def _write_best(run_dir: Path, best: dict[str, Any]) -> None:
-    write_text(run_dir / CHECKPOINTS / BEST, json.dumps(best) + "\n")
-
-
 def _elect_best(run_dir: Path, *, upto: int) -> None:
-    """If best.json is damaged or its checkpoint is missing, choose the best existing one."""
+    """Make best.json name the best existing checkpoint up to a step.
+
+    It may be damaged, its checkpoint may be missing, and a kill may have come between a validation and it.
+    """
     file = run_dir / CHECKPOINTS / BEST
-    folders = {step_of(folder): folder for folder in list_checkpoints(run_dir) if step_of(folder) <= upto}
+    steps = {step_of(folder) for folder in list_checkpoints(run_dir) if step_of(folder) <= upto}
     try:
-        if not file.exists() or read_best(run_dir).get("step") in folders:
-            return
-        scores = validations(run_dir, set(folders)).values()
-        if scores:
-            best = max(scores, key=lambda score: (score["top1"], -score["step"]))
-            _write_best(run_dir, {key: best[key] for key in ("step", "epoch", "top1")})
-        else:
+        best = read_best(run_dir)
+        lost = file.exists() and best.get("step") not in steps
+        if lost:
             file.unlink()
-        log.warning("%s named no existing checkpoint: now %s", file, read_best(run_dir) or "none")
+            best = {}
+        not_noted = {step for step in steps if step > best.get("step", -1)}
+        for _, score in sorted(validations(run_dir, not_noted).items()):
+            note_score(run_dir, **{key: score[key] for key in ("step", "epoch", "top1")})
+        if lost:
+            log.warning("%s named no existing checkpoint: now %s", file, read_best(run_dir) or "none")
     except OSError as error:
         log.warning("%s could not be repaired: %s", file, error.strerror)
 

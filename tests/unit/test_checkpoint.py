@@ -345,6 +345,22 @@ def test_a_damaged_best_json_is_made_anew_from_the_validations_that_count(tmp_pa
     assert read_best(tmp_path) == {"step": 1, "epoch": 0.5, "top1": 20.0} and "now {'step': 1" in caplog.text
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_validation_just_before_a_kill_counts_for_the_best(tmp_path, noted):
+    """Its record is written before best.json, which waits for the checkpoint to be on disk."""
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, checkpoint(step))
+    scores = [{"step": step, "epoch": step / 2, "top1": top1} for step, top1 in ((1, 20.0), (2, 50.0))]
+    if noted:
+        note_score(tmp_path, **scores[0])
+    log_runs(tmp_path, *(("validation", score) for score in scores))
+    resume_at(tmp_path, 3)
+    assert read_best(tmp_path) == scores[1]
+    write_checkpoint(tmp_path, checkpoint(4))
+    drop_old(tmp_path, keep=1, newest=4)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000002"]
+
+
 def test_what_a_run_writes_stays_although_a_later_one_could_not_be_moved(tmp_path, monkeypatch, caplog):
     for step in (1, 6):
         write_checkpoint(tmp_path, checkpoint(step))
