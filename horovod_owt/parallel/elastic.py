@@ -151,6 +151,16 @@ def regroup() -> NoReturn:
     raise HostsUpdatedInterrupt(skip_sync=False)
 
 
+def regroup_without_newcomers(state: Committed, why: str, world_size: int) -> NoReturn:
+    """Leave a world that ranks have joined which can be no part of it.
+
+    Those end, and the driver takes their exits for failures; every rank that was there before must call it.
+    """
+    step = state.last.step if state.last else 0
+    state.regrouped = {"fault": f"ranks regroup: {why}", "step": step, "world_size": world_size}
+    raise HorovodInternalError(why)
+
+
 def run(state: Committed, train: Callable[[Committed], None]) -> None:
     """Call `train` in each world that the ranks form, until it returns. Horovod must be initialised."""
     if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
