@@ -252,6 +252,19 @@ def test_a_failed_write_is_told_and_put_up_with_as_often_as_asked(tmp_path, writ
     assert [kind for kind, _ in writer.told] == ["fault", "fault"]
 
 
+def test_another_error_than_the_disks_is_raised_once(tmp_path, writer, monkeypatch):
+    """And not again when rank 0 closes the writer, before it writes the outcome."""
+
+    def fail(tensors, path):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "save_file", fail)
+    writer.write(checkpoint(1))
+    with pytest.raises(MemoryError):
+        writer.settle()
+    writer.close()
+
+
 def test_a_disk_that_comes_back_is_forgiven(tmp_path, writer):
     spoil(tmp_path)
     writer.write(checkpoint(1))
