@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.logs import utc
+from horovod_owt.text import json_text
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,10 @@ class MetricsLog:
         self._refused = False
 
     def write(self, kind: str, **values: Any) -> dict[str, Any]:
-        """Write a line; returns its record. NaN and infinity, which JSON lacks, become null."""
-        values = {key: None if _is_not_finite(value) else value for key, value in values.items()}
+        """Write a line; returns its record."""
         with self._one_at_a_time:
             record = {"kind": kind, **self._start.stamp(), **values}
-            self._unwritten += (json.dumps(record) + "\n").encode()
+            self._unwritten += (json_text(record) + "\n").encode()
             try:
                 while self._unwritten:
                     self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -94,11 +93,6 @@ class MetricsLog:
             self._file.close()
         except OSError as error:  # late error of a network file system
             log.warning("%s: %s", METRICS, error.strerror)
-
-
-def _is_not_finite(value: Any) -> bool:
-    """Whether it is NaN or infinite, as the gradient norm of an fp16 step that overflowed."""
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def records_size(run_dir: Path) -> int:
@@ -193,7 +187,7 @@ def append_record(file: Path, record: dict[str, Any]) -> None:
     """Append a line, after removing an incomplete one left by a crash; raises OSError."""
     drop_half_a_line(file)
     with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
+        lines.write(json_text(record) + "\n")
 
 
 def drop_half_a_line(path: Path) -> None:

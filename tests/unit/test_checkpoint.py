@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from horovod_owt import files
 from horovod_owt.cli import cli
+from horovod_owt.commands import checkpoint as commands
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, ProblemFound, RunError
 from horovod_owt.runs import checkpoints
@@ -445,3 +446,19 @@ def test_the_best_is_one_that_the_disk_has_taken(tmp_path, writer, monkeypatch):
     writer.score(step=3, epoch=1.5, top1=20.0)
     writer.settle()
     assert read_best(tmp_path) == {"step": 3, "epoch": 1.5, "top1": 20.0}
+
+
+@pytest.mark.parametrize(("command", "looks"), [("list", "read_state"), ("verify", "find_fault")])
+def test_one_that_the_run_deletes_meanwhile_is_passed_over(tmp_path, monkeypatch, command, looks):
+    older, newer = (write_checkpoint(tmp_path, checkpoint(step)) for step in (1, 2))
+    look = getattr(commands, looks)
+
+    def deleted_before(folder):
+        if folder == older:
+            shutil.rmtree(older)
+        return look(folder)
+
+    monkeypatch.setattr(commands, looks, deleted_before)
+    done = owt_checkpoint(command, tmp_path, "--json")
+    assert done.exit_code == 0, done.exception
+    assert [row["path"] for row in json.loads(done.stdout)["checkpoints"]] == [str(newer)]

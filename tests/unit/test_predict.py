@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def run(*words, stdin: str = "", error: type | None = None):
+def run(*words, stdin: str | bytes = "", error: type | None = None):
     done = CliRunner().invoke(predict, list(map(str, words)), input=stdin)
     assert (type(done.exception) if done.exception else None) is error, done.exception
     return done
@@ -101,6 +103,13 @@ def test_images_that_do_not_decode_are_named_and_others_classified(weights, phot
     assert {row["path"] for row in found["bad"]} == {str(word) for word in words if word != good}
     assert all(row["fault"] for row in found["bad"])
     assert done.exception.exit_code == 1 and "5 of 6 not classified" in str(done.exception)
+
+
+def test_a_name_on_stdin_may_be_in_any_encoding(weights, photos, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.JPEG"
+    shutil.copy(next(photos.rglob("*.JPEG")), name)
+    found = json.loads(run(weights, "-", "--json", stdin=name + b"\n").stdout)
+    assert [os.fsencode(row["path"]) for row in found["images"]] == [name] and found["images"][0]["top"]
 
 
 def test_a_list_on_stdin_names_files_and_folders(photos):
