@@ -41,6 +41,7 @@ FIGURES = {
     "restart_s": ("from a failure to the first new step", 0),
     "checkpoint_stall_s": ("for which training waits at a checkpoint", 1e-9),
 }
+MOST = 1e9  # of any figure: far above all machines, and low enough to calculate with
 KEYS = ("about", "device", "shares_cores", "figures", "published", "report")
 PUBLISHED = (
     "one of title, net, batch, overlap, and images/s by number of devices, from 1 on: synthetic and real"
@@ -204,11 +205,9 @@ def checked(key: str, value: Any, where: str) -> float:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    most = 1.0 if key == "overlap" else math.inf
-    whole = key != "ranks_per_node" or number == int(number if math.isfinite(number) else 0)
-    if not (least <= number <= most and math.isfinite(number) and whole):
-        wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-        raise ConfigError(f"{where}: {key}={value}", wanted=f"{wanted}: {meaning}")
+    most = 1.0 if key == "overlap" else MOST
+    if not least <= number <= most or (key == "ranks_per_node" and number % 1):
+        raise ConfigError(f"{where}: {key}={value}", wanted=f"{least:g} to {most:g}: {meaning}")
     return number
 
 
