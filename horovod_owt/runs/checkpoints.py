@@ -219,7 +219,9 @@ def _elect_best(run_dir: Path, *, upto: int) -> None:
             best = {}
         not_noted = {step for step in steps if step > best.get("step", -1)}
         for _, score in sorted(validations(run_dir, not_noted).items()):
-            note_score(run_dir, **{key: score[key] for key in ("step", "epoch", "top1")})
+            told = {key: score.get(key) for key in ("step", "epoch", "top1")}
+            if all(isinstance(value, (int, float)) for value in told.values()):  # not damaged
+                note_score(run_dir, **told)
         if lost:
             log.warning("%s named no existing checkpoint: now %s", file, read_best(run_dir) or "none")
     except OSError as error:

@@ -367,7 +367,8 @@ def test_a_validation_just_before_a_kill_counts_for_the_best(tmp_path, noted):
     scores = [{"step": step, "epoch": step / 2, "top1": top1} for step, top1 in ((1, 20.0), (2, 50.0))]
     if noted:
         note_score(tmp_path, **scores[0])
-    log_runs(tmp_path, *(("validation", score) for score in scores))
+    damaged = {"step": 3, "epoch": 1.5, "top1": None}
+    log_runs(tmp_path, *(("validation", score) for score in [*scores, damaged]))
     resume_at(tmp_path, 3)
     assert read_best(tmp_path) == scores[1]
     write_checkpoint(tmp_path, checkpoint(4))
