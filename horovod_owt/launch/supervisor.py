@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from horovod_owt.errors import ConfigError, Preempted
+from horovod_owt.errors import ConfigError, OwtError, Preempted
 from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, append_attempt, run_dir_of
 from horovod_owt.runs.control import STOP
 from horovod_owt.runs.folder import read_config
@@ -144,7 +144,7 @@ class Supervisor:
         try:
             config = read_config(self._run_dir)
             return 2 * float(config["hook_limit_s"]) if config.get("hook") else 0.0
-        except (ConfigError, KeyError, TypeError, ValueError):  # of an older version, or damaged
+        except (OwtError, KeyError, TypeError, ValueError):  # of an older version, damaged, or unreadable now
             return 0.0
 
     def _pass_on(self, number: int, _frame: object) -> None:

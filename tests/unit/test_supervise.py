@@ -1,11 +1,13 @@
 """What the supervisor makes of a run's end."""
 
 import ctypes
+import errno
 import json
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -116,6 +118,30 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
     outcome(exit_code=0, reason="done")
     assert folder.attempt(0, asked_to_stop=False).exit_code == 0
     assert folder.attempt(1, asked_to_stop=False).exit_code == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_file_server_that_does_not_answer_for_a_moment_does_not_end_the_supervisor(
+    tmp_path, monkeypatch, number
+):
+    """Which asks it every second whether the run has ended; the job would go on without it."""
+    outcome, real_stat = tmp_path / "outcome.json", Path.stat
+    outcome.write_text('{"exit_code": 75, "reason": "of an earlier start"}')
+    watch = AttemptWatch(tmp_path)
+
+    def no_answer(self, **options):
+        if self == outcome:
+            raise OSError(number, os.strerror(number), str(self))
+        return real_stat(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", no_answer)
+        assert not watch.has_ended()
+        assert watch.attempt(1, asked_to_stop=False).reason == "launcher exit code 1"
+    outcome.unlink()  # as while it is replaced on SMB
+    assert not watch.has_ended()
+    outcome.write_text('{"exit_code": 1, "reason": "of this one"}')
+    assert watch.has_ended() and watch.attempt(1, asked_to_stop=False).reason == "of this one"
 
 
 def test_each_start_of_a_job_has_its_name_and_another_job_another(tmp_path, monkeypatch):
