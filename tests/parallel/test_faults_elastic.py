@@ -1,5 +1,6 @@
 """Elastic jobs: ranks are killed, hosts come and go, and the run is what an undisturbed one is."""
 
+import shutil
 import signal
 import time
 from functools import partial
@@ -120,6 +121,27 @@ def test_hosts_come_and_go_with_the_lines_of_a_file(start, images, tmp_path, nar
         consumed += 4 * ranks
         assert line["lr"] == pytest.approx(PEAK_LR * ranks / 2)
         assert line["epoch"] == pytest.approx(consumed / 96)
+
+
+@pytest.mark.slow
+def test_a_rank_that_joins_with_other_data_is_refused_alone(start, images, tmp_path, narrow_owt):
+    """As one with other versions or code; the rank that is at work goes on from its last commit."""
+    hosts, run_dir, data = tmp_path / "hosts", tmp_path / "run", tmp_path / "data"
+    shutil.copytree(images, data)
+    hosts.write_text("localhost:1\n")
+    options = ["--hosts", hosts, "--cooldown", "60", "90", "--", data, *SMALL, *EXACT, "--run-dir", run_dir]
+    job = start([*ELASTIC, *options], launcher="none", **narrow_owt)
+    wait_for_steps_of(run_dir, 1)
+    image = next((data / "train").rglob("*.JPEG"))
+    shutil.copy(image, image.with_name("another.JPEG"))
+    hosts.write_text("localhost:1\n127.0.0.1:1\n")
+    wait_for_steps_of(run_dir, 2)
+    job.process.send_signal(signal.SIGTERM)
+    done = job.finish()
+    assert done.exit_code == 75, done.stderr[-3000:]
+    assert {ranks for _, ranks in worlds(run_dir)} == {1}
+    assert any("ranks that joined are refused" in record["fault"] for record in records(run_dir, "fault"))
+    assert list(what_counts(run_dir)) == list(range(1, outcome(run_dir)["step"] + 1))
 
 
 @pytest.mark.slow
