@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -59,7 +60,8 @@ def predict(
     from horovod_owt.topology import read_topology
     from horovod_owt.train.prepare import choose_device
 
-    named = list(named_images(images, sys.stdin))
+    # bytes, as names are: text would be decoded strictly, in an encoding that need not be that of names
+    named = list(named_images(images, map(os.fsdecode, sys.stdin.buffer)))
     paths = [path for path, fault in named if not fault]
     if not named:
         raise ConfigError("no image on stdin", wanted="a path in each line")

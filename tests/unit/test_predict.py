@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def run(*words, stdin: str = "", error: type | None = None):
+def run(*words, stdin: str | bytes = "", error: type | None = None):
     done = CliRunner().invoke(predict, list(map(str, words)), input=stdin)
     assert (type(done.exception) if done.exception else None) is error, done.exception
     return done
@@ -108,6 +110,16 @@ def test_a_list_on_stdin_names_files_and_folders(photos):
     stdin = io.StringIO(f"{second}\n\n{first}\r\n{photos}\n")
     named = list(named_images(["-"], stdin))
     assert named[:2] == [(str(second), ""), (str(first), "")] and len(named) == 42
+
+
+def test_a_name_on_stdin_may_have_any_bytes(weights, photos, tmp_path):
+    """`find DIR | owt predict RUN -`: names are bytes, whatever the encoding of stdin."""
+    good = os.fsencode(next(photos.glob("*/*")))
+    names = [os.fsencode(tmp_path) + b"/caf\xe9.jpg", os.fsencode(tmp_path) + "/bäckerei.jpg".encode()]
+    for name in names:
+        shutil.copy(good, name)
+    found = json.loads(run(weights, "-", "--json", stdin=b"\n".join(names) + b"\r\n").stdout)
+    assert [os.fsencode(row["path"]) for row in found["images"]] == names and found["bad"] == []
 
 
 def test_hidden_files_and_other_kinds_are_left_out_of_a_folder(tmp_path):
