@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from horovod_owt.data.listing import SUFFIXES, LeftOut
+from horovod_owt.data.listing import OTHER_SUFFIXES, SUFFIXES, LeftOut
 from horovod_owt.data.retry import with_retries
 
 FROM_STDIN = "-"
@@ -37,8 +37,8 @@ class PathStore:
 def named_images(words: Iterable[str], stdin: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(path, fault) of each image that `words` name, in order: files, folders, `-` for lines of `stdin`.
 
-    A folder stands for the images below it. A fault is a folder without images, or one that cannot be
-    listed; whether a file is an image is not looked at.
+    A folder stands for the files below it with the suffix of an image, also through links. A fault is a
+    folder without images, or one that cannot be listed; whether a file is an image is not looked at.
     """
     for word in words:
         if word == FROM_STDIN:
@@ -53,12 +53,22 @@ def named_images(words: Iterable[str], stdin: Iterable[str]) -> Iterator[tuple[s
 def _below(folder: str) -> Iterator[tuple[str, str]]:
     faults: list[tuple[str, str]] = []
     images: list[str] = []
+    suffixes = tuple(map(os.fsdecode, (*SUFFIXES, *OTHER_SUFFIXES)))
+    seen = {os.path.realpath(folder)}
+
+    def is_new(path: str) -> bool:
+        """Not a link to a parent, which would have no end, nor another one to the same folder."""
+        real = os.path.realpath(path)
+        return not (real in seen or seen.add(real))
+
     walk = os.walk(
-        folder, onerror=lambda error: faults.append((error.filename, f"cannot be listed: {error.strerror}"))
+        folder,
+        onerror=lambda error: faults.append((error.filename, f"cannot be listed: {error.strerror}")),
+        followlinks=True,
     )
     for place, folders, names in walk:
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        suffixes = tuple(map(os.fsdecode, SUFFIXES))
+        shown = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in shown if is_new(os.path.join(place, name))]
         images += [
             os.path.join(place, name)
             for name in sorted(names)

@@ -129,6 +129,19 @@ def test_hidden_files_and_other_kinds_are_left_out_of_a_folder(tmp_path):
     assert list(named_images([str(tmp_path)], ())) == [(f"{tmp_path}/a.jpg", ""), (f"{tmp_path}/b/2.PNG", "")]
 
 
+def test_a_folder_stands_for_images_of_every_format_and_behind_links(tmp_path):
+    """None is left out without a word: what does not decode is named."""
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for path in (folder / "a.webp", folder / "z" / "c.TIFF", elsewhere / "b.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "2019").symlink_to(elsewhere)
+    (folder / "2020").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(folder)
+    named = [path for path, _ in named_images([str(folder)], ())]
+    assert named == [f"{folder}/a.webp", f"{folder}/2019/b.jpg", f"{folder}/z/c.TIFF"]
+
+
 def test_no_image_at_all_is_bad_usage(weights):
     run(weights, "-", error=ConfigError)
 
