@@ -126,7 +126,8 @@ def _check_root(root: Path, wanted: Sequence[str]) -> None:
         saw = f"{root} does not exist"
         raise DataError(saw, wanted=f"a folder with {LAYOUT}", fix="pass the path of the data set")
     entries = scan(os.fsencode(root))
-    folders = {os.fsdecode(entry.name) for entry in entries if entry.is_dir()}
+    # of these alone: a link beside them may lead to where this user must not look
+    folders = {name for entry in entries if (name := os.fsdecode(entry.name)) in wanted and entry.is_dir()}
     if missing := [split for split in wanted if split not in folders]:
         if (root / UNFINISHED).is_dir():
             fix = "run the command that makes it again: it continues"
