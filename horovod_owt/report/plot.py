@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.files import named_file
-from horovod_owt.perf.plot import check_plot
+from horovod_owt.perf.plot import check_plot, drawable
 from horovod_owt.report.formats import is_number
 from horovod_owt.report.series import clock_of, curves
 from horovod_owt.report.summary import history_of, validations_of
@@ -72,7 +72,7 @@ def _curves(run_dir: Path) -> dict[str, Any]:
     scores = validations_of(history, clock_of(history))
     segments = curves(history, MOST_POINTS)["segments"]
     kept = [segment for segment in segments if segment["kept"]]
-    return {"name": run_dir.resolve().name, "segments": kept, "validations": scores}
+    return {"name": drawable(run_dir.resolve().name), "segments": kept, "validations": scores}
 
 
 def _draw(axes: Any, run: dict[str, Any], column: str, x: str, colour: str) -> None:
