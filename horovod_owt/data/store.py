@@ -60,7 +60,7 @@ class DataSet:
         return [*self.train.left_out, *self.val.left_out]
 
     def fingerprint(self) -> str:
-        """Counts, and a hash of names and labels: equal for all copies of a data set, folder or packed."""
+        """Counts, and a hash of names and labels: equal for all copies; packed ones have other names."""
         return self._fingerprint
 
     @cached_property  # takes 0.1 s for a million names
