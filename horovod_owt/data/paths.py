@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from horovod_owt.data.faults import read_fault
 from horovod_owt.data.listing import OTHER_SUFFIXES, SUFFIXES, LeftOut
+from horovod_owt.data.machine import EXHAUSTED
 from horovod_owt.data.retry import with_retries
 
 FROM_STDIN = "-"
@@ -31,7 +33,13 @@ class PathStore:
         return self._paths[index]
 
     def read(self, index: int) -> bytes:
-        return with_retries(lambda index: Path(self._paths[index]).read_bytes(), index, self.path)
+        """Raises ValueError with the fault, whatever keeps a path from being read: the others count."""
+        try:
+            return with_retries(lambda index: Path(self._paths[index]).read_bytes(), index, self.path)
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
+            raise ValueError(read_fault(error)) from error
 
 
 def named_images(words: Iterable[str], stdin: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -95,14 +95,14 @@ def test_images_that_do_not_decode_are_named_and_others_classified(weights, phot
     (tmp_path / "short.jpg").write_bytes(good.read_bytes()[:300])
     (tmp_path / "garbage.jpg").write_bytes(undecodable())
     (tmp_path / "empty").mkdir()
-    words = ["page.jpg", good, "absent.jpg", "short.jpg", "garbage.jpg", "empty"]
+    words = ["page.jpg", good, "absent.jpg", "no folder/a.jpg", "short.jpg", "garbage.jpg", "empty"]
     monkeypatch.chdir(tmp_path)
     done = run(weights, *words, "--json", error=RunError)
     found = json.loads(done.stdout)
     assert [row["path"] for row in found["images"]] == [str(good)]
     assert {row["path"] for row in found["bad"]} == {str(word) for word in words if word != good}
     assert all(row["fault"] for row in found["bad"])
-    assert done.exception.exit_code == 1 and "5 of 6 not classified" in str(done.exception)
+    assert done.exception.exit_code == 1 and "6 of 7 not classified" in str(done.exception)
 
 
 def test_a_list_on_stdin_names_files_and_folders(photos):
