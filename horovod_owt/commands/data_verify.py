@@ -56,7 +56,7 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     """
     from horovod_owt.commands.log import log_to_stderr
     from horovod_owt.data.pipeline import resolve_kind
-    from horovod_owt.data.store import SPLITS, open_data_set
+    from horovod_owt.data.store import SPLITS, fingerprint, open_data_set
     from horovod_owt.data.verify import make_decoder, merged
     from horovod_owt.data.verify import verify as verify_share
     from horovod_owt.errors import ProblemFound, RunError
@@ -73,6 +73,7 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     decoder = make_decoder(kind, threads=threads, device_id=_own_gpu(topology) if kind == "dali" else None)
     images = sum(map(len, stores.values()))
     with meet(topology) as meeting:
+        check_same(meeting, fingerprint(*stores.values()))
         with _bar(images, topology) as progress:
             found = verify_share(
                 stores, decoder, rank=topology.rank, world_size=topology.world_size, progress=progress
@@ -106,6 +107,19 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     if silent:
         saw = f"{silent}; of {done} of {images} images none is bad"
         raise RunError(saw, wanted="all of them", fix="see the output of those ranks").on_every_rank()
+
+
+def check_same(meeting: Meeting, fingerprint: str) -> None:
+    """Raise DataError on every rank if ranks list different images: no rank would decode some of them."""
+    from horovod_owt.errors import DataError
+
+    seen = meeting.gather(fingerprint, SHARE_TIMEOUT_S, "fingerprint")
+    other = next(([rank, each] for rank, each in seen.items() if each != seen[0]), None)
+    first = meeting.broadcast(other, SHARE_TIMEOUT_S)
+    if first is not None:
+        saw = f"rank {first[0]} has {first[1]}, rank 0 others"
+        fix = "copy the data set to every host, use a shared folder, or verify on each host by itself"
+        raise DataError(saw, wanted="the same images on every rank", fix=fix).on_every_rank()
 
 
 def gathered(meeting: Meeting, found: Findings) -> list[dict[str, Any]]:
