@@ -5,12 +5,14 @@ What file systems refuse is handled by `filesystem`.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.filesystem import (
@@ -25,6 +27,9 @@ from horovod_owt.filesystem import (
     unlink_quietly,
 )
 from horovod_owt.text import encode
+
+# What horovodrun puts before a rank's lines: [0]<stdout>:, under MPI [1,0]<stdout>: or [NAME@1,0]<stdout>:
+TAG = re.compile(r"^[^\[{\n]*\[[^\]\n]*\]<stdout>: ?", re.MULTILINE)
 
 
 @contextmanager
@@ -79,6 +84,17 @@ def read_user_text(path: Path, *, wanted: str) -> str:
     if "\0" in text:
         raise ConfigError(f"{path} is a binary file", wanted=wanted)
     return text
+
+
+def read_user_json(path: Path, *, wanted: str) -> Any:
+    """What a file of JSON holds, also with the tags of horovodrun; raises ConfigError."""
+    text = read_user_text(path, wanted=wanted)
+    for untagged in (text, TAG.sub("", text)):
+        try:
+            return json.loads(untagged)
+        except (ValueError, RecursionError):
+            continue
+    raise ConfigError(f"{path} is not JSON", wanted=wanted)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""File names in text, and words that are misspelt.
+"""File names in text, words that are misspelt, and numbers that JSON lacks.
 
 Names are bytes, and those that are not UTF-8 must neither be lost nor end a command. Python holds such bytes
 as lone surrogates (PEP 383). JSON escapes them and gets them back; `encode` and the
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import json
+import math
 import re
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 NAME_BYTES = "horovod_owt.name_bytes"  # an error handler, for names in any encoding
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -42,6 +45,23 @@ def without_terminal_codes(text: str) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word most like this one; empty if none is."""
     return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), "")
+
+
+def json_text(value: Any) -> str:
+    """JSON on one line. It has no NaN and no infinity, which a loss or a gradient's norm may be: null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(without_nan(value))
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _escaped(character: str) -> str:

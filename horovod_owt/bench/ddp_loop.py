@@ -29,10 +29,12 @@ class DdpLoop:
     """torchvision's alexnet in a plain training loop on one batch; without DDP in a world of one rank.
 
     As in torchvision's reference script: contiguous tensors, default SGD. `tuned` adds torch's own options:
-    channels_last, fused SGD, gradients as views of DDP's buckets.
+    channels_last, fused SGD, gradients as views of DDP's buckets. `compiled` is for torch.compile.
     """
 
-    def __init__(self, cfg: TrainConfig, world: World, batch: Batch, *, tuned: bool) -> None:
+    def __init__(
+        self, cfg: TrainConfig, world: World, batch: Batch, *, tuned: bool, compiled: bool = False
+    ) -> None:
         memory_format = torch.channels_last if tuned else torch.contiguous_format
         model = alexnet(weights=None, num_classes=cfg.classes, dropout=cfg.dropout)
         model = model.to(world.device, memory_format=memory_format)
@@ -47,7 +49,7 @@ class DdpLoop:
         if world.size > 1:
             switches = {"gradient_as_bucket_view": True, "static_graph": True} if tuned else {}
             model = DistributedDataParallel(model, **switches)
-        self._model = model
+        self._model = torch.compile(model) if compiled else model
         self._images, self._labels = batch.images.contiguous(memory_format=memory_format), batch.labels
         self._label_smoothing = cfg.label_smoothing
         self._autocast = lambda: autocast(cfg.precision, world.device)

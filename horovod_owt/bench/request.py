@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from dataclasses import dataclass
 
 import psutil
@@ -94,3 +96,16 @@ def refuse_unfit(cfg: TrainConfig, against: str) -> None:
         raise ConfigError(f"optimizer={cfg.optimizer} against {against}", wanted="sgd", fix="optimizer=sgd")
     if cfg.precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision={cfg.precision} against {against}", wanted="fp32 or bf16")
+
+
+def refuse_uncompilable(warmup: int) -> None:
+    """Raise ConfigError where torch.compile could not be timed."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise ConfigError(
+            f"--against compile: {compiler} not found", wanted="a C++ compiler for torch", fix="set CXX"
+        ).on_every_rank()
+    if warmup < 1:
+        raise ConfigError(
+            f"--warmup {warmup} with --against compile", wanted="at least 1, whose time is for the compiler"
+        ).on_every_rank()

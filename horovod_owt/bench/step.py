@@ -12,7 +12,7 @@ from horovod_owt.bench.contenders import alone, random_batch
 from horovod_owt.bench.ddp_loop import DdpLoop
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.plain_loop import PlainLoop
-from horovod_owt.bench.request import refuse_unfit
+from horovod_owt.bench.request import refuse_uncompilable, refuse_unfit
 from horovod_owt.config import TrainConfig
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.choose import choose_parallel
@@ -23,6 +23,7 @@ from horovod_owt.train.prepare import prepare_alone, with_cache
 from horovod_owt.train.replica import Replica, StepReport
 
 CLASSES = 1000  # of the net, when no data set is given
+IN_TORCH = ("torch", "compile")  # contenders on each rank alone
 
 
 def bench_step(
@@ -40,8 +41,10 @@ def bench_step(
             settings = (f"classes={CLASSES}", *settings)
         request = keep.enter_context(with_cache(prepare_alone(root, recipe, settings)))
         cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
-        if against == "torch":
-            refuse_unfit(cfg, "torch")
+        if against in IN_TORCH:
+            refuse_unfit(cfg, against)
+        if against == "compile":
+            refuse_uncompilable(warmup)
         world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
         runtime.check_devices(request.device, world)
         cfg, _ = choose_parallel(cfg, world)
@@ -55,9 +58,9 @@ def bench_step(
             train_steps = {"ours": ours}
             if against == "plain":
                 train_steps["plain"] = PlainLoop(cfg, world).train_step
-            if against == "torch":
-                loop = DdpLoop(cfg, alone(world), random_batch(cfg, world), tuned=True)
-                train_steps["torch"] = loop.train_step
+            if against in IN_TORCH:
+                here, batch, compiled = alone(world), random_batch(cfg, world), against == "compile"
+                train_steps[against] = DdpLoop(cfg, here, batch, tuned=True, compiled=compiled).train_step
             contenders = {
                 name: lambda steps, train_step=train_step: [train_step(step) for step in steps]
                 for name, train_step in train_steps.items()

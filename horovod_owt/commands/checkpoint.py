@@ -34,7 +34,7 @@ def list_(run_dir: Path, as_json: bool) -> None:
     \b
     Example:  owt checkpoint list runs/first
     """
-    rows = [_row(folder, run_dir) for folder in _folders(run_dir)]
+    rows = [row for folder in _folders(run_dir) if (row := _row(folder, run_dir))]
     if as_json:
         click.echo(json.dumps({"checkpoints": rows}))
         return
@@ -57,9 +57,12 @@ def verify(run_dir: Path, as_json: bool) -> None:
     """
     rows = []
     for folder in _folders(run_dir):
-        rows.append({"path": str(folder), "fault": _fault(folder)})
+        fault = _fault(folder)
+        if fault and not folder.exists():
+            continue  # the run has deleted it meanwhile
+        rows.append({"path": str(folder), "fault": fault})
         if not as_json:
-            click.echo(f"{folder.name}  {rows[-1]['fault'] or 'whole'}")
+            click.echo(f"{folder.name}  {fault or 'whole'}")
     if as_json:
         click.echo(json.dumps({"checkpoints": rows}))
     if bad := sum(bool(row["fault"]) for row in rows):
@@ -84,17 +87,21 @@ def _folders(run_dir: Path) -> list[Path]:
     return folders
 
 
-def _row(folder: Path, run_dir: Path) -> dict[str, Any]:
-    """A row from names, sizes and state.json; the tensors are not read."""
+def _row(folder: Path, run_dir: Path) -> dict[str, Any] | None:
+    """A row from names, sizes and state.json; the tensors are not read. None if the run has deleted it."""
     try:
         epoch = float(read_state(folder)["epoch"])
     except (OSError, ValueError, KeyError, TypeError):
         epoch = None
+    try:
+        size, written = sum(path.stat().st_size for path in folder.iterdir()), folder.stat().st_mtime
+    except FileNotFoundError:
+        return None
     row = {
         "step": step_of(folder),
         "epoch": epoch,
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "written": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime)),
+        "bytes": size,
+        "written": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written)),
         "path": str(folder),
     }
     best = read_best(run_dir)

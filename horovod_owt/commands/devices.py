@@ -37,11 +37,13 @@ def devices(as_json: bool) -> None:
     Start it with the launcher that you use for `owt train`; rank 0 prints the table. UUID is that of the MIG
     instance, if the rank has one; NUMA is the node that the device is attached to.
     """
+    from horovod_owt.data.machine import allow_open_files
     from horovod_owt.errors import DeviceError, RunError
     from horovod_owt.parallel.device import check_not_shared
     from horovod_owt.parallel.meeting import meet
     from horovod_owt.topology import rank_topology
 
+    allow_open_files()
     topology = rank_topology()
     own = _own_row(topology)
     with meet(topology, limit_s=LIMIT_S) as meeting:

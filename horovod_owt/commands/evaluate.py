@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
@@ -54,7 +53,8 @@ def evaluate(
     \b
     Examples:  owt evaluate /data/imagenet runs/first
                owt evaluate /data/imagenet runs/first/checkpoints/step-00450362 --crops 10
-               horovodrun -np 4 owt evaluate /data/imagenet alexnet-owt-7be5be79.pth --json
+               horovodrun -np 4 owt evaluate /data/imagenet runs/first
+               mpirun -np 4 owt evaluate /data/imagenet alexnet-owt-7be5be79.pth --json
                owt evaluate /data/imagenet runs/first --confusion confusion.svg --set batch=32
 
     Ctrl-C stops it at once; nothing is written but the picture.
@@ -65,6 +65,7 @@ def evaluate(
     from horovod_owt.inference.confusion import check_confusion, plot_confusion
     from horovod_owt.inference.outcomes import crops_text, format_report
     from horovod_owt.inference.request import prepare_evaluation
+    from horovod_owt.text import json_text
 
     allow_open_files()
     if confusion is not None:
@@ -77,7 +78,7 @@ def evaluate(
     found = evaluate_ranks(request, checkpoint, crops=int(crops), newest=newest, confused=confused)
     if found is None:
         return
-    click.echo(json.dumps(found.report) if as_json else format_report(found.report))
+    click.echo(json_text(found.report) if as_json else format_report(found.report))
     if confusion is not None:
         report = found.report
         title = f"top-1 {report['top1']:.2f} % of {report['images']} images, {crops_text(report['crops'])}"

@@ -21,8 +21,8 @@ from horovod_owt.topology import be_one_process
 def export(checkpoint: Path, out: Path, newest: bool, as_json: bool) -> None:
     """Write a trained net to the file OUT, by its suffix: .onnx, .pth or .safetensors.
 
-    .onnx takes any number of normalised images and gives logits; it is held against torch with ONNX Runtime
-    (extra `export`). .pth is a state dict for torchvision's `alexnet`. .safetensors has the same tensors, and
+    .onnx takes any number of normalised images and gives logits; ONNX Runtime checks it against torch (extra
+    `export`). .pth is a state dict for torchvision's `alexnet`. .safetensors has the same tensors, and
     the names of the classes. The net is a run folder, a checkpoint or a file, as for `owt evaluate`.
 
     \b

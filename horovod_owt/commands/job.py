@@ -66,6 +66,11 @@ def job_options(body: Callable) -> Callable:
             "--launcher", type=click.Choice(LAUNCHERS), help="Launcher of the ranks.  [default: auto]"
         ),
         click.option(
+            "--interface",
+            metavar="NAME",
+            help="Network interface of the ranks.  [default: the one that reaches the job's nodes]",
+        ),
+        click.option(
             "--min-ranks",
             type=click.IntRange(min=1),
             help="Elastic: with fewer ranks the attempt ends.  [default: half of the ranks]",
@@ -165,6 +170,7 @@ def nodes(job_id: str) -> None:
 
 @job.command(hidden=True)
 @click.option("--launcher", type=click.Choice(LAUNCHERS), default=AUTO)
+@click.option("--interface", default=JobSpec.interface)
 @click.option("--max-restarts", type=int, default=JobSpec.max_restarts)
 @click.option("--elastic", is_flag=True, help="Elastic training; ranks are started by ssh.")
 @click.option("--min-ranks", type=int, default=JobSpec.min_ranks, help="Of an elastic job.  [default: half]")

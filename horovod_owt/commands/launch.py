@@ -40,8 +40,8 @@ def max_restarts(default: int):
 def launch() -> None:
     """Start a job without a scheduler, on this host or several, with or without MPI.
 
-    The first signal (Ctrl-C, TERM, USR1, USR2) stops the job at a checkpoint with exit code 75, a second one
-    kills it; no process is left on this host. The exit code is the one in outcome.json.
+    The first signal (Ctrl-C, TERM, HUP, USR1, USR2) stops the job at a checkpoint with exit code 75, a second
+    one kills it; no process is left on this host. The exit code is the one in outcome.json.
 
     \b
     Example:  owt launch local -- /data/imagenet --run-dir runs/first

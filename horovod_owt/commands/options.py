@@ -17,7 +17,9 @@ RECIPE_OPTION = click.option(
     "--recipe", metavar="NAME|FILE", help="Recipe to start from.  [default: torchvision-90]"
 )
 NEWEST_OPTION = click.option(
-    "--newest", is_flag=True, help="Of a run folder its newest checkpoint, not the best by validation."
+    "--newest",
+    is_flag=True,
+    help="Of a run folder, take the newest checkpoint instead of the best by validation.",
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 

@@ -19,8 +19,10 @@ from horovod_owt.errors import ConfigError
 
 @click.command()
 @click.option("--machine", default="boston-k80", show_default=True, metavar="NAME|FILE", help="Machine file.")
-@click.option("--nodes", "nodes_text", default="1", show_default=True, metavar="N,N,...", help="How many.")
-@click.option("--ranks-per-node", type=click.IntRange(1), help="Fewer than the machine has devices.")
+@click.option(
+    "--nodes", "nodes_text", default="1", show_default=True, metavar="N,N,...", help="Numbers of nodes."
+)
+@click.option("--ranks-per-node", type=click.IntRange(1), help="Ranks on a node, if fewer than its devices.")
 @click.option(
     "--network", metavar="NAME", help="Network between nodes instead of the machine's, e.g. ib-fdr."
 )
@@ -47,15 +49,15 @@ from horovod_owt.errors import ConfigError
     show_default=True,
     help="Training images in an epoch.",
 )
-@click.option("--no-decode", is_flag=True, help="Images are there already: no JPEGs.")
+@click.option("--no-decode", is_flag=True, help="Without the decoding of JPEGs.")
 @click.option("--two-level", is_flag=True, help="Sum inside nodes first (HOROVOD_HIERARCHICAL_ALLREDUCE=1).")
-@click.option("--inexact", is_flag=True, help="Also gradients in one bit, and as products of rank 4.")
+@click.option("--inexact", is_flag=True, help="Also compression=onebit and powersgd:4.")
 @click.option("--failures", is_flag=True, help="Also what failures and a slow node cost.")
-@click.option("--slow", default=1.25, show_default=True, help="How long a slow node computes, relative.")
+@click.option("--slow", default=1.25, show_default=True, help="How many times as long a slow node computes.")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write images/s by ranks, as SVG."
 )
-@click.option("--published", is_flag=True, help="Hold predictions against published figures of the machine.")
+@click.option("--published", is_flag=True, help="Compare predictions with published figures of the machine.")
 @click.option("--claim", metavar="TEXT", help='Check a claim such as "1000 epochs in 32 minutes".')
 @click.option("--error", type=float, help="With --claim: the error, in percent, or the loss that it states.")
 @click.option(
@@ -67,7 +69,9 @@ from horovod_owt.errors import ConfigError
     help="Take figures from a measurement: a run folder, or the JSON of owt bench. May be repeated.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the machine file so made."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --calibrate: write the resulting machine file.",
 )
 @click.option("--list", "list_machines", is_flag=True, help="List the machines and exit.")
 @JSON_OPTION
@@ -153,6 +157,12 @@ def plan(
 
     if not 1 <= slow < math.inf:
         raise ConfigError(f"--slow {slow:g}", wanted="at least 1, how many times as long the node computes")
+    if (ranks_per_node or 0) > place.ranks_per_node:
+        raise ConfigError(
+            f"--ranks-per-node {ranks_per_node}",
+            wanted=f"at most {place.ranks_per_node}, the devices of {place.name}",
+            fix=f"--figure ranks_per_node={ranks_per_node}, of a larger machine",
+        )
     request = PlanRequest(
         place,
         cfg,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
 from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.text import json_text
 from horovod_owt.topology import be_one_process
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def predict(
     """Print the most probable classes of each IMAGE: a file, a folder, or - for a list of these on stdin.
 
     The net is a run folder, a checkpoint or a file of weights, as for `owt evaluate`. Classes have the names
-    of the run's class folders; weights of others have numbers. Images that cannot be decoded are named, the
+    of the run's class folders; where those are unknown, numbers. Images that cannot be decoded are named, the
     others are classified, and the exit code is 1.
 
     \b
@@ -60,8 +60,7 @@ def predict(
     from horovod_owt.topology import read_topology
     from horovod_owt.train.prepare import choose_device
 
-    # bytes, as names are: text would be decoded strictly, in an encoding that need not be that of names
-    named = list(named_images(images, map(os.fsdecode, sys.stdin.buffer)))
+    named = list(named_images(images, map(os.fsdecode, sys.stdin.buffer)))  # names need not be text
     paths = [path for path, fault in named if not fault]
     if not named:
         raise ConfigError("no image on stdin", wanted="a path in each line")
@@ -90,7 +89,7 @@ def predict(
         else:
             click.echo(_text(found.path, best))
     if as_json:
-        click.echo(json.dumps({"checkpoint": str(info.source), "images": rows, "bad": bad}))
+        click.echo(json_text({"checkpoint": str(info.source), "images": rows, "bad": bad}))
     if bad:
         raise RunError(f"{len(bad)} of {len(named)} not classified, {bad[0]['path']}: {bad[0]['fault']}")
 

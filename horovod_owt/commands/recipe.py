@@ -13,7 +13,7 @@ from horovod_owt.recipe import Recipe, built_in_recipes, load_recipe
 
 @click.group()
 def recipe() -> None:
-    """List recipes, or show one: its source, the error it should come to, its settings."""
+    """List recipes, or show one: its source, the error it should reach, its settings."""
 
 
 @recipe.command("list")
@@ -47,13 +47,14 @@ def show(name: str, as_json: bool) -> None:
                owt recipe show torch7-55 > mine.yaml
                owt recipe show mine.yaml --json
 
-    Under `about` are its source, global batch, the published error it should come to, whether it was run on
+    Under `about` are its source, global batch, the published error it should reach, whether it was run on
     ImageNet with this package, and what differs from the source. Its settings are checked. --json adds all
     other keys with their values.
     """
     found = load_recipe(name)
     document = _document(found)
-    click.echo(json.dumps(document) if as_json else found.text.rstrip("\n"))
+    # default: YAML has dates
+    click.echo(json.dumps(document, default=str) if as_json else found.text.rstrip("\n"))
 
 
 def _document(recipe: Recipe) -> dict:

@@ -39,7 +39,7 @@ from horovod_owt.commands.options import (
     type=int,
     metavar="STEPS",
     help="Profile that many steps on every rank, after the first five: RUN/profile/rank-0000.json.gz for "
-    "Perfetto, and a table of the ten dearest operations.",
+    "Perfetto, and a table of the ten most expensive operations.",
 )
 @click.option(
     "--timeline",

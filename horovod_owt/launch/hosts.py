@@ -15,13 +15,15 @@ LOOPBACK = re.compile(r"localhost(\..*)?|localhost[46]|ip6-localhost|127\.[\d.]+
 def read_hosts(file: Path) -> dict[str, int]:
     """Read a host file, by the rules of discover-hosts: `HOST:SLOTS` or `HOST slots=SLOTS`, # for comments.
 
-    The slots of a host on several lines, as PBS and Grid Engine write them, are added up. Raises ConfigError
-    if some names are those of this host to itself: others cannot reach it by them, and it may be there twice.
+    mpirun's `max_slots=` is passed over, as slots are never exceeded. Slots of a host on several lines add
+    up. Raises ConfigError if some names are those of this host to itself: others cannot reach it by them, and
+    it may be there twice.
     """
     lines = read_user_text(file, wanted="a file of HOST:SLOTS lines").splitlines()
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].replace("slots=", ":").replace(" ", "").replace("\t", "")
+        words = re.sub(r"max[-_]slots=[0-9]*", "", line.partition("#")[0]).replace("slots=", ":")
+        words = words.replace(" ", "").replace("\t", "")
         host, colon, slots = words.partition(":")
         if not words:
             continue

@@ -9,15 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 
-from horovod_owt.errors import ConfigError, Preempted
+from horovod_owt.errors import ConfigError, OwtError, Preempted
 from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, append_attempt, run_dir_of
 from horovod_owt.runs.control import STOP
 from horovod_owt.runs.folder import read_config
-from horovod_owt.topology import LAUNCHERS
+from horovod_owt.topology import LAUNCHERS, Variables
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0  # for ranks to exit after the launcher has
@@ -144,7 +144,7 @@ class Supervisor:
         try:
             config = read_config(self._run_dir)
             return 2 * float(config["hook_limit_s"]) if config.get("hook") else 0.0
-        except (ConfigError, KeyError, TypeError, ValueError):  # of an older version, or damaged
+        except (OwtError, KeyError, TypeError, ValueError):  # of an older version, damaged, or unreadable now
             return 0.0
 
     def _pass_on(self, number: int, _frame: object) -> None:
@@ -169,17 +169,25 @@ class Supervisor:
 
 
 def ranks_here() -> list[psutil.Process]:
-    """The descendants of this process that are ranks, without their own children."""
+    """The descendants of this process that are ranks, without their own children.
+
+    Variables that they only inherited make no rank: in a shell of `srun --pty` all processes have some.
+    """
     found: dict[int, psutil.Process] = {}
     for process in psutil.Process().children(recursive=True):  # parents before children
         try:
-            is_rank = any(names.are_in(process.environ()) for names in LAUNCHERS.values())
-            if is_rank and process.ppid() not in found:
+            env = process.environ()
+            own = [names for names in LAUNCHERS.values() if names.are_in(env) and not _inherited(names, env)]
+            if own and process.ppid() not in found:
                 found[process.pid] = process
         except psutil.Error:
             continue
     parents = {process.ppid() for process in psutil.Process().children(recursive=True)}
     return [process for process in found.values() if process.pid not in parents or not _is_shell(process)]
+
+
+def _inherited(names: Variables, env: Mapping[str, str]) -> bool:
+    return all(env.get(name) == os.environ.get(name) for name in names)
 
 
 def _is_shell(process: psutil.Process) -> bool:

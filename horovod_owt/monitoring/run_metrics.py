@@ -219,11 +219,10 @@ class RunMetrics(Collector):
 
 
 def checkpoint_on_disk(run_dir: Path) -> CheckpointOnDisk | None:
-    """The newest checkpoint of a run, if it has one."""
-    for folder in list_checkpoints(run_dir):
-        try:
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            return CheckpointOnDisk(step_of(folder), folder.stat().st_mtime, size)
-        except OSError:  # it is being removed
-            continue
+    """The newest checkpoint of a run, if it has one that can be seen."""
+    with suppress(OSError):
+        for folder in list_checkpoints(run_dir):
+            with suppress(OSError):  # it is being removed
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                return CheckpointOnDisk(step_of(folder), folder.stat().st_mtime, size)
     return None

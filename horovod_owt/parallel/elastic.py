@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,14 @@ class Committed(State):
         heartbeat to tell the others. The run itself is built again from the last commit.
         """
         abort_connections(keep=set())
+        self._host_messages = queue.Queue()  # the driver chooses the next world's hosts later than this
+
+    def on_reset(self) -> None:
+        """Keep what the driver has said of hosts meanwhile; Horovod forgets it.
+
+        It chooses a world's hosts before it starts their ranks, and says once that there are others. A host
+        that came back while new ranks loaded torch would be left out until some other host changes.
+        """
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], str]:
@@ -140,6 +149,16 @@ def regroup() -> NoReturn:
     job fell below its minimum, for one, which then waits for hosts.
     """
     raise HostsUpdatedInterrupt(skip_sync=False)
+
+
+def regroup_without_newcomers(state: Committed, why: str, world_size: int) -> NoReturn:
+    """Leave a world that ranks have joined which can be no part of it.
+
+    Those end, and the driver takes their exits for failures; every rank that was there before must call it.
+    """
+    step = state.last.step if state.last else 0
+    state.regrouped = {"fault": f"ranks regroup: {why}", "step": step, "world_size": world_size}
+    raise HorovodInternalError(why)
 
 
 def run(state: Committed, train: Callable[[Committed], None]) -> None:

@@ -7,7 +7,6 @@ chosen so that the prediction of what was measured equals it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +15,7 @@ from typing import Any
 
 from horovod_owt.config import TrainConfig, from_mapping
 from horovod_owt.errors import ConfigError
+from horovod_owt.files import read_user_json
 from horovod_owt.perf.layers import Net, net_of
 from horovod_owt.perf.machine import Machine, checked
 from horovod_owt.perf.parts import Job
@@ -42,9 +42,11 @@ def calibrate(machine: Machine, paths: list[Path], wanted: Net) -> Machine:
     steps: list[Measured] = []
     for path in paths:
         document = _read(path)
-        if "figures" in document:  # of bench ceilings
-            _refuse_another_net(document.get("method", {}), wanted, path)
-            speedup = machine.speedup(document.get("method", {}).get("precision", "fp32"))
+        if isinstance(document.get("figures"), dict):  # of bench ceilings
+            method = document.get("method")
+            method = method if isinstance(method, dict) else {}
+            _refuse_another_net(method, wanted, path)
+            speedup = machine.speedup(method.get("precision", "fp32"))
             values = {key: checked(key, value, str(path)) for key, value in document["figures"].items()}
             for key in RATES & values.keys():
                 values[key] /= speedup
@@ -110,10 +112,7 @@ def _without_convolutions(machine: Machine, cfg: TrainConfig, net: Net) -> float
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _read_run(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", wanted=BENCHES) from None
+    document = read_user_json(path, wanted=BENCHES)
     if not isinstance(document, dict):
         raise ConfigError(f"{path} contains a {type(document).__name__}", wanted=BENCHES)
     return document

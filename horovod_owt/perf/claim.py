@@ -43,6 +43,7 @@ class Claim:
     total_s: float
     each_s: float | None = None
     error: float | None = None
+    unit: str = "epoch"  # or mini-batch
 
     @property
     def per_unit_s(self) -> float:
@@ -72,23 +73,16 @@ def parse_claim(text: str, *, error: float | None, machine: Machine) -> Claim:
         raise ConfigError(f"--error {error:g}", wanted="a number between 0 and 100")
     report = machine.report
     is_reports = report and (count, total_s) == (report["epochs"], 60 * report["minutes"])
-    return Claim(count, total_s, report["s_per_epoch"] if is_reports else None, error)
+    each_s = report["s_per_epoch"] if is_reports else None
+    return Claim(count, total_s, each_s, error, unit="epoch" if what == "epoch" else "mini-batch")
 
 
 def check_claim(claim: Claim, machine: Machine, net: Net | None = None) -> dict[str, Any]:
-    """Both readings with their lines, and a verdict."""
+    """The readings with their lines, and a verdict. A claim of mini-batches has only one."""
     net = net or net_of("alexnet-owt")
-    readings = [_written(claim, machine, net), _printed(claim, machine, net)]
-    written, printed = readings
-    if written["fits"]:
-        verdict = "As written it is possible."
-    elif printed["fits"]:
-        verdict = (
-            f"As written the figures are {written['factor']:,.0f} times out of this machine's reach; read as "
-            f"mini-batches of {MINI_BATCH} and a loss, all of them fit."
-        )
-    else:
-        verdict = "Neither reading fits this machine."
+    readings = [_printed(claim, machine, net)]
+    if claim.unit == "epoch":
+        readings.insert(0, _written(claim, machine, net))
     return {
         "machine": machine.name,
         "net": net.name,
@@ -99,9 +93,21 @@ def check_claim(claim: Claim, machine: Machine, net: Net | None = None) -> dict[
             "error": claim.error,
         },
         "readings": readings,
-        "verdict": verdict,
+        "verdict": _verdict(claim, readings),
         "sources": SOURCES,
     }
+
+
+def _verdict(claim: Claim, readings: list[dict[str, Any]]) -> str:
+    written, printed = readings[0], readings[-1]
+    if written["fits"]:
+        return "As written it is possible."
+    if not printed["fits"]:
+        return "Neither reading fits this machine." if len(readings) > 1 else "It does not fit this machine."
+    fault = f"the figures are {_times(written['factor'])} times out of this machine's reach"
+    if written["factor"] <= 1:
+        fault = f"the speed is possible, but not an error of {claim.error:g} %"
+    return f"As written {fault}; read as mini-batches of {MINI_BATCH} and a loss, all of them fit."
 
 
 def predicted_images_per_s(machine: Machine, net: Net, *, global_batch: int) -> float:
@@ -117,27 +123,32 @@ def _written(claim: Claim, machine: Machine, net: Net) -> dict[str, Any]:
     flops = IMAGENET * net.flops()
     floor_s = flops / (1e9 * peak)
     reachable = predicted_images_per_s(machine, net, global_batch=MINI_BATCH * machine.ranks_per_node)
+    wanting = images_per_s / reachable
     lines = [
         *_duration_lines(claim, "epoch"),
         f"ImageNet (ILSVRC2012) has {IMAGENET:,} training images: "
         f"{IMAGENET:,} / {each_s:g} s = {images_per_s:,.0f} images/s",
-        f"planned for this machine: {reachable:,.0f} images/s, {images_per_s / reachable:,.0f} times fewer",
+        f"planned for this machine: {reachable:,.0f} images/s, "
+        + (f"{_times(wanting)} times fewer" if wanting > 1 else "no fewer"),
         f"measured on four GK210 by others: 2,328 images/s ({SOURCES['speed']})",
         f"{net.name} takes {net.flops() / 1e9:.2f} GFLOP an image, forward and backward: "
         f"{flops / 1e15:.2f} PFLOP an epoch",
         f"{machine.ranks_per_node} x {machine['peak_gflops'] / 1e3:.2f} = {peak / 1e3:.2f} TFLOP/s at the "
         f"peak ({machine.figures['peak_gflops'].source})",
         f"{flops / 1e15:.2f} PFLOP / {peak / 1e3:.2f} TFLOP/s = {floor_s:.0f} s an epoch at least, "
-        f"{floor_s / each_s:,.0f} times {each_s:g} s",
+        f"{_times(floor_s / each_s)} times {each_s:g} s",
         f"even if fast convolutions (FFT, Winograd) did it with a {FAST_GAIN}th of the arithmetic: "
-        f"{floor_s / FAST_GAIN / each_s:,.0f} times",
+        f"{_times(floor_s / FAST_GAIN / each_s)} times",
     ]
     fits = each_s >= floor_s
     if claim.error is not None:
         lines += [
             f"AlexNet's published errors: {TOP1_ERROR} % top-1, {TOP5_ERROR} % top-5 ({SOURCES['accuracy']})",
             f"{claim.error:g} % would be {TOP5_ERROR / claim.error:.1f} times better in top-5, "
-            f"{TOP1_ERROR / claim.error:.1f} times in top-1",
+            f"{TOP1_ERROR / claim.error:.1f} times in top-1"
+            if claim.error < TOP5_ERROR
+            else f"{claim.error:g} % is {claim.error / TOP5_ERROR:.1f} times that of top-5, "
+            f"{claim.error / TOP1_ERROR:.1f} times that of top-1",
         ]
         fits = fits and claim.error >= 0.9 * TOP5_ERROR
     return {
@@ -190,6 +201,11 @@ def _printed(claim: Claim, machine: Machine, net: Net) -> dict[str, Any]:
         "fits": fits,
         "lines": lines,
     }
+
+
+def _times(factor: float) -> str:
+    """To two significant digits, or to the nearest whole number."""
+    return f"{factor:,.0f}" if factor >= 10 else f"{factor:.2g}"
 
 
 def _is_loss(value: float, loss: float) -> bool:

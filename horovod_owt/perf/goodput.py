@@ -39,8 +39,10 @@ class Faults:
 
     def goodput(self, interval_s: float) -> float:
         """Progress kept, per second, with a checkpoint after every `interval_s` of work (Daly 2006)."""
-        period = math.expm1((interval_s + self.checkpoint_s) / self.mtbf_s)
-        return interval_s / (self.mtbf_s * math.exp(self.restart_s / self.mtbf_s) * period)
+        work = (interval_s + self.checkpoint_s) / self.mtbf_s
+        # exp(-x) / -expm1(-x) is 1 / expm1(x), which overflows where failures are much more frequent
+        kept = math.exp(-work - self.restart_s / self.mtbf_s) / -math.expm1(-work)
+        return interval_s / self.mtbf_s * kept
 
 
 def simulate(faults: Faults, interval_s: float, *, periods: int, seed: int = 0) -> float:

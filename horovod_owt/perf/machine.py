@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.files import read_user_text
+from horovod_owt.perf.layers import NETS
 from horovod_owt.perf.links import Links
 from horovod_owt.text import nearest
 
@@ -39,7 +41,12 @@ FIGURES = {
     "restart_s": ("from a failure to the first new step", 0),
     "checkpoint_stall_s": ("for which training waits at a checkpoint", 1e-9),
 }
+MOST = 1e9  # of any figure: far above all machines, and low enough to calculate with
 KEYS = ("about", "device", "shares_cores", "figures", "published", "report")
+PUBLISHED = (
+    "one of title, net, batch, overlap, and images/s by number of devices, from 1 on: synthetic and real"
+)
+REPORT = ("s_per_epoch", "epochs", "minutes", "error")
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,7 @@ def load_machine(name_or_file: str, *, option: str = "--machine") -> Machine:
             encoding="utf-8"
         )
     elif Path(name_or_file).is_file():
-        try:
-            text = Path(name_or_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {name_or_file}: {error}", wanted="a machine file") from None
+        text = read_user_text(Path(name_or_file), wanted="a machine file")
     else:
         raise ConfigError(
             f"machine {name_or_file!r} is neither a known machine nor a file",
@@ -122,7 +126,7 @@ def load_machine(name_or_file: str, *, option: str = "--machine") -> Machine:
         )
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(
@@ -148,9 +152,39 @@ def _machine(name: str, document: Any, *, where: str) -> Machine:
         device=str(document.get("device", "device")),
         shares_cores=document.get("shares_cores") is True,
         figures={key: _figure(key, figures[key], where) for key in FIGURES},
-        published=tuple(document.get("published", ())),
-        report=document.get("report", {}),
+        published=_published(document.get("published"), where),
+        report=_report(document.get("report"), where),
     )
+
+
+def _published(entries: Any, where: str) -> tuple[dict[str, Any], ...]:
+    if not entries:
+        return ()
+    try:
+        (entry,) = entries
+        rates = [entry["synthetic"], entry["real"]]
+        numbers = [entry["batch"], *(number for each in rates for pair in each.items() for number in pair)]
+        sound = entry["net"] in NETS and "title" in entry and 0 <= entry["overlap"] <= 1
+        sound = (
+            sound and min(numbers) > 0 and all(1 in each and set(map(type, each)) == {int} for each in rates)
+        )
+    except (TypeError, ValueError, KeyError, AttributeError):
+        sound = False
+    if not sound:
+        raise ConfigError(f"{where}: published", wanted=PUBLISHED, fix="leave it out")
+    return (entry,)
+
+
+def _report(report: Any, where: str) -> dict[str, Any]:
+    if report and not (isinstance(report, dict) and all(_is_positive(report.get(key)) for key in REPORT)):
+        raise ConfigError(
+            f"{where}: report", wanted=f"numbers above 0: {', '.join(REPORT)}", fix="leave it out"
+        )
+    return report or {}
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def _figure(key: str, entry: Any, where: str) -> Figure:
@@ -165,16 +199,15 @@ def _figure(key: str, entry: Any, where: str) -> Figure:
 
 def checked(key: str, value: Any, where: str) -> float:
     """`value` as a number that the figure may have; raises ConfigError."""
+    _refuse_unknown({key: value}, FIGURES, where)
     meaning, least = FIGURES[key]
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    most = 1.0 if key == "overlap" else math.inf
-    whole = key != "ranks_per_node" or number == int(number if math.isfinite(number) else 0)
-    if not (least <= number <= most and math.isfinite(number) and whole):
-        wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-        raise ConfigError(f"{where}: {key}={value}", wanted=f"{wanted}: {meaning}")
+    most = 1.0 if key == "overlap" else MOST
+    if not least <= number <= most or (key == "ranks_per_node" and number % 1):
+        raise ConfigError(f"{where}: {key}={value}", wanted=f"{least:g} to {most:g}: {meaning}")
     return number
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ class Row:
     def to_dict(self, images: int = IMAGENET) -> dict[str, Any]:
         cfg = self.job.cfg
         epoch_s = images / self.images_per_s
+        run_s = min(epoch_s * cfg.epochs, self.step_s * (cfg.max_steps or math.inf))
         return {
             "nodes": self.job.nodes,
             "gpus": self.job.ranks,
@@ -56,7 +58,7 @@ class Row:
             "host_to_device_ms": 1e3 * self.host_to_device_s,
             "images_per_s": self.images_per_s,
             "epoch_s": epoch_s,
-            "run_h": epoch_s * cfg.epochs / 3600,
+            "run_h": run_s / 3600,
             "efficiency": self.efficiency,
             "bound_by": self.bound_by,
             "memory_gb": self.memory_gb,

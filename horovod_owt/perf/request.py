@@ -79,6 +79,7 @@ def answer(request: PlanRequest) -> dict[str, Any]:
             "batch_per_rank": cfg.rank_batch(),
             "precision": cfg.precision,
             "epochs": cfg.epochs,
+            "max_steps": cfg.max_steps,
             "images": request.images,
             "ranks_per_node": request.ranks_per_node,
             "decodes": request.decodes,

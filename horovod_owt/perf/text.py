@@ -75,7 +75,7 @@ def format_plan(document: dict[str, Any], machine: Machine) -> str:
     lines = [
         f"{machine.name}: {machine.about}",
         f"{method['net']}, {method['batch_per_rank']} images of {method['image_size']} px per rank, "
-        f"{method['precision']}, {method['images']:,} images an epoch, {method['epochs']} epochs, "
+        f"{method['precision']}, {method['images']:,} images an epoch, {_length(method)}, "
         f"{method['ranks_per_node']} ranks a node",
         "",
         *table(cells, left=frozenset({1, 14})),
@@ -88,6 +88,11 @@ def format_plan(document: dict[str, Any], machine: Machine) -> str:
         told = f"estimates of this machine, not measured: {', '.join(guesses)}"
         lines += textwrap.wrap(told, WIDTH)
     return "\n".join(lines)
+
+
+def _length(method: dict[str, Any]) -> str:
+    most = f", at most {method['max_steps']:,} steps" if method["max_steps"] else ""
+    return f"{method['epochs']} epochs{most}"
 
 
 def _best(row: dict[str, Any]) -> str:

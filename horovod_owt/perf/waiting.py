@@ -11,7 +11,7 @@ from horovod_owt.perf.predict import Parts, StepTime
 
 EXCHANGES = 5  # of a classifier pass: features, units and logits forward, units and features back
 
-Stretch = tuple[float, int]  # seconds of one rank's work, and the ranks that meet at its end
+Stretch = tuple[float, int, int]  # seconds of one rank's work, the ranks that meet at its end, how often
 
 
 def waiting_s(time: StepTime, parts: Parts, cfg: TrainConfig, ranks: int, jitter: float) -> float:
@@ -23,8 +23,8 @@ def waiting_s(time: StepTime, parts: Parts, cfg: TrainConfig, ranks: int, jitter
     wait longer in all than ranks that meet once.
     """
     return sum(
-        jitter * sqrt(seconds * time.total_s) * slowest_of(meeting)
-        for seconds, meeting in _stretches(time, parts, cfg, ranks)
+        often * jitter * sqrt(seconds * time.total_s) * slowest_of(meeting)
+        for seconds, meeting, often in _stretches(time, parts, cfg, ranks)
     )
 
 
@@ -38,10 +38,12 @@ def _stretches(time: StepTime, parts: Parts, cfg: TrainConfig, ranks: int) -> It
     group, left_s = cfg.ranks_per_classifier(), time.total_s
     if group > 1:
         turns = group if cfg.owt_scheme == "b" else 1
-        between = turns * (EXCHANGES - 1)
-        for micro_batch in range(cfg.accum_steps):
-            after_s = parts.conv_backward_s if micro_batch else 0.0  # of the micro-batch before
-            inside = [after_s + parts.conv_forward_s] + between * [parts.classifier_s / between]
-            yield from ((seconds, group) for seconds in inside)
-            left_s -= sum(inside)
-    yield left_s, ranks
+        between, micro_batches = turns * (EXCHANGES - 1), cfg.accum_steps
+        inside = [
+            (parts.conv_forward_s, group, 1),
+            (parts.conv_backward_s + parts.conv_forward_s, group, micro_batches - 1),  # of the one before
+            (parts.classifier_s / between, group, between * micro_batches),
+        ]
+        yield from inside
+        left_s -= sum(seconds * often for seconds, _, often in inside)
+    yield left_s, ranks, 1

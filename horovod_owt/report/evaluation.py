@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.files import read_user_json
 from horovod_owt.report.timeline import list_of
 from horovod_owt.runs.folder import evaluation_file
 
@@ -45,12 +45,7 @@ def evaluation_of(run_dir: Path, file: Path | None) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", wanted=WANTED) from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{path} is not JSON", wanted=WANTED) from None
+    document = read_user_json(path, wanted=WANTED)
     numbers = ("images", "top1", "top5")
     if (
         not isinstance(document, dict)

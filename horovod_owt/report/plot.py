@@ -10,7 +10,7 @@ from horovod_owt.files import named_file
 from horovod_owt.perf.plot import check_plot, drawable
 from horovod_owt.report.formats import is_number
 from horovod_owt.report.series import clock_of, curves
-from horovod_owt.report.summary import history_of, validations_of
+from horovod_owt.report.summary import history_of, names_of, validations_of
 
 SUFFIXES = (".svg", ".pdf", ".png")
 CURVES = {  # a column, what its axis says, whether it may be logarithmic
@@ -45,7 +45,7 @@ def plot_runs(
 ) -> None:
     """A panel for each of `what`, by name in CURVES, with a line for each run; raises ConfigError."""
     check_plot(path, "--out", SUFFIXES)
-    found = [_curves(run) for run in runs]
+    found = [_curves(run) | {"name": _label(name)} for run, name in zip(runs, names_of(runs), strict=True)]
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -60,7 +60,7 @@ def plot_runs(
                     _draw(axes, run, column, x, colour)
             axes.set(xlabel=AXES[x], ylabel=title)
             axes.set_yscale("log") if log and may_be_log else axes.set_ylim(bottom=0)
-            if len(found) > 1 or name == "accuracy":
+            if axes.lines and (len(found) > 1 or name == "accuracy"):
                 axes.legend()
         with named_file(path, "--out") as file:
             metadata = {"Date": None} if path.suffix == ".svg" else {}
@@ -72,7 +72,13 @@ def _curves(run_dir: Path) -> dict[str, Any]:
     scores = validations_of(history, clock_of(history))
     segments = curves(history, MOST_POINTS)["segments"]
     kept = [segment for segment in segments if segment["kept"]]
-    return {"name": drawable(run_dir.resolve().name), "segments": kept, "validations": scores}
+    return {"segments": kept, "validations": scores}
+
+
+def _label(name: str) -> str:
+    """As matplotlib shows it: it leaves out of legends what begins with `_`."""
+    name = drawable(name)
+    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
 
 
 def _draw(axes: Any, run: dict[str, Any], column: str, x: str, colour: str) -> None:

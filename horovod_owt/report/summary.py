@@ -36,6 +36,7 @@ from horovod_owt.runs.goodput import goodput
 from horovod_owt.runs.history import History, moment_of, read_history
 from horovod_owt.runs.owner import active_owner
 from horovod_owt.runs.records import METRICS, utc
+from horovod_owt.text import without_nan
 
 DEFAULTS = TrainConfig().to_dict()
 MOST_IMAGES = 100  # bad images listed by name
@@ -53,11 +54,16 @@ def summarize_all(
             fix=f"copy each to its run folder: cp {evaluation} {evaluation_file(run_dirs[0])}",
         )
     found = [summarize(run_dir, most_points=most_points, evaluation=evaluation) for run_dir in run_dirs]
-    names = Counter(run["name"] for run in found)
-    for run in found:
-        if names[run["name"]] > 1:
-            run["name"] = run["path"]
-    return found
+    return [run | {"name": name} for run, name in zip(found, names_of(run_dirs), strict=True)]
+
+
+def names_of(run_dirs: Sequence[Path]) -> list[str]:
+    """The folders' names; of those that have the same one, their paths."""
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else str(run_dir) for name, run_dir in zip(names, run_dirs, strict=True)
+    ]
 
 
 def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None) -> dict[str, Any]:
@@ -103,7 +109,7 @@ def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None
         "traces": [str(file) for file in [*profile_files(run_dir), *timeline_files(run_dir)]],
         "curves": curves(history, most_points),
     }
-    return _without_nan(found)
+    return without_nan(found)
 
 
 def validations_of(history: History, clock: Sequence[float]) -> list[dict[str, Any]]:
@@ -266,12 +272,3 @@ def _bad_images(history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
 
 def _utc(moment: float) -> str | None:
     return None if math.isnan(moment) else utc(moment)
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN and infinity, which JSON lacks, as None: a loss may be one."""
-    if isinstance(value, dict):
-        return {str(key): _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

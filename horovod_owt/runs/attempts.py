@@ -6,11 +6,12 @@ import dataclasses
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.errors import ConfigError
+from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import outcome_stamp, read_outcome
 from horovod_owt.runs.owner import elastic_driver
@@ -72,12 +73,13 @@ class Attempt:
 
 
 def find_run_dir(command: Sequence[str]) -> Path | None:
-    """The command's --run-dir."""
+    """The command's --run-dir; of several the last one, as `owt train` takes it."""
+    found = None
     for word, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--run-dir" and (value or following):
-            return Path(value if equals else following)
-    return None
+            found = Path(value if equals else following)
+    return found
 
 
 def run_dir_of(command: Sequence[str]) -> Path:
@@ -98,8 +100,7 @@ class AttemptWatch:
         self.start = next_start(run_dir, os.environ)
         self._records_before = records_size(run_dir)
         self._outcome_before = outcome_stamp(run_dir)
-        newest = self._newest_checkpoint()
-        self._checkpoint_before = _made_at(newest) if newest else None
+        self._checkpoint_before = self._newest_checkpoint()
 
     def attempt(self, launcher_code: int, *, asked_to_stop: bool) -> Attempt:
         exit_code = 128 - launcher_code if launcher_code < 0 else launcher_code
@@ -115,31 +116,36 @@ class AttemptWatch:
             exit_code=outcome["exit_code"],
             reason=outcome["reason"],
             last_step=step or 0,
-            checkpoint=newest.name if newest else "",
-            new_checkpoint=newest is not None and _made_at(newest) != self._checkpoint_before,
+            checkpoint=newest[0] if newest else "",
+            new_checkpoint=newest is not None and newest != self._checkpoint_before,
             asked_to_stop=asked_to_stop,
             stopped_by=str(outcome.get("stopped_by", "")),
         )
 
     def has_ended(self) -> bool:
-        """Whether this attempt has written an outcome."""
-        return outcome_stamp(self._run_dir) != self._outcome_before
+        """Whether this attempt has written an outcome, as far as that can be seen now."""
+        try:
+            stamp = outcome_stamp(self._run_dir)
+        except OSError:  # of a file server; this is asked every second, and must not end who asks
+            return False
+        return stamp not in (None, self._outcome_before)
 
     def _own_outcome(self) -> dict[str, Any]:
         """The run's outcome; if it is damaged, the launcher's exit code stays."""
         try:
             return read_outcome(self._run_dir)
-        except ConfigError as error:
+        except OwtError as error:
             return {"reason": error.saw}
 
-    def _newest_checkpoint(self) -> Path | None:
-        """Not verified: the run does that when it resumes."""
-        return next(iter(list_checkpoints(self._run_dir)), None)
+    def _newest_checkpoint(self) -> tuple[str, int] | None:
+        """Its name, and a time that changes when that of a step is written again; None if none is seen.
 
-
-def _made_at(checkpoint: Path) -> tuple[str, int]:
-    """A key that changes when the checkpoint of a step is written again."""
-    return checkpoint.name, checkpoint.stat().st_mtime_ns
+        Not verified: the run does that when it resumes.
+        """
+        with suppress(OSError):
+            for folder in list_checkpoints(self._run_dir):
+                return folder.name, folder.stat().st_mtime_ns
+        return None
 
 
 def _launcher_reason(code: int) -> str:

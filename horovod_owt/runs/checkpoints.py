@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +47,17 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first; other names are ignored."""
-    folders = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name[5:].isdigit()]
+    """The run's checkpoint folders, newest first; other names are ignored.
+
+    Raises OSError if they cannot be listed. Path.glob would hide that, and a run with an unreadable folder
+    would start anew.
+    """
+    try:
+        with os.scandir(run_dir / CHECKPOINTS) as entries:
+            names = [entry.name for entry in entries]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    folders = [run_dir / CHECKPOINTS / name for name in names if re.fullmatch("step-[0-9]+", name)]
     return sorted(folders, key=step_of, reverse=True)
 
 
@@ -95,10 +106,13 @@ def sound_checkpoint(folder: Path) -> Path:
 def newest_sound(run_dir: Path) -> Path | None:
     """The newest valid checkpoint; damaged ones are logged and skipped.
 
-    None if there are no checkpoints. Raises RunError if all are damaged: starting from scratch would hide
-    that.
+    None if there are no checkpoints. Raises RunError if all are damaged, or the machine does not list them:
+    starting from scratch would hide that.
     """
-    folders = list_checkpoints(run_dir)
+    try:
+        folders = list_checkpoints(run_dir)
+    except OSError as error:
+        raise (explained(error) or error) from error
     for folder in folders:
         fault = find_fault(folder)
         if not fault:
@@ -185,28 +199,31 @@ def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
     """Record the checkpoint of `step` as the best one if it is; raises OSError."""
     if top1 <= read_best(run_dir).get("top1", -1.0):
         return False
-    _write_best(run_dir, {"step": step, "epoch": epoch, "top1": top1})
+    best = {"step": step, "epoch": epoch, "top1": top1}
+    write_text(run_dir / CHECKPOINTS / BEST, json.dumps(best) + "\n")
     return True
 
 
-def _write_best(run_dir: Path, best: dict[str, Any]) -> None:
-    write_text(run_dir / CHECKPOINTS / BEST, json.dumps(best) + "\n")
-
-
 def _elect_best(run_dir: Path, *, upto: int) -> None:
-    """If best.json is damaged or its checkpoint is missing, choose the best existing one."""
+    """Make best.json name the best existing checkpoint up to a step.
+
+    It may be damaged, its checkpoint may be missing, and a kill may have come between a validation and it.
+    """
     file = run_dir / CHECKPOINTS / BEST
-    folders = {step_of(folder): folder for folder in list_checkpoints(run_dir) if step_of(folder) <= upto}
+    steps = {step_of(folder) for folder in list_checkpoints(run_dir) if step_of(folder) <= upto}
     try:
-        if not file.exists() or read_best(run_dir).get("step") in folders:
-            return
-        scores = validations(run_dir, set(folders)).values()
-        if scores:
-            best = max(scores, key=lambda score: (score["top1"], -score["step"]))
-            _write_best(run_dir, {key: best[key] for key in ("step", "epoch", "top1")})
-        else:
+        best = read_best(run_dir)
+        lost = file.exists() and best.get("step") not in steps
+        if lost:
             file.unlink()
-        log.warning("%s named no existing checkpoint: now %s", file, read_best(run_dir) or "none")
+            best = {}
+        not_noted = {step for step in steps if step > best.get("step", -1)}
+        for _, score in sorted(validations(run_dir, not_noted).items()):
+            told = {key: score.get(key) for key in ("step", "epoch", "top1")}
+            if all(isinstance(value, (int, float)) for value in told.values()):  # not damaged
+                note_score(run_dir, **told)
+        if lost:
+            log.warning("%s named no existing checkpoint: now %s", file, read_best(run_dir) or "none")
     except OSError as error:
         log.warning("%s could not be repaired: %s", file, error.strerror)
 
@@ -241,7 +258,10 @@ def drop_old(run_dir: Path, *, keep: int, newest: int) -> list[str]:
         best, faults = _load_best(run_dir).get("step"), []
     except (OSError, ValueError, KeyError, TypeError) as error:  # the best one could be among them
         return [f"old checkpoints kept: {run_dir / CHECKPOINTS / BEST} cannot be read: {error}"]
-    folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest]
+    try:
+        folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= newest]
+    except OSError as error:
+        return [f"old checkpoints kept: {run_dir / CHECKPOINTS}: {error.strerror or error}"]
     for old in folders[keep:]:
         if step_of(old) != best:
             try:

@@ -12,11 +12,12 @@ import os
 import time
 from pathlib import Path
 
-from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.errors import ConfigError, Preempted, RunError
 from horovod_owt.filesystem import unlink_quietly
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import read_outcome
 from horovod_owt.runs.owner import Owner, active_owner
+from horovod_owt.runs.records import METRICS, last_attempt
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,18 @@ def withdraw_older(run_dir: Path, since: float) -> None:
 
 
 def wait_for_end(run_dir: Path, owner: Owner, limit_s: float) -> str:
-    """Wait until the owner has left the folder; returns how its run ended. RunError after `limit_s`."""
+    """Wait until the owner has left the folder; returns how its run ended. RunError after `limit_s`.
+
+    A rank that is killed leaves the outcome of an earlier attempt, which is not this run's.
+    """
     _wait(lambda: active_owner(run_dir) != owner, limit_s, f"{run_dir} is still in use by {owner}")
     try:
-        return read_outcome(run_dir)["reason"]
+        outcome, attempt = read_outcome(run_dir), last_attempt(run_dir / METRICS)
     except FileNotFoundError:
-        return "the process has ended, and left no outcome.json"
+        outcome, attempt = None, 0
+    if outcome is None or outcome.get("attempt", attempt) != attempt:
+        return "the process has ended without an outcome: it was killed, or its host went down"
+    return outcome["reason"]
 
 
 def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:
@@ -80,9 +87,19 @@ def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:
 
     _wait(done, limit_s, f"{run_dir} has no new checkpoint yet")
     found = list_checkpoints(run_dir)
-    if (run_dir / SAVE).exists() or not found:
+    if (run_dir / SAVE).exists() or not found or _has_failed(run_dir):  # at its end a run withdraws requests
         raise RunError(f"the run in {run_dir} has ended without writing a checkpoint", fix="see outcome.json")
     return found[0]
+
+
+def _has_failed(run_dir: Path) -> bool:
+    """Whether the newest attempt has ended with an error."""
+    try:
+        outcome = read_outcome(run_dir)
+    except (FileNotFoundError, ConfigError):
+        return False
+    own = outcome.get("attempt") == last_attempt(run_dir / METRICS)
+    return own and outcome["exit_code"] not in (0, Preempted.exit_code)
 
 
 def _owner(run_dir: Path) -> Owner:
@@ -102,5 +119,5 @@ def _wait(done, limit_s: float, saw: str) -> None:
     end = time.monotonic() + limit_s
     while not done():
         if time.monotonic() > end:
-            raise RunError(f"{saw} after {limit_s:g} s", fix="it stays asked; see the log of the run")
+            raise RunError(f"{saw} after {limit_s:g} s", fix="see the log of the run; the request stays")
         time.sleep(POLL_S)

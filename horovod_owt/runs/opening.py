@@ -54,7 +54,7 @@ class Opened:
     began_from: str = ""  # the --resume PATH that the run in this folder started from
     attempt: int = 1
     job_id: str | None = None
-    kept_global_batch: int = 0  # of an elastic run with elastic_batch=keep, from its own checkpoint
+    kept_global_batch: int = 0  # of an elastic run: its own checkpoint's or its first world's; 0: not known
 
     @property
     def start(self) -> Start:

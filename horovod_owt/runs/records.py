@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.logs import utc
+from horovod_owt.text import json_text
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class MetricsLog:
         """Write a line; returns its record."""
         with self._one_at_a_time:
             record = {"kind": kind, **self._start.stamp(), **values}
-            self._unwritten += (json.dumps(record) + "\n").encode()
+            self._unwritten += (json_text(record) + "\n").encode()
             try:
                 while self._unwritten:
                     self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -186,7 +187,7 @@ def append_record(file: Path, record: dict[str, Any]) -> None:
     """Append a line, after removing an incomplete one left by a crash; raises OSError."""
     drop_half_a_line(file)
     with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
+        lines.write(json_text(record) + "\n")
 
 
 def drop_half_a_line(path: Path) -> None:

@@ -20,6 +20,7 @@ class Allocation:
     cpus_per_node: int  # the minimum over all nodes
     restarts: int
     task: str = ""  # of an array: N, of N_TASK
+    gpus_by_task: int = 0  # of a node, if they were requested per task
 
     @property
     def world_size(self) -> int:
@@ -45,7 +46,20 @@ def read_allocation(env: Mapping[str, str], hosts: Sequence[str]) -> Allocation:
         cpus_per_node=min(expand_counts(env["SLURM_JOB_CPUS_PER_NODE"])),
         restarts=int(env.get("SLURM_RESTART_COUNT", 0)),
         task=task,
+        gpus_by_task=_gpus_on_node(env) if _are_per_task(env) else 0,
     )
+
+
+def _are_per_task(env: Mapping[str, str]) -> bool:
+    return "SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", "")
+
+
+def _gpus_on_node(env: Mapping[str, str]) -> int:
+    """The GPUs that the job has on the batch process's node, or the number that was requested; else 0."""
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):  # 4, a100:4, or a100 for one
+        if found := re.search(r"(?:^|:)(\d+)$", env.get(name, "")):
+            return int(found[1])
+    return 0
 
 
 def node_list(env: Mapping[str, str]) -> str:
@@ -79,7 +93,4 @@ def _ranks_per_node(env: Mapping[str, str], nodes: int) -> int:
                 f"{tasks} tasks on {nodes} nodes", wanted="the same number on each", fix="--ntasks-per-node N"
             )
         return tasks // nodes
-    for name in ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):  # 4, or a100:4
-        if found := re.search(r"(\d+)$", env.get(name, "")):
-            return max(1, int(found[1]))
-    return 1
+    return max(1, _gpus_on_node(env))

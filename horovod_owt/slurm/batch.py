@@ -8,17 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch.command import check_folder_for_ssh
 from horovod_owt.launch.elastic import ElasticJob
 from horovod_owt.launch.supervisor import Supervisor, reason_not_to_restart
-from horovod_owt.parallel.interfaces import interface_between
+from horovod_owt.parallel.interfaces import chosen_interface
 from horovod_owt.runs.attempts import JOB, AttemptWatch, append_attempt, earlier_attempts, find_run_dir
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
-from horovod_owt.slurm.client import ask, find_jobs, start_ranks
+from horovod_owt.slurm.client import ask, find_job, find_jobs, mpi_types, start_ranks
 from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
 from horovod_owt.slurm.launchers import (
     choose_launcher,
@@ -40,6 +40,7 @@ def run_job(
     command: Sequence[str],
     *,
     launcher: str = AUTO,
+    interface: str = "",
     max_restarts: int = JobSpec.max_restarts,
     elastic: bool = False,
     min_ranks: int = 0,
@@ -47,32 +48,53 @@ def run_job(
     apptainer: str = "",
 ) -> int:
     """Run `owt` with this command line on the job's ranks; returns the job's exit code."""
+    forget_array_of_submitter(os.environ)
     allocation = read_allocation(os.environ, ask(hostnames_argv(node_list(os.environ))).split())
     command = ["owt", *owt_args(command, allocation)]
+    interface = chosen_interface(interface or None, list(allocation.hosts))
     if elastic:
-        return train(ElasticRanks(allocation, min_ranks), command, max_restarts)
+        return train(ElasticRanks(allocation, min_ranks, interface), command, max_restarts)
     chosen, why = choose_launcher(
         launcher,
-        srun_mpi=ask(["srun", "--mpi=list"]),
+        srun_mpi=mpi_types(),
         mpirun=shutil.which("mpirun"),
         # a container's contents are not visible from here
         horovod_mpi=bool(container_image or apptainer) or horovod_has_mpi(),
     )
-    log_start(allocation, chosen, why)
-    job = Ranks(allocation, chosen, container_image, apptainer)
+    log_start(allocation, chosen, why, interface)
+    job = Ranks(allocation, chosen, interface, container_image, apptainer)
     if command[1] == "train":
         return train(job, command, max_restarts)
     code = job.run(command)
     return 128 - code if code < 0 else code  # as shells report a signal
 
 
-def log_start(allocation: Allocation, launcher: Launcher, why: str) -> None:
+def forget_array_of_submitter(env: MutableMapping[str, str]) -> None:
+    """Remove the array variables of a task that submitted this job: sbatch passes them on.
+
+    With them the job would take that task for itself, and requeue it.
+    """
+    if "SLURM_ARRAY_JOB_ID" not in env or "SLURM_ARRAY_TASK_ID" not in env:
+        return
+    try:
+        tasks = find_jobs(f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}")
+    except OwtError as error:
+        say(f"WARNING {error}")
+        return
+    if all(task.number != env.get("SLURM_JOB_ID") for task in tasks):
+        for name in [name for name in env if name.startswith("SLURM_ARRAY_")]:
+            del env[name]
+
+
+def log_start(allocation: Allocation, launcher: Launcher, why: str, interface: str) -> None:
     hosts, ranks = len(allocation.hosts), allocation.ranks_per_node
-    interface = interface_between(list(allocation.hosts))
     say(
         f"job {allocation.job_id} start {allocation.restarts + 1}: {hosts} nodes x {ranks} ranks, "
         f"launcher {launcher} ({why}), interface {interface}"
     )
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdecimal() and int(gpus) > ranks:
+        say(f"WARNING {ranks} of the {gpus} GPUs on a node in use; fix: --ntasks-per-node {gpus}")
     if allocation.crowded:
         say(
             f"WARNING {ranks} ranks share {allocation.cpus_per_node} CPU on a node; "
@@ -100,9 +122,14 @@ class Ranks:
     """Runs the ranks, and forwards Slurm's signals to end the job."""
 
     def __init__(
-        self, allocation: Allocation, launcher: Launcher, container_image: str, apptainer: str
+        self,
+        allocation: Allocation,
+        launcher: Launcher,
+        interface: str,
+        container_image: str,
+        apptainer: str,
     ) -> None:
-        self.allocation, self._launcher = allocation, launcher
+        self.allocation, self._launcher, self._interface = allocation, launcher, interface
         self._container = {"container_image": container_image, "apptainer": apptainer}
         self._ranks: subprocess.Popen | None = None
         self.asked_to_stop = False
@@ -112,7 +139,7 @@ class Ranks:
     def run(self, command: list[str]) -> int:
         """Run to the end; returns the launcher's exit code, negative for a signal."""
         argv = ranks_argv(self._launcher, self.allocation, command, **self._container)
-        with launcher_environment(self._launcher, self.allocation) as env:
+        with launcher_environment(self._launcher, self.allocation, self._interface) as env:
             self._ranks = start_ranks(argv, env)
             if self.asked_to_stop:  # while it was started
                 self._ranks.terminate()
@@ -130,8 +157,8 @@ class Ranks:
 class ElasticRanks:
     """The same for an elastic job, which survives the loss of nodes (--no-kill)."""
 
-    def __init__(self, allocation: Allocation, min_ranks: int) -> None:
-        self.allocation, self.asked_to_stop = allocation, False
+    def __init__(self, allocation: Allocation, min_ranks: int, interface: str) -> None:
+        self.allocation, self._interface, self.asked_to_stop = allocation, interface, False
         self._min_ranks = min_ranks or (allocation.world_size + 1) // 2
         if self._min_ranks > allocation.world_size:
             raise ConfigError(
@@ -140,13 +167,13 @@ class ElasticRanks:
             )
         if len(allocation.hosts) > 1:
             check_folder_for_ssh(os.getcwd())
-        log_start(allocation, Launcher.GLOO, f"elastic, at least {self._min_ranks} ranks, by ssh")
+        log_start(allocation, Launcher.GLOO, f"elastic, at least {self._min_ranks} ranks, by ssh", interface)
 
     def run(self, command: list[str]) -> int:
         with nodes_file(self.allocation, say) as hosts_file:
             elastic = ElasticJob(
                 command[2:],
-                interface=interface_between(list(self.allocation.hosts)),
+                interface=self._interface,
                 hosts_file=hosts_file,
                 min_ranks=self._min_ranks,
             )
@@ -182,7 +209,7 @@ def requeue(job_id: str, start: str) -> None:
     """Requeue the job, and wait for the TERM that follows."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        (record,) = find_jobs(job_id)
+        record = find_job(job_id)
         if record.state != "RUNNING":  # cancelled, which a requeue would undo, or preempted
             say(f"job is {record.state}; not requeueing")
             return
@@ -198,7 +225,7 @@ def leave_run_dir(job_id: str, run_dir: Path) -> None:
     """Record the run folder in the job's comment, for `owt job status`, unless the user has set one."""
     comment = json.dumps({"run_dir": str(run_dir)})
     try:
-        (record,) = find_jobs(job_id)
+        record = find_job(job_id)
         if not record.comment:
             ask(comment_argv(job_id, comment))
         elif record.comment != comment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 
@@ -11,16 +12,32 @@ from horovod_owt.filesystem import temporary_folder
 from horovod_owt.slurm.commands import JobRecord, parse_jobs, sbatch_argv, scancel_argv, show_job_argv
 from horovod_owt.text import encode
 
-EXPORT_LIMITS = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")  # set by sbatch --export, read by srun
+# Options of sbatch that srun would take for its own: --export, and --ntasks-per-gpu, which it refuses beside
+# --ntasks-per-node, given by us and by mpirun.
+NOT_FOR_SRUN = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_TRES")
+OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_")  # how Slurm's variables in a job begin
+OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_HINT", "SLURM_JWT")  # may be set outside of jobs too
 LIMIT_S = 60.0  # for slurmctld to answer
 
 
 def submit(script: str) -> str:
-    """Submit a script with sbatch; returns the job id."""
+    """Submit a script with sbatch; returns the job id. Without a limit: `--wait` waits for the job's end."""
     with temporary_folder("owt-job-") as folder:
         file = folder / "job.sbatch"  # sbatch copies it
         file.write_bytes(encode(script))
-        return ask(sbatch_argv(file)).strip().partition(";")[0]  # ID, or ID;CLUSTER
+        said = ask(sbatch_argv(file), env=_outside_of_jobs(os.environ), limited=False)
+        return said.strip().partition(";")[0]  # ID, or ID;CLUSTER
+
+
+def _outside_of_jobs(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` without the variables of the Slurm job that this process runs in, if it does.
+
+    sbatch would pass them on, and sets only those that it has an option for: the new job would take the
+    number of tasks, or the array and the task, of this one for its own.
+    """
+    if "SLURM_JOB_ID" not in env:
+        return dict(env)
+    return {name: value for name, value in env.items() if name in OF_A_SITE or not name.startswith(OF_A_JOB)}
 
 
 def find_jobs(job_id: str) -> list[JobRecord]:
@@ -28,25 +45,46 @@ def find_jobs(job_id: str) -> list[JobRecord]:
     try:
         return parse_jobs(ask(show_job_argv(job_id)))
     except RunError as error:
-        if "Invalid job id" in str(error):
+        # "Job 7_2 not found" of a task, while Slurm knows others of its array
+        if re.search(r"Invalid job id|Job \S+ not found", str(error)):
             return []
         raise
+
+
+def find_job(job_id: str) -> JobRecord:
+    """Slurm's record of one job, or of one task of an array; RunError if it has none, or several."""
+    records = find_jobs(job_id)
+    if len(records) != 1:
+        raise RunError(f"Slurm has {len(records) or 'no'} record{'s'[: len(records) > 1]} of job {job_id}")
+    return records[0]
+
+
+def mpi_types() -> str:
+    """What `srun --mpi=list` prints: to stderr before Slurm 22.05."""
+    return ask(["srun", "--mpi=list"], or_stderr=True)
 
 
 def cancel(job_id: str) -> None:
     ask(scancel_argv(job_id))
 
 
-def ask(argv: Sequence[str]) -> str:
-    """The stdout of a short command; RunError with its message if it fails."""
+def ask(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    limited: bool = True,
+    or_stderr: bool = False,
+) -> str:
+    """The stdout of a short command, with `or_stderr` its stderr if stdout is empty; RunError if it fails."""
     try:
         done = subprocess.run(
             argv,
+            env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=LIMIT_S,
+            timeout=LIMIT_S if limited else None,
             check=True,
         )
     except FileNotFoundError:
@@ -58,18 +96,18 @@ def ask(argv: Sequence[str]) -> str:
             f"{argv[0]} did not answer within {LIMIT_S:g} s", fix="check slurmctld with `scontrol ping`"
         ) from None
     except subprocess.CalledProcessError as error:
-        said = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
+        said = " ".join((error.stderr.strip() or error.stdout).split()) or f"exit code {error.returncode}"
         raise RunError(f"{argv[0]}: {said.removeprefix(f'{argv[0]}: ').removeprefix('error: ')}") from None
-    return done.stdout
+    return done.stdout or (done.stderr if or_stderr else "")
 
 
 def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
     """Start srun or mpirun in its own session, so that it does not get the batch process's signals.
 
-    Ranks get the batch process's full environment, whatever sbatch --export was; srun, also below mpirun,
-    would otherwise inherit that setting.
+    Ranks get the batch process's full environment, whatever sbatch --export was, save for what would mislead
+    srun, also below mpirun.
     """
-    whole = {name: value for name, value in os.environ.items() if name not in EXPORT_LIMITS}
+    whole = {name: value for name, value in os.environ.items() if name not in NOT_FOR_SRUN}
     return subprocess.Popen(
         argv,
         env={**whole, **env},

@@ -42,9 +42,10 @@ def comment_argv(job_id: str, comment: str) -> list[str]:
 class JobRecord:
     """A job's record in slurmctld, kept for MinJobAge after its end."""
 
+    number: str  # its SLURM_JOB_ID: each task of an array has its own
     job_id: str  # N; N_TASK in an array; N+COMPONENT in a heterogeneous job
     state: str
-    exit_code: int | None  # 128 + the signal that ended it, as in a shell; None before its end
+    exit_code: int | None  # 128 + the signal that ended it, as in a shell; None if Slurm has none
     restarts: int
     comment: str
     nodes: str  # in Slurm's list notation; without those lost under --no-kill; empty before the start
@@ -65,11 +66,14 @@ def _parse_job(text: str) -> JobRecord:
     )
     if requeue and state in REQUEUED_FROM:
         state = REQUEUED
+    ended = state in FINISHED and (code or (number and 128 + number))
     nodes = _values(text, r"NodeList=(.*)")[0].strip() if "\n   NodeList=" in text else ""
+    first_line = text.lstrip().partition("\n")[0]
     return JobRecord(
-        job_id=_job_id(text.lstrip().partition("\n")[0]),
+        number=re.match(r"JobId=(\d+)", first_line)[1],
+        job_id=_job_id(first_line),
         state=state,
-        exit_code=(code or (number and 128 + number)) if state in FINISHED else None,
+        exit_code=0 if state == "COMPLETED" else ended or None,  # 0:0 of TIMEOUT, CANCELLED, ... is none
         restarts=restarts,
         comment=_values(text, r"Comment=(.*)")[0].strip() if "\n   Comment=" in text else "",
         nodes="" if nodes in NO_NODES else nodes,

@@ -12,10 +12,15 @@ from pathlib import Path
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.gloo import Node, store_environment
-from horovod_owt.parallel.interfaces import interface_between, interface_environment, ipv4_address_of
+from horovod_owt.parallel.interfaces import interface_environment, ipv4_address_of
 from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.spec import AUTO
 from horovod_owt.topology import UNBOUND, Launcher
+
+# Options of sbatch for each task or GPU. The srun below mpirun would take them for mpirun's daemons, one on
+# each node; since Slurm 24.05 it refuses SRUN_CPUS_PER_TASK beside another number in SLURM_TRES_PER_TASK.
+NOT_FOR_DAEMONS = ("SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_CPUS_PER_GPU", "SLURM_GPUS_PER_TASK")
+NOT_FOR_DAEMONS += ("SLURM_GPU_BIND", "SLURM_TRES_BIND")
 
 
 def choose_launcher(
@@ -74,7 +79,8 @@ def ranks_argv(
 def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
     """No binding by srun: ranks choose their cores themselves, as under every launcher.
 
-    Since 22.05 a step gets only the cores that it requests, whatever sbatch requested.
+    Since 22.05 a step gets only the cores that it requests, whatever sbatch requested. A host's ranks are
+    consecutive, also where sbatch was given another --distribution.
     """
     return [
         "srun",
@@ -82,6 +88,7 @@ def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
         f"--nodes={len(allocation.hosts)}",
         f"--ntasks={allocation.world_size}",
         f"--ntasks-per-node={allocation.ranks_per_node}",
+        "--distribution=block",
         f"--cpus-per-task={allocation.cpus_per_rank}",
         "--cpu-bind=none",
         "--kill-on-bad-exit=1",
@@ -90,33 +97,39 @@ def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
 
 
 def mpirun_argv(allocation: Allocation) -> list[str]:
-    """Open MPI starts its daemons with srun; more ranks than Slurm tasks are allowed."""
+    """Open MPI starts a daemon on each node with srun; more ranks than Slurm tasks are allowed.
+
+    Ranks inherit the cores and GPUs of their daemon: all that the job has on the node. Of GPUs requested per
+    task a step of one task per node gets those of one task, unless it says otherwise.
+    """
+    unset = [word for name in NOT_FOR_DAEMONS for word in ("-u", name)]
+    env = ["env", *unset, f"SRUN_CPUS_PER_TASK={allocation.cpus_per_node}"]
+    if allocation.gpus_by_task:
+        env.append(f"SLURM_GPUS_PER_NODE={allocation.gpus_by_task}")
     placing = ["--map-by", f"ppr:{allocation.ranks_per_node}:node:oversubscribe", "--bind-to", "none"]
-    return ["mpirun", "-np", str(allocation.world_size), *placing]
+    return [*env, "mpirun", "-np", str(allocation.world_size), *placing]
 
 
 @contextmanager
-def launcher_environment(launcher: Launcher, allocation: Allocation) -> Iterator[dict[str, str]]:
+def launcher_environment(
+    launcher: Launcher, allocation: Allocation, interface: str
+) -> Iterator[dict[str, str]]:
     """Variables to add to the ranks' environment, for as long as the block lasts."""
     if launcher is Launcher.GLOO:
-        with rendezvous(allocation) as environment:
+        with rendezvous(allocation, interface) as environment:
             yield environment
         return
-    interface = interface_between(list(allocation.hosts))
     environment = {UNBOUND: "1", **({} if interface == "lo" else interface_environment(interface))}
-    if launcher is Launcher.MPIRUN:
-        # for the srun that starts mpirun's daemons on each node: ranks inherit its cores
-        environment["SRUN_CPUS_PER_TASK"] = str(allocation.cpus_per_node)
     yield {name: value for name, value in environment.items() if name not in os.environ}
 
 
 @contextmanager
-def rendezvous(allocation: Allocation) -> Iterator[dict[str, str]]:
+def rendezvous(allocation: Allocation, interface: str) -> Iterator[dict[str, str]]:
     """Run Horovod's rendezvous server for ranks without MPI, on this host."""
     from horovod_owt.parallel.store import start_store  # loads Horovod
 
     nodes = [Node(host, allocation.ranks_per_node) for host in allocation.hosts]
-    address, port, stop = start_store(nodes, ipv4_address_of(interface_between(list(allocation.hosts))))
+    address, port, stop = start_store(nodes, ipv4_address_of(interface))
     try:
         yield store_environment(address, port)
     finally:

@@ -37,6 +37,8 @@ def launch_argv(spec: JobSpec) -> list[str]:
         argv += ["--min-ranks", str(spec.min_ranks)]
     if spec.launcher != AUTO:
         argv += ["--launcher", spec.launcher]
+    if spec.interface:
+        argv += ["--interface", spec.interface]
     if spec.restarts and spec.max_restarts != JobSpec.max_restarts:
         argv += ["--max-restarts", str(spec.max_restarts)]
     if spec.container_image:

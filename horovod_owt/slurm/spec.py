@@ -58,6 +58,7 @@ class JobSpec:
     container_image: str = ""  # Pyxis
     apptainer: str = ""  # image
     launcher: str = "auto"
+    interface: str = ""  # of all nodes; empty: the one that reaches them
     max_restarts: int = 20
     min_ranks: int = 0  # of an elastic job; 0: half of them
     owt_args: tuple[str, ...] = ()  # DATA and options of the owt command

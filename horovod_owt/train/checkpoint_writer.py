@@ -103,6 +103,7 @@ class CheckpointWriter:
         return Written(folder, seconds, drop_old(self._run_dir, keep=self._keep, newest=step_of(folder)))
 
     def _finish_write(self, pending: Future[Written]) -> None:
+        self._pending = None  # first: another error, as of memory, is raised once and not again by `close`
         try:
             written = pending.result()
         except DiskError as error:
@@ -121,7 +122,6 @@ class CheckpointWriter:
                     log.warning(fault)
                     self._record("fault", fault=fault)
                 self._left_over.add(fault)
-        self._pending = None
 
     def _note_score(self) -> None:
         if not self._score or not checkpoint_folder(self._run_dir, self._score["step"]).is_dir():

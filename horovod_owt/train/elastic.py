@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.errors import ConfigError
+from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.parallel import elastic, runtime
 from horovod_owt.parallel.collectives import broadcast_object, on_root
 from horovod_owt.parallel.elastic import Committed
@@ -47,19 +47,32 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             world = runtime.current_world(request.device)
             if not world.is_root:
                 ownership.hand_over()  # before the next collective, so before the new rank 0 takes it
-            check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
+            try:
+                check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
+            except OwtError as error:
+                if opened is None:  # at the start of the job, or this rank has just joined
+                    raise
+                why = f"ranks that joined are refused: {error}"
+                if world.is_root:
+                    log.warning("%s", why)
+                elastic.regroup_without_newcomers(state, why, world.size)
             cfg = broadcast_object(request.cfg, "config", kind=TrainConfig)
             where = opened.run_dir if opened else run_dir
             opened = on_root(lambda: _open(where, cfg, state), "run_dir", kind=Opened)
             kept = state.last.first_global_batch if state.last else opened.kept_global_batch
             if kept:
                 cfg = in_world_of(world.size, cfg, kept)
+            else:  # also if ranks are lost before the first commit
+                opened = dataclasses.replace(opened, kept_global_batch=cfg.global_batch(world.size))
             Run(cfg, request, world, opened, stop, committed=state).train()
 
         def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
             if not state.last:
                 found = open_run(where, cfg, request.folder.identity(), resume, ownership)
-                return dataclasses.replace(found, attempt=opened.attempt) if opened else found
+                if opened is None:
+                    return found
+                kept = found.kept_global_batch or opened.kept_global_batch
+                return dataclasses.replace(found, attempt=opened.attempt, kept_global_batch=kept)
             ownership.take(state.last.run_dir)
             return Opened(
                 state.last.run_dir,

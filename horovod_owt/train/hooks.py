@@ -7,7 +7,6 @@ by which launchers tell ranks their place, one event at a time; what it does nev
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -24,6 +23,7 @@ from threading import Thread
 from typing import Any
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.text import json_text
 from horovod_owt.topology import LAUNCHERS, UNKNOWN_LAUNCHERS
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Hook:
                 start_new_session=True,
             )
             try:
-                self._process.communicate((json.dumps(record) + "\n").encode(), timeout=self._limit_s)
+                self._process.communicate((json_text(record) + "\n").encode(), timeout=self._limit_s)
             except subprocess.TimeoutExpired:
                 self._kill()
                 return f"killed after {self._limit_s:g} s"

@@ -107,6 +107,7 @@ class Run:
         bug: BaseException | None = None
         rank_log = RankLog(self.run_dir, self.start, self.world)
         elastic = self._committed is not None
+        explained_losses = nullcontext if elastic else explain_lost_ranks
         watch = watched(
             self.world,
             self.run_dir,
@@ -119,8 +120,9 @@ class Run:
             requests = self.journal.requests if self.journal else nullcontext()
             with (
                 requests,
+                explained_losses(),  # before there is a heartbeat
                 watch as heartbeat,
-                nullcontext() if elastic else explain_lost_ranks(heartbeat.lost),
+                explained_losses(heartbeat.lost),
             ):
                 self._begin(heartbeat)
                 places = gather_objects(place(self.world), "places")

@@ -1,4 +1,4 @@
-"""A profile of some steps: a trace of each rank that Perfetto opens, and its dearest operations."""
+"""A profile of some steps: a trace of each rank that Perfetto opens, and its most expensive operations."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def write_trace(profiler: profile, file: Path) -> None:
 
 
 def table_of(operations: Iterable, *, steps: int, on_gpu: bool) -> str:
-    """The dearest operations by their own time, without that of those they call."""
+    """The most expensive operations by their own time, without that of those they call."""
     own_us: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for each in operations:

@@ -116,6 +116,10 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
         log.info("resuming from %s", checkpoint)
         _warn_of_dropped_errors(found[0], replica)
         state = found[0].state
+        if replica.average and not found[0].averaged:
+            log.info("the checkpoint has no average of the weights: it begins at these")
+        if _optimizer_of(state) != replica.cfg.optimizer:
+            log.info("the checkpoint's momentum is of optimizer=%s: it begins at 0", _optimizer_of(state))
         owed = state.get("validation_due", False) and not validations(run_dir, {state["step"]})
         return state | {"validation_due": owed, "averaged": bool(found[0].averaged)}
 
@@ -131,8 +135,9 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
     replica.weights_changed()
     replica.strategy.compression.restore(saved)
     if replica.average and not state["averaged"]:
-        log.info("the checkpoint has no average of the weights: it begins at these")
         replica.average.restart()
+    if _optimizer_of(state) != replica.cfg.optimizer:
+        replica.reset_momentum()
     replica.load_scaler_state(state["scaler"])
     position.step, position.consumed = state["step"], state["samples_consumed"]
     return Due(validation=state["validation_due"])
@@ -187,6 +192,11 @@ def _still_due(last: Commit) -> Due:
         checkpoint=last.checkpoint_due and not checkpoint_folder(last.run_dir, last.step).is_dir(),
         validation=last.validation_due and not validations(last.run_dir, {last.step}),
     )
+
+
+def _optimizer_of(state: dict[str, Any]) -> str:
+    """Whose momentum a checkpoint has: that of LARS has the learning rate in it, SGD's has not."""
+    return state.get("config", {}).get("optimizer", "sgd")
 
 
 def _by_part(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -116,7 +116,10 @@ def watched(
 
 
 def _how_to_resume(run_dir: Path) -> str:
-    checkpoints = list_checkpoints(run_dir)
+    try:
+        checkpoints = list_checkpoints(run_dir)
+    except OSError:  # the file server, of which the ranks may be waiting
+        return f"the same command with --run-dir {run_dir} resumes"
     if not checkpoints:
         return "there is no checkpoint yet: the same command starts again"
     return f"the same command with --run-dir {run_dir} resumes from {checkpoints[0].name}"

@@ -27,10 +27,13 @@ GPU_SETTINGS = (  # ignored by the cpu lane: a `module load cuda` must not rebui
     "HOROVOD_NCCL_LINK",
     "HOROVOD_WITHOUT_CUDA",
 )
-# Prefixes removed from a child's environment: variables of another job's ranks or another Python.
+# Prefixes removed from a child's environment: variables of another job's ranks or another Python. In a job of
+# LSF (LSB_) horovodrun looks for IBM's CSM, in one of PBS mpirun takes its slots from the job.
 FOREIGN = (
     "HOROVOD_",
+    "LSB_",
     "OMPI_",
+    "PBS_",
     "PMIX_",
     "PMI_",
     "PRTE_",

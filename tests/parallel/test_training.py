@@ -204,8 +204,9 @@ def test_bench_step_prints_one_json_document(run, images, narrow_net):
 
 
 @pytest.mark.slow
-def test_bench_step_compares_with_torch_alone_without_a_launcher(run, images):
-    argv = [*NARROW, "bench", "step", images, *SMALL, "--steps", "2", "--warmup", "1", "--against", "torch"]
+@pytest.mark.parametrize("name", ["torch", "compile"])
+def test_bench_step_compares_with_torch_alone_without_a_launcher(run, images, name):
+    argv = [*NARROW, "bench", "step", images, *SMALL, "--steps", "2", "--warmup", "1", "--against", name]
     report = run([*argv, "--json"], launcher="none").json()
-    assert report["ranks"] == 1 and report["against"]["name"] == "torch"
+    assert report["ranks"] == 1 and report["against"]["name"] == name
     assert report["against"]["speedup_at_p25"] > 0

@@ -188,6 +188,8 @@ def test_children_see_neither_another_job_nor_another_python(tmp_path):
         "OMPI_COMM_WORLD_RANK": "3",
         "HOROVOD_RANK": "3",
         "SLURM_JOB_ID": "1",
+        "LSB_JOBID": "1",  # horovodrun would end with KeyError: 'CSM_ALLOCATION_ID'
+        "PBS_JOBID": "1",
         "PYTHONPATH": "/elsewhere",
         "LD_LIBRARY_PATH": "/opt/mpi/lib",
     }

@@ -8,6 +8,7 @@ import pytest
 from horovod_owt.bench.boston import format_boston_report
 from horovod_owt.bench.ceilings import format_ceilings_report
 from horovod_owt.bench.collectives import BUS_FACTORS, format_collectives_report, sizes
+from horovod_owt.bench.request import refuse_uncompilable
 from horovod_owt.bench.tcp_ring import TcpRing, open_server, pair_on_this_host
 from horovod_owt.errors import ConfigError
 
@@ -112,3 +113,13 @@ def test_reports_are_readable():
     }
     text = format_boston_report(report)
     assert "1.800" in text and "1.7" in text and "6.9077" in text and "0.047" in text
+
+
+def test_a_compiled_net_needs_a_compiler_and_time_for_it(monkeypatch):
+    monkeypatch.setenv("CXX", "true")
+    refuse_uncompilable(1)
+    with pytest.raises(ConfigError, match="--warmup 0 with --against compile; wanted at least 1"):
+        refuse_uncompilable(0)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="no-such-compiler not found"):
+        refuse_uncompilable(1)

@@ -12,9 +12,11 @@ from click.testing import CliRunner
 
 from horovod_owt import files
 from horovod_owt.cli import cli
+from horovod_owt.commands import checkpoint as commands
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, ProblemFound, RunError
 from horovod_owt.runs import checkpoints
+from horovod_owt.runs.attempts import AttemptWatch
 from horovod_owt.runs.checkpoints import (
     FILES,
     MANIFEST,
@@ -33,6 +35,7 @@ from horovod_owt.train import checkpoint as module
 from horovod_owt.train import checkpoint_writer
 from horovod_owt.train.checkpoint import Checkpoint, DiskError, read_checkpoint, write_checkpoint
 from horovod_owt.train.checkpoint_writer import CheckpointWriter
+from horovod_owt.train.watch import _how_to_resume
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -113,6 +116,28 @@ def test_a_file_that_the_machine_does_not_give_is_not_damaged(tmp_path, monkeypa
         assert verified.exception.exit_code == 3 and "step-00000001  whole" in verified.stdout
         assert f"step-00000002  unreadable: {newer}" in verified.stdout
     assert newest_sound(tmp_path) == newer and older.is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_checkpoints_that_the_machine_does_not_list_are_not_taken_for_none(tmp_path, monkeypatch, number):
+    """The run would start from initial weights, and move its checkpoints aside when they are seen again."""
+    folder = write_checkpoint(tmp_path, checkpoint(7))
+    real_scandir = os.scandir
+
+    def no_list(path):
+        if Path(path) == folder.parent:
+            raise OSError(number, os.strerror(number), str(path))
+        return real_scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", no_list)
+        with pytest.raises(RunError, match=f"checkpoints: {os.strerror(number)}; fix"):
+            open_folder(tmp_path)
+        (kept,) = drop_old(tmp_path, keep=1, newest=8)
+        assert "old checkpoints kept" in kept and os.strerror(number) in kept
+        assert f"--run-dir {tmp_path} resumes" in _how_to_resume(tmp_path)  # of a job that hangs
+        assert AttemptWatch(tmp_path).attempt(1, asked_to_stop=False).checkpoint == ""
+    assert newest_sound(tmp_path) == folder
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
@@ -228,6 +253,19 @@ def test_a_failed_write_is_told_and_put_up_with_as_often_as_asked(tmp_path, writ
     assert [kind for kind, _ in writer.told] == ["fault", "fault"]
 
 
+def test_another_error_than_the_disks_is_raised_once(tmp_path, writer, monkeypatch):
+    """And not again when rank 0 closes the writer, before it writes the outcome."""
+
+    def fail(tensors, path):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "save_file", fail)
+    writer.write(checkpoint(1))
+    with pytest.raises(MemoryError):
+        writer.settle()
+    writer.close()
+
+
 def test_a_disk_that_comes_back_is_forgiven(tmp_path, writer):
     spoil(tmp_path)
     writer.write(checkpoint(1))
@@ -321,6 +359,23 @@ def test_a_damaged_best_json_is_made_anew_from_the_validations_that_count(tmp_pa
     assert read_best(tmp_path) == {"step": 1, "epoch": 0.5, "top1": 20.0} and "now {'step': 1" in caplog.text
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_validation_just_before_a_kill_counts_for_the_best(tmp_path, noted):
+    """Its record is written before best.json, which waits for the checkpoint to be on disk."""
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, checkpoint(step))
+    scores = [{"step": step, "epoch": step / 2, "top1": top1} for step, top1 in ((1, 20.0), (2, 50.0))]
+    if noted:
+        note_score(tmp_path, **scores[0])
+    damaged = {"step": 3, "epoch": 1.5, "top1": None}
+    log_runs(tmp_path, *(("validation", score) for score in [*scores, damaged]))
+    resume_at(tmp_path, 3)
+    assert read_best(tmp_path) == scores[1]
+    write_checkpoint(tmp_path, checkpoint(4))
+    drop_old(tmp_path, keep=1, newest=4)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000002"]
+
+
 def test_what_a_run_writes_stays_although_a_later_one_could_not_be_moved(tmp_path, monkeypatch, caplog):
     for step in (1, 6):
         write_checkpoint(tmp_path, checkpoint(step))
@@ -392,3 +447,19 @@ def test_the_best_is_one_that_the_disk_has_taken(tmp_path, writer, monkeypatch):
     writer.score(step=3, epoch=1.5, top1=20.0)
     writer.settle()
     assert read_best(tmp_path) == {"step": 3, "epoch": 1.5, "top1": 20.0}
+
+
+@pytest.mark.parametrize(("command", "looks"), [("list", "read_state"), ("verify", "find_fault")])
+def test_one_that_the_run_deletes_meanwhile_is_passed_over(tmp_path, monkeypatch, command, looks):
+    older, newer = (write_checkpoint(tmp_path, checkpoint(step)) for step in (1, 2))
+    look = getattr(commands, looks)
+
+    def deleted_before(folder):
+        if folder == older:
+            shutil.rmtree(older)
+        return look(folder)
+
+    monkeypatch.setattr(commands, looks, deleted_before)
+    done = owt_checkpoint(command, tmp_path, "--json")
+    assert done.exit_code == 0, done.exception
+    assert [row["path"] for row in json.loads(done.stdout)["checkpoints"]] == [str(newer)]

@@ -20,7 +20,7 @@ from horovod_owt.runs.control import SAVE, STOP, ask, requests, wait_for_checkpo
 from horovod_owt.runs.folder import write_outcome
 from horovod_owt.runs.opening import Resume, open_run_folder
 from horovod_owt.runs.owner import Ownership, active_owner, this_process
-from horovod_owt.runs.records import Start
+from horovod_owt.runs.records import MetricsLog, Start
 from horovod_owt.train import requests as train_requests
 from horovod_owt.train.requests import FileRequests
 from horovod_owt.train.stop import StopRequest
@@ -67,8 +67,14 @@ def test_the_owner_is_found_while_it_owns_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(("seen_s_ago", "alive"), [(3, True), (60, False)])
-def test_an_owner_on_another_host_is_alive_as_long_as_it_renews_its_file(tmp_path, seen_s_ago, alive):
+@pytest.mark.parametrize("clock_off_s", [0, 600, -600])
+def test_an_owner_on_another_host_is_alive_as_long_as_it_renews_its_file(
+    tmp_path, monkeypatch, seen_s_ago, alive, clock_off_s
+):
+    """By the file server's clock, whatever this host's says."""
     owner_elsewhere(tmp_path, seen_s_ago)
+    now = time.time() + clock_off_s
+    monkeypatch.setattr(time, "time", lambda: now)
     assert (active_owner(tmp_path) is not None) == alive
 
 
@@ -178,6 +184,19 @@ def test_waiting_for_the_end_tells_how_it_ended(tmp_path):
     assert wait_for_end(tmp_path, owner, 10) == "stopped by the file STOP after step 7"
 
 
+def test_the_outcome_of_an_earlier_attempt_is_not_that_of_a_killed_one(tmp_path):
+    first, second = Start(attempt=1), Start(attempt=2)
+    write_outcome(tmp_path, {**first.stamp(), "exit_code": 75, "reason": "stopped by the file STOP"})
+    for start in (first, second):
+        log = MetricsLog(tmp_path, start)
+        log.write("run", first_step=0)
+        log.close()
+    gone = replace(this_process({}), pid=1)
+    assert "without an outcome" in wait_for_end(tmp_path, gone, 10)
+    write_outcome(tmp_path, {**second.stamp(), "exit_code": 0, "reason": "done"})
+    assert wait_for_end(tmp_path, gone, 10) == "done"
+
+
 def test_waiting_for_a_checkpoint_names_it(tmp_path):
     ownership = Ownership()
     ownership.take(tmp_path)
@@ -192,6 +211,22 @@ def test_waiting_for_a_checkpoint_names_it(tmp_path):
     ownership.leave()
     with pytest.raises(RunError, match="has ended without writing a checkpoint"):
         wait_for_checkpoint(tmp_path, owner, 10)
+
+
+@pytest.mark.parametrize(("attempt", "exit_code", "saved"), [(2, 1, False), (2, 75, True), (1, 1, True)])
+def test_a_run_that_failed_has_not_saved(tmp_path, attempt, exit_code, saved):
+    """It withdraws the request at its end; an outcome of an earlier attempt says nothing."""
+    log = MetricsLog(tmp_path, Start(attempt=2))
+    log.write("run", first_step=0)
+    log.close()
+    (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
+    write_outcome(tmp_path, {**Start(attempt).stamp(), "exit_code": exit_code, "reason": "loss is nan"})
+    owner = this_process({})
+    if saved:
+        assert wait_for_checkpoint(tmp_path, owner, 10).name == "step-00000007"
+    else:
+        with pytest.raises(RunError, match="has ended without writing a checkpoint; fix: see outcome.json"):
+            wait_for_checkpoint(tmp_path, owner, 10)
 
 
 @pytest.mark.parametrize("stop_is_final", [True, False])

@@ -20,6 +20,8 @@ from horovod_owt.data.stats import data_stats
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import DataError, RunError, fix_of
+from horovod_owt.preflight import host
+from horovod_owt.preflight import run as preflight_run
 
 pytestmark = pytest.mark.timeout(60)
 needs_dali = pytest.mark.skipif(not find_spec("nvidia.dali"), reason="DALI is not installed")
@@ -202,6 +204,20 @@ def test_a_source_that_cannot_be_read_is_not_called_a_full_disk(root, tmp_path, 
     broken_reads(errno.EMFILE)
     with pytest.raises(DataError, match="cannot read .*: Too many open files; fix: raise the limit"):
         pack(root, tmp_path / "packed", Form(), workers=1)
+
+
+def test_preflight_judges_the_limit_that_training_would_have(monkeypatch):
+    limits = [1024, 10**6]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, new: limits.__setitem__(slice(None), new))
+    seen = []
+    monkeypatch.setattr(
+        preflight_run,
+        "preflight",
+        lambda topology, data, run_dir, tell: seen.append(host.limits(topology)["files"]),
+    )
+    assert CliRunner().invoke(cli, ["preflight"]).exit_code == 0
+    assert seen == [machine.OPEN_FILES]
 
 
 def test_the_soft_limit_of_open_files_is_raised(monkeypatch):

@@ -3,18 +3,24 @@
 import shlex
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from horovod.common.elastic import run_fn
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.runner.elastic.worker import HostUpdateResult
 from hypothesis import given
 from hypothesis import strategies as st
 
 from horovod_owt.config import TrainConfig
+from horovod_owt.errors import ConfigError
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
 from horovod_owt.parallel import elastic
+from horovod_owt.parallel.runtime import World
+from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
+from horovod_owt.train import elastic as train_elastic
 from horovod_owt.train.elastic import in_world_of
 
 
@@ -30,6 +36,68 @@ def test_with_keep_the_global_batch_is_divided_among_the_new_ranks(ranks, batch,
     """128 images, and the nearest number that 3 or 5 ranks can share."""
     kept = in_world_of(ranks, config(), 128)
     assert (kept.batch, kept.accum_steps) == (batch, accum_steps)
+
+
+@pytest.fixture
+def rank_0_in_worlds(monkeypatch, tmp_path):
+    """Runs rank 0 in worlds of these sizes, in none of which anything is committed; the global batches."""
+
+    def train(cfg, sizes, agree=lambda *_: None):
+        left, seen = iter(sizes), []
+
+        class Run:
+            def __init__(self, cfg, request, world, *_, **__) -> None:
+                seen.append(cfg.global_batch(world.size))
+
+            def train(self) -> None:
+                """No step."""
+
+        def current_world(device):
+            return World(0, next(left), 0, 1, "here", torch.device("cpu"), 1)
+
+        runtime = {"init": lambda *_, **__: None, "current_world": current_world, "shutdown": lambda: None}
+        alone = {
+            "runtime": SimpleNamespace(**runtime),
+            "Run": Run,
+            "check_agreement": agree,
+            "broadcast_object": lambda value, name, kind: value,
+            "on_root": lambda action, name, kind: action(),
+            "open_run": lambda *_: Opened(tmp_path),
+        }
+        for name, stand_in in alone.items():
+            monkeypatch.setattr(train_elastic, name, stand_in)
+        monkeypatch.setattr(elastic, "run", lambda state, train: [train(state) for _ in sizes])
+        folder = SimpleNamespace(fingerprint=lambda: "", identity=dict)
+        request = SimpleNamespace(cfg=cfg, device=SimpleNamespace(name="cpu"), folder=folder)
+        train_elastic.train_elastic(request, run_dir=tmp_path, resume=Resume())
+        return seen
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("elastic_batch", "global_batches"), [("keep", [128, 132, 128]), ("scale", [128, 96, 128])]
+)
+def test_the_first_ranks_determine_the_global_batch_also_if_one_dies_before_the_first_commit(
+    rank_0_in_worlds, elastic_batch, global_batches
+):
+    assert rank_0_in_worlds(config(elastic_batch=elastic_batch), [4, 3, 4]) == global_batches
+
+
+@pytest.mark.parametrize(("agreed_before", "ends"), [(0, ConfigError), (1, HorovodInternalError)])
+def test_a_rank_that_joins_with_other_versions_does_not_end_the_job(
+    rank_0_in_worlds, caplog, agreed_before, ends
+):
+    """As after an update of the environment: the others regroup, and it ends, as all do at the start."""
+    answers = iter([None] * agreed_before + [ConfigError("ranks disagree on version").on_every_rank()])
+
+    def agree(*_):
+        if error := next(answers):
+            raise error
+
+    with pytest.raises(ends, match="ranks disagree on version"):
+        rank_0_in_worlds(config(), [2, 3], agree)
+    assert ("ranks that joined are refused: ranks disagree on version" in caplog.text) == bool(agreed_before)
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 256), st.integers(1, 4))
@@ -83,6 +151,31 @@ def test_a_commit_says_that_hosts_changed(monkeypatch, update):
     state.on_hosts_updated(1.0, update)
     assert state.commit_copy({}, None) is True
     assert state.commit_copy({}, None) is False
+
+
+def test_hosts_that_change_while_ranks_regroup_are_not_forgotten(monkeypatch):
+    """Two places of a box come back within seconds, and the second one while the first one's rank starts."""
+    monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
+    monkeypatch.setattr(elastic, "abort_connections", lambda *, keep: None)
+    worlds, seen = iter(range(3)), []
+
+    def train(state):
+        seen.append(state.commit_copy({}, None))
+        world = next(worlds)
+        if world == 0:
+            raise HostsUpdatedInterrupt(skip_sync=True)
+        if world == 1:
+            state.on_hosts_updated(2.0, HostUpdateResult.added)  # before the next world's hosts are chosen
+            raise HorovodInternalError
+
+    def regroup():
+        if len(seen) == 1:
+            state.on_hosts_updated(1.0, HostUpdateResult.added)
+
+    state = elastic.Committed(torch.device("cpu"))
+    monkeypatch.setattr(state, "sync", lambda: None)
+    run_fn(train, regroup)(state)
+    assert seen == [False, True, False]
 
 
 def test_ranks_that_regroup_synchronise():

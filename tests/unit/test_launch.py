@@ -109,12 +109,13 @@ def test_a_file_without_hosts_is_refused(tmp_path):
 
 def test_a_file_of_hosts_reads_as_the_discovery_script_prints_it(tmp_path):
     file = tmp_path / "x=y"
-    file.write_text("# all of them\nn1:4\n\n  n2  slots=2 # old\nn3\tslots=1\nn1:2\n")
+    text = "n1:4\r\n\n  n2  slots=2 # old\nn3\tslots=1 max_slots=4\nn1:2\nn4 max-slots=8 slots=3\n# all\n"
+    file.write_text(f"\ufeff{text}", encoding="utf-8")
     said = subprocess.run(
         ["sh", DISCOVER_HOSTS, file.name], capture_output=True, text=True, cwd=tmp_path, timeout=20
     )
     assert said.stdout.split() == [f"{host}:{slots}" for host, slots in read_hosts(file).items()]
-    assert read_hosts(file) == {"n1": 6, "n2": 2, "n3": 1}
+    assert read_hosts(file) == {"n1": 6, "n2": 2, "n3": 1, "n4": 3}
 
 
 def owt(*words: str) -> tuple[int, str]:

@@ -97,12 +97,24 @@ def test_a_made_machine_can_be_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "tag", ["[0]<stdout>:", "Fri Nov 27 01:02:03 2026[0]<stdout>:", "[n1@1,0]<stdout>: "]
+)
+def test_a_measurement_may_have_the_tags_of_horovodrun(tmp_path, tag):
+    file = tmp_path / "ceilings.json"
+    text = json.dumps({"figures": {"conv_gflops": 50, "fc_gflops": 40}}, indent=1)
+    file.write_text("".join(f"{tag}{line}\n" for line in text.splitlines()))
+    assert calibrate(BASE, [file], NET)["conv_gflops"] == 50
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "cannot read"),
+        ("{", "is not JSON"),
         ("[]", "contains a list"),
         ("{}", "lacks 'method'"),
         ('{"figures": {"conv_gflops": -1}}', "conv_gflops=-1"),
+        ('{"figures": {"conv_gflop": 1}}', "unknown key 'conv_gflop'"),
+        ('{"figures": 3, "method": 4}', "lacks"),
         ('{"method": {}, "rows": []}', "has no row of one rank"),
         ('{"method": {"model": "alexnet-owt-bn"}, "rows": []}', "measured with model=alexnet-owt-bn"),
         ('{"method": {"image_size": 128}, "rows": []}', "measured with image_size=128"),

@@ -51,6 +51,21 @@ def test_a_claim_that_is_possible_is_called_possible():
     assert found["written"]["s_per_epoch"] == pytest.approx(480)
 
 
+def test_a_possible_claim_is_not_a_number_of_times_out_of_reach():
+    text = format_claim(readings("90 epochs in 12 hours", 42.5)[1])
+    assert "images/s, no fewer\n" in text and "at least, 0.63 times 480 s" in text
+    assert "42.5 % is 2.1 times that of top-5, 1.0 times that of top-1" in text
+    found, checked = readings("1000 epochs in 20 days", 6.9)
+    assert found["written"]["factor"] < 1 and not found["written"]["fits"]
+    assert checked["verdict"].startswith("As written the speed is possible, but not an error of 6.9 %; read")
+
+
+def test_a_claim_of_mini_batches_is_not_read_as_epochs():
+    found, checked = readings("1000 mini-batches in 32 minutes", 6.9)
+    assert list(found) == ["printed"] and checked["verdict"] == "As written it is possible."
+    assert readings("1000 batches in 10 seconds")[1]["verdict"] == "It does not fit this machine."
+
+
 def test_the_time_of_one_is_the_quotient_where_the_report_is_not_this_one():
     assert readings("100 epochs in 32 minutes")[0]["written"]["s_per_epoch"] == pytest.approx(19.2)
     other = load_machine("dgx-1-p100")
@@ -77,7 +92,7 @@ def test_claims_that_say_nothing_are_refused_in_one_line(text, error, told):
 
 def test_units_may_be_other():
     for text in ("10 mini-batches in 20 seconds", "10 batches in 20 seconds", "10 steps in 20 seconds"):
-        assert parse_claim(text, error=None, machine=BOSTON) == Claim(10, 20)
+        assert parse_claim(text, error=None, machine=BOSTON) == Claim(10, 20, unit="mini-batch")
 
 
 def test_the_document_is_what_its_script_writes(monkeypatch):

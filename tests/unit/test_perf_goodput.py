@@ -35,6 +35,10 @@ def test_without_failures_only_checkpoints_cost():
     assert Faults(1e15, 10, 0).goodput(90) == pytest.approx(0.9)
 
 
+def test_hopeless_jobs_make_no_progress():
+    assert Faults(mtbf_s=0.9, checkpoint_s=0.1, restart_s=300).goodput(3600) == 0
+
+
 def test_nodes_divide_the_time_between_failures():
     machine = load_machine("boston-k80")
     assert of_nodes(machine, 64).mtbf_s == pytest.approx(machine["mtbf_days"] * DAY_S / 64)

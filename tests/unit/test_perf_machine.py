@@ -40,7 +40,8 @@ def changed(tmp_path, **figures):
         ),
         ({"link_gb_s": {"valu": 3}}, "link_gb_s: unknown key 'valu'"),
         ({"link_gb_s": None}, "lacks link_gb_s"),
-        ({"link_gb_s": 0}, "link_gb_s=0; wanted at least 0.001"),
+        ({"link_gb_s": 0}, "link_gb_s=0; wanted 0.001 to 1e+09"),
+        ({"net_us": 1e300}, "net_us=1e+300; wanted 0 to 1e+09"),
         ({"conv_gflops": "fast"}, "conv_gflops=fast"),
         ({"conv_gflops": float("inf")}, "conv_gflops=inf"),
         ({"mtbf_days": {"value": True}}, "mtbf_days=True"),
@@ -54,7 +55,42 @@ def test_bad_figures_are_refused_in_one_line(tmp_path, figures, told):
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[1]", "x: [", "", "figures: 3"])
+def test_a_machine_may_have_no_published_figures_and_no_report(tmp_path):
+    machine = load_machine(with_keys(tmp_path, published=None, report=None))
+    assert machine.published == () and machine.report == {}
+
+
+def with_keys(tmp_path, **keys):
+    file = tmp_path / "machine.yaml"
+    document = yaml.safe_load(load_machine("gce-k80-8").to_yaml())
+    file.write_text(yaml.safe_dump({**document, **keys}))
+    return str(file)
+
+
+PUBLISHED = load_machine("gce-k80-8").published[0]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"published": 3},
+        {"published": [{}]},
+        {"published": [PUBLISHED, PUBLISHED]},
+        {"published": [PUBLISHED | {"net": "resnet50"}]},
+        {"published": [PUBLISHED | {"real": {}}]},
+        {"published": [PUBLISHED | {"real": {1: 0}}]},
+        {"published": [PUBLISHED | {"synthetic": {"1": 656, "two": 1}}]},
+        {"published": [PUBLISHED | {"overlap": "all"}]},
+        {"report": "1000 epochs in 32 minutes"},
+        {"report": {"epochs": 1000}},
+    ],
+)
+def test_published_figures_and_reports_of_another_form_are_refused(tmp_path, keys):
+    with pytest.raises(ConfigError, match=f"{next(iter(keys))}; wanted .*fix: leave it out"):
+        load_machine(with_keys(tmp_path, **keys))
+
+
+@pytest.mark.parametrize("text", ["[1]", "x: [", "", "figures: 3", "about: 2026-13-45", "[" * 3000])
 def test_what_is_no_machine_file_is_refused(tmp_path, text):
     file = tmp_path / "machine.yaml"
     file.write_text(text)

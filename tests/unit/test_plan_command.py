@@ -47,6 +47,13 @@ def test_the_table_says_what_is_best_and_what_is_a_guess():
     assert "best time between checkpoints" in text
 
 
+def test_a_run_ends_after_max_steps():
+    whole, short = (json.loads(plan("--json", "--set", f"max_steps={n}"))["rows"][0] for n in (0, 100))
+    assert whole["run_h"] == pytest.approx(90 * whole["epoch_s"] / 3600)
+    assert short["run_h"] == pytest.approx(100 * short["step_ms"] / 1e3 / 3600)
+    assert "90 epochs, at most 100 steps, " in plan("--set", "max_steps=100")
+
+
 def test_it_needs_neither_torch_nor_numpy():
     code = (
         "import sys\nfrom horovod_owt.cli import cli\n"
@@ -78,6 +85,7 @@ def test_it_takes_less_than_a_second():
         (["--figure", "link_gb_s=-1"], "link_gb_s=-1"),
         (["--nodes", "0"], "--nodes 0"),
         (["--nodes", "two"], "--nodes two"),
+        (["--ranks-per-node", "8"], "--ranks-per-node 8; wanted at most 4"),
         (["--set", "btch=3"], "unknown key 'btch'"),
         (["--set", "batch=-3"], "batch=-3"),
         (["--slow", "0.5"], "--slow 0.5"),

@@ -1,5 +1,6 @@
 """owt plot: figures of runs for papers, with the numbers of the records."""
 
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -54,6 +55,30 @@ def test_lines_have_the_numbers_of_the_records(runs, tmp_path, figures):
     assert accuracy["first, top-1"] == ([50, 100, 150, 200, 250, 300], [36.6, 59.8, 74.4, 83.8, 89.6, 93.4])
 
 
+def test_runs_of_the_same_name_are_told_apart(runs, tmp_path, figures):
+    for root in ("a", "b"):
+        (tmp_path / root).mkdir()
+        (tmp_path / root / "first").symlink_to(runs[0])
+    both = [tmp_path / "a" / "first", tmp_path / "b" / "first"]
+    plot(*both, "--out", tmp_path / "x.svg", "--what", "loss")
+    assert list(drawn(figures[0], 0)) == [str(each) for each in both]
+
+
+def test_any_name_of_a_folder_is_in_the_legend(runs, tmp_path):
+    names = ["_base", "lr$0.1$x_{", "$"]
+    for name in names:
+        shutil.copytree(runs[1], tmp_path / name)
+    done = plot(*(tmp_path / name for name in names), "--out", tmp_path / "x.svg", "--what", "loss")
+    assert done.exit_code == 0, done.exception
+    tree = ElementTree.parse(tmp_path / "x.svg")
+    shown = {
+        "".join(element.itertext()).strip().strip("\u200b")
+        for element in tree.iter()
+        if "text" in element.tag
+    }
+    assert set(names) <= shown, shown
+
+
 def test_time_is_in_hours(runs, tmp_path, figures):
     plot(runs[0], "--out", tmp_path / "x.svg", "--over", "time", "--what", "throughput")
     hours, _ = drawn(figures[0], 0)["first"]
@@ -79,9 +104,15 @@ def test_a_figure_is_written_in_each_format(runs, tmp_path, suffix):
         assert file.read_bytes() == first
 
 
+@pytest.mark.filterwarnings("error:No artists")
 def test_a_run_that_lacks_a_curve_has_no_line(runs, tmp_path, figures):
     assert plot(runs[1], "--out", tmp_path / "x.svg", "--what", "gradient").exit_code == 0
     assert drawn(figures[0], 0) == {}
+    young = WrittenRun(tmp_path / "young")
+    young.start(["a"])
+    young.steps(3)
+    done = plot(tmp_path / "young", "--out", tmp_path / "x.svg", "--what", "accuracy")
+    assert done.exit_code == 0 and drawn(figures[1], 0) == {}
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,12 @@ def test_bad_keys_are_refused_with_the_nearest_name(text, saw, tmp_path):
         resolve(str(tmp_path / "bad.yaml"))
 
 
+def test_a_date_in_about_is_text_in_json(tmp_path):
+    (tmp_path / "mine.yaml").write_text("about: {source: 2014-04-23}")
+    shown = json.loads(recipe("show", str(tmp_path / "mine.yaml"), "--json"))
+    assert shown["about"] == {"source": "2014-04-23"}
+
+
 def test_an_own_recipe_needs_no_about(tmp_path):
     (tmp_path / "mine.yaml").write_text("batch: 7")
     assert load_recipe(str(tmp_path / "mine.yaml")).about == {}

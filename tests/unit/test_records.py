@@ -31,6 +31,17 @@ def metrics(tmp_path):
     return tmp_path / "metrics.jsonl"
 
 
+def test_what_json_lacks_is_null(tmp_path):
+    """As the norm of gradients that overflowed in fp16, which the loss scaler handles."""
+    log = MetricsLog(tmp_path)
+    told = log.write("step", step=1, grad_norm=float("inf"), of=(float("nan"), 2.5))
+    log.close()
+    assert told["grad_norm"] == float("inf")
+    written = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(written, parse_constant=pytest.fail)
+    assert record["grad_norm"] is None and record["of"] == [None, 2.5]
+
+
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 16])
 @pytest.mark.parametrize("count", [0, 1, 50])
 def test_records_come_from_the_end_whatever_the_blocks(metrics, monkeypatch, block, count):

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.launch.hosts import read_hosts
+from horovod_owt.parallel import interfaces
 from horovod_owt.runs.records import last_step
 from horovod_owt.slurm import batch, client, nodes, status
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
@@ -161,12 +163,11 @@ def test_an_elastic_job_outlives_its_nodes_and_has_them_alone():
 
 
 @pytest.mark.parametrize(("asked", "least"), [(0, 2), (3, 3)])
-def test_half_of_an_elastic_jobs_ranks_are_enough_unless_more_are_asked_for(monkeypatch, capfd, asked, least):
-    monkeypatch.setattr(batch, "interface_between", lambda hosts: "eth0")
-    batch.ElasticRanks(ALLOCATION, asked)
+def test_half_of_an_elastic_jobs_ranks_are_enough_unless_more_are_asked_for(capfd, asked, least):
+    batch.ElasticRanks(ALLOCATION, asked, "eth0")
     assert f"elastic, at least {least} ranks" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="--min-ranks 5 in a job of 4 ranks"):
-        batch.ElasticRanks(ALLOCATION, 5)
+        batch.ElasticRanks(ALLOCATION, 5, "eth0")
 
 
 def test_the_file_of_nodes_follows_slurm_while_it_answers(monkeypatch):
@@ -198,10 +199,32 @@ def fake_sbatch(tmp_path, monkeypatch):
     """An `sbatch` that keeps the script it was given."""
     tool = tmp_path / "bin" / "sbatch"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\ncp "$2" "{tmp_path}/seen.sh"\necho "4242;cluster"\n')
+    tool.write_text(f'#!/bin/sh\ncp "$2" "{tmp_path}/seen.sh"\nenv >"{tmp_path}/env"\necho "4242;cluster"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
     return tmp_path / "seen.sh"
+
+
+def test_a_job_submitted_from_a_job_gets_none_of_its_settings(fake_sbatch, monkeypatch):
+    """From a shell of `srun --pty`, say: sbatch would pass them on, and the new job take them for its own."""
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # here for a reason of the user's
+    args = ["job", "submit", "/data"]
+    CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert "SLURM_NTASKS=1" in (fake_sbatch.parent / "env").read_text().splitlines()
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "1")
+    CliRunner().invoke(cli, args, catch_exceptions=False)
+    said = (fake_sbatch.parent / "env").read_text().splitlines()
+    assert [line for line in said if line.startswith(("SLURM", "SRUN"))] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def test_sbatch_may_wait_for_the_jobs_end(fake_sbatch, monkeypatch):
+    """--sbatch --wait: that it takes long is no fault of slurmctld's."""
+    tool = fake_sbatch.parent / "bin" / "sbatch"
+    tool.write_text(tool.read_text() + "sleep 0.3\n")
+    monkeypatch.setattr(client, "LIMIT_S", 0.05)
+    assert client.submit("#!/bin/sh\n") == "4242"
 
 
 def test_submit_hands_the_rendered_script_to_sbatch_and_prints_the_number(fake_sbatch):
@@ -229,7 +252,14 @@ JobId={id}{array} JobName=x JobState=COMPLETED
 
 @pytest.mark.parametrize(
     ("state", "code", "exit_code"),
-    [("RUNNING", "0:0", None), ("COMPLETED", "0:0", 0), ("FAILED", "75:0", 75), ("CANCELLED", "0:15", 143)],
+    [
+        ("RUNNING", "0:0", None),
+        ("COMPLETED", "0:0", 0),
+        ("FAILED", "75:0", 75),
+        ("CANCELLED", "0:15", 143),
+        ("CANCELLED", "0:0", None),  # while it waited
+        ("TIMEOUT", "0:0", None),
+    ],
 )
 def test_a_job_record_is_read_whatever_the_job_is_called(state, code, exit_code):
     (job,) = parse_jobs(RECORD.format(id=7, array="", state=state, code=code, space=" ") + "   \n\n")
@@ -254,6 +284,61 @@ def test_a_job_that_waits_for_nodes_has_none(monkeypatch, none):
     monkeypatch.setattr(client, "ask", lambda argv: text.replace("n[1,3]", none))
     done = CliRunner().invoke(cli, ["job", "nodes", "7"], catch_exceptions=False)
     assert (done.exit_code, done.output) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "echo 'slurm_load_jobs error: Invalid job id specified' >&2",
+        "echo 'Job 7_9 not found'",  # while Slurm knows other tasks of the array
+    ],
+)
+def test_a_job_that_slurm_has_forgotten_is_known_by_its_run_folder(tmp_path, monkeypatch, said):
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{said}\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    (tmp_path / "outcome.json").write_text('{"exit_code": 0}')
+    assert status.job_status("7_9", tmp_path).state == "COMPLETED"
+    with pytest.raises(ConfigError, match="unknown to Slurm, or ended too long ago"):
+        status.job_status("7_9")
+    with pytest.raises(RunError, match="Slurm has no record of job 7_9"):
+        client.find_job("7_9")
+
+
+@pytest.mark.parametrize(("gpus", "warned"), [("4", True), ("2", False), ("", False)])
+def test_gpus_without_a_rank_are_warned_of(monkeypatch, capfd, gpus, warned):
+    """SLURM_NTASKS_PER_NODE may be left from the shell that submitted the job."""
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
+    batch.log_start(ALLOCATION, Launcher.GLOO, "set by --launcher", "eth0")
+    assert (
+        "WARNING 2 of the 4 GPUs on a node in use; fix: --ntasks-per-node 4" in capfd.readouterr().err
+    ) == warned
+
+
+@pytest.mark.parametrize(("number", "left"), [("9", True), ("12", False)])
+def test_a_job_does_not_take_the_task_that_submitted_it_for_itself(monkeypatch, number, left):
+    """A plain sbatch passes on the array variables of the job that it runs in."""
+    record = RECORD.format(id=9, array=" ArrayJobId=7 ArrayTaskId=2", state="RUNNING", code="0:0", space="")
+    monkeypatch.setattr(client, "ask", lambda argv: record)
+    env = {"SLURM_JOB_ID": number, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    batch.forget_array_of_submitter(env)
+    assert ("SLURM_ARRAY_JOB_ID" in env) == ("SLURM_ARRAY_TASK_ID" in env) == left
+    assert env["SLURM_JOB_ID"] == number
+
+
+def test_a_job_without_a_record_of_its_own_trains_and_says_so(monkeypatch, capfd):
+    """That costs it the comment for `owt job status`, and the requeue."""
+    monkeypatch.setattr(client, "find_jobs", lambda job_id: [])
+    batch.leave_run_dir("7_9", Path("/runs/a"))
+    try:
+        batch.requeue("7_9", "start 2 of 21")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    said = capfd.readouterr().err
+    assert "cannot set the job's comment: Slurm has no record of job 7_9" in said
+    assert "requeue failed: Slurm has no record of job 7_9" in said
 
 
 def test_components_of_a_heterogeneous_job_are_named_as_squeue_does(monkeypatch):
@@ -301,8 +386,10 @@ def test_the_nodes_of_a_job_are_those_that_it_has_now(monkeypatch):
 def test_ranks_get_the_batch_processs_environment_whatever_sbatch_exported(monkeypatch):
     monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
     monkeypatch.setenv("SRUN_EXPORT_ENV", "NIL")
+    monkeypatch.setenv("SLURM_NTASKS_PER_GPU", "1")  # srun ends: "mutually exclusive" with --ntasks-per-node
     monkeypatch.setenv("OF_THE_JOB", "a")
-    check = 'test "$OF_THE_JOB$OF_THE_LAUNCHER/$SLURM_EXPORT_ENV$SRUN_EXPORT_ENV" = ab/'
+    unset = "$SLURM_EXPORT_ENV$SRUN_EXPORT_ENV$SLURM_NTASKS_PER_GPU"
+    check = f'test "$OF_THE_JOB$OF_THE_LAUNCHER/{unset}" = ab/'
     assert start_ranks(["sh", "-c", check], {"OF_THE_LAUNCHER": "b"}).wait(20) == 0
 
 
@@ -315,6 +402,9 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}
         ({}, 1),
         ({"SLURM_GPUS_PER_NODE": "a100:4", "SLURM_GPUS_ON_NODE": "4"}, 4),
         ({"SLURM_GPUS_ON_NODE": "2"}, 2),
+        ({"SLURM_GPUS_PER_NODE": "a100:4"}, 4),
+        ({"SLURM_GPUS_PER_NODE": "a100"}, 1),  # not 100
+        ({"SLURM_GPUS_PER_NODE": "a100:2,v100:2", "SLURM_GPUS_ON_NODE": "4"}, 4),
         ({"SLURM_NTASKS": "6"}, 3),
         ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": "8"}, 2),
     ],
@@ -357,15 +447,75 @@ def test_the_launcher_is_what_the_site_has(site, chosen, why):
             choose_launcher("pmix", **site)
 
 
+@pytest.mark.parametrize(
+    ("said", "chosen"),
+    [
+        ("printf 'MPI plugin types are...\\n\\tnone\\n\\tpmix\\n'", "pmix"),
+        (
+            "printf 'srun: MPI types are...\\nsrun: none\\nsrun: pmix_v3\\nsrun: pmix\\n' >&2",
+            "pmix",
+        ),  # before 22.05
+        ("printf 'none\\n'; echo 'srun: error: mpi/pmix: can not load PMIx library' >&2", "mpirun"),
+    ],
+)
+def test_mpi_types_are_read_wherever_srun_prints_them(tmp_path, monkeypatch, said, chosen):
+    (tmp_path / "srun").write_text(f"#!/bin/sh\n{said}\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    types = client.mpi_types()
+    assert choose_launcher("auto", srun_mpi=types, mpirun="/bin/mpirun", horovod_mpi=True)[0] == chosen
+
+
 def test_containers_wrap_what_ranks_run():
     owt = ["owt", "train", "/my data"]
     argv = ranks_argv(Launcher.GLOO, ALLOCATION, owt, apptainer="image.sif")
     assert argv[0] == "srun" and "--mpi=none" in argv
+    assert "--distribution=block" in argv  # SLURM_DISTRIBUTION may say cyclic
     shim = ["owt", "job", "rank"]
     assert argv[argv.index("apptainer") :] == ["apptainer", "exec", "--nv", "image.sif", *shim, *owt]
     argv = ranks_argv(Launcher.PMIX, ALLOCATION, owt, container_image="docker://x")
     assert argv[-4:] == ["--container-image=docker://x", *owt]
     assert ranks_argv(Launcher.MPIRUN, ALLOCATION, ["/x/owt"])[-1] == "/x/owt"
+
+
+def test_mpiruns_daemons_get_all_cores_and_gpus_of_their_node(tmp_path, monkeypatch):
+    """Whatever was asked for per task, or set by the user: some sites advise to export SRUN_CPUS_PER_TASK."""
+    (tmp_path / "mpirun").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("SRUN_CPUS_PER_TASK", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_TRES_PER_TASK", "cpu=1")  # "set by two different environment variables"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    env = {**SLURM, "SLURM_NTASKS": "4", "SLURM_GPUS_PER_TASK": "a100:1", "SLURM_GPUS_ON_NODE": "2"}
+    argv = ranks_argv(Launcher.MPIRUN, read_allocation(env, ["n1", "n2"]), ["owt", "train"])
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line for line in sorted(said) if line.startswith(("SLURM", "SRUN"))] == [
+        "SLURM_GPUS_PER_NODE=2",
+        "SLURM_JOB_ID=7",
+        "SRUN_CPUS_PER_TASK=8",
+    ]
+    argv = ranks_argv(Launcher.MPIRUN, ALLOCATION, ["owt", "train"])
+    assert not any(word.startswith("SLURM_GPUS_PER_NODE=") for word in argv)
+
+
+def test_an_interface_decides_where_the_jobs_nodes_are_reached_by_several(tmp_path, monkeypatch):
+    """The error that names them says `--interface NAME`, which the batch process gets from the script."""
+    ways = {"n1": "eth0", "n2": "ib0"}
+    monkeypatch.setattr(interfaces, "interface_towards", ways.get)
+    monkeypatch.setattr(interfaces.psutil, "net_if_addrs", lambda: {"eth0": [], "ib0": []})
+    monkeypatch.setattr(batch, "ask", lambda argv: "n1\nn2\n")
+    monkeypatch.setattr(batch, "mpi_types", lambda: PMIX)
+    monkeypatch.setattr(batch, "horovod_has_mpi", lambda: True)
+    monkeypatch.setattr(batch.Ranks, "run", lambda self, command: self._interface == "ib0")
+    monkeypatch.setattr(batch.signal, "signal", lambda *_: None)
+    for name, value in {**SLURM, "SLURM_JOB_NODELIST": "n[1-2]"}.items():
+        monkeypatch.setenv(name, value)
+    script = rendered("--kind", "preflight", "--interface", "ib0", "D")
+    words = words_that_arrive(script, tmp_path)
+    assert CliRunner().invoke(cli, words, catch_exceptions=False).exit_code == 1  # True: ran, with ib0
+    with pytest.raises(ConfigError, match="n1 by eth0, n2 by ib0; .*--interface NAME"):
+        CliRunner().invoke(cli, ["job", "run", "--", "preflight"], catch_exceptions=False)
 
 
 def test_each_attempt_finds_the_same_run_folder_and_each_task_its_own():

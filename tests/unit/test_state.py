@@ -271,6 +271,17 @@ def test_a_commit_brings_weights_and_place_back():
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(newcomer).items())
 
 
+@pytest.mark.parametrize(("before", "now"), [("sgd", "lars"), ("lars", "sgd"), ("lars", "lars")])
+def test_momentum_of_another_optimizer_is_not_taken(alone, tmp_path, before, now):
+    """SGD's, applied at LARS's rate of 1, would move the weights a hundred times too far."""
+    saving, made = replica(4, optimizer=before), replica(1, optimizer=now)
+    restore(made, Position(IMAGES), tmp_path, write_checkpoint(tmp_path, saved(saving, Position(IMAGES))))
+    wanted = tensors(saving)
+    for name, tensor in tensors(made).items():
+        lost = name.startswith(MOMENTUM) and before != now
+        assert torch.equal(tensor, torch.zeros_like(tensor) if lost else wanted[name]), name
+
+
 def test_errors_of_compressed_gradients_are_saved_and_restored(tmp_path):
     """In a checkpoint and in a commit; of one rank here, which keeps what an earlier world left."""
     made = replica(1, compression="onebit")

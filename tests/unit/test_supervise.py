@@ -1,10 +1,13 @@
 """What the supervisor makes of a run's end."""
 
 import ctypes
+import errno
 import json
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -72,6 +75,8 @@ def test_a_queue_that_stops_a_job_starts_it_again_but_not_for_ever(attempts, res
 def test_the_run_folder_is_found_in_the_command_and_wanted_there():
     assert run_dir_of(["horovodrun", "owt", "train", "D", "--run-dir", "runs/a"]).name == "a"
     assert run_dir_of(["owt", "train", "D", "--run-dir=runs/b"]).name == "b"
+    twice = ["owt", "train", "D", "--run-dir", "runs/a", "--run-dir", "runs/b"]  # a script's, and the user's
+    assert run_dir_of(twice).name == "b"
     for command in (["owt", "train", "D"], ["owt", "train", "D", "--run-dir"]):
         with pytest.raises(ConfigError, match="no --run-dir"):
             run_dir_of(command)
@@ -115,6 +120,30 @@ def test_an_attempt_is_judged_by_what_it_wrote_itself(tmp_path):
     assert folder.attempt(1, asked_to_stop=False).exit_code == 1
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_file_server_that_does_not_answer_for_a_moment_does_not_end_the_supervisor(
+    tmp_path, monkeypatch, number
+):
+    """Which asks it every second whether the run has ended; the job would go on without it."""
+    outcome, real_stat = tmp_path / "outcome.json", Path.stat
+    outcome.write_text('{"exit_code": 75, "reason": "of an earlier start"}')
+    watch = AttemptWatch(tmp_path)
+
+    def no_answer(self, **options):
+        if self == outcome:
+            raise OSError(number, os.strerror(number), str(self))
+        return real_stat(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", no_answer)
+        assert not watch.has_ended()
+        assert watch.attempt(1, asked_to_stop=False).reason == "launcher exit code 1"
+    outcome.unlink()  # as while it is replaced on SMB
+    assert not watch.has_ended()
+    outcome.write_text('{"exit_code": 1, "reason": "of this one"}')
+    assert watch.has_ended() and watch.attempt(1, asked_to_stop=False).reason == "of this one"
+
+
 def test_each_start_of_a_job_has_its_name_and_another_job_another(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor.Supervisor, "_set_up_process", lambda self: None)
     monkeypatch.setattr(supervisor, "GRACE_S", 0.0)
@@ -144,6 +173,21 @@ def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_a_signal_finds_the_ranks_in_a_shell_of_srun_too(monkeypatch):
+    """With an MPI by default, each process below `srun --pty` looks like rank 0 of 1, the launcher too."""
+    monkeypatch.setenv("PMIX_RANK", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    with subprocess.Popen(["sh", "-c", "HOROVOD_RANK=0 HOROVOD_SIZE=2 sleep 60; true"]) as launcher:
+        try:
+            rank, end = [], time.monotonic() + 20
+            while not rank and time.monotonic() < end:
+                below = psutil.Process(launcher.pid).children()
+                rank = [process for process in below if "HOROVOD_RANK" in process.environ()]
+            assert [process.pid for process in supervisor.ranks_here()] == [rank[0].pid]
+        finally:
+            supervisor.end_descendants(0)
 
 
 def test_a_damaged_record_of_an_attempt_is_passed_over(tmp_path, caplog):

@@ -103,7 +103,7 @@ def test_text_files_and_job_scripts_keep_the_bytes(tmp_path, monkeypatch):
     write_text(tmp_path / "file", f"cd {NAME}\n")
     assert (tmp_path / "file").read_bytes() == b"cd " + LATIN + b"\n"
     seen = []
-    monkeypatch.setattr(client, "ask", lambda argv: seen.append(open(argv[-1], "rb").read()) or "7\n")
+    monkeypatch.setattr(client, "ask", lambda argv, **_: seen.append(open(argv[-1], "rb").read()) or "7\n")
     assert client.submit(f"cd {NAME}\n") == "7" and seen == [b"cd " + LATIN + b"\n"]
 
 
