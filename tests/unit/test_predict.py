@@ -112,6 +112,13 @@ def test_a_name_on_stdin_may_be_in_any_encoding(weights, photos, tmp_path):
     assert [os.fsencode(row["path"]) for row in found["images"]] == [name] and found["images"][0]["top"]
 
 
+def test_a_name_with_a_terminals_codes_is_shown_in_one_line(weights, photos, tmp_path):
+    odd = tmp_path / "a\x1b[2J\n  99.00 %  tench.jpg"
+    shutil.copy(next(photos.rglob("*.JPEG")), odd)
+    first, *rows = run(weights, odd, "--top", 1).stdout.splitlines()
+    assert first.endswith(r"/a\x1b[2J\n  99.00 %  tench.jpg") and len(rows) == 1
+
+
 def test_a_list_on_stdin_names_files_and_folders(photos):
     first, second = sorted(photos.glob("*/*"))[:2]
     stdin = io.StringIO(f"{second}\n\n{first}\r\n{photos}\n")
