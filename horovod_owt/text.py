@@ -68,6 +68,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def valid(text: str) -> str:
+    """For libraries that take valid Unicode alone: other bytes of names are escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def encode(text: str) -> bytes:
     """The text as UTF-8, with the bytes of names as they are."""
     return text.encode(errors="surrogateescape")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.text import without_terminal_codes
 
 
 @click.command()
@@ -61,4 +62,4 @@ def _text(report: dict[str, Any], left_out: str) -> str:
             lines.append(f"{name:8} {spread['min']} to {spread['max']} px, median {spread['median']:g}")
         for name in ("mean", "std"):
             lines.append(f"{name:8} {', '.join(f'{value:.4f}' for value in report[name])}  (RGB, 0..1)")
-    return "\n".join(lines)
+    return without_terminal_codes("\n".join(lines))

@@ -10,7 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,8 +19,10 @@ from horovod_owt.text import one_line
 
 if TYPE_CHECKING:
     from horovod_owt.data.listing import LeftOut
-    from horovod_owt.data.verify import Finding
+    from horovod_owt.data.verify import Finding, Findings
+    from horovod_owt.parallel.meeting import Meeting
 
+PIECE = 5000  # findings of a sort that travel together
 SHARE_TIMEOUT_S = 7 * 86400.0  # for other ranks to finish; a dead rank is noticed at once
 
 
@@ -54,7 +56,7 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     """
     from horovod_owt.commands.log import log_to_stderr
     from horovod_owt.data.pipeline import resolve_kind
-    from horovod_owt.data.store import SPLITS, open_data_set
+    from horovod_owt.data.store import SPLITS, fingerprint, open_data_set
     from horovod_owt.data.verify import make_decoder, merged
     from horovod_owt.data.verify import verify as verify_share
     from horovod_owt.errors import ProblemFound, RunError
@@ -71,12 +73,13 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     decoder = make_decoder(kind, threads=threads, device_id=_own_gpu(topology) if kind == "dali" else None)
     images = sum(map(len, stores.values()))
     with meet(topology) as meeting:
+        check_same(meeting, fingerprint(*stores.values()))
         with _bar(images, topology) as progress:
             found = verify_share(
                 stores, decoder, rank=topology.rank, world_size=topology.world_size, progress=progress
             )
-        parts = meeting.gather(found.to_dict(), SHARE_TIMEOUT_S, "verify")
-        whole = merged([part for _, part in sorted(parts.items())]) if parts else found
+        parts = gathered(meeting, found)
+        whole = merged(parts) if parts else found
         bad, unread, done, stopped, lost = meeting.broadcast(
             [len(whole.bad), len(whole.unread), whole.images, whole.stopped, sorted(meeting.absent)],
             SHARE_TIMEOUT_S,
@@ -104,6 +107,33 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     if silent:
         saw = f"{silent}; of {done} of {images} images none is bad"
         raise RunError(saw, wanted="all of them", fix="see the output of those ranks").on_every_rank()
+
+
+def check_same(meeting: Meeting, fingerprint: str) -> None:
+    """Raise DataError on every rank if ranks list different images: no rank would decode some of them."""
+    from horovod_owt.errors import DataError
+
+    seen = meeting.gather(fingerprint, SHARE_TIMEOUT_S, "fingerprint")
+    other = next(([rank, each] for rank, each in seen.items() if each != seen[0]), None)
+    first = meeting.broadcast(other, SHARE_TIMEOUT_S)
+    if first is not None:
+        saw = f"rank {first[0]} has {first[1]}, rank 0 others"
+        fix = "copy the data set to every host, use a shared folder, or verify on each host by itself"
+        raise DataError(saw, wanted="the same images on every rank", fix=fix).on_every_rank()
+
+
+def gathered(meeting: Meeting, found: Findings) -> list[dict[str, Any]]:
+    """The findings of all ranks, on rank 0, for `merged`: in pieces, as a message has a largest size.
+
+    Of PNGs that are all named .JPEG each is a finding.
+    """
+    pieces = found.pieces(PIECE)
+    most = max(meeting.gather(len(pieces), SHARE_TIMEOUT_S, "verify").values(), default=0)
+    parts = []
+    for number in range(meeting.broadcast(most, SHARE_TIMEOUT_S)):
+        piece = pieces[number].to_dict() if number < len(pieces) else None
+        parts += meeting.gather(piece, SHARE_TIMEOUT_S, "verify").values()
+    return [part for part in parts if part is not None]
 
 
 def _own_cores(ranks_on_host: int) -> int:

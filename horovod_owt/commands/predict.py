@@ -14,7 +14,7 @@ from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
 from horovod_owt.errors import ConfigError, RunError
-from horovod_owt.text import json_text
+from horovod_owt.text import json_text, one_line
 from horovod_owt.topology import be_one_process
 
 log = logging.getLogger(__name__)
@@ -96,4 +96,4 @@ def predict(
 
 def _text(path: str, best: list[dict]) -> str:
     rows = [f"  {100 * row['probability']:6.2f} %  {row['class']}  {row['words']}".rstrip() for row in best]
-    return "\n".join([path, *rows])
+    return "\n".join(map(one_line, [path, *rows]))

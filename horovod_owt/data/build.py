@@ -10,7 +10,6 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from horovod_owt.data.shards import INDEX, Index, shard_name
 from horovod_owt.data.staging import Staging, check_room
 from horovod_owt.data.store import SPLITS, Store, first_few
 from horovod_owt.data.workers import in_processes, tick
-from horovod_owt.errors import DataError, RunError, fix_of
+from horovod_owt.errors import DataError, fix_of
 from horovod_owt.files import atomic_file
 
 log = logging.getLogger(__name__)
@@ -147,15 +146,11 @@ def _write_all(
         begin_args=(splits, form, place.folder),
         ticked=ticked,
     )
-    try:
-        with closing(results):
-            for written, faults in results:
-                size += written
-                for fault in faults:
-                    log.warning("copied unchanged: %s", fault)
-    except BrokenProcessPool as error:
-        fix = "if memory is short, use fewer --workers; the same command continues"
-        raise RunError("a worker process died", fix=fix) from error
+    with closing(results):
+        for written, faults in results:
+            size += written
+            for fault in faults:
+                log.warning("copied unchanged: %s", fault)
     ticked(total)
     return size
 

@@ -198,11 +198,16 @@ class _Cache:
         return not self.side and room > 0
 
     def _make_room(self, needed: int) -> int:
-        """The room there is; on a disk, after removing caches of other data, the oldest first."""
-        others = [] if self.memory else sorted(self.folder.parent.iterdir(), key=_last_use)
-        for other in others:
-            if needed > room_in(self.folder, memory=False) and other != self.folder:
-                _remove_unused(other)
+        """The room there is; on a disk, after removing caches of other data, the oldest first.
+
+        None is removed where all of them would be too little: of decoded images no part is kept.
+        """
+        folders = [] if self.memory else sorted(self.folder.parent.iterdir(), key=_last_use)
+        others = [folder for folder in folders if folder != self.folder]
+        if not self.side or needed <= room_in(self.folder, memory=self.memory) + sum(map(_bytes_in, others)):
+            for other in others:
+                if needed > room_in(self.folder, memory=False):
+                    _remove_unused(other)
         return room_in(self.folder, memory=self.memory)
 
 
@@ -253,6 +258,13 @@ def _remove_unused(folder: Path) -> None:
     """Remove a cache that no process uses, or what is left of one."""
     with suppress(OSError), locked(folder / "lock"):
         remove_folder(folder)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes that a cache takes on its disk."""
+    with suppress(OSError), os.scandir(folder) as files:
+        return sum(512 * file.stat().st_blocks for file in files)
+    return 0
 
 
 def _last_use(folder: Path) -> float:

@@ -48,6 +48,8 @@ def _format_fault(data: bytes, header: Header) -> str | None:
         return f"unsupported format {header.kind}"
     if header.mode not in MODES[header.kind]:
         return f"unsupported pixel format {header.mode} of a {header.kind}"
+    if header.turned:  # Pillow shows it upright, DALI as stored
+        return f"unsupported orientation of a {header.kind}"
     return None
 
 

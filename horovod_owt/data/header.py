@@ -10,6 +10,8 @@ from PIL import Image
 from horovod_owt.data.jpeg import SOI, read_frame
 from horovod_owt.data.png import SIGNATURE, read_png_header
 
+_ORIENTATION = 0x0112  # the tag of EXIF and TIFF; 1: as stored
+
 
 class Header(NamedTuple):
     """The header fields of an image file."""
@@ -20,6 +22,7 @@ class Header(NamedTuple):
     components: int  # per stored pixel; 4 in a JPEG mean CMYK
     pixels_from: int  # offset after which an end marker is the image's; 0 if unknown
     mode: str = ""  # Pillow's name of the pixel format, for kinds other than JPEG and PNG
+    turned: bool = False  # a TIFF with an orientation: Pillow turns it, and no other kind
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -48,8 +51,9 @@ def _other_header(data: bytes) -> Header:
         raise ValueError("empty file")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            bands = len(image.getbands())
-            return Header(image.height, image.width, image.format or "", bands, 0, image.mode)
+            bands, kind = len(image.getbands()), image.format or ""
+            turned = kind == "TIFF" and image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+            return Header(image.height, image.width, kind, bands, 0, image.mode, turned)
     except Image.DecompressionBombError:
         raise ValueError("impossible size") from None
     except MemoryError:

@@ -31,6 +31,7 @@ SUFFIXES = (b".jpeg", b".jpg", b".png")
 OTHER_SUFFIXES = (
     b".webp .bmp .tif .tiff .gif .jp2 .j2k .jfif .jpe .ppm .pgm .pbm .pnm .avif .heic .heif .jxl .tga".split()
 )
+DANGLING = "dangling link"
 LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 CACHE_FROM = 20_000  # images; fewer are listed in no time
 VERSION = 2  # of the cache format
@@ -86,7 +87,8 @@ def list_split(folder: Path) -> Listing:
     classes, left_in_split = _classes(split)
     # before the listing: a change meanwhile is noticed the next time
     found = [_stamp(os.path.join(split, name)) for name in classes]
-    if known is not None and (known.classes, known.stamps) == (classes, found):
+    mended = _mended_classes(split, known) if known else set()
+    if known is not None and not mended and (known.classes, known.stamps) == (classes, found):
         known.left_in_split = left_in_split  # as it is: its names may be mapped, and many
         return known
     remembered = {name: contents for name, *contents in known.of_each_class()} if known else {}
@@ -94,7 +96,7 @@ def list_split(folder: Path) -> Listing:
     for name, stamp in zip(classes, found, strict=True):
         path = os.path.join(split, name)
         old_stamp, images, left_out = remembered.get(name, (_UNSETTLED, None, None))
-        if images is None or stamp != old_stamp:
+        if images is None or stamp != old_stamp or name in mended:
             settled = max(stamp) < time.time_ns() - SETTLED_NS
             images, left_out = map(Names.joined, _contents(path))
             stamp = stamp if settled else _UNSETTLED
@@ -105,7 +107,7 @@ def list_split(folder: Path) -> Listing:
     listing = Listing(
         classes, stamps, counts, Names.chained(parts), left_counts, Names.chained(left), left_in_split
     )
-    same = known is not None and (known.classes, known.stamps) == (classes, stamps)
+    same = known is not None and not mended and (known.classes, known.stamps) == (classes, stamps)
     if len(listing.names) >= CACHE_FROM and not same:
         _write_cached(folder, listing)
     return listing
@@ -140,6 +142,20 @@ def _stamp(folder: bytes) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_ctime_ns
 
 
+def _mended_classes(split: bytes, known: Listing) -> set[bytes]:
+    """The classes with a link that dangled and leads somewhere now: its folder's times do not show that."""
+    end = b"\0" + DANGLING.encode()
+    return {
+        name
+        for name, _, _, left in known.of_each_class()
+        if any(entry.endswith(end) and _leads_somewhere(split, name, entry) for entry in left)
+    }
+
+
+def _leads_somewhere(split: bytes, name: bytes, entry: bytes) -> bool:
+    return os.path.exists(os.path.join(split, name, entry.partition(b"\0")[0]))
+
+
 def _contents(folder: bytes) -> tuple[list[bytes], list[bytes]]:
     """The images of a class folder, and what was left out, as in `Listing.left`; both sorted."""
     images, left = [], []
@@ -160,10 +176,10 @@ def _kind(entry: os.DirEntry[bytes]) -> str:
             return "file"
         if entry.is_dir():
             return "folder"
-        return "dangling link" if entry.is_symlink() else "no regular file"
+        return DANGLING if entry.is_symlink() else "no regular file"
     except OSError as error:
         if is_of_the_file(error):  # a link to itself
-            return "dangling link"
+            return DANGLING
         saw = f"{os.fsdecode(entry.path)} cannot be listed: {error.strerror}"
         raise DataError(saw, fix=fix_of(error)) from error
 

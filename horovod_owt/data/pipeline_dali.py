@@ -130,7 +130,7 @@ class DaliPipeline:
     def _recover(self, error: RuntimeError) -> None:
         """Start a new pipeline with the batches in flight, without the images that DALI fails to decode.
 
-        RunError if it decodes each of them alone, or if bad images are not to be skipped.
+        RunError if it decodes each of them alone, or none at all, or if bad images are not to be skipped.
         """
         check_machine(error)
         self._pipe = None  # ends its threads, before the memory that they read is freed
@@ -140,13 +140,13 @@ class DaliPipeline:
         refused = [self._refused(in_flight[0]), *[{}] * (len(in_flight) - 1)]
         if not refused[0]:
             refused[1:] = map(self._refused, in_flight[1:])
-        if not any(refused):
+        pairs = zip(in_flight, refused, strict=True)
+        if not any(encoded.valid[row] for encoded, rows in pairs for row in rows):
             paths = [self._feed.store.path(index) for encoded in in_flight for index in encoded.indices]
-            raise RunError(
-                f"DALI failed on {len(paths)} images, each of which it decodes alone, {min(paths)} first: "
-                + " ".join(str(error).split())[:300],
-                fix="--set pipeline=torchvision",
-            ) from error
+            saw = f"DALI failed on {len(paths)} images, each of which it decodes alone, {min(paths)} first"
+            saw = "DALI fails on the JPEG too that stands in for bad images" if any(refused) else saw
+            said = " ".join(str(error).split())[:300]
+            raise RunError(f"{saw}: {said}", fix="--set pipeline=torchvision") from error
         self._retry = deque(map(self._feed.without, in_flight, refused))
         self._begin()
 

@@ -11,6 +11,9 @@ from horovod_owt.filesystem import free_space, size_of_disk
 SPARED = 0.1  # share of a file system, and of memory, that caches leave free,
 SPARED_BYTES = 10 * 10**9  # but of a file system not more than this
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# A group's limit and usage, and in memory.stat what is a cache of files. Without a limit v1 has nearly 2**63.
+V2 = "memory.max", "memory.current", ("inactive_file", "active_file")
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
 
 
 def room_in(folder: Path, *, memory: bool) -> int:
@@ -25,27 +28,32 @@ def room_in(folder: Path, *, memory: bool) -> int:
 
 
 def _rest_of_cgroups() -> list[int]:
-    """Bytes left to this process's groups under cgroups v2, with limits; file caches count as free."""
+    """Bytes left to this process's groups with limits; file caches count as free."""
     try:
-        groups = [
-            line[3:] for line in OWN_CGROUP.read_text(encoding="utf-8").splitlines() if line.startswith("0::")
-        ]
+        lines = OWN_CGROUP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    root = CGROUPS
-    folder = root / groups[0].lstrip("/") if groups else root
     rests = []
-    for group in (folder, *folder.parents):
-        if not group.is_relative_to(root):
-            break
-        try:
-            most = int((group / "memory.max").read_text(encoding="utf-8"))
-            used = int((group / "memory.current").read_text(encoding="utf-8"))
-            lines = (
-                line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-            )
-            used -= sum(int(value) for name, value in lines if name in ("inactive_file", "active_file"))
-        except (OSError, ValueError):  # "max", or not the memory controller's
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
-        rests.append(int((1 - SPARED) * most) - used)
+        root, names = (CGROUPS / "memory", V1) if controllers else (CGROUPS, V2)
+        folder = root / own.lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(root):
+                break
+            rests += _rest_of(group, *names)
     return rests
+
+
+def _rest_of(group: Path, limit: str, usage: str, of_files: tuple[str, str]) -> list[int]:
+    """Empty for a group without a limit, or that is not to be seen from here."""
+    try:
+        most = int((group / limit).read_text(encoding="utf-8"))
+        used = int((group / usage).read_text(encoding="utf-8"))
+        lines = (line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        used -= sum(int(value) for name, value in lines if name in of_files)
+    except (OSError, ValueError):  # "max", or not the memory controller's
+        return []
+    return [int((1 - SPARED) * most) - used]

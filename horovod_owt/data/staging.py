@@ -76,6 +76,7 @@ def opened(out: Path, spec: dict) -> Iterator[Staging]:
         _check(out)
         if place.finished:
             _check_same(place, place.finished)
+            _check_complete(out)
             yield place
         else:
             place.folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +131,13 @@ def _check_same(place: Staging, begun: dict) -> None:
             wanted="the same command, unchanged, or a new folder",
             fix="choose another name, or remove it",
         )
+
+
+def _check_complete(out: Path) -> None:
+    """Raise DataError if a finished data set has lost a split."""
+    if lost := [split for split in SPLITS if not (out / split).is_dir()]:
+        fix = "remove it: the same command makes it again"
+        raise DataError(f"{out} was complete, and has no folder {lost[0]} now", wanted="both", fix=fix)
 
 
 def _short(value: object) -> str:

@@ -60,7 +60,7 @@ class DataSet:
         return [*self.train.left_out, *self.val.left_out]
 
     def fingerprint(self) -> str:
-        """Counts, and a hash of names and labels: equal for all copies of a data set, folder or packed."""
+        """Counts, and a hash of names and labels: equal for all copies; packed ones have other names."""
         return self._fingerprint
 
     @cached_property  # takes 0.1 s for a million names
@@ -126,7 +126,8 @@ def _check_root(root: Path, wanted: Sequence[str]) -> None:
         saw = f"{root} does not exist"
         raise DataError(saw, wanted=f"a folder with {LAYOUT}", fix="pass the path of the data set")
     entries = scan(os.fsencode(root))
-    folders = {os.fsdecode(entry.name) for entry in entries if entry.is_dir()}
+    # of these alone: a link beside them may lead to where this user must not look
+    folders = {name for entry in entries if (name := os.fsdecode(entry.name)) in wanted and entry.is_dir()}
     if missing := [split for split in wanted if split not in folders]:
         if (root / UNFINISHED).is_dir():
             fix = "run the command that makes it again: it continues"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from horovod_owt.data.listing import images_below
 from horovod_owt.data.store import SPLITS, first_few
 from horovod_owt.data.workers import in_processes, usable_cores
 from horovod_owt.errors import DataError
@@ -254,12 +256,21 @@ def _is_there_already(out: Path, spec: SyntheticSet) -> bool:
         have = _read_note(out / NOTE)
         want = json.loads(json.dumps(asdict(spec)))  # tuples become lists
         if have == want:
+            _check_complete(out, spec)
             return True
         differ = ", ".join(f"{key} {have.get(key)}" for key in want if have.get(key) != want[key])
         saw = f"{out} contains another synthetic data set ({differ})"
     else:
         saw = f"{out} is not empty: it contains {first_few(found)}"
     raise DataError(saw, wanted="a new or empty folder", fix="choose another name, or remove it")
+
+
+def _check_complete(out: Path, spec: SyntheticSet) -> None:
+    """Raise DataError if images are gone: hosts clean /tmp by age, and a note that is read stays young."""
+    left = sum(images_below(os.fsencode(out / split)) for split in SPLITS)
+    if left < spec.num_images:
+        saw = f"{out} has {left} of its {spec.num_images} images"
+        raise DataError(saw, wanted="all of them", fix="remove it: the same command draws them again")
 
 
 def _read_note(path: Path) -> dict:

@@ -47,6 +47,14 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def pieces(self, most: int) -> list[Findings]:
+        """The same in pieces of at most `most` findings of each sort, for `merged`."""
+        longest = max(len(self.bad), len(self.unread), len(self.remarks))
+        rows = [slice(start, start + most) for start in range(0, max(1, longest), most)]
+        pieces = [Findings(0, self.bad[part], self.unread[part], self.remarks[part]) for part in rows]
+        pieces[0].images, pieces[0].stopped = self.images, self.stopped
+        return pieces
+
 
 @dataclass(frozen=True)
 class _Read:

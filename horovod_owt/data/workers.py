@@ -8,11 +8,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_any
 from typing import TypeVar
 
-from horovod_owt.errors import ConfigError
+from horovod_owt.errors import ConfigError, RunError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -59,7 +60,7 @@ def in_processes(
     """Results of `work(task)` as they become ready; `begin(*begin_args)` is called first in each process.
 
     `ticked(count)` gets the total of the `tick` calls. Leaving the loop early stops the processes at their
-    next tick. With one worker, or one task, everything runs in this process.
+    next tick. With one worker, or one task, everything runs in this process. RunError if a process dies.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
@@ -88,6 +89,9 @@ def in_processes(
                 ticked(count.value)
             for future in ready:
                 yield future.result()
+    except BrokenProcessPool as error:
+        fix = "if memory is short, use fewer --workers or cores (`taskset -c 0-3 owt ...`), and start again"
+        raise RunError("a worker process died", fix=fix) from error
     finally:
         stop.set()
         executor.shutdown(cancel_futures=True)

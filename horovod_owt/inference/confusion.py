@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from horovod_owt.files import named_file
-from horovod_owt.perf.plot import check_plot
+from horovod_owt.perf.plot import check_plot, drawable
 
 SUFFIXES = (".svg", ".png")
 MOST_LABELS = 40  # classes whose names still fit
@@ -31,8 +31,9 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path, *, titl
         image = axes.imshow(share, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
         axes.set(title=title, xlabel="taken for", ylabel="class")
         if len(names) <= MOST_LABELS:
-            axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
-            axes.set_yticks(range(len(names)), names, fontsize="small")
+            shown = [drawable(name) for name in names]
+            axes.set_xticks(range(len(names)), shown, rotation=90, fontsize="small")
+            axes.set_yticks(range(len(names)), shown, fontsize="small")
         figure.colorbar(image, label="% of the class")
         with named_file(path, "--confusion") as file:
             kind = path.suffix[1:]

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from horovod_owt.text import without_terminal_codes
+
 WORST = 10  # classes that the text lists
 
 
@@ -94,7 +96,7 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append("\nmost confused")
     for pair in report["confused"]:
         lines.append(f"  {pair['images']:5}  {pair['class']} taken for {pair['taken_for']}")
-    return "\n".join(lines)
+    return without_terminal_codes("\n".join(lines))
 
 
 def crops_text(crops: int) -> str:

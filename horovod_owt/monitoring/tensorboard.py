@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from horovod_owt.data.batch import MEAN, STD
+from horovod_owt.text import valid
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class TensorBoard:
 
     def per_class(self, step: int, accuracy: Sequence[float], names: Sequence[str]) -> None:
         """Show the accuracy of each class in percent; NaN for a class without images."""
-        self._queue.put((self._write_per_class, step, accuracy, names))
+        self._queue.put((self._write_per_class, step, accuracy, [valid(name) for name in names]))
 
     def close(self) -> None:
         """Write what is queued; on a disk that hangs, give up."""

@@ -11,6 +11,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.files import named_file
 from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.text import gradients_name, strategy_name
+from horovod_owt.text import one_line, valid
 
 
 def plot_scaling(document: dict[str, Any], machine: Machine, path: Path) -> None:
@@ -72,6 +73,11 @@ def plot_lines(
 def check_lines_plot(path: Path) -> None:
     """Raise ConfigError if `plot_lines` cannot draw to that file; for callers that measure first."""
     check_plot(path, "--plot", (".svg",))
+
+
+def drawable(text: str) -> str:
+    """A name as matplotlib takes it: it reads what is between two `$` as a formula."""
+    return valid(one_line(text)).replace("$", r"\$")
 
 
 def check_plot(path: Path, option: str, suffixes: tuple[str, ...]) -> None:

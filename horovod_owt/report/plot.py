@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.files import named_file
-from horovod_owt.perf.plot import check_plot
+from horovod_owt.perf.plot import check_plot, drawable
 from horovod_owt.report.formats import is_number
 from horovod_owt.report.series import clock_of, curves
 from horovod_owt.report.summary import history_of, names_of, validations_of
@@ -76,8 +76,8 @@ def _curves(run_dir: Path) -> dict[str, Any]:
 
 
 def _label(name: str) -> str:
-    """As matplotlib shows it: it takes `$` for a formula, and leaves out of legends what begins with `_`."""
-    name = name.replace("$", r"\$")
+    """As matplotlib shows it: it leaves out of legends what begins with `_`."""
+    name = drawable(name)
     return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
 
 

@@ -342,6 +342,17 @@ def test_on_a_short_disk_older_caches_of_other_data_make_room(root, own, tmp_pat
         assert len(folders(place)) == 2
 
 
+def test_caches_of_other_data_stay_where_they_would_not_make_room_enough(root, own, tmp_path, monkeypatch):
+    place = tmp_path / "c"
+    with cached(open_data_set(own), str(place), 90) as data:
+        assert data.train.pixels(0)
+    next((own / "train").rglob("*.JPEG")).unlink()
+    monkeypatch.setattr(module, "room_in", lambda folder, memory: 0)
+    monkeypatch.setattr(module, "expected_bytes", lambda *args: 10**12)
+    with cached(open_data_set(own), str(place), 90) as data:
+        assert not isinstance(data.train, module.DecodedImages) and len(folders(place)) == 2
+
+
 def test_a_cache_that_fails_costs_no_run(root, tmp_path, monkeypatch, caplog):
     data = open_data_set(root)
     plain = training("torchvision", data)

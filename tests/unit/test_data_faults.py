@@ -162,6 +162,27 @@ def test_a_failure_of_dali_that_is_no_images_ends_the_run(damaged, monkeypatch):
         run("dali", ValidationFeed(open_data_set(damaged).val, batch=BATCH, bad_images=BadImages()))
 
 
+class Broken:
+    """A pipeline of DALI on a GPU that it has no kernels for."""
+
+    def __init__(self, source):
+        self.schedule_run = source
+
+    def share_outputs(self):
+        raise RuntimeError("no kernel image is available")
+
+    run = share_outputs
+
+
+@needs_dali
+def test_a_dali_that_fails_on_every_image_ends_the_run(sound, monkeypatch):
+    from horovod_owt.data.pipeline_dali import DaliPipeline
+
+    monkeypatch.setattr(DaliPipeline, "_build", lambda self, source, **_: Broken(source))
+    with pytest.raises(RunError, match="DALI fails on the JPEG too .*: no kernel image is available; fix: "):
+        run("dali", ValidationFeed(open_data_set(sound).val, batch=BATCH, bad_images=BadImages()))
+
+
 @needs_dali
 @pytest.mark.parametrize(
     ("data", "dali", "torchvision"),

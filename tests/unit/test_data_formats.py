@@ -112,6 +112,7 @@ SAME = {
     "tiff I;16": (encoded(GREY16, "TIFF"), GREY),
     "tiff RGB": (encoded(RGB, "TIFF"), RGB),
     "tiff RGB, deflated": (encoded(RGB, "TIFF", compression="tiff_deflate"), RGB),
+    "tiff RGB, as it stands": (encoded(RGB, "TIFF", tiffinfo={0x0112: 1}), RGB),
     "tiff RGBA": (encoded(np.dstack([RGB, ALPHA]), "TIFF"), RGB),
     "jp2 L": (encoded(GREY, "JPEG2000"), GREY),
     "jp2 I;16": (encoded(GREY16, "JPEG2000"), GREY),
@@ -135,6 +136,8 @@ REFUSED = {
     "tiff LAB": (encoded(Image.new("LAB", (W, H)), "TIFF"), "unsupported pixel format LAB of a TIFF"),
     "tiff CMYK": (encoded(CMYK, "TIFF"), "unsupported pixel format CMYK of a TIFF"),
     "tiff YCbCr": (encoded(RGB, "TIFF", "YCbCr"), "unsupported pixel format YCbCr of a TIFF"),
+    "tiff on its side": (encoded(RGB, "TIFF", tiffinfo={0x0112: 6}), "unsupported orientation of a TIFF"),
+    "tiff upside down": (encoded(RGB, "TIFF", tiffinfo={0x0112: 3}), "unsupported orientation of a TIFF"),
     "jpeg of 12 bits": (
         encoded(RGB, "JPEG").replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),
         "12 bits",

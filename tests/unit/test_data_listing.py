@@ -163,6 +163,22 @@ def test_a_user_without_home_and_passwd_entry_has_no_cache_there(split, monkeypa
     assert [path.parent for path in cache_files(split)] == [split.parent]
 
 
+def test_a_link_that_dangled_counts_once_its_disk_is_mounted(split, listed):
+    """The folder that has the link does not change by that."""
+    (split / "n02" / "link.JPEG").symlink_to(split.parent / "disk" / "a.JPEG")
+    (split / "n03" / "other.JPEG").symlink_to(split.parent / "nowhere")
+    time.sleep(0.02)
+    assert len(paths(split)) == 9
+    (split.parent / "disk").mkdir()
+    (split.parent / "disk" / "a.JPEG").touch()
+    listed.clear()
+    assert len(paths(split)) == 10 and listed == ["n02"]
+    listed.clear()
+    store = FolderStore(split)
+    assert len(store) == 10 and listed == []
+    assert [each.path for each in store.left_out] == [str(split / "n03" / "other.JPEG")]
+
+
 def test_small_folders_leave_no_file_behind(split, monkeypatch):
     monkeypatch.setattr(listing, "CACHE_FROM", 10)
     paths(split)

@@ -286,6 +286,13 @@ def test_the_same_command_finds_its_work_done_until_the_source_changes(odd, tmp_
     assert tree(tmp_path / "packed") == before
 
 
+def test_a_set_that_has_lost_a_split_is_not_called_there(odd, tmp_path):
+    pack(odd, tmp_path / "packed", Form(), workers=1)
+    shutil.rmtree(tmp_path / "packed" / "val")
+    with pytest.raises(DataError, match="packed was complete, and has no folder val now; .* remove it"):
+        pack(odd, tmp_path / "packed", Form(), workers=1)
+
+
 def test_a_disk_that_is_too_small_is_reported_before_it_is_filled(root, tmp_path, monkeypatch):
     real = os.statvfs
 

@@ -52,3 +52,26 @@ def test_the_least_that_a_group_has_left_counts(host):
     assert room_in(host, memory=True) == 0
     limit(host / "slurm", "max", 10 * GB, 0)
     assert room_in(host, memory=True) == 12 * GB
+
+
+def test_groups_of_the_first_version_count_too(host):
+    """Slurm on hosts of before 2020: without them the cache would fill memory until the job is killed."""
+    own = (
+        "9:memory:/slurm/job\n4:cpu,cpuacct:/slurm/job\n1:name=systemd:/slurm/job\n0::/system.slice/slurmd\n"
+    )
+    (host / "own").write_text(own)
+    job = host / "memory" / "slurm" / "job"
+    job.mkdir(parents=True)
+
+    def limit_v1(group, most, used, files):
+        (group / "memory.limit_in_bytes").write_text(f"{most}\n")
+        (group / "memory.usage_in_bytes").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"cache 7\nactive_file 1\ntotal_active_file {files}\n")
+
+    limit_v1(job, 20 * GB, 10 * GB, 4 * GB)
+    limit_v1(job.parent, 2**63 - 4096, 40 * GB, 0)  # no limit
+    assert room_in(host, memory=True) == 12 * GB
+    assert room_in(host, memory=False) == 50 * GB
+    (host / "own").write_text("9:memory:/docker/0123\n")  # as the host names it, from inside of the container
+    limit_v1(host / "memory", 10 * GB, 8 * GB, 0)
+    assert room_in(host, memory=True) == 1 * GB

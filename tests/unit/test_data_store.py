@@ -112,6 +112,7 @@ def empty_class(root):
             r"train has 1 classes \(none only there\), val has 2",
         ),
         (lambda root: os.symlink("nowhere", root / "train" / "n03"), None),  # a dangling link is no class
+        (lambda root: os.symlink("loop", root / "loop"), None),  # nor is it of interest what lies beside
     ],
 )
 def test_a_bad_folder_is_named_with_its_fix(root, damage, saw):

@@ -111,6 +111,14 @@ def test_the_same_data_set_is_not_written_twice(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")}
 
 
+def test_a_set_that_has_lost_images_is_not_called_there(tmp_path):
+    """A host that deletes old files of /tmp leaves the note, which each command has read."""
+    write_synthetic(tmp_path / "set", **SMALL, workers=1)
+    sorted((tmp_path / "set").glob("*/*/*.JPEG"))[7].unlink()
+    with pytest.raises(DataError, match="set has 95 of its 96 images; .* remove it"):
+        write_synthetic(tmp_path / "set", **SMALL, workers=1)
+
+
 def test_an_empty_folder_will_do(tmp_path):
     (tmp_path / "set").mkdir()
     assert write_synthetic(tmp_path / "set", **SMALL, workers=1)

@@ -215,6 +215,14 @@ def test_the_confusion_picture_is_drawn(tmp_path, suffix):
         assert Image.open(file).size == (1200, 1050)
 
 
+@pytest.mark.parametrize("name", ["caf\udce9", "a$b_{$"])
+def test_a_picture_takes_classes_of_any_name(tmp_path, name):
+    """One is not UTF-8, of the other matplotlib would read a formula."""
+    pytest.importorskip("matplotlib")
+    plot_confusion(np.eye(2, dtype=int), [name, "eel"], tmp_path / "a.svg", title="")
+    assert name.replace("\udce9", r"\udce9") in (tmp_path / "a.svg").read_text()
+
+
 def test_a_picture_that_cannot_be_drawn_is_refused_before_the_evaluation(tmp_path):
     for name, message in (("a.jpg", "ends in .svg or .png"), ("absent/a.svg", "no folder")):
         with pytest.raises(ConfigError, match=f"--confusion .*{message}"):

@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from horovod_owt.errors import RunError
+from horovod_owt.commands import data_verify
+from horovod_owt.data.verify import Finding, Findings, merged
+from horovod_owt.errors import DataError, RunError
 from horovod_owt.parallel import meeting, rendezvous
 from horovod_owt.parallel.interfaces import addresses_of
 from horovod_owt.parallel.meeting import CONNECT, meet
@@ -189,3 +191,42 @@ def test_a_rank_that_sends_a_line_without_end_is_dropped_not_kept(ranks, monkeyp
 
     heard, absent = ranks(act, 3)[0]
     assert heard == {0: 0, 2: 2} and absent == {1: ("host1", "values")}
+
+
+def test_findings_of_any_number_reach_rank_0(ranks, monkeypatch):
+    """A rank whose message was too long was dropped, with all that it had found in hours."""
+    monkeypatch.setattr(meeting, "LINE_BYTES", 10_000)
+    monkeypatch.setattr(data_verify, "PIECE", 50)
+
+    def act(topology):
+        numbers = range(1000 * topology.rank, 1000 * topology.rank + 210 * topology.rank)
+        odd = [Finding("val", number, f"/set/val/cat/{number}.JPEG", "PNG named .JPEG") for number in numbers]
+        bad = [Finding("val", 1000 * topology.rank + 999, "/set/val/cat/bad.JPEG", "empty file")]
+        with meet(topology, limit_s=10) as met:
+            return data_verify.gathered(met, Findings(images=1000, bad=bad, remarks=odd)), met.absent
+
+    (parts, absent), *others = ranks(act, 3)
+    whole = merged(parts)
+    assert absent == {} and [found for found, _ in others] == [[], []]
+    assert whole.images == 3000 and [each.index for each in whole.bad] == [999, 1999, 2999]
+    assert [each.index for each in whole.remarks] == [*range(1000, 1210), *range(2000, 2420)]
+
+
+@pytest.mark.parametrize("other", ["5 images", "6 images"])
+def test_ranks_that_share_the_images_have_the_same(ranks, other):
+    """Each takes its part of its own list: of another list it would be other images."""
+
+    def act(topology):
+        with meet(topology, limit_s=10) as met:
+            try:
+                data_verify.check_same(met, other if topology.rank == 1 else "6 images")
+            except DataError as error:
+                return str(error)
+
+    said = ranks(act, 3)
+    if other == "6 images":
+        assert said == [None] * 3
+    else:
+        assert len(set(said)) == 1 and said[0].startswith(
+            "rank 1 has 5 images, rank 0 others; wanted the same"
+        )

@@ -95,14 +95,14 @@ def test_images_that_do_not_decode_are_named_and_others_classified(weights, phot
     (tmp_path / "short.jpg").write_bytes(good.read_bytes()[:300])
     (tmp_path / "garbage.jpg").write_bytes(undecodable())
     (tmp_path / "empty").mkdir()
-    words = ["page.jpg", good, "absent.jpg", "short.jpg", "garbage.jpg", "empty"]
+    words = ["page.jpg", good, "absent.jpg", "no folder/a.jpg", "short.jpg", "garbage.jpg", "empty"]
     monkeypatch.chdir(tmp_path)
     done = run(weights, *words, "--json", error=RunError)
     found = json.loads(done.stdout)
     assert [row["path"] for row in found["images"]] == [str(good)]
     assert {row["path"] for row in found["bad"]} == {str(word) for word in words if word != good}
     assert all(row["fault"] for row in found["bad"])
-    assert done.exception.exit_code == 1 and "5 of 6 not classified" in str(done.exception)
+    assert done.exception.exit_code == 1 and "6 of 7 not classified" in str(done.exception)
 
 
 def test_a_name_on_stdin_may_be_in_any_encoding(weights, photos, tmp_path):
@@ -110,6 +110,13 @@ def test_a_name_on_stdin_may_be_in_any_encoding(weights, photos, tmp_path):
     shutil.copy(next(photos.rglob("*.JPEG")), name)
     found = json.loads(run(weights, "-", "--json", stdin=name + b"\n").stdout)
     assert [os.fsencode(row["path"]) for row in found["images"]] == [name] and found["images"][0]["top"]
+
+
+def test_a_name_with_a_terminals_codes_is_shown_in_one_line(weights, photos, tmp_path):
+    odd = tmp_path / "a\x1b[2J\n  99.00 %  tench.jpg"
+    shutil.copy(next(photos.rglob("*.JPEG")), odd)
+    first, *rows = run(weights, odd, "--top", 1).stdout.splitlines()
+    assert first.endswith(r"/a\x1b[2J\n  99.00 %  tench.jpg") and len(rows) == 1
 
 
 def test_a_list_on_stdin_names_files_and_folders(photos):
@@ -124,6 +131,19 @@ def test_hidden_files_and_other_kinds_are_left_out_of_a_folder(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert list(named_images([str(tmp_path)], ())) == [(f"{tmp_path}/a.jpg", ""), (f"{tmp_path}/b/2.PNG", "")]
+
+
+def test_a_folder_stands_for_images_of_every_format_and_behind_links(tmp_path):
+    """None is left out without a word: what does not decode is named."""
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for path in (folder / "a.webp", folder / "z" / "c.TIFF", elsewhere / "b.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "2019").symlink_to(elsewhere)
+    (folder / "2020").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(folder)
+    named = [path for path, _ in named_images([str(folder)], ())]
+    assert named == [f"{folder}/a.webp", f"{folder}/2019/b.jpg", f"{folder}/z/c.TIFF"]
 
 
 def test_no_image_at_all_is_bad_usage(weights):

@@ -60,12 +60,12 @@ def test_inputs_are_shown_as_the_net_gets_them(tmp_path):
 def test_classes_have_curves_if_they_are_few_and_the_worst_are_listed(tmp_path):
     board = TensorBoard(tmp_path / "tb", first_step=1, every=10)
     board.record("validation", {"step": 5, "loss": 1.5, "top1": 60.0, "top5": 90.0})
-    board.per_class(5, [75.0, math.nan, 50.0], ["cat", "no images", "dog"])
+    board.per_class(5, [75.0, math.nan, 50.0], ["caf\udce9", "no images", "dog"])  # one is not UTF-8
     board.per_class(6, [float(n) for n in range(100)], [f"c{n}" for n in range(100)])
     board.close()
     seen = read(tmp_path / "tb")
     curves = {tag for tag in seen.Tags()["scalars"] if tag.startswith("class_top1/")}
-    assert curves == {"class_top1/cat", "class_top1/dog"}
+    assert curves == {r"class_top1/caf\udce9", "class_top1/dog"}
     assert seen.Scalars("validation/top1")[0].value == 60
     assert len(seen.Histograms("validation/top1_of_classes")) == 2
     worst = seen.Tensors("validation/worst_classes/text_summary")[1].tensor_proto.string_val[0].decode()
