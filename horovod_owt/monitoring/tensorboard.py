@@ -69,7 +69,7 @@ class EventFile:
 class TensorBoard:
     """Writes the records of a run, and what else it is given, to `folder`.
 
-    The callers only queue. An error of the disk ends the writing with a warning, never the run.
+    The callers only queue. An error ends the writing with a warning, never the run.
     """
 
     def __init__(self, folder: Path, *, first_step: int, every: int) -> None:
@@ -114,8 +114,9 @@ class TensorBoard:
                 self._write_queue()
             finally:
                 self._file.close()
-        except OSError as error:
-            log.warning("%s: %s; TensorBoard gets no more of this run", self._folder, error.strerror)
+        except Exception as error:  # a bug too must not end the run, nor fill memory with what waits here
+            why = isinstance(error, OSError) and error.strerror or f"{type(error).__name__}: {error}"
+            log.warning("%s: %s; TensorBoard gets no more of this run", self._folder, why)
             while self._queue.get() is not END:  # and forget it
                 pass
 

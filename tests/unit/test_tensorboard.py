@@ -72,9 +72,16 @@ def test_classes_have_curves_if_they_are_few_and_the_worst_are_listed(tmp_path):
     assert "| c0 | 0.0 |" in worst and "c20" not in worst
 
 
-def test_a_full_disk_is_one_warning_and_no_more_files(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device; TensorBoard gets no more"),
+        (ValueError("odd"), "ValueError: odd; TensorBoard gets no more"),
+    ],
+)
+def test_an_error_is_one_warning_and_no_more_files(tmp_path, monkeypatch, caplog, error, told):
     def refuse(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(module.RecordWriter, "write", refuse)
     board = TensorBoard(tmp_path / "tb", first_step=1, every=1)
@@ -82,7 +89,7 @@ def test_a_full_disk_is_one_warning_and_no_more_files(tmp_path, monkeypatch, cap
         board.record("step", step(number))
     board.close()
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "No space left on device" in warning and not board._thread.is_alive()
+    assert told in warning and not board._thread.is_alive()
 
 
 def test_a_disk_that_hangs_holds_up_the_end_for_a_time_only(tmp_path, monkeypatch, caplog):
