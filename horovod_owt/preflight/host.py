@@ -1,4 +1,4 @@
-"""Checks of single hosts: installed versions, resource limits, and forward and reverse name resolution."""
+"""Checks of single hosts: installed versions, resource limits, and whether names lead to their hosts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.filesystem import free_space
-from horovod_owt.parallel.interfaces import is_loopback, own_addresses, usable
+from horovod_owt.parallel.interfaces import is_loopback, usable
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, who
 from horovod_owt.topology import Topology
 from horovod_owt.versions import code_digest, installed_versions
@@ -147,54 +147,40 @@ def judge_addresses(answers: Sequence[Answer]) -> list[Finding]:
     ]
 
 
-def names(table: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Resolution errors, on this host, of the names in `table` (host -> its addresses): host -> error."""
-    here = set(own_addresses())
+def names(table: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
+    """Errors of resolving, on the host `own`, the names in `table` (host -> its addresses): host -> error."""
     with ThreadPoolExecutor(RESOLVERS) as resolvers:
-        errors = resolvers.map(lambda host: _resolution_error(host, table[host], here), table)
+        errors = resolvers.map(lambda host: _resolution_error(host, table[host], own), table)
         return {host: error for host, error in zip(table, errors, strict=True) if error}
 
 
-def _resolution_error(host: str, addresses: Sequence[str], here: set[str]) -> str:
+def _resolution_error(host: str, addresses: Sequence[str], own: str) -> str:
     try:
         found = usable({str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
     except OSError as error:
         return f"does not resolve: {error.strerror or error}"
-    if here & set(addresses):  # this host: Debian's 127.0.1.1 is harmless
-        found = {address for address in found if not is_loopback(address)}
-        foreign = f"resolves to {', '.join(sorted(found))}, which is not an address of this host"
-        return "" if found <= set(addresses) else foreign
-    if not found & set(addresses):
-        return f"resolves to {', '.join(sorted(found))}, which is none of its addresses"
-    address = sorted(found & set(addresses))[0]
-    try:
-        first, others, _ = socket.gethostbyaddr(address)
-    except OSError as error:
-        return f"has no reverse name: {address} does not resolve ({error.strerror or error})"
-    if host in (first, *others, address) or _short(host) in map(_short, (first, *others)):
-        return ""
-    return f"has another reverse name: {address} is {first}"
-
-
-def _short(host: str) -> str:
-    return host.partition(".")[0].lower()
+    beyond = {address for address in found if not is_loopback(address)}
+    if beyond <= set(addresses) and (beyond or host in (own, "localhost")):
+        return ""  # its own host may have it as 127.0.1.1, as Debian does; horovodrun's may be `localhost`
+    if found and not beyond:
+        return f"resolves to {', '.join(sorted(found))}, which is the host that asks"
+    return f"resolves to {', '.join(sorted(beyond - set(addresses)))}, which is none of its addresses"
 
 
 def judge_names(answers: Sequence[Answer]) -> list[Finding]:
-    """Each host's name resolves to it from every host, and its address back to the name."""
+    """Each host's name resolves to it from every host. Nothing asks for the names of addresses."""
     seen_from: dict[tuple[str, str], list[Answer]] = {}
     for answer in answers:
         for host, error in answer.value.items():
             seen_from.setdefault((host, error), []).append(answer)
     if not seen_from:
-        saw = f"{', '.join(hosts_of(answers)[:8])}: forward and reverse, from every host"
-        return [Finding("host names", True, saw)]
+        return [Finding("host names", True, f"{', '.join(hosts_of(answers)[:8])}: resolved by every host")]
     return [
         Finding(
             "host names",
             False,
             f"{host} {error}, seen from {', '.join(hosts_of(seen))}",
-            "forward and reverse names that match",
+            "names that lead to their hosts",
             f"fix DNS, or /etc/hosts on {', '.join(hosts_of(seen))}",
             (host,),
         )

@@ -82,7 +82,8 @@ def check_network(inquiry: Inquiry, claimed: list[Device]) -> None:
     """Names and interfaces first, because the measurements use them."""
     found = inquiry.check("addresses", own_addresses, host.judge_addresses, LOCAL_S, each_host=True)
     table = inquiry.broadcast({answer.host: answer.value for answer in found})
-    inquiry.check("host names", lambda: host.names(table), host.judge_names, RESOLVE_S, each_host=True)
+    names = lambda: host.names(table, inquiry.topology.host)  # noqa: E731
+    inquiry.check("host names", names, host.judge_names, RESOLVE_S, each_host=True)
     interfaces = inquiry.check(
         "interface", lambda: network.interface(table), network.judge_interfaces, RESOLVE_S, each_host=True
     )

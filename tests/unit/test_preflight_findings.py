@@ -219,27 +219,33 @@ def test_ranks_that_were_bound_to_a_core_each_have_enough():
 
 
 def test_names_that_do_not_resolve_or_resolve_elsewhere_are_reported_with_the_hosts(monkeypatch):
-    addresses = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3", "n4": "10.0.0.9"}
+    """Every host has 127.0.0.1, and many 172.17.0.1 (Docker): such an address tells no host from another."""
+    resolved = {
+        "n1": "127.0.1.1",  # Debian's /etc/hosts has a host's own name so
+        "n2": "10.0.0.2",
+        "n4": "10.0.0.9",
+        "n5": "127.0.1.1",  # and clones may have that of the host that they are copies of
+        "localhost": "127.0.0.1",
+    }
 
     def getaddrinfo(name, *_, **__):
-        if name == "n3":
+        if name not in resolved:
             raise OSError(-2, "Name or service not known")
-        return [(socket.AF_INET, None, 0, "", (addresses[name], 0))]
-
-    def gethostbyaddr(address):
-        return {"10.0.0.2": ("n2.cluster", [], [address])}[address]
+        return [(socket.AF_INET, None, 0, "", (resolved[name], 0))]
 
     monkeypatch.setattr(host.socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(host.socket, "gethostbyaddr", gethostbyaddr)
-    monkeypatch.setattr(host, "own_addresses", lambda: ["10.0.0.1", "127.0.0.1"])
-    table = {"n1": ["10.0.0.1"], "n2": ["10.0.0.2"], "n3": ["10.0.0.3"], "n4": ["10.0.0.4"]}
-    troubles = host.names(table)
+    table = {f"n{n}": [f"10.0.0.{n}", "172.17.0.1", "127.0.0.1"] for n in range(1, 6)}
+    table |= {"localhost": ["10.0.0.7", "127.0.0.1"]}  # horovodrun's name for its own host
+    troubles = host.names(table, "n1")
     assert troubles == {
         "n3": "does not resolve: Name or service not known",
         "n4": "resolves to 10.0.0.9, which is none of its addresses",
+        "n5": "resolves to 127.0.1.1, which is the host that asks",
     }
+    assert set(host.names({"n4": table["n4"], "n5": table["n5"]}, "n4")) == {"n4", "n5"}
+    assert set(host.names({"n4": table["n4"], "n5": table["n5"]}, "n5")) == {"n4"}
     bad = host.judge_names(on_hosts(troubles, {"n3": troubles["n3"]}))
-    assert [finding.hosts for finding in bad] == [("n3",), ("n4",)]
+    assert [finding.hosts for finding in bad] == [("n3",), ("n4",), ("n5",)]
     assert "seen from h0, h1" in bad[0].saw
 
 
