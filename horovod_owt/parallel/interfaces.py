@@ -99,6 +99,13 @@ def nccl_interface(interface: str) -> dict[str, str]:
     return {"NCCL_SOCKET_IFNAME": f"={interface}"}
 
 
+def interface_of_job(env: Mapping[str, str]) -> str | None:
+    """The interface that is set for the job, if it is set by its name and this host has it."""
+    here = psutil.net_if_addrs()
+    names = (env.get(variable, "") for variable in INTERFACE_VARIABLES)
+    return next((name for name in names if name in here and addresses_of(name)), None)
+
+
 def listening_addresses(env: Mapping[str, str], *, one_host: bool) -> list[str]:
     """Where a server for the ranks of this job listens.
 
@@ -107,10 +114,8 @@ def listening_addresses(env: Mapping[str, str], *, one_host: bool) -> list[str]:
     """
     if one_host:
         return [address_of("lo")]
-    here = psutil.net_if_addrs()
-    for name in (env.get(variable, "") for variable in INTERFACE_VARIABLES):
-        if name in here and addresses_of(name):
-            return [address_of(name)]
+    if name := interface_of_job(env):
+        return [address_of(name)]
     return [address for address in own_addresses() if not is_loopback(address)] or [address_of("lo")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +13,13 @@ from typing import Any
 
 from horovod_owt.errors import RunError
 from horovod_owt.parallel.device import Device
-from horovod_owt.parallel.interfaces import SYSFS_NET, address_of, interface_between, link
+from horovod_owt.parallel.interfaces import (
+    SYSFS_NET,
+    address_of,
+    chosen_interface,
+    interface_of_job,
+    link,
+)
 from horovod_owt.preflight import wire
 from horovod_owt.preflight.findings import Answer, Finding, differing, grouped, hosts_of, who
 from horovod_owt.preflight.wire import Pair
@@ -26,13 +33,17 @@ ALLREDUCE_S = 1.0  # approximate duration of the test
 Pairs = Mapping[tuple[str, str], Pair]
 
 
-def interface(table: Mapping[str, Sequence[str]], net: Path = SYSFS_NET) -> dict[str, Any]:
-    """The interface by which this host reaches all of `table`; raises ConfigError if there is none.
+def interface(
+    table: Mapping[str, Sequence[str]], env: Mapping[str, str] = os.environ, net: Path = SYSFS_NET
+) -> dict[str, Any]:
+    """The interface set for the job, else the one by which this host reaches all of `table`.
 
-    Names are resolved, as launchers do; a name that does not resolve is reported by another check and
-    replaced by its host's first address.
+    Raises ConfigError if there is none. Names are resolved, as launchers do; a name that does not resolve is
+    reported by another check and replaced by its host's first address.
     """
-    name = interface_between([host if _resolves(host) else addresses[0] for host, addresses in table.items()])
+    asked = env.get("HOROVOD_GLOO_IFACE") or interface_of_job(env)
+    hosts = [host if _resolves(host) else addresses[0] for host, addresses in table.items()]
+    name = chosen_interface(asked, hosts)
     return {"name": name, "address": address_of(name), **link(name, net)}
 
 

@@ -7,10 +7,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
 from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.parallel import interfaces
 from horovod_owt.parallel.admission import Listener
 from horovod_owt.parallel.gpus import Gpu, GpuHealth
 from horovod_owt.preflight import dataset, device, host, network, wire
@@ -182,6 +184,19 @@ def test_interfaces_that_lead_nowhere_or_differ_are_bad():
     )  # fmt: skip
     assert mtu.saw == "1500 bytes on h0 (rank 0), h1 (rank 1); 9000 bytes on h2 (rank 2)"
     assert "unknown Mbit/s on h2" in speed.saw and speed.hosts == mtu.hosts == ("h2",)
+
+
+def test_the_interface_that_is_set_for_the_job_is_the_one_measured(monkeypatch, tmp_path):
+    here = {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"}
+    table = {name: [SimpleNamespace(family=socket.AF_INET, address=ip)] for name, ip in here.items()}
+    monkeypatch.setattr(interfaces.psutil, "net_if_addrs", lambda: table)
+    hosts = {"127.0.0.1": ["10.0.0.1"]}
+    for variable in ("HOROVOD_GLOO_IFACE", "OMPI_MCA_btl_tcp_if_include"):  # horovodrun; owt launch mpirun
+        found = network.interface(hosts, {variable: "ib0"}, tmp_path)
+        assert (found["name"], found["address"]) == ("ib0", "10.1.0.1")
+    assert network.interface(hosts, {}, tmp_path)["name"] == "lo"
+    with pytest.raises(ConfigError, match="ib1; wanted one of eth0, ib0, lo"):
+        network.interface(hosts, {"HOROVOD_GLOO_IFACE": "ib1", "NCCL_SOCKET_IFNAME": "eth0"}, tmp_path)
 
 
 LIMITS = {
