@@ -103,7 +103,8 @@ class Supervisor:
     def _set_up_process(self) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt the ranks of a dead launcher
         for number in PASSED_ON:
-            signal.signal(number, self._pass_on)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._pass_on)
 
     def _attempt(self) -> Attempt:
         watch = AttemptWatch(self._run_dir)

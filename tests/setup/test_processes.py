@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from fcntl import LOCK_EX, flock
 
 import pytest
 from set_up_support import REPO, process
@@ -46,6 +47,34 @@ def test_an_interrupt_ends_the_grandchildren_too(tmp_path, signum):
         wait_for(lambda: not sleeping(mark))
     finally:
         child.kill()
+
+
+@pytest.mark.parametrize("ignored, ends", [(False, True), (True, False)], ids=["plain", "nohup"])
+def test_the_end_of_a_terminal_ends_set_up_unless_it_is_to_be_ignored(here, tmp_path, ignored, ends):
+    here.cache.mkdir(parents=True)
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+    with (here.cache / "lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        child = subprocess.Popen(
+            [sys.executable, REPO / "launch" / "setup", "--venv", tmp_path / "venv"],
+            env={"HOME": here.environ["HOME"], "PATH": here.environ["PATH"]},
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, handler),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            while "another set-up is using" not in (line := child.stderr.readline()):
+                assert line, "it did not wait for the lock"
+            child.send_signal(signal.SIGHUP)
+            if ends:
+                assert child.wait(20) == 130
+            else:
+                time.sleep(0.3)
+                assert child.poll() is None
+        finally:
+            child.kill()
+            child.wait()
+            child.stderr.close()
 
 
 def sleeping(mark: str) -> bool:

@@ -175,6 +175,19 @@ def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
+def test_the_end_of_a_terminal_does_not_stop_a_job_under_nohup(tmp_path):
+    before = {number: signal.getsignal(number) for number in supervisor.PASSED_ON}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        command = ["sh", "-c", "kill -HUP $PPID; exit 3", "job", "--run-dir", str(tmp_path)]
+        attempt = supervisor.Supervisor(command).run_once()
+    finally:
+        ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (attempt.exit_code, attempt.asked_to_stop) == (3, False)
+
+
 def test_a_signal_finds_the_ranks_in_a_shell_of_srun_too(monkeypatch):
     """With an MPI by default, each process below `srun --pty` looks like rank 0 of 1, the launcher too."""
     monkeypatch.setenv("PMIX_RANK", "0")
