@@ -39,13 +39,15 @@ def mapped_libmpi() -> list[str]:
 
 
 def mpi4py_size() -> int | None:
-    """The number of ranks that mpi4py sees, if Horovod uses MPI."""
+    """The number of ranks that mpi4py sees, if Horovod uses MPI; 0 where it cannot load its MPI."""
     if not hvd.mpi_enabled():
         return None
     try:
         from mpi4py import MPI
-    except ImportError:
+    except ModuleNotFoundError:
         return None
+    except ImportError:
+        return 0
     return MPI.COMM_WORLD.Get_size()
 
 

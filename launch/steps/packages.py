@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Sequence
 from configparser import ConfigParser
 from dataclasses import asdict
 from pathlib import Path
@@ -71,14 +72,23 @@ def install_requirements(place: Place, lane: Lane, chosen: Mpi) -> Mpi:
         chosen_now = _install_pip_mpi(place, lane)
     else:
         chosen_now = chosen
-    options = []
+    mpi4py = [line for line in wanted if line.startswith("mpi4py")]
+    if chosen.source == "site" or not chosen_now.there:
+        wanted = [line for line in wanted if line not in mpi4py]
+    pip(place, "packages", "install", "-c", lane.constraints, *wanted)
     if chosen.source == "site":
-        options = ["--no-binary", "mpi4py"]  # built with the site's mpicc; the wheel guesses the library
-    elif not chosen_now.there:
-        wanted = [line for line in wanted if not line.startswith("mpi4py")]
-    pip(place, "packages", "install", "-c", lane.constraints, *options, *wanted)
+        _build_mpi4py(place, lane, mpi4py)
     place.mark("packages", inputs, mpi=asdict(chosen_now))
     return chosen_now
+
+
+def _build_mpi4py(place: Place, lane: Lane, mpi4py: Sequence[str]) -> None:
+    """Build mpi4py with the site's mpicc: the wheel guesses the library.
+
+    Always anew: what is installed, or in pip's cache, may have been built with another MPI of the site.
+    """
+    anew = ["--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "mpi4py"]
+    pip(place, "mpi4py", "install", "-c", lane.constraints, *anew, *mpi4py)
 
 
 def _install_pip_mpi(place: Place, lane: Lane) -> Mpi:

@@ -327,6 +327,7 @@ def test_mpirun_starts_ranks_and_mpi4py_sees_them(proofs_cache, built_mpi):
         ({"size": 1}, "wrong sum over the ranks"),
         ({"controller": "mpi"}, "ran under mpi, wanted gloo"),
         ({"mpi4py_size": 1}, "mpi4py sees 1 rank"),
+        ({"mpi4py_size": 0}, "mpi4py sees 0 rank"),
         ({"libmpi": ["/a/libmpi.so.40", "/b/libmpi.so.40"]}, "two MPI libraries"),
         ({"libmpi": ["/another/venv/lib/libmpi.so.40"]}, "Horovod loaded /another/venv"),
         ({"rank": 0}, r"ranks \[0, 0\] reported"),

