@@ -28,8 +28,10 @@ GPU_SETTINGS = (  # ignored by the cpu lane: a `module load cuda` must not rebui
     "HOROVOD_WITHOUT_CUDA",
 )
 # Prefixes removed from a child's environment: variables of another job's ranks or another Python. In a job of
-# LSF (LSB_) horovodrun looks for IBM's CSM, in one of PBS mpirun takes its slots from the job.
+# LSF (LSB_) horovodrun looks for IBM's CSM, in one of PBS mpirun takes its slots from the job. Horovod's
+# build passes options of make on, which Ninja refuses.
 FOREIGN = (
+    "CMAKE_GENERATOR",
     "HOROVOD_",
     "LSB_",
     "OMPI_",
@@ -40,6 +42,7 @@ FOREIGN = (
     "SLURM_",
     "PYTHON",
     "VIRTUAL_ENV",
+    "PIP_PREFIX",
     "PIP_TARGET",
     "PIP_USER",
 )
@@ -268,5 +271,6 @@ class Place:
             **self.settings(),
             "TMPDIR": str(self.scratch),
             "PIP_NO_INPUT": "1",
+            "PIP_USER": "0",  # whatever pip.conf says: a virtual environment has no user's packages
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }

@@ -191,6 +191,8 @@ def test_children_see_neither_another_job_nor_another_python(tmp_path):
         "LSB_JOBID": "1",  # horovodrun would end with KeyError: 'CSM_ALLOCATION_ID'
         "PBS_JOBID": "1",
         "PYTHONPATH": "/elsewhere",
+        "PIP_PREFIX": "/elsewhere",
+        "CMAKE_GENERATOR": "Ninja",  # with which Horovod's build ends: unknown target 'VERBOSE=1'
         "LD_LIBRARY_PATH": "/opt/mpi/lib",
     }
     env = place.Place(tmp_path, outer).child_env()
@@ -200,3 +202,14 @@ def test_children_see_neither_another_job_nor_another_python(tmp_path):
         "LD_LIBRARY_PATH": "/opt/mpi/lib",
         "VIRTUAL_ENV": str(Path(tmp_path)),
     }
+
+
+def test_pip_installs_into_the_virtual_environment_whatever_its_own_settings_say(tmp_path):
+    """`user = true`, as clusters advise who has no virtual environment, would end each of its calls."""
+    settings = tmp_path / "pip.conf"
+    settings.write_text("[install]\nuser = true\n")
+    environ = {**os.environ, "PIP_CONFIG_FILE": str(settings), "XDG_CACHE_HOME": str(tmp_path)}
+    here = place.Place(Path(sys.prefix), environ)
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "pip"]
+    done = subprocess.run(pip, env=here.build_env(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "already satisfied" in done.stdout, done.stderr
