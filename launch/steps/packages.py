@@ -38,8 +38,13 @@ def check_venv(place: Place) -> None:
 
 
 def make_venv(place: Place) -> None:
-    if not ask([place.python, "-m", "pip", "--version"]):  # missing or incomplete
+    """Make the virtual environment, or again where it is incomplete or its Python gone or replaced."""
+    if not ask([place.python, "-m", "pip", "--version"], env=place.child_env()):
+        for link in place.bin.glob("python*"):
+            if not link.exists():  # the Python is gone; venv leaves links as they are
+                link.unlink()
         run("virtual environment", [sys.executable, "-m", "venv", place.venv], log=place.log("venv"))
+        place.forget_steps()  # another version of Python has none of the packages
     version = ask([place.python, "-c", "import sys; print(*sys.version_info[:2], sep='.')"])
     if version is None:
         raise Missing(f"{place.python} does not run: delete {place.venv} and run this again")

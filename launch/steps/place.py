@@ -115,6 +115,11 @@ class Place:
         self.stamp.update(facts)
         self._write_stamp()
 
+    def forget_steps(self) -> None:
+        """All steps are to be done."""
+        self.stamp["steps"] = {}
+        self._write_stamp()
+
     def finish(self, rows: list) -> None:
         self.mark("all", self.inputs(), rows=rows)
 
@@ -158,6 +163,7 @@ class Place:
             self.lane_kept(),
             self.settings(),
             python.read_text(encoding="utf-8") if python.exists() else None,
+            os.path.realpath(self.python),  # /usr/bin/python3.13 once the system has replaced its python3.11
         )
 
     def up_to_date(self, lane_asked: str | None) -> bool:

@@ -8,7 +8,7 @@ from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
-from set_up_support import REPO, installed, place, process
+from set_up_support import REPO, installed, packages, place, process
 
 
 @pytest.fixture
@@ -62,6 +62,35 @@ def test_a_changed_file_means_work(done, file):
 def test_another_python_means_work(done):
     (done.venv / "pyvenv.cfg").write_text("version = 3.12.1")
     assert not again(done).up_to_date(None)
+
+
+def test_a_python_that_the_system_has_replaced_means_work(done, tmp_path):
+    base = tmp_path / "python3"
+    for version in ("3.11", "3.13"):
+        (tmp_path / f"python{version}").touch()
+    base.symlink_to("python3.11")
+    done.python.unlink()
+    done.python.symlink_to(base)
+    done.finish([])
+    assert again(done).up_to_date(None)
+    base.unlink()
+    base.symlink_to("python3.13")
+    assert not again(done).up_to_date(None)
+
+
+def test_in_place_of_a_python_that_is_gone_comes_this_one_without_the_packages(done, tmp_path, monkeypatch):
+    done.python.unlink()
+    (done.bin / "python3.11").symlink_to(tmp_path / "gone")
+    done.python.symlink_to("python3.11")
+    done.mark("packages", "digest")
+
+    def venv(label, argv, **_):
+        assert not any(link.is_symlink() for link in done.bin.glob("python*"))  # venv would leave them
+        done.python.symlink_to(sys.executable)
+
+    monkeypatch.setattr(packages, "run", venv)
+    packages.make_venv(done)
+    assert not done.was_done("packages") and not again(done).was_done("packages")
 
 
 def test_another_lane_means_work_and_no_lane_means_the_kept_one(done):
