@@ -44,7 +44,6 @@ class Times(Protocol):
 
 class CheckpointOnDisk(NamedTuple):
     step: int
-    written: float  # Unix time
     size: int  # bytes
 
 
@@ -78,6 +77,7 @@ class RunMetrics(Collector):
         self._times: Times | None = None
         self._loss_finite = True
         self._checkpoint = checkpoint_on_disk(run_dir)
+        self._checkpoint_written = 0.0  # by this attempt, by this host's clock: the file server's may be off
         self._measured_interval_s = 0.0
         self._grad_norm: float | None = None  # of the last step in which it was measured
         self._process = psutil.Process()
@@ -92,9 +92,10 @@ class RunMetrics(Collector):
             self._recent_step_s.append(values["step_ms"] / 1e3)
             self._counted["bad images"] += values.get("bad_images", 0)
         elif kind == "checkpoint":
-            before, self._checkpoint = self._checkpoint, checkpoint_on_disk(self._run_dir)
-            if before and self._checkpoint and before.written >= self._started:
-                self._measured_interval_s = self._checkpoint.written - before.written
+            self._checkpoint = checkpoint_on_disk(self._run_dir)
+            before, self._checkpoint_written = self._checkpoint_written, time.time()
+            if before:
+                self._measured_interval_s = self._checkpoint_written - before
         elif kind == "straggler":
             slow = {**self._slow, (values["rank"], values["what"]): values}
             self._slow = {key: each for key, each in slow.items() if not each["recovered"]}
@@ -162,11 +163,10 @@ class RunMetrics(Collector):
 
     def _about_checkpoints(self) -> Iterator[Metric]:
         newest = self._checkpoint
-        since = max(newest.written, self._started) if newest else self._started
         yield self._gauge(
             "owt_checkpoint_age_seconds",
             "Since the newest checkpoint or the start of the attempt, whichever is later.",
-            time.time() - since,
+            time.time() - (self._checkpoint_written or self._started),
         )
         yield self._counter(
             "owt_checkpoint_failures", "Checkpoints not written.", self._counted["failed checkpoints"]
@@ -224,5 +224,5 @@ def checkpoint_on_disk(run_dir: Path) -> CheckpointOnDisk | None:
         for folder in list_checkpoints(run_dir):
             with suppress(OSError):  # it is being removed
                 size = sum(file.stat().st_size for file in folder.iterdir())
-                return CheckpointOnDisk(step_of(folder), folder.stat().st_mtime, size)
+                return CheckpointOnDisk(step_of(folder), size)
     return None
