@@ -19,7 +19,7 @@ from horovod_owt.data.staging import size_text
 from horovod_owt.data.store import open_data_set
 from horovod_owt.filesystem import free_space, unlink_quietly
 from horovod_owt.perf.network import conv_parameters, fc_parameters
-from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of
+from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, or_inf
 
 READ_S = 2.0  # duration of the read test
 READERS = 4
@@ -130,11 +130,6 @@ def try_folder(run_dir: Path, token: str, rank: int) -> dict[str, Any]:
     }
 
 
-def _or_inf(free_bytes: int | None) -> float:
-    """None: the file system does not say, so it is no reason to refuse the job."""
-    return float("inf") if free_bytes is None else free_bytes
-
-
 def judge_folder(answers: Sequence[Answer]) -> list[Finding]:
     """The run folder is writable, shared by all hosts, and has room for checkpoints of AlexNet-OWT."""
     folder = answers[0].value["folder"]
@@ -145,7 +140,7 @@ def judge_folder(answers: Sequence[Answer]) -> list[Finding]:
         Finding("run folder", not closed, saw, "writable", fix if closed else "", hosts_of(closed)),
         at_least(
             "room for checkpoints",
-            [Answer(a.rank, a.host, _or_inf(a.value["free_bytes"])) for a in answers],
+            [Answer(a.rank, a.host, or_inf(a.value["free_bytes"])) for a in answers],
             KEPT * CHECKPOINT_BYTES,
             unit="GB free",
             scale=1e9,

@@ -109,3 +109,8 @@ def at_least(
     span = least_shown + (f" to {most_shown}" if most_shown != least_shown else "")
     saw = f"{span} {unit}" + (f" on {who(low)}" if low else "")
     return Finding(check, not low, saw, wanted, fix if low else "", hosts_of(low))
+
+
+def or_inf(free_bytes: int | None) -> float:
+    """None: the file system does not say, so it is no reason to refuse the job."""
+    return float("inf") if free_bytes is None else free_bytes

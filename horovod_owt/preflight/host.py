@@ -12,13 +12,14 @@ from typing import Any
 
 from horovod_owt.filesystem import free_space
 from horovod_owt.parallel.interfaces import is_loopback, usable
-from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, who
+from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, or_inf, who
 from horovod_owt.topology import Topology
 from horovod_owt.versions import code_digest, installed_versions
 
 SHM_BYTES_PER_RANK = 256e6  # used by NCCL, Open MPI and torch's workers; Docker's default is 64 MB
 FILES = 512  # open files of a rank: images, libraries, pipes
 FILES_PER_PEER = 3  # one connection of Gloo, one of the heartbeat, one to spare
+INFINIBAND = Path("/dev/infiniband")
 RESOLVERS = 16  # parallel lookups, in case a name server is dead
 
 
@@ -47,16 +48,17 @@ def limits(topology: Topology) -> dict[str, Any]:
     return {
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-        "infiniband": Path("/dev/infiniband").exists(),
+        "infiniband": any(INFINIBAND.glob("uverbs*")),  # rdma_cm is there without a card, too
         "shm_bytes": _shm_bytes(),
         "cores": sorted(os.sched_getaffinity(0)),
         "local_size": topology.local_size,
     }
 
 
-def _shm_bytes() -> int:
+def _shm_bytes() -> int | None:
+    """None without a limit, as with podman's --shm-size=0."""
     try:
-        return free_space(Path("/dev/shm"))[0] or 0
+        return free_space(Path("/dev/shm"))[0]
     except FileNotFoundError:
         return 0
 
@@ -76,7 +78,7 @@ def judge_limits(answers: Sequence[Answer], world_size: int) -> list[Finding]:
         _judge_locked_memory(answers),
         at_least(
             "/dev/shm",
-            [Answer(a.rank, a.host, a.value["shm_bytes"] / a.value["local_size"]) for a in answers],
+            [Answer(a.rank, a.host, or_inf(a.value["shm_bytes"]) / a.value["local_size"]) for a in answers],
             SHM_BYTES_PER_RANK,
             unit="GB free per rank",
             scale=1e9,

@@ -19,6 +19,7 @@ from horovod_owt.preflight import dataset, device, host, network, wire
 from horovod_owt.preflight.findings import Answer, agreement, spans, who
 from horovod_owt.preflight.inquiry import within
 from horovod_owt.preflight.wire import Pair
+from horovod_owt.topology import read_topology
 
 GOOD_PAIR = Pair(latency_s=1e-4, up_bytes_per_s=1e9, down_bytes_per_s=1.1e9)
 
@@ -218,6 +219,7 @@ LIMITS = {
         ({"infiniband": True}, ["locked memory"]),
         ({"infiniband": True, "locked_bytes": -1}, []),
         ({"shm_bytes": 400e6}, ["/dev/shm"]),  # for two ranks
+        ({"shm_bytes": None}, []),  # no limit
         ({"cores": [0]}, ["cores"]),
     ],
 )
@@ -226,6 +228,16 @@ def test_limits_that_are_too_low_are_found_on_their_host(change, bad):
     findings = [finding for finding in host.judge_limits(answers, 4) if not finding.ok]
     assert [finding.check for finding in findings] == bad
     assert all(finding.hosts == ("h1",) and finding.fix for finding in findings)
+
+
+def test_an_unlimited_shm_and_a_driver_without_a_card_are_no_faults(monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "free_space", lambda _: (None, None))  # a tmpfs of size=0
+    monkeypatch.setattr(host, "INFINIBAND", tmp_path)
+    (tmp_path / "rdma_cm").touch()
+    found = host.limits(read_topology({}))
+    assert (found["shm_bytes"], found["infiniband"]) == (None, False)
+    (tmp_path / "uverbs0").touch()
+    assert host.limits(read_topology({}))["infiniband"]
 
 
 def test_ranks_that_were_bound_to_a_core_each_have_enough():
