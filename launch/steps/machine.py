@@ -80,9 +80,9 @@ def check_python(lane) -> None:
 
 
 def check_space(place) -> None:
-    """Check for enough disk space before anything is written."""
+    """Check for enough disk space before anything is written; to continue, only for what a build takes."""
     wanted_gb = {place.venv: VENV_GB, place.cache: CACHE_GB}
-    if place.was_done("packages"):
+    if place.was_begun("packages"):
         wanted_gb = {place.cache: BUILD_GB}
     disks = {}  # device -> folders on it
     for folder in wanted_gb:

@@ -105,9 +105,9 @@ class Place:
     def is_done(self, step: str, inputs: str) -> bool:
         return self.stamp.get("steps", {}).get(step) == inputs
 
-    def was_done(self, step: str) -> bool:
-        """Whether the step succeeded last time, with any inputs."""
-        return self.stamp.get("steps", {}).get(step) is not None
+    def was_begun(self, step: str) -> bool:
+        """Whether the step was begun once, with any inputs."""
+        return step in self.stamp.get("steps", {})
 
     def mark(self, step: str, inputs: str | None, **facts: object) -> None:
         """Record that a step is done with these inputs (None: to be done)."""

@@ -112,6 +112,9 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(here, monk
         machine.check_space(here)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(20e9, 0, 20e9))
     machine.check_space(here)
+    here.mark("packages", None)  # interrupted, when it had written much of that
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(20e9, 13e9, 7e9))
+    machine.check_space(here)
 
 
 def test_a_disk_that_is_really_small_is_refused(tool, tmp_path):

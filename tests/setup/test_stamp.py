@@ -90,7 +90,7 @@ def test_in_place_of_a_python_that_is_gone_comes_this_one_without_the_packages(d
 
     monkeypatch.setattr(packages, "run", venv)
     packages.make_venv(done)
-    assert not done.was_done("packages") and not again(done).was_done("packages")
+    assert not done.was_begun("packages") and not again(done).was_begun("packages")
 
 
 def test_another_lane_means_work_and_no_lane_means_the_kept_one(done):
