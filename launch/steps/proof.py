@@ -15,9 +15,10 @@ LIMIT_S = 120  # importing torch takes a rank some seconds
 
 def launchers(mpi: Mpi) -> dict[str, list[str]]:
     """The launchers that must work here, by name of launcher and controller."""
-    ways = {"horovodrun --gloo": ["horovodrun", "--gloo", "-np", str(RANKS)]}
+    horovodrun = ["horovodrun", "--disable-cache"]  # of ~/.horovod, where the home may be read-only
+    ways = {"horovodrun --gloo": [*horovodrun, "--gloo", "-np", str(RANKS)]}
     if mpi.there:
-        ways["horovodrun --mpi"] = ["horovodrun", "--mpi", "-np", str(RANKS)]
+        ways["horovodrun --mpi"] = [*horovodrun, "--mpi", "-np", str(RANKS)]
         # two slots, whatever the number of cores
         here = ["--host", f"localhost:{RANKS}"] if mpi.is_open_mpi else []
         ways["mpirun"] = ["mpirun", "-np", str(RANKS), *here]

@@ -319,6 +319,15 @@ def test_mpirun_starts_ranks_and_mpi4py_sees_them(proofs_cache, built_mpi):
     assert (facts["controller"], facts["mpi4py_size"]) == ("mpi", 2)
 
 
+def test_the_proof_needs_no_home_to_write_to():
+    """horovodrun would write its cache there, and end where it cannot."""
+    ways = proof.launchers(mpi.Mpi("pip", "mpicc", "mpirun (Open MPI) 5.0.11"))
+    assert [name for name, words in ways.items() if "--disable-cache" in words] == [
+        "horovodrun --gloo",
+        "horovodrun --mpi",
+    ]
+
+
 @pytest.mark.parametrize(
     "rank, fault",
     [
