@@ -69,6 +69,7 @@ def all_ingredients(
         ask(
             [
                 place.python,
+                "-I",  # whatever a module has put on PYTHONPATH
                 "-c",
                 (
                     "import json, sysconfig; from importlib.metadata import version;"
@@ -239,6 +240,7 @@ def nccl_home(place: Place, lane: Lane) -> Path:
     found = ask(
         [
             place.python,
+            "-I",
             "-c",
             (
                 "from importlib.metadata import files;"

@@ -45,7 +45,7 @@ def make_venv(place: Place) -> None:
                 link.unlink()
         run("virtual environment", [sys.executable, "-m", "venv", place.venv], log=place.log("venv"))
         place.forget_steps()  # another version of Python has none of the packages
-    version = ask([place.python, "-c", "import sys; print(*sys.version_info[:2], sep='.')"])
+    version = ask([place.python, "-I", "-c", "import sys; print(*sys.version_info[:2], sep='.')"])
     if version is None:
         raise Missing(f"{place.python} does not run: delete {place.venv} and run this again")
 

@@ -23,7 +23,7 @@ def rows(
     proofs: dict[str, dict],
 ) -> Rows:
     names = ("torch", "torchvision", lane.dali, "mpi4py")
-    versions = json.loads(ask([place.python, "-c", VERSIONS, *names]) or "{}")
+    versions = json.loads(ask([place.python, "-I", "-c", VERSIONS, *names]) or "{}")
     table = [
         ("lane", lane.name),
         ("Python", versions.get("python", "-")),

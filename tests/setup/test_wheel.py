@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from set_up_support import horovod, lanes, mpi, place, process
+from set_up_support import horovod, installed, lanes, mpi, place, process
 from steps.compiler import Compiler
 from steps.machine import Gpu
 from steps.toolkit import Toolkit
@@ -71,6 +71,16 @@ def test_the_key_changes_with_the_source_archive(key, monkeypatch):
     before = key()
     monkeypatch.setattr(horovod, "SHA256", "0" * 64)
     assert key() != before
+
+
+def test_the_key_has_the_torch_of_the_virtual_environment_not_one_on_pythonpath(monkeypatch, tmp_path):
+    """As a cluster's PyTorch module puts there; the build does not see it."""
+    metadata = tmp_path / "torch-1.13.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.13.1\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = horovod.all_ingredients(installed(), lanes.LANES["cpu"], TOOLS, MPI, ())
+    assert found["torch"] not in (None, "1.13.1")
 
 
 @pytest.mark.parametrize(
