@@ -72,6 +72,13 @@ def test_rules_and_dashboard_ask_for_metrics_that_runs_have(tmp_path):
         assert names <= known and (names or "up{" in expression), expression
 
 
+def test_the_speed_on_the_dashboard_allows_for_steps_that_are_done_again():
+    """As an elastic job does after a lost rank; `rate` takes that for a counter that began at 0 again."""
+    over_time = re.compile(r"\(owt_steps_total\{[^}]*\}\[")
+    of_steps = [each for each in expressions_of_the_dashboard() if over_time.search(each)]
+    assert of_steps and all("deriv(" in each for each in of_steps)
+
+
 def test_every_metric_has_its_place_on_the_dashboard(tmp_path):
     shown = set(re.findall(r"\bowt_\w+", " ".join(expressions_of_the_dashboard())))
     assert exported(tmp_path) - shown == {
