@@ -67,7 +67,7 @@ def choose(gcc: GccRange, environ: Mapping[str, str]) -> Compiler:
     if asked := environ.get("CXX"):
         named = look_at(asked)
         if named is None:
-            raise Missing(f"CXX={asked} is not a working compiler: set another one, or unset CXX")
+            raise Missing(f"CXX={asked} is not a working compiler: set another, or none: `CXX= launch/setup`")
         if named.gcc and not gcc.allows(named.gcc):
             raise Lacking(f"CXX={asked} is {named.name}, wanted {gcc}", wanted_package(gcc))
         return named

@@ -135,10 +135,10 @@ class Place:
         self.mark("all", None, settings=self.settings())
 
     def settings(self) -> dict[str, str]:
-        """The build settings of this lane, from the environment now or in an earlier run."""
+        """The build settings of this lane, from the environment or an earlier run; an empty one is none."""
         names = SETTINGS if self.lane_kept() == "cpu" else SETTINGS + GPU_SETTINGS
         said = {**self.stamp.get("settings", {}), **self.environ}
-        return {name: said[name] for name in names if name in said}
+        return {name: said[name] for name in names if said.get(name)}
 
     def without_gpus(self) -> bool:
         """Whether a lane for GPUs gets a Horovod for CPU cores, to test its packages."""

@@ -54,7 +54,8 @@ def find(place: Place, lane: Lane, environ: Mapping[str, str]) -> Toolkit:
                 return found
             seen = f"has CUDA {found.release}" if found else "has no nvcc with its headers (cuda_runtime.h)"
             raise Missing(
-                f"{name}={named} {seen}, wanted CUDA {lane.cuda_major}: name such a toolkit, or unset it"
+                f"{name}={named} {seen}, wanted CUDA {lane.cuda_major}: name such a toolkit, or none: "
+                f"`{name}= launch/setup`"
             )
     others = []
     for root in candidates(place, lane):

@@ -106,6 +106,8 @@ def test_a_build_setting_stays_until_another_is_given(done):
     assert again(done).up_to_date(None)  # `make test`, without the variable
     assert again(done).settings() == {"HOROVOD_BUILD_ARCH_FLAGS": "-mavx"}
     assert not again(done, HOROVOD_BUILD_ARCH_FLAGS="-mfma").up_to_date(None)
+    without = again(done, HOROVOD_BUILD_ARCH_FLAGS="")
+    assert not without.up_to_date(None) and without.settings() == {}
 
 
 def test_a_cuda_module_is_no_reason_to_build_the_cpu_lane_again(done):
