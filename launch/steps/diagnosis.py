@@ -13,6 +13,8 @@ ERROR_LINES = (  # in this order: a full disk and a killed compiler cause furthe
     re.compile(r"^CMake Error"),
     re.compile(r"\berror:|^ERROR|Error:"),
 )
+# pip takes an index that it cannot reach for an empty one. What it says of the connection is a remark.
+UNREACHED, NO_VERSIONS = re.compile(r".* after connection broken by '"), "(from versions: none)"
 FOLLOWS = re.compile(r"subprocess-exited-with-error|did not run successfully|metadata-generation-failed")
 LONGEST_LINE = 200
 
@@ -50,7 +52,12 @@ FIXES = (  # (pattern in the error line, fix)
         "the package index has no such version for this Python; `pip config list` shows the index",
     ),
     (
-        "NewConnectionError|Max retries|name resolution|Connection refused|unreachable|timed out",
+        "CERTIFICATE_VERIFY_FAILED",
+        "pip does not know the authority of the index or the proxy: PIP_CERT=FILE launch/setup",
+    ),
+    (
+        "NewConnectionError|ProxyError|SSLError|Max retries"
+        "|name resolution|Connection refused|unreachable|timed out",
         "the package index cannot be reached: check pip's index and proxy, `pip config list`",
     ),
     ("DO NOT MATCH THE HASHES", "a download was truncated or changed: run the same command again"),
@@ -63,6 +70,8 @@ def error_line(log: str) -> str:
     The first line of a log is the command itself.
     """
     lines = [line.strip() for line in log.splitlines()[1:] if line.strip()]
+    if NO_VERSIONS in log and (unreached := next(filter(None, map(UNREACHED.match, lines)), None)):
+        return unreached.string[unreached.end() :][:LONGEST_LINE]
     for pattern in ERROR_LINES:
         for at, line in enumerate(lines):
             if pattern.search(line) and not FOLLOWS.search(line):

@@ -112,6 +112,32 @@ def test_the_fix_of_a_known_failure(line, advice):
     assert bool(diagnosis.known_fix(line)) == bool(advice)
 
 
+@pytest.mark.parametrize(
+    ("cause", "advice"),
+    [
+        (
+            "NewConnectionError('<pip._vendor.urllib3.connection.HTTPSConnection object at 0x7f0>: Failed to "
+            "establish a new connection: [Errno -3] Temporary failure in name resolution')",
+            "proxy",
+        ),
+        ("ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 407'))", "proxy"),
+        (
+            "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] self-signed'))",
+            "PIP_CERT",
+        ),
+    ],
+    ids=["connection", "proxy", "certificate"],
+)
+def test_an_index_that_cannot_be_reached_is_not_said_to_lack_a_version(cause, advice):
+    retries = "Retry(total=4, connect=None, read=None, redirect=None, status=None)"
+    remark = f"WARNING: Retrying ({retries}) after connection broken by '{cause}': /simple/torch/\n"
+    error = "ERROR: Could not find a version that satisfies the requirement torch (from versions: {})\n"
+    line = diagnosis.error_line(f"$ pip\n{remark}{error.format('none')}ERROR: No matching distribution\n")
+    assert line.startswith(cause.partition("(")[0]) and advice in diagnosis.known_fix(line)
+    line = diagnosis.error_line(f"$ pip\n{remark}{error.format('2.13.0')}")  # it was reached the second time
+    assert "no such version" in diagnosis.known_fix(line)
+
+
 def test_a_failed_step_ends_with_line_fix_and_log(tmp_path):
     log = tmp_path / "build.log"
     script = "echo compiling; echo \"gloo/types.h:66:1: error: 'uint8_t' does not name a type\"; exit 2"
