@@ -13,10 +13,12 @@ import horovod.torch as hvd
 import torch
 from horovod.common.elastic import State
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
+from horovod.runner.http import http_client
 from torch import Tensor
 
 from horovod_owt.parallel.collectives import broadcast_object, first_cause, gather_objects
 from horovod_owt.parallel.interfaces import ipv4_address_of
+from horovod_owt.parallel.meeting import NO_PROXY
 from horovod_owt.parallel.rendezvous import abort_connections
 from horovod_owt.parallel.store import listen_on
 
@@ -165,4 +167,5 @@ def run(state: Committed, train: Callable[[Committed], None]) -> None:
     """Call `train` in each world that the ranks form, until it returns. Horovod must be initialised."""
     if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
         listen_on(ipv4_address_of(interface))  # for the service by which the driver announces new hosts
+    http_client.urlopen = NO_PROXY.open  # it tells the driver where that service is, and its key
     hvd.elastic.run(train)(state)

@@ -31,7 +31,7 @@ POLL_S = 0.05
 LINE_BYTES = 16 << 20  # of a value: what a rank may make rank 0 keep
 ADDRESS_BYTES = 4096  # of the MPI broadcast, whose size all ranks must know
 STORE_ADDRESS, STORE_PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
-_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to hosts of the job
 _meetings = 0  # of this process so far: each has a key of its own in the launcher's store
 
 
@@ -189,11 +189,11 @@ def _by_store(text: str | None, deadline: float) -> str | None:
     url = f"http://{os.environ[STORE_ADDRESS]}:{os.environ[STORE_PORT]}/owt-meeting/{_meetings}"
     if text is not None:
         request = urllib.request.Request(url, data=text.encode(), method="PUT")
-        _NO_PROXY.open(request, timeout=max(POLL_S, deadline - monotonic())).close()
+        NO_PROXY.open(request, timeout=max(POLL_S, deadline - monotonic())).close()
         return text
     while monotonic() < deadline:
         try:
-            with _NO_PROXY.open(url, timeout=max(POLL_S, deadline - monotonic())) as answer:
+            with NO_PROXY.open(url, timeout=max(POLL_S, deadline - monotonic())) as answer:
                 return answer.read().decode()
         except urllib.error.HTTPError:  # 404: not there yet
             sleep(POLL_S)

@@ -2,6 +2,8 @@
 
 import shlex
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import torch
 from horovod.common.elastic import run_fn
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.runner.elastic.worker import HostUpdateResult
+from horovod.runner.http import http_client
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -213,3 +216,30 @@ def test_a_commit_keeps_nothing_of_an_earlier_one(monkeypatch):
     state.commit_copy({"w": torch.ones(2), "owner_error.w": torch.ones(2)}, None)
     state.commit_copy({"w": torch.zeros(2)}, None)
     assert state.tensors.keys() == {"w"} and not state.tensors["w"].any()
+
+
+def test_a_rank_reaches_the_driver_past_a_proxy(monkeypatch):
+    """Its first word to the driver is an HTTP request; a cluster's http_proxy does not know the nodes."""
+    arrived = []
+
+    class Driver(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            arrived.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY", "HOROVOD_GLOO_IFACE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(http_client, "urlopen", http_client.urlopen)  # restored afterwards
+    with HTTPServer(("127.0.0.1", 0), Driver) as driver:
+        threading.Thread(target=driver.serve_forever, daemon=True).start()
+        where = ["127.0.0.1", driver.server_port, "worker_addresses", "n1:0", "address and key"]
+        say = lambda train: lambda state: http_client.put_data_into_kvstore(*where)  # noqa: E731
+        monkeypatch.setattr(elastic.hvd.elastic, "run", say)
+        elastic.run(None, None)
+        driver.shutdown()
+    assert arrived == ["/worker_addresses/n1:0"]
