@@ -21,7 +21,7 @@ from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.optimizer import build_optimizer, is_fused, scale_by_layer
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import OneWeirdTrick
+from horovod_owt.parallel.step import OneWeirdTrick, set_kernels
 from horovod_owt.train.average import WeightAverage
 from horovod_owt.train.rank_times import PARTS, RankTimes, spent
 from horovod_owt.train.update import divisor, skip_flag, step_unless
@@ -72,10 +72,7 @@ class Replica:
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
-        if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
-            torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
-        torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: cuDNN tunes once
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means it: TF32 keeps 10 of its 23 bits
+        set_kernels(cfg)
         model = build_model(cfg.model, cfg.classes, dropout=cfg.dropout, seed=cfg.seed).to(world.device)
         model = model.double() if cfg.precision == "fp64" else model
         model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
