@@ -89,10 +89,13 @@ class Preempted(OwtError):
 
 NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
-    r"|memory allocation failed|failed to map segment from shared object(?!: Operation not permitted)",
+    r"|memory allocation failed|ALLOC(?:ATION)?_FAILED"
+    r"|failed to map segment from shared object(?!: Operation not permitted)",
     re.IGNORECASE,
 )
 NO_THREADS = re.compile(r"can't start new thread|resource temporarily unavailable", re.IGNORECASE)
+# as CUDA says it; the second is that of a GPU that another process has for itself
+GPU_FAULT = re.compile(r"uncorrectable (?:ECC|NVLink) error|busy or unavailable", re.IGNORECASE)
 _FIXES = {
     errno.EMFILE: "raise the limit of open files (`ulimit -n 4096`, or LimitNOFILE of the service)",
     errno.ENFILE: "too many files are open on this host: check other jobs, `sysctl fs.file-nr`",
@@ -139,6 +142,9 @@ def explained(error: BaseException) -> OwtError | None:
         )
     if number == errno.EAGAIN or (isinstance(error, RuntimeError) and NO_THREADS.search(text)):
         return RunError(f"no more threads or processes: {_first_line(text)}", fix=_FIXES[errno.EAGAIN])
+    if isinstance(error, RuntimeError) and GPU_FAULT.search(text):
+        fix = "run `nvidia-smi` there, for other processes on it; `dmesg` has Xid errors of a GPU to replace"
+        return RunError(f"the GPU failed: {_first_line(text)}", fix=fix)
     if isinstance(error, OSError) and number in OF_THE_MACHINE:
         where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
         saw = ": ".join(part for part in (where, error.strerror) if part)

@@ -20,6 +20,7 @@ import numpy as np
 
 from horovod_owt.bench.blocks import method
 from horovod_owt.bench.images import given_or_synthetic
+from horovod_owt.data.prefetch import FetchedEarly
 from horovod_owt.data.store import SPLITS
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import runtime
@@ -109,11 +110,13 @@ def given_or_dealt_out(data: Path | None) -> Iterator[Path]:
 def _train(replica: Replica, images, batches: int, stop: StopRequest) -> tuple[list[StepReport], float]:
     """Reports of the counted mini-batches, and the seconds of all of them."""
     reports: list[StepReport] = []
+    early = FetchedEarly(images, early=replica.world.device.type == "cuda")  # as in training
     start = perf_counter()
     for number in range(WARMUP + batches):
         if number == WARMUP:
             start = perf_counter()
-        report = replica.train_step(images.__next__, consumed=number * MINI_BATCH, lr=LR, stop=stop.asked)
+        at = dict(consumed=number * MINI_BATCH, lr=LR, stop=stop.asked)
+        report = replica.train_step(early.__next__, fetch_next=early.fetch, **at)
         if number >= WARMUP:
             reports.append(report)
         if replica.world.is_root and len(reports) % TOLD == 1:

@@ -14,6 +14,7 @@ from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.plain_loop import PlainLoop
 from horovod_owt.bench.request import refuse_uncompilable, refuse_unfit
 from horovod_owt.config import TrainConfig
+from horovod_owt.data.prefetch import FetchedEarly
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.runtime import World
@@ -50,10 +51,12 @@ def bench_step(
         cfg, _ = choose_parallel(cfg, world)
         with training_pipeline(cfg, request.folder, world) as batches:
             replica = Replica(cfg, world)
+            early = FetchedEarly(batches, early=world.device.type == "cuda")  # as in training
 
             def ours(step: int) -> StepReport:
                 consumed = step * cfg.global_batch(world.size)
-                return replica.train_step(batches.__next__, consumed=consumed, lr=1e-4)
+                at = dict(consumed=consumed, lr=1e-4)
+                return replica.train_step(early.__next__, fetch_next=early.fetch, **at)
 
             train_steps = {"ours": ours}
             if against == "plain":

@@ -16,12 +16,12 @@ def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 def upload(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """`values` on the device, not copied if that is the CPU.
+    """`values` on the device, not copied if they are there already.
 
     A copy to a GPU from memory that is not pinned would make the host wait for all work queued before it.
     """
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.is_cuda:  # memory of a GPU cannot be pinned
         return tensor
     pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
     return pinned.to(device, non_blocking=True)

@@ -66,13 +66,20 @@ class Prefetched(Generic[Item]):
 
 
 class FetchedEarly(Generic[Item]):
-    """An iterator whose consumer may fetch an item before it takes it; an exception waits until then."""
+    """An iterator whose consumer may fetch an item before it takes it; an exception waits until then.
 
-    def __init__(self, source: Iterator[Item]) -> None:
-        self._source = source
+    Without `early`, `fetch` does nothing.
+    """
+
+    def __init__(self, source: Iterator[Item], *, early: bool = True) -> None:
+        self._source, self._early = source, early
         self._fetched: tuple[Item | None, Exception | None] | None = None
 
     def fetch(self) -> None:
+        if self._early:
+            self._fetch()
+
+    def _fetch(self) -> None:
         if self._fetched is None:
             try:
                 self._fetched = next(self._source), None
@@ -83,7 +90,7 @@ class FetchedEarly(Generic[Item]):
         return self
 
     def __next__(self) -> Item:
-        self.fetch()
+        self._fetch()
         (item, error), self._fetched = self._fetched, None
         if error is not None:
             raise error

@@ -15,6 +15,9 @@ from horovod_owt.topology import Topology
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHARED = "HOROVOD_OWT_SHARED_DEVICES"  # 1: ranks may share a device
+NO_START = (  # what to do where CUDA does not start
+    "run `nvidia-smi` there; a machine with NVSwitch needs `nvidia-fabricmanager`, of the driver's version"
+)
 
 
 @dataclass(frozen=True)
@@ -189,3 +192,8 @@ def can_run(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
         if kind == "compute" and built <= capability:  # PTX, which the driver compiles
             return True
     return False
+
+
+def driver_runs(cuda: str, newest: str) -> bool:
+    """Whether a driver whose newest CUDA is `newest` runs programs made with `cuda`: by major versions."""
+    return int(newest.partition(".")[0] or 0) >= int(cuda.partition(".")[0] or 0)

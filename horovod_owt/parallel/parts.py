@@ -16,7 +16,7 @@ from horovod_owt.parallel.exchange import Exchange
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.optimizer import build_optimizer
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import DTYPES, autocast
+from horovod_owt.parallel.step import DTYPES, autocast, set_kernels
 from horovod_owt.parallel.traffic import Traffic, start_sum
 from horovod_owt.perf.network import FC6_IN, HIDDEN, conv_parameters, fc_layers, fc_parameters, share
 from horovod_owt.perf.predict import Parts, Sum, piece_elements
@@ -31,6 +31,7 @@ Seconds = dict[str, float]
 
 def measure_parts(cfg: TrainConfig, world: World, group_sizes: dict[str, int]) -> dict[str, Parts]:
     """The parts of a step with each number of ranks that share the FC layers."""
+    set_kernels(cfg)  # as a step has them, or its convolutions take another time
     convolutions = time_convolutions(cfg, world)
     conv_sum = time_sum_of_gradients(conv_parameters(), world.everyone, cfg, world)
     found = {}

@@ -45,6 +45,24 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=DTYPES[precision] if low else torch.bfloat16, enabled=low)
 
 
+def set_kernels(cfg: TrainConfig) -> None:
+    """How torch's GPU libraries compute from here on, in this process."""
+    if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
+        torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: cuDNN tunes once
+    use_whole_fp32()
+
+
+def use_whole_fp32() -> None:
+    """fp32 means it: TF32 keeps 10 of its 23 bits.
+
+    torch allows it in convolutions; in matrix products too where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as
+    in NVIDIA's containers.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @dataclass
 class Pass:
     """One micro-batch in flight through the net."""

@@ -19,22 +19,15 @@ from horovod_owt.parallel.groups import Group
 
 
 @dataclass
-class Traffic:
-    """Bytes by what they carry, and the seconds that compute waited for them.
-
-    A collective counts what its algorithm puts on the wire: a ring's share for an allreduce, own rows times
-    peers for a gather. Horovod's own coordination messages, a few bytes, are not counted.
-    """
+class Waits:
+    """The seconds that compute waited, for other ranks or for images."""
 
     device: torch.device  # that computes
-    sent: Counter[str] = field(default_factory=Counter)
-    received: Counter[str] = field(default_factory=Counter)
-    _waited_s: float = 0.0  # of CPU cores
-    _idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)  # of a GPU
+    _waited_s: float = field(default=0.0, init=False)  # of CPU cores
+    # of a GPU
+    _idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, init=False)
 
     def reset(self) -> None:
-        self.sent.clear()
-        self.received.clear()
         self._waited_s = 0.0
         self._idle.clear()
 
@@ -57,10 +50,29 @@ class Traffic:
         self._idle.append((queue_empty, goes_on))
 
     def waited_s(self) -> float:
-        """Seconds that compute waited since `reset`. On a GPU, call it when the last transfer is waited for
-        and the host has waited for the GPU since.
+        """Seconds that compute waited since `reset`. On a GPU, call it when the host has waited for the GPU
+        since the last block, or it waits for the end of that block now.
         """
+        if self._idle and not (last := self._idle[-1][1]).query():
+            last.synchronize()
         return self._waited_s + sum(start.elapsed_time(end) for start, end in self._idle) / 1e3
+
+
+@dataclass
+class Traffic(Waits):
+    """Bytes by what they carry, and the seconds that compute waited for them.
+
+    A collective counts what its algorithm puts on the wire: a ring's share for an allreduce, own rows times
+    peers for a gather. Horovod's own coordination messages, a few bytes, are not counted.
+    """
+
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+
+    def reset(self) -> None:
+        super().reset()
+        self.sent.clear()
+        self.received.clear()
 
     def count(self, what: str, *, sent: int, received: int) -> None:
         self.sent[what] += sent

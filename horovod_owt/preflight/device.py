@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import DeviceError
-from horovod_owt.parallel.device import Device, can_run, check_not_shared
+from horovod_owt.parallel.device import NO_START, Device, can_run, check_not_shared, driver_runs
 from horovod_owt.parallel.gpus import read_health
 from horovod_owt.preflight.findings import Answer, Finding, agreement, differing, grouped, hosts_of, who
 
@@ -30,6 +30,8 @@ def look(device: Device) -> dict[str, Any]:
         return found
     import torch
 
+    from horovod_owt.parallel.cuda import cuda_fault
+
     try:
         state = {"health": asdict(read_health(device.gpu.index))}
     except DeviceError as error:
@@ -40,6 +42,7 @@ def look(device: Device) -> dict[str, Any]:
         "gpu": asdict(device.gpu),
         "architectures": torch.cuda.get_arch_list(),
         "cuda": torch.version.cuda or "",
+        "cuda_fault": cuda_fault(),
         "acs": redirecting_bridges(device.gpu.pci),
     }
 
@@ -49,7 +52,9 @@ def judge(answers: Sequence[Answer]) -> list[Finding]:
     gpus = [answer for answer in answers if "gpu" in answer.value]
     findings = [_judge_kinds(answers), _judge_sharing(answers)]
     if gpus:
-        findings += [_judge_architecture(gpus), _judge_driver(gpus), _judge_presence(gpus), _judge_acs(gpus)]
+        started = [answer for answer in gpus if not _does_not_start(answer.value)]
+        findings += [_judge_architecture(started)] if started else []
+        findings += [_judge_driver(gpus), _judge_start(gpus), _judge_presence(gpus), _judge_acs(gpus)]
         findings += _judge_health([answer for answer in gpus if "health" in answer.value])
     return findings
 
@@ -100,20 +105,30 @@ def _judge_architecture(gpus: Sequence[Answer]) -> Finding:
 
 def _judge_driver(gpus: Sequence[Answer]) -> Finding:
     """A driver supports CUDA up to the major version it was made for."""
-
-    def major(version: str) -> int:
-        return int(version.partition(".")[0] or 0)
-
     return _judge_fit(
         "driver",
         gpus,
-        lambda value: major(value["gpu"]["cuda_driver"]) >= major(value["cuda"]),
+        lambda value: driver_runs(value["cuda"], value["gpu"]["cuda_driver"]),
         lambda value: (
             f"driver {value['gpu']['driver']} supports CUDA up to {value['gpu']['cuda_driver']}; "
             f"torch has {value['cuda']}"
         ),
         "install a newer driver, or use a lane with an older CUDA: launch/setup --lane",
     )
+
+
+def _judge_start(gpus: Sequence[Answer]) -> Finding:
+    """CUDA may not start with a driver that is new enough."""
+    failed = [answer for answer in gpus if _does_not_start(answer.value)]
+    saw = f"does not start: {failed[0].value['cuda_fault']}; {who(failed)}" if failed else "starts"
+    fix = NO_START if failed else ""
+    return Finding("CUDA", not failed, saw, "a driver that works", fix, hosts_of(failed))
+
+
+def _does_not_start(value: dict) -> bool:
+    """Though the driver is new enough. Then torch does not tell what GPUs it is built for."""
+    built_for = value["cuda"]
+    return bool(value["cuda_fault"] and built_for) and driver_runs(built_for, value["gpu"]["cuda_driver"])
 
 
 def _judge_presence(gpus: Sequence[Answer]) -> Finding:

@@ -214,12 +214,11 @@ class Run:
             cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
         )
         with batches, Profile(cfg.profile, self.world, self.run_dir) as profile:
-            early = FetchedEarly(batches)
+            # CPU cores have no time to spare within a step
+            early = FetchedEarly(batches, early=self.world.device.type == "cuda")
             collected = bad_images.collect(early)
             next_batch = self.observers.looking_at(collected, position.step + 1).__next__
             every = cfg.grad_norm_every
-            # CPU cores have no time to spare within a step
-            fetching = {"fetch_next": early.fetch} if self.world.device.type == "cuda" else {}
             while position.step < self.total_steps:
                 began, lr = position.epoch, self._learning_rate()
                 try:
@@ -233,7 +232,7 @@ class Run:
                         named=bad_images.known.named,
                         measure_norm=bool(every) and (position.step + 1) % every == 0,
                         compress=position.step >= cfg.compression_start,
-                        **fetching,
+                        fetch_next=early.fetch,
                     )
                 except FloatingPointError as error:
                     raise self._not_finite(error, lr) from None

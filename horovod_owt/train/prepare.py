@@ -15,7 +15,7 @@ from horovod_owt.data.pipeline import resolve_kind
 from horovod_owt.data.store import DataSet, open_data_set
 from horovod_owt.errors import ConfigError, DeviceError, OwtError
 from horovod_owt.files import real_path
-from horovod_owt.parallel.device import Device, can_run, claim_device
+from horovod_owt.parallel.device import NO_START, Device, can_run, claim_device, driver_runs
 from horovod_owt.parallel.gpus import Gpu
 from horovod_owt.topology import Topology, rank_topology, resolve_group_size
 
@@ -112,23 +112,31 @@ def _check_torch_can_use(device: Device, topology: Topology) -> None:
     """Raise DeviceError for a GPU that torch cannot use: training would fail later or run on the CPU."""
     import torch  # not needed before there is a GPU
 
+    from horovod_owt.parallel.cuda import cuda_fault
+
     gpu = device.gpu
-    if not torch.cuda.is_available():
-        built_for = torch.version.cuda or "no CUDA"
+    torch_here = f"torch {torch.__version__} on host {topology.host} cannot use its {gpu.name}"
+    on_cores = "or set CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores"
+    if fault := cuda_fault():
+        built_for = torch.version.cuda
+        if built_for and driver_runs(built_for, gpu.cuda_driver):
+            raise DeviceError(
+                f"{torch_here}: CUDA does not start with driver {gpu.driver}: {fault}",
+                wanted="a driver that works",
+                fix=f"{NO_START}; {on_cores}",
+            )
+        built = f"for CUDA {built_for}" if built_for else "without CUDA"
         raise DeviceError(
-            f"torch {torch.__version__} on host {topology.host} cannot use its {gpu.name}: it is built for "
-            f"CUDA {built_for}, driver {gpu.driver} supports up to CUDA {gpu.cuda_driver}",
+            f"{torch_here}: it is built {built}, driver {gpu.driver} supports up to CUDA {gpu.cuda_driver}",
             wanted="a torch for this driver",
-            fix="run `launch/setup`, or set CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
+            fix=f"run `launch/setup`, {on_cores}",
         )
     architectures = torch.cuda.get_arch_list()
     if not can_run(architectures, gpu.compute_capability):
         raise DeviceError(
-            f"torch {torch.__version__} on host {topology.host} cannot use its {gpu.name}: that is "
-            f"{_architecture(gpu)}, torch is built for {' '.join(architectures)}",
+            f"{torch_here}: that is {_architecture(gpu)}, torch is built for {' '.join(architectures)}",
             wanted="a torch for this GPU",
-            fix="launch/setup --lane k80 for a Tesla K80, otherwise an older torch; or set "
-            "CUDA_VISIBLE_DEVICES= (empty) to train on CPU cores",
+            fix=f"launch/setup --lane k80 for a Tesla K80, otherwise an older torch; {on_cores}",
         )
 
 

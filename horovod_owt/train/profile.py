@@ -6,11 +6,11 @@ import gzip
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import DeviceType, ProfilerActivity, profile, record_function, schedule
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import atomic_file
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 SKIP = 4  # steps that warm up; the profiler warms up in the next one
 OPERATIONS = 10  # in the table
 PIECE = re.compile(r"\.\d+$")  # of the flat gradients, each with a collective of its own
+MOST_LETTERS = 100  # of the name of a kernel, which has those of its template's arguments
 
 
 class Profile:
@@ -97,12 +98,14 @@ def write_trace(profiler: profile, file: Path) -> None:
 
 
 def table_of(operations: Iterable, *, steps: int, on_gpu: bool) -> str:
-    """The most expensive operations by their own time, without that of those they call."""
+    """The most expensive operations by their own time, without that of those they call; on a GPU, the kernels
+    and copies.
+    """
     own_us: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    for each in operations:
+    for each in _on_gpu(list(operations)) if on_gpu else operations:
         if not each.key.startswith("ProfilerStep"):
-            name = PIECE.sub("", each.key)
+            name = PIECE.sub("", each.key)[:MOST_LETTERS]
             own_us[name] += _own_us(each, on_gpu)
             calls[name] += each.count
     total = own_us.total() or 1
@@ -110,6 +113,15 @@ def table_of(operations: Iterable, *, steps: int, on_gpu: bool) -> str:
     for name, us in own_us.most_common(OPERATIONS):
         rows.append(f"{us / total:6.1%}  {us / 1e3 / steps:9.2f}  {calls[name] / steps:10.1f}  {name}")
     return "\n".join(rows) + "\n"
+
+
+def _on_gpu(operations: Sequence) -> list:
+    """What ran on the GPU.
+
+    Its time is listed again with the operations that launched it. Annotations are listed with both.
+    """
+    of_host = {each.key for each in operations if each.device_type == DeviceType.CPU}
+    return [each for each in operations if each.device_type != DeviceType.CPU and each.key not in of_host]
 
 
 def _own_us(event: object, on_gpu: bool) -> float:

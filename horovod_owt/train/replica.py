@@ -21,7 +21,8 @@ from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.optimizer import build_optimizer, is_fused, scale_by_layer
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import OneWeirdTrick
+from horovod_owt.parallel.step import OneWeirdTrick, set_kernels
+from horovod_owt.parallel.traffic import Waits
 from horovod_owt.train.average import WeightAverage
 from horovod_owt.train.rank_times import PARTS, RankTimes, spent
 from horovod_owt.train.update import divisor, skip_flag, step_unless
@@ -72,10 +73,7 @@ class Replica:
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
-        if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
-            torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
-        torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: cuDNN tunes once
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means it: TF32 keeps 10 of its 23 bits
+        set_kernels(cfg)
         model = build_model(cfg.model, cfg.classes, dropout=cfg.dropout, seed=cfg.seed).to(world.device)
         model = model.double() if cfg.precision == "fp64" else model
         model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
@@ -89,6 +87,7 @@ class Replica:
         # Its factors are fp32; the scaler of fp16 decides for itself, and LARS needs the final gradients.
         on_gpu = world.device.type == "cuda" and cfg.precision in ("fp32", "bf16")
         self._update_decides = on_gpu and is_fused(self._optimizers[-1]) and cfg.optimizer == "sgd"
+        self._data_waits = Waits(world.device)
         self._spent = np.zeros(len(PARTS), np.float32)  # by this rank in the step before
         self._skip: Tensor | None = None  # 1 after a turn of this step whose loss is not finite
 
@@ -121,7 +120,8 @@ class Replica:
         the gradient norm, if it is measured) is NaN or infinite on any rank, and BadBatch for a bad image
         under bad_images=fail, or if no image is good.
         """
-        start, data_wait_s, strategy = perf_counter(), 0.0, self.strategy
+        start, strategy = perf_counter(), self.strategy
+        self._data_waits.reset()
         strategy.model.train()
         strategy.begin_step(compress=compress)
         self._set_rates(lr, self.cfg.weight_decay if weight_decay is None else weight_decay)
@@ -131,10 +131,8 @@ class Replica:
         own_bad, own_unnamed = 0, 0
         for micro_step in range(self.cfg.accum_steps):
             last = micro_step == self.cfg.accum_steps - 1
-            asked = perf_counter()
-            with now.phase("reading images"):
+            with self._data_waits.waiting(), now.phase("reading images"):
                 batch = next_batch()
-            data_wait_s += perf_counter() - asked
             own_bad += len(batch.faults)
             own_unnamed += sum(index not in named for index in batch.bad_images())
             passing = strategy.convolve(batch.images, batch.labels, consumed=consumed, micro_step=micro_step)
@@ -144,15 +142,13 @@ class Replica:
                 facts[0].add_(sum(losses[1:], losses[0]))
                 facts = strategy.start_sum(facts, "step facts")
             strategy.backward(passing, last=last)
-            asked = perf_counter()
-            with now.phase("reading images"):
+            with self._data_waits.waiting(), now.phase("reading images"):
                 fetch_next()
-            data_wait_s += perf_counter() - asked
         strategy.finish()
         facts = self._update(facts.wait(), measure_norm)
         times = dict(
             step_s=perf_counter() - start,
-            data_wait_s=data_wait_s,
+            data_wait_s=self._data_waits.waited_s(),
             exposed_comm_s=strategy.traffic.waited_s(),
         )
         self._spent[:] = spent(**times)

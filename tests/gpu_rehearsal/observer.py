@@ -80,6 +80,8 @@ class Observer(TorchDispatchMode):
             self.count(self.seen.host_syncs, name)
         pinned = kwargs.pop("pin_memory", False) or name == "_pin_memory"
         if name == "_pin_memory":
+            if args[0].is_cuda:
+                raise Refused(f"only memory of the host can be pinned; {place()}")
             return _mark_pinned(args[0].clone())
         if func.namespace == "aten" and not name.startswith(("sym_", "is_")):
             self._count_work(name, args, kwargs, tensors)
@@ -186,6 +188,8 @@ def patch_torch(observer: Observer, patch) -> None:
         """Memory of its own, for code that fills a buffer in place."""
         if not isinstance(tensor, FakeTensor):
             return real_numpy(tensor)
+        if tensor.is_cuda:
+            raise Refused(f"numpy reads memory of the host only; {place()}")
         return np.zeros(tuple(tensor.shape), str(tensor.dtype)[6:])
 
     def new_tensor(tensor, data):

@@ -40,6 +40,8 @@ with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs
     found("writes what b is sending", lambda: flat.add_(1))
     collectives.synchronize(handle)
     found("device", lambda: flat + torch.zeros(8))
+    found("pinned", flat.pin_memory)
+    found("of the host", flat.numpy)
     found("bfloat16", lambda: collectives.allreduce_async(flat.bfloat16(), name="c", process_set=group))
     transposed = flat.view(2, 4).t()
     found("not contiguous", lambda: collectives.allgather_async(transposed, name="c", process_set=group))

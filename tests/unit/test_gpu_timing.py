@@ -33,7 +33,14 @@ class Event:
     def record(self) -> None:
         self.at = max(self._stream.now, self._stream.busy_until)
 
+    def query(self) -> bool:
+        return self.at <= self._stream.now
+
+    def synchronize(self) -> None:
+        self._stream.now = max(self._stream.now, self.at)
+
     def elapsed_time(self, end: "Event") -> float:
+        assert self.query() and end.query()  # or it is an error
         return end.at - self.at
 
 
@@ -54,18 +61,39 @@ def test_communication_is_exposed_where_the_gpu_has_nothing_to_do(monkeypatch):
     assert counted.waited_s() == 0
 
 
-def test_the_next_batch_is_fetched_before_the_host_waits_for_the_step(monkeypatch):
+@pytest.fixture
+def replica(monkeypatch) -> Replica:
     monkeypatch.setattr(alexnet_owt, "HIDDEN", 10)
     cfg = TrainConfig(classes=3, image_size=63, fc_group_size=1)
-    replica = Replica(cfg, World(0, 1, 0, 1, "here", torch.device("cpu"), 1))
+    return Replica(cfg, World(0, 1, 0, 1, "here", torch.device("cpu"), 1))
+
+
+def random_batch() -> Batch:
+    rows = torch.arange(2)
+    return Batch(torch.rand(2, 3, 63, 63), rows, torch.ones(2, dtype=torch.bool), rows.numpy())
+
+
+def test_images_are_waited_for_where_the_gpu_has_nothing_to_do(monkeypatch, replica):
+    """Fetching takes the host 7 ms, the GPU has work for 5 of them."""
+    stream, batch = Stream(), random_batch()
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(replica, "_data_waits", traffic.Waits(torch.device("cuda")))
+    for waited_s in (0.002, 0.0):  # the second one was there
+        stream.busy_until = 5.0
+        report = replica.train_step(
+            lambda: batch, consumed=0, lr=0.1, fetch_next=lambda: setattr(stream, "now", 7.0)
+        )
+        assert report.data_wait_s == pytest.approx(waited_s)
+
+
+def test_the_next_batch_is_fetched_before_the_host_waits_for_the_step(monkeypatch, replica):
     done = []
     finish, backward = replica.strategy.finish, replica.strategy.backward
     monkeypatch.setattr(
         replica.strategy, "backward", lambda *a, **k: done.append("backward") or backward(*a, **k)
     )
     monkeypatch.setattr(replica.strategy, "finish", lambda: done.append("finish") or finish())
-    rows = torch.arange(2)
-    batch = Batch(torch.rand(2, 3, 63, 63), rows, torch.ones(2, dtype=torch.bool), rows.numpy())
+    batch = random_batch()
     replica.train_step(lambda: batch, consumed=0, lr=0.1, fetch_next=lambda: done.append("fetch"))
     assert done == ["backward", "fetch", "finish"]
 

@@ -1,6 +1,7 @@
 """Decoding by nvJPEG, with a stand-in that refuses as it does: a whole batch, without saying which image."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from horovod_owt.data import nvjpeg
 from horovod_owt.data.augment import centre_crop, ten_crops
 from horovod_owt.data.feed import EncodedBatch, ValidationFeed
 from horovod_owt.data.nvjpeg import GpuDecoder, nvjpeg_decoder
@@ -75,6 +77,28 @@ def test_what_is_refused_is_left_to_the_cpu_and_the_rest_is_not():
     assert GpuDecoder(decode, image_size=SIDE).decode_rows(batch, out) == [1, 2]
     assert decode.batches == [3, 1, 1, 1]  # the PNG is never offered
     assert np.abs(out[0, 3].numpy().astype(int) - by_pillow(batch, 3)).max() <= 2
+
+
+def test_large_images_are_decoded_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(nvjpeg, "GROUP_PIXELS", 2 * 80 * 100)
+    files = [*map(file, range(5)), file(5, kind="PNG")]
+    batch, decode = encoded(*files), PretendedNvjpeg()
+    out = torch.empty((1, 6, SIDE, SIDE, 3), dtype=torch.uint8)
+    assert GpuDecoder(decode, image_size=SIDE).decode_rows(batch, out) == [5]
+    assert decode.batches == [2, 2, 1]
+    for row in range(5):
+        assert np.abs(out[0, row].numpy().astype(int) - by_pillow(batch, row)).max() <= 2
+
+
+def test_nvjpeg_writes_when_nothing_is_queued_that_may_read_the_memory(monkeypatch):
+    """On a stream of its own, into memory that was freed on this one."""
+    done = []
+    stream = SimpleNamespace(synchronize=lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(nvjpeg, "decode_jpeg", lambda files, **_: done.append("decode"))
+    decode = nvjpeg_decoder(torch.device("cuda:0"))  # decodes a sample
+    decode([torch.zeros(1, dtype=torch.uint8)])
+    assert done == ["wait", "decode", "wait", "decode"]
 
 
 @pytest.mark.parametrize("view", [centre_crop, ten_crops])

@@ -1,7 +1,11 @@
 """Items that are fetched before they are taken."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from horovod_owt.bench import boston
 from horovod_owt.data.prefetch import FetchedEarly
 
 
@@ -31,3 +35,30 @@ def test_the_end_is_seen_when_it_is_reached():
     early = FetchedEarly(iter([]))
     early.fetch()
     assert list(early) == []
+
+
+def test_nothing_is_fetched_early_where_that_is_not_wanted():
+    source = iter(range(3))
+    early = FetchedEarly(source, early=False)
+    early.fetch()
+    assert next(source) == 0 and next(early) == 1
+
+
+@pytest.mark.parametrize(("device", "fetched"), [("cuda", [0, 1]), ("cpu", [0])])
+def test_a_benchmark_fetches_when_training_does(device, fetched):
+    """On a GPU the next images while it is at work on these."""
+
+    class Fetching(Exception):
+        pass
+
+    taken = []
+    images = (taken.append(number) or number for number in range(9))
+
+    def train_step(next_batch, *, fetch_next, **_):
+        next_batch(), fetch_next()
+        raise Fetching
+
+    replica = SimpleNamespace(world=SimpleNamespace(device=torch.device(device)), train_step=train_step)
+    with pytest.raises(Fetching):
+        boston._train(replica, images, 1, SimpleNamespace(asked=False))
+    assert taken == fetched

@@ -347,6 +347,7 @@ def gpu_facts(uuid="GPU-1", health=(), **gpu):
         "health": {**HEALTH.__dict__, **dict(health)},
         "architectures": ["sm_37", "sm_50"],
         "cuda": "11.7",
+        "cuda_fault": "",
         "acs": [],
     }
 
@@ -371,6 +372,17 @@ def gpu_facts(uuid="GPU-1", health=(), **gpu):
 def test_each_trouble_of_a_gpu_is_found_and_nothing_else(change, bad):
     answers = on_hosts(gpu_facts("GPU-0"), gpu_facts(**{"uuid": "GPU-1", **change}), ranks_each=2)
     assert {finding.check for finding in device.judge(answers) if not finding.ok} == set(bad)
+
+
+def test_a_cuda_that_does_not_start_is_not_called_a_wrong_torch():
+    """Without it torch does not tell what GPUs it is built for."""
+    mute = gpu_facts("GPU-1") | {"architectures": [], "cuda_fault": "Error 802: system not yet initialized"}
+    (bad,) = [f for f in device.judge(on_hosts(gpu_facts("GPU-0"), mute)) if not f.ok]
+    assert (bad.check, bad.hosts) == ("CUDA", ("h1",)) and "Error 802" in bad.saw
+    (bad,) = [f for f in device.judge(on_hosts(mute)) if not f.ok]
+    assert bad.check == "CUDA" and "fabricmanager" in bad.fix
+    old = mute | {"gpu": mute["gpu"] | {"cuda_driver": "10.2"}}
+    assert "driver" in {f.check for f in device.judge(on_hosts(old)) if not f.ok}
 
 
 def test_a_gpu_that_its_driver_has_lost_is_reported_with_the_others_state():

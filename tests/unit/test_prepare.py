@@ -52,10 +52,10 @@ ALONE = Topology(Launcher.NONE, 0, 1, 0, 1, "gpu01")
 def on_a(monkeypatch):
     """A rank whose GPU, torch and Horovod are as told."""
 
-    def box(name, capability, *, architectures=("sm_75", "sm_80", "sm_90"), nccl=23007):
+    def box(name, capability, *, architectures=("sm_75", "sm_80", "sm_90"), nccl=23007, starts=True):
         gpu = Gpu(0, "GPU-1", name, "0000:05:00.0", capability, 80 << 30, "580.65.06", "13.0")
         monkeypatch.setattr(prepare, "claim_device", lambda topology: Device("cuda:0", gpu))
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: starts)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
         monkeypatch.setattr(runtime, "nccl_version", lambda: nccl)
 
@@ -93,6 +93,26 @@ def test_a_precision_that_the_gpu_lacks_is_refused(on_a, gpu, capability, archit
 def test_a_gpu_that_torch_has_no_code_for_is_refused(on_a):
     on_a("Tesla V100", (7, 0))
     with pytest.raises(DeviceError, match="sm_70, torch is built for sm_75 sm_80 sm_90"):
+        choose()
+
+
+def test_a_cuda_that_does_not_start_is_not_called_a_wrong_torch(on_a, monkeypatch):
+    """Eight GPUs with NVSwitch and without its service."""
+
+    def init():
+        raise RuntimeError(
+            "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
+            "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized"
+        )
+
+    on_a("NVIDIA H100", (9, 0), starts=False, architectures=())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(DeviceError, match="driver 580.65.06: Error 802: system not yet ini") as caught:
+        choose()
+    assert "nvidia-fabricmanager" in caught.value.fix and "launch/setup" not in caught.value.fix
+    monkeypatch.setattr(torch.version, "cuda", "14.1")
+    with pytest.raises(DeviceError, match="for CUDA 14.1, driver 580.65.06 supports up to CUDA 13.0"):
         choose()
 
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
+from torch.profiler import DeviceType
 
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.runtime import World
@@ -71,3 +72,19 @@ def test_the_table_has_the_dearest_by_their_own_time_and_pieces_are_added_up():
     heading, first, second, *rest = table_of(operations, steps=10, on_gpu=False).splitlines()
     assert first.split(maxsplit=3) == ["17.4%", "4.00", "4.0", "waiting for conv gradients"]
     assert second.endswith("aten::op19") and len(rest) == OPERATIONS - 2
+
+
+def test_the_table_of_a_gpu_has_each_kernel_once():
+    """torch lists its time with the operation that launched it too, and an annotation's on both sides."""
+
+    def event(key: str, us: float, on: DeviceType) -> SimpleNamespace:
+        return SimpleNamespace(key=key, self_device_time_total=us, device_type=on, count=10)
+
+    kernel = "void cutlass::Kernel2<" + "x" * 200
+    operations = [event("aten::mm", 3000.0, DeviceType.CPU), event(kernel, 3000.0, DeviceType.CUDA)]
+    operations.append(event("ncclDevKernel_AllReduce_Sum_f32", 1000.0, DeviceType.CUDA))  # Horovod's thread's
+    for annotation in ("waiting for step facts", "ProfilerStep#5"):
+        operations += [event(annotation, us, on) for us, on in ((0, DeviceType.CPU), (1e9, DeviceType.CUDA))]
+    _, first, second = table_of(operations, steps=10, on_gpu=True).splitlines()
+    assert first.split(maxsplit=3) == ["75.0%", "0.30", "1.0", kernel[:100]]
+    assert second.split() == ["25.0%", "0.10", "1.0", "ncclDevKernel_AllReduce_Sum_f32"]
