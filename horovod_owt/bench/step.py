@@ -37,6 +37,8 @@ def bench_step(
     against: str | None,
 ) -> dict[str, Any] | None:
     """Time `steps` steps of each contender after `warmup` untimed ones; returns the report on rank 0."""
+    if against == "compile":
+        refuse_uncompilable(warmup)
     with given_or_synthetic(data) as root, ExitStack() as keep:
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
@@ -44,8 +46,6 @@ def bench_step(
         cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
         if against in IN_TORCH:
             refuse_unfit(cfg, against)
-        if against == "compile":
-            refuse_uncompilable(warmup)
         world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
         runtime.check_devices(request.device, world)
         cfg, _ = choose_parallel(cfg, world)

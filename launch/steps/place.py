@@ -178,11 +178,12 @@ class Place:
         )
 
     def site_mpicc(self) -> Path | None:
-        """The `mpicc` on PATH, unless it is the virtual environment's own."""
+        """The `mpicc` on PATH, unless a virtual environment has it: this one, or another that is active."""
+        folders = [Path(folder) for folder in self.environ.get("PATH", "").split(os.pathsep) if folder]
         path = os.pathsep.join(
-            folder
-            for folder in self.environ.get("PATH", "").split(os.pathsep)
-            if folder and Path(folder).resolve() != self.bin.resolve()
+            str(folder)
+            for folder in folders
+            if folder.resolve() != self.bin.resolve() and not (folder.parent / "pyvenv.cfg").exists()
         )
         mpicc, mpirun = shutil.which("mpicc", path=path), shutil.which("mpirun", path=path)
         return Path(mpicc) if mpicc and mpirun else None

@@ -51,6 +51,15 @@ def test_the_virtual_environments_own_mpicc_is_not_the_sites(here, tool, tmp_pat
     assert here.site_mpicc() is None
 
 
+def test_the_mpicc_of_another_environment_that_is_active_is_not_the_sites(here, tool, tmp_path):
+    """It would be gone with that environment."""
+    tool("mpicc", "true")
+    tool("mpirun", OPEN_MPI)
+    assert here.site_mpicc() == tmp_path / "bin" / "mpicc"
+    (tmp_path / "pyvenv.cfg").touch()
+    assert here.site_mpicc() is None
+
+
 @pytest.fixture
 def pip_calls(monkeypatch):
     """What pip would have been asked for; it fails for the packages named in `lacks`."""
