@@ -8,6 +8,7 @@ start continues; the table goes to docs/compression.md.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,9 +55,10 @@ def run_dir(folder: Path, rate: str, way: str) -> Path:
 
 def train(folder: Path, rate: str, way: str) -> None:
     run = run_dir(folder, rate, way)
+    shutil.rmtree(run, ignore_errors=True)  # of a run that was ended
     settings = [word for setting in (*COMMON, *WAYS[way]) for word in ("--set", setting)]
     data = images.make("digits", folder / "data")
-    job = ["owt", "train", str(data), "--recipe", "quickstart", "--run-dir", str(run), "--resume", "never"]
+    job = ["owt", "train", str(data), "--recipe", "quickstart", "--run-dir", str(run)]
     subprocess.run([str(ROOT / "launch" / "two-hosts"), "--rate", rate, "--", *job, *settings], check=True)
     write_text(run.with_suffix(".done"), "")
 
