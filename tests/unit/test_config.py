@@ -238,3 +238,27 @@ def test_a_job_of_no_whole_number_of_groups_is_refused_with_the_choices(setting,
     with pytest.raises(ConfigError) as caught:
         resolve_group_size(setting, job(world_size=ranks, local_size=local))
     assert message in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "saw"),
+    [
+        (["cache=disk"], "cache=disk; wanted none, ram or an absolute path"),
+        (["cache="], "cache=; wanted none, ram or an absolute path"),
+        (["cache_side=256"], "cache_side=256 without a cache"),
+        (["cache=ram", "cache_side=200"], "cache_side=200 with crops of 224 px; wanted at least 224"),
+        (["cache=ram", "cache_side=20000"], "cache_side=20000; wanted between 0 and 10000"),
+        (["cache=ram", "cache_side=big"], "cache_side=big; wanted a whole number"),
+    ],
+)
+def test_settings_of_the_cache_that_make_no_sense_are_refused(settings, saw):
+    with pytest.raises(ConfigError) as caught:
+        resolve(None, settings)
+    assert str(caught.value).startswith(saw) and "\n" not in str(caught.value)
+
+
+def test_the_side_of_cached_images_follows_the_largest_crop():
+    assert resolve(None, ["cache=ram"]).cached_side() == 256
+    assert resolve(None, ["cache=ram", "cache_side=300"]).cached_side() == 300
+    assert resolve(None, ["cache=/scratch"]).cached_side() == 0
+    assert resolve(None, ["cache=ram", "image_size=[[0, 128], [1, 288], [2, 224]]"]).cached_side() == 329

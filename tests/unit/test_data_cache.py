@@ -14,7 +14,6 @@ import pytest
 import torch
 from bad_files import encoded, undecodable
 
-from horovod_owt.config import resolve
 from horovod_owt.data import cache as module
 from horovod_owt.data import pipeline_torchvision
 from horovod_owt.data.batch import MEAN, STD
@@ -392,27 +391,3 @@ def test_a_place_that_cannot_be_used_is_refused_in_a_line(root, tmp_path):
         ):
             pass
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "saw"),
-    [
-        (["cache=disk"], "cache=disk; wanted none, ram or an absolute path"),
-        (["cache="], "cache=; wanted none, ram or an absolute path"),
-        (["cache_side=256"], "cache_side=256 without a cache"),
-        (["cache=ram", "cache_side=200"], "cache_side=200 with crops of 224 px; wanted at least 224"),
-        (["cache=ram", "cache_side=20000"], "cache_side=20000; wanted between 0 and 10000"),
-        (["cache=ram", "cache_side=big"], "cache_side=big; wanted a whole number"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings, saw):
-    with pytest.raises(ConfigError) as caught:
-        resolve(None, settings)
-    assert str(caught.value).startswith(saw) and "\n" not in str(caught.value)
-
-
-def test_the_side_follows_the_largest_crop():
-    assert resolve(None, ["cache=ram"]).cached_side() == 256
-    assert resolve(None, ["cache=ram", "cache_side=300"]).cached_side() == 300
-    assert resolve(None, ["cache=/scratch"]).cached_side() == 0
-    assert resolve(None, ["cache=ram", "image_size=[[0, 128], [1, 288], [2, 224]]"]).cached_side() == 329
