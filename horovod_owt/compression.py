@@ -26,7 +26,7 @@ def check_compression(compression: str) -> None:
     saw, rank = f"compression={compression}", compression.removeprefix(POWERSGD)
     if not compression.startswith(POWERSGD):
         raise ConfigError(saw, wanted=WANTED, fix="compression=none")
-    if not (rank.isdecimal() and rank.isascii()) or not 1 <= int(rank) <= MOST_RANK:
+    if not rank.isdecimal() or not 1 <= int(rank) <= MOST_RANK:
         raise ConfigError(saw, wanted=f"a rank from 1 to {MOST_RANK}", fix="compression=powersgd:4")
 
 

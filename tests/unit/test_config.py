@@ -2,10 +2,11 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 
-from horovod_owt.config import TrainConfig, from_mapping, resolve
+from horovod_owt.config import TrainConfig, check_batch_norm, from_mapping, resolve
 from horovod_owt.errors import ConfigError
 from horovod_owt.recipe import DEFAULT_RECIPE, load_recipe, recipe_names
 from horovod_owt.schedule import learning_rate
@@ -107,7 +108,7 @@ def test_a_bad_setting_is_refused_with_what_was_wanted(setting, saw, fix):
 @pytest.mark.parametrize(
     ("text", "saw"),
     [
-        ("batch: [", "is not valid YAML at line"),
+        ("batch: 8\nlr: 1: 2", "is not valid YAML at line 2"),
         ("- batch", "contains a list"),
         ("bach: 3", "unknown key 'bach'"),
     ],
@@ -136,6 +137,7 @@ def test_learning_rate_and_steps_follow_the_global_batch():
     [
         (0, dict(step=2, consumed=1024), 10),  # 1976 images are left for batches of 256
         (0, dict(step=6, consumed=3072), 6),  # nothing is
+        (0, dict(step=9, consumed=4608), 9),  # it was longer before
         (4, {}, 4),
         (4, dict(step=2, consumed=1024), 4),
         (100, {}, 12),
@@ -169,6 +171,7 @@ def test_fp16_is_refused_for_hybrid_only():
             "sync_bn=true with owt_scheme=b",
             "owt_scheme=a",
         ),
+        (["parallel=auto", "owt_scheme=b", "sync_bn=true"], "sync_bn=true with owt_scheme=b", ""),
         (
             ["optimizer=lars", "parallel=hybrid", "owt_scheme=b", "fc_batch=local"],
             "optimizer=lars with fc_batch=local",
@@ -197,6 +200,23 @@ def test_hybrid_settings_that_make_no_sense_are_refused(settings, saw, fix):
 )
 def test_what_makes_sense_together_is_taken(settings):
     resolve(None, settings)
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks", "enough"),
+    [
+        (dict(batch=2), 1, True),
+        (dict(batch=1), 2, False),
+        (dict(batch=1, sync_bn=True), 1, False),
+        (dict(batch=1, sync_bn=True), 2, True),
+        (dict(batch=1, parallel="hybrid", fc_group_size=2), 4, True),  # of a group's images at once
+        (dict(batch=1, parallel="hybrid", fc_group_size=2, owt_scheme="b"), 4, False),
+    ],
+)
+def test_hidden_layers_are_not_normalised_over_one_image(values, ranks, enough):
+    cfg = TrainConfig(**{"model": "alexnet-owt-bn", "fc_group_size": 1} | values)
+    with nullcontext() if enough else pytest.raises(ConfigError, match="batch of 1 image; wanted at least 2"):
+        check_batch_norm(cfg, ranks)
 
 
 def job(world_size: int, local_size: int) -> Topology:
@@ -259,6 +279,7 @@ def test_settings_of_the_cache_that_make_no_sense_are_refused(settings, saw):
 
 def test_the_side_of_cached_images_follows_the_largest_crop():
     assert resolve(None, ["cache=ram"]).cached_side() == 256
-    assert resolve(None, ["cache=ram", "cache_side=300"]).cached_side() == 300
+    for side in (224, 300):  # the first one is that of the crops
+        assert resolve(None, ["cache=ram", f"cache_side={side}"]).cached_side() == side
     assert resolve(None, ["cache=/scratch"]).cached_side() == 0
     assert resolve(None, ["cache=ram", "image_size=[[0, 128], [1, 288], [2, 224]]"]).cached_side() == 329

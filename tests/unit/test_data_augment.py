@@ -13,6 +13,7 @@ from horovod_owt.data.augment import (
     SCALE,
     TRIES,
     centre_crop,
+    scaled,
     ten_crops,
     training_windows,
     validation_windows,
@@ -65,6 +66,13 @@ def test_windows_lie_inside_the_image(sizes, seed):
     for windows in (training, validation_windows(sizes)[0]):
         assert (windows[:, :2] >= 0).all() and (windows[:, 2:] >= 1).all()
         assert (windows[:, :2] + windows[:, 2:] <= sizes).all()
+
+
+def test_windows_of_reduced_images_lie_inside_them_and_are_of_the_same_share():
+    """The last one begins in a pixel that rounds to the end of the reduced image."""
+    sizes, shapes = np.array([[1000, 800], [1000, 800]]), np.array([[320, 256], [320, 256]])
+    windows = np.array([[100, 200, 500, 400], [999, 799, 1, 1]])
+    assert scaled(windows, sizes, shapes).tolist() == [[32, 64, 160, 128], [319, 255, 1, 1]]
 
 
 def test_draws_belong_to_the_sample_and_not_to_its_batch():

@@ -234,6 +234,7 @@ def said(names, *values) -> dict[str, str]:
         (said(OPEN_MPI, 0, 1, 0, 1), ("none", 0, 1, 0, 1)),
         (said(TORCHRUN, 0, 1, 0, 1, "x"), ("none", 0, 1, 0, 1)),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, ("none", 0, 1, 0, 1)),
+        (said(HOROVODRUN, 4, 4, 0, 4), ("none", 0, 1, 0, 1)),
         ({"PMI_RANK": "zero", "PMI_SIZE": "", "RANK": "2", "WORLD_SIZE": "1"}, ("none", 0, 1, 0, 1)),
         ({"FLUX_JOB_SIZE": "4", "PALS_NRANKS": "4", "PMI_SIZE": "4"}, ("none", 0, 1, 0, 1)),
     ],
@@ -253,6 +254,8 @@ def test_srun_tasks_without_pmi_are_refused_by_one_message():
         assert (caught.value.speaker, caught.value.rank) == (Speaker.RANK_0, rank)
     assert rank_topology({**STEP, "PMIX_RANK": "2"}).world_size == 3
     assert rank_topology({**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}).launcher == "none"
+    with pytest.raises(ConfigError, match="3 srun tasks"):  # a node that the step does not have
+        rank_topology({**STEP, "PMIX_RANK": "2", "SLURM_NODEID": "2"})
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,8 @@ def test_a_world_size_without_a_rank_is_refused():
         rank_topology({"WORLD_SIZE": "4"})
 
 
-def test_ranks_are_unbound_under_horovodrun_and_where_the_variable_is_set():
+def test_ranks_are_unbound_under_horovodrun_and_torchrun_and_where_the_variable_is_set():
     mpirun = said(OPEN_MPI, 3, 4, 1, 2)
     assert [read_topology(env).unbound for env in (mpirun, {**mpirun, UNBOUND: "1"})] == [False, True]
     assert read_topology(said(HOROVODRUN, 5, 8, 1, 4)).unbound
+    assert read_topology(said(TORCHRUN, 3, 4, 1, 2, "x")).unbound

@@ -15,7 +15,7 @@ from horovod_owt import filesystem
 from horovod_owt.data import staging
 from horovod_owt.errors import ConfigError, DataError
 from horovod_owt.files import atomic_file, atomic_folder, remove_folder, write_text
-from horovod_owt.filesystem import free_space, locked, rename_folder, renew, temporary_folder
+from horovod_owt.filesystem import extend, free_space, locked, rename_folder, renew, temporary_folder
 
 REFUSES_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
@@ -93,9 +93,15 @@ def test_the_old_file_stays_if_the_new_one_cannot_take_its_place(tmp_path, monke
 def test_a_file_is_copied_where_folders_are_devices_of_their_own(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     refuse(monkeypatch, os, "replace", errno.EXDEV, when=lambda *names: names[0].parent != names[1].parent)
-    with atomic_file(tmp_path / "file", folder=tmp_path / "scratch") as file:
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd)
+    )
+    with atomic_file(tmp_path / "file", folder=tmp_path / "scratch", durable=True) as file:
         file.write(b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
+    *_, copied, folder = synced  # the copy too, before it takes its name
+    assert copied.endswith(".partial") and Path(copied).parent == tmp_path and folder == str(tmp_path)
     assert names(tmp_path) == ["file", "scratch"] and names(tmp_path / "scratch") == []
 
 
@@ -214,6 +220,9 @@ def test_a_lock_excludes_and_a_file_system_without_locks_says_so(tmp_path, monke
 
 def test_free_space_that_is_not_reported_is_unknown_not_zero(tmp_path, monkeypatch):
     assert free_space(tmp_path)[0] > 0
+    reserved = os.statvfs_result([4096, 4096, 100, 30, 20, 9, 9, 5, 0, 255])  # for root: 10 blocks
+    monkeypatch.setattr(os, "statvfs", lambda _: reserved)
+    assert free_space(tmp_path) == (20 * 4096, 5)
     zeros = os.statvfs_result([0] * 10)
     monkeypatch.setattr(os, "statvfs", lambda _: zeros)
     assert free_space(tmp_path) == (None, None)
@@ -232,6 +241,30 @@ def test_term_removes_a_temporary_folder_and_ends_the_process(tmp_path):
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, timeout=60)
     assert done.returncode == -signal.SIGTERM and not list(tmp_path.iterdir())
+
+
+def test_a_forked_worker_that_is_ended_leaves_its_parents_temporary_folder():
+    with temporary_folder("owt-") as folder:
+        worker = os.fork()
+        if not worker:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(worker, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and folder.is_dir()
+
+
+def test_a_file_that_cannot_be_extended_is_left_as_it_was(tmp_path, monkeypatch):
+    def half_of_it(descriptor, start, length):
+        os.ftruncate(descriptor, start + length // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", half_of_it)
+    with open(tmp_path / "file", "w+b") as file:
+        file.write(b"content")
+        file.flush()
+        with pytest.raises(OSError, match="No space"):
+            extend(file.fileno(), 1000)
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_a_temporary_folder_leaves_a_handler_of_term_alone():

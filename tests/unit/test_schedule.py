@@ -37,3 +37,7 @@ def test_schedules(schedule, epoch, expected):
 def test_warm_up_rises_from_the_first_step_to_the_peak():
     ramp = [lr("constant", 0.1 * step, warmup_epochs=1) for step in range(12)]
     assert ramp == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1, 1])
+
+
+def test_a_last_step_of_the_warm_up_that_overshoots_its_end_has_the_peak():
+    assert lr("constant", 0.9, warmup_epochs=1, step_epochs=0.3) == 1
