@@ -1,7 +1,6 @@
 """Batches from a cache, and the life of its folder."""
 
 import importlib.util
-import logging
 import os
 import signal
 import stat
@@ -9,10 +8,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from bad_files import encoded, undecodable
+from cached_images import ENOUGH, folders, write_images
 
 from horovod_owt.data import cache as module
 from horovod_owt.data import pipeline_torchvision
@@ -25,7 +26,6 @@ from horovod_owt.data.folder import FolderStore
 from horovod_owt.data.pack import pack
 from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import open_data_set
-from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import ConfigError, RunError
 
 pytestmark = pytest.mark.timeout(60)
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.timeout(60)
 needs_dali = pytest.mark.skipif(not importlib.util.find_spec("nvidia.dali"), reason="DALI is not installed")
 KINDS = [pytest.param("dali", marks=needs_dali), "torchvision"]
 SIDE, BATCH = 64, 12
-ENOUGH = 73  # shorter side of what validation at SIDE sees
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +45,7 @@ def plenty():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "set"
-    write_synthetic(root, classes=3, train_per_class=12, val_per_class=4, size=(80, 160), workers=1)
-    return root
+    return write_images(tmp_path_factory.mktemp("data") / "set")
 
 
 @pytest.fixture
@@ -182,6 +179,26 @@ def test_a_file_that_changed_is_read_again(own, tmp_path, side):
 
 
 @pytest.mark.parametrize("side", [0, ENOUGH])
+def test_a_file_that_changes_while_it_is_read_is_read_again(own, tmp_path, side, monkeypatch):
+    read, images = FolderStore.read, [encoded(quality=quality) for quality in (10, 90)]
+
+    def replaced_at_once(self, index):
+        data = read(self, index)
+        Path(self.path(index)).write_bytes(images[1])
+        return data
+
+    def shown(data):
+        return data.train.pixels(0)[0].tobytes() if side else data.train.read(0)
+
+    with cached(open_data_set(own), str(tmp_path / "c"), side) as data:
+        Path(data.train.path(0)).write_bytes(images[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderStore, "read", replaced_at_once)
+            before = shown(data)
+        assert before != shown(data)
+
+
+@pytest.mark.parametrize("side", [0, ENOUGH])
 def test_bad_images_are_found_as_without_a_cache(own, tmp_path, side):
     names = sorted((own / "train").rglob("*.JPEG"))
     names[0].write_bytes(b"")
@@ -212,10 +229,6 @@ def test_packed_images_are_cached_like_files(root, tmp_path):
     plain = training("torchvision", open_data_set(root))
     with cached(open_data_set(tmp_path / "packed"), str(tmp_path / "c"), 0) as data:
         assert same(training("torchvision", data), plain) and same(training("torchvision", data), plain)
-
-
-def folders(base):
-    return sorted(path.name for path in base.glob("horovod_owt-*/*"))
 
 
 def test_in_memory_the_last_to_leave_removes_it(root, memory):
@@ -283,73 +296,10 @@ def test_what_a_killed_job_left_in_memory_the_next_one_takes_over_or_removes(roo
     assert folders(memory) == []
 
 
-def test_what_does_not_fit_is_not_cached_and_said_in_a_line(root, memory, tmp_path, monkeypatch, caplog):
-    data = open_data_set(root)
-    with cached(data, "ram", ENOUGH):
-        pass
-    assert not caplog.records
-    needed = module.expected_bytes(data.train, ENOUGH)
-    monkeypatch.setattr(module, "room_in", lambda folder, memory: needed - 1)
-    with caplog.at_level(logging.INFO):
-        with cached(data, "ram", ENOUGH) as mine:
-            assert mine.train is data.train and mine.val is not data.val
-        with cached(data, str(tmp_path / "c"), 0, speaks=False) as mine:
-            assert mine.train is not data.train
-    (record,) = (each for each in caplog.records if each.levelno == logging.WARNING)
-    assert "cache: train needs" in record.message and "a smaller cache_side" in record.message
-    monkeypatch.setattr(module, "room_in", lambda folder, memory: 0)
-    with cached(data, str(tmp_path / "c"), 0) as mine:
-        assert mine.train is data.train and mine.val is data.val
-
-
-def test_splits_that_fit_alone_but_not_together_are_not_both_cached(root, memory, monkeypatch):
-    data = open_data_set(root)
-    needed = [module.expected_bytes(split, ENOUGH) for split in (data.train, data.val)]
-    monkeypatch.setattr(module, "room_in", lambda folder, memory: sum(needed) - 1)
-    with cached(data, "ram", ENOUGH) as mine:
-        assert mine.train is not data.train and mine.val is data.val
-    monkeypatch.setattr(module, "room_in", lambda folder, memory: sum(needed))
-    with cached(data, "ram", ENOUGH) as mine:
-        assert mine.train is not data.train and mine.val is not data.val
-
-
 def test_without_shared_memory_cache_ram_is_refused(root, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MEMORY", tmp_path / "none")
     with pytest.raises(ConfigError, match="none: No such file"), cached(open_data_set(root), "ram", ENOUGH):
         pass
-
-
-def test_the_expected_size_is_that_of_the_cache(root, memory):
-    data = open_data_set(root)
-    with cached(data, "ram", ENOUGH) as mine:
-        sizes = [mine.train.pixels(index)[0].nbytes for index in range(len(mine.train))]
-    expected = module.expected_bytes(data.train, ENOUGH) - module.REGION
-    assert sum(sizes) < expected < 1.15 * sum(sizes)
-
-
-def test_on_a_short_disk_older_caches_of_other_data_make_room(root, own, tmp_path, monkeypatch):
-    place = tmp_path / "c"
-    with cached(open_data_set(own), str(place), 0) as data:
-        training("torchvision", data, steps=1)
-    next((own / "train").rglob("*.JPEG")).unlink()
-    with cached(open_data_set(own), str(place), 0) as data:
-        training("torchvision", data, steps=1)
-    assert len(folders(place)) == 2
-    monkeypatch.setattr(module, "room_in", lambda folder, memory: 10**9 if len(folders(place)) < 3 else 0)
-    with cached(open_data_set(root), str(place), 90) as data:
-        assert data.train.pixels(0)
-        assert len(folders(place)) == 2
-
-
-def test_caches_of_other_data_stay_where_they_would_not_make_room_enough(root, own, tmp_path, monkeypatch):
-    place = tmp_path / "c"
-    with cached(open_data_set(own), str(place), 90) as data:
-        assert data.train.pixels(0)
-    next((own / "train").rglob("*.JPEG")).unlink()
-    monkeypatch.setattr(module, "room_in", lambda folder, memory: 0)
-    monkeypatch.setattr(module, "expected_bytes", lambda *args: 10**12)
-    with cached(open_data_set(own), str(place), 90) as data:
-        assert not isinstance(data.train, module.DecodedImages) and len(folders(place)) == 2
 
 
 def test_a_cache_that_fails_costs_no_run(root, tmp_path, monkeypatch, caplog):

@@ -215,3 +215,13 @@ def test_many_bad_images_of_a_kind_cost_dali_one_new_pipeline(sound, tmp_path, m
     assert met == set(range(0, IMAGES, 2))
     # the first, and one for each batch that was read before the kind was known; not one for each bad image
     assert len(begun) <= 10 < IMAGES // 2
+
+
+def test_what_a_decoder_says_of_a_placeholder_is_no_fault_of_the_image_it_stands_for(sound):
+    """A file that is unreadable for a moment would be left out for good."""
+    bad_images = BadImages()
+    with TrainFeed(open_data_set(sound).train, seed=0, batch=4, bad_images=bad_images) as feed:
+        gone = feed.without(next(feed), {1: "unreadable: No such file"})
+        feed.without(gone, {0: "undecodable: by DALI", 1: "undecodable: by DALI"})
+    faults = [bad_images.fault(int(index)) for index in gone.indices]
+    assert faults == ["undecodable: by DALI", None, None, None]

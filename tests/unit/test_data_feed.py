@@ -166,6 +166,20 @@ def test_closing_wakes_both_sides():
     assert not closer.is_alive()
 
 
+def test_nothing_that_was_fetched_ahead_comes_after_the_end():
+    full = threading.Event()
+
+    def source():
+        yield from range(2)
+        full.set()
+        yield 2
+
+    ahead = Prefetched(source(), depth=2, name="test")
+    assert full.wait(10)
+    ahead.close()
+    assert list(ahead) == []
+
+
 def test_closed_feeds_leave_no_threads(data):
     before = set(threading.enumerate())
     for taken in (0, 1, 5):

@@ -202,3 +202,19 @@ def test_processes_that_write_the_same_slots_at_once_do_no_harm(path):
     assert [rank.wait() for rank in ranks] == [0] * 3
     slots = Slots(path, 200, always)
     assert all(slots.get(number, 1).numbers[0] == number for number in range(200))
+
+
+def test_a_file_that_is_shorter_than_its_slots_is_made_anew(path):
+    """As a kill leaves it that comes after the header."""
+    filled(path)
+    os.truncate(path, BLOCK + 8)
+    slots = filled(path)
+    assert all(slots.get(number, number + 7).data == data_of(number) for number in range(COUNT))
+
+
+def test_a_link_is_not_followed(path, tmp_path):
+    (tmp_path / "theirs").write_text("content")
+    path.symlink_to(tmp_path / "theirs")
+    with pytest.raises(OSError):
+        Slots(path, COUNT, always)
+    assert (tmp_path / "theirs").read_text() == "content"
