@@ -125,7 +125,7 @@ def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     number, and of each class those correct in top 1.
     """
     valid = batch.valid.double()
-    losses = F.cross_entropy(logits, batch.labels, reduction="none").double()  # 0 for a negative label
+    losses = F.cross_entropy(logits, batch.labels, reduction="none").double()  # 0 for IGNORED
     place = places(logits, batch.labels)
     of_class = (batch.labels[:, None] == torch.arange(logits.shape[1], device=logits.device)).double()
     totals = torch.stack(
@@ -133,7 +133,7 @@ def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
             valid.sum(),
             ((place < 1) * valid).sum(),
             ((place < 5) * valid).sum(),
-            torch.where(batch.valid, losses, torch.zeros_like(losses)).sum(),
+            losses.sum(),
         ]
     )
     return torch.cat([totals, valid @ of_class, ((place < 1) * valid) @ of_class])

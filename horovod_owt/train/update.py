@@ -31,7 +31,4 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor, divide_by: Tenso
     arguments for a gradient scaler.
     """
     optimizer.found_inf, optimizer.grad_scale = skip, divide_by
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.found_inf, optimizer.grad_scale
+    optimizer.step()

@@ -151,6 +151,22 @@ def test_a_write_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkey
     assert find_fault(tmp_path / "checkpoints" / "step-00000001") == ""
 
 
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    told, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: told.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda *names: told.append(names[1]) or replace(*names))
+    folder = write_checkpoint(tmp_path, checkpoint(1))
+    before = {Path(path).name for path in told[: told.index(folder)]}
+    assert before >= {*FILES, MANIFEST} and told[-1] == str(folder.parent)
+
+
+def test_a_run_folder_that_is_gone_is_not_made_anew(tmp_path):
+    """It is on a disk that is not mounted now: what is written in its place would not be seen later."""
+    with pytest.raises(DiskError, match="step-00000001 not written: No such file or directory"):
+        write_checkpoint(tmp_path / "lost" / "run", checkpoint(1))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_remains_of_a_killed_write_are_no_checkpoint_and_in_nobodys_way(tmp_path):
     folder = write_checkpoint(tmp_path, checkpoint(1))
     for step in (2, 3):

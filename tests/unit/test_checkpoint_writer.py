@@ -138,3 +138,18 @@ def test_the_best_is_one_that_the_disk_has_taken(tmp_path, writer, monkeypatch):
     writer.score(step=3, epoch=1.5, top1=20.0)
     writer.settle()
     assert read_best(tmp_path) == {"step": 3, "epoch": 1.5, "top1": 20.0}
+
+
+def test_a_later_one_that_could_not_be_moved_aside_does_not_cost_the_one_just_written(tmp_path, writer):
+    write_checkpoint(tmp_path, checkpoint(6))
+    writer.write(checkpoint(2))
+    writer.settle()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000006", "step-00000002"]
+
+
+def test_one_that_is_being_written_when_the_run_fails_is_recorded(tmp_path, writer):
+    writer.score(step=1, epoch=0.5, top1=10.0)
+    writer.write(checkpoint(1))
+    writer.close()
+    assert [(kind, values["step"]) for kind, values in writer.told] == [("checkpoint", 1)]
+    assert read_best(tmp_path)["step"] == 1

@@ -1,6 +1,7 @@
 import errno
 import logging
 import os
+import shutil
 
 import pytest
 
@@ -88,3 +89,20 @@ def test_a_stale_shard_is_reopened(root, pauses, monkeypatch):
     assert store.read(1) == before and len(opened) == 1  # and kept
     failing(monkeypatch, [errno.ESTALE])
     assert store.read(1) == before and len(opened) == 2
+
+
+def test_a_shard_that_was_replaced_by_another_is_not_read(root, pauses, tmp_path):
+    packed = shutil.copytree(root / "packed", tmp_path / "packed")
+    store = open_data_set(packed).train
+    with (packed / "train" / "shard-000000.tar").open("ab") as shard:
+        shard.write(bytes(512))
+    with pytest.raises(OSError, match="the file has .* bytes, .* in index.npz"):
+        store.read(0)
+
+
+def test_a_read_that_returns_less_is_continued(root, monkeypatch):
+    """As on network file systems."""
+    store, pread = open_data_set(root / "packed").train, os.pread
+    whole = store.read(1)
+    monkeypatch.setattr(os, "pread", lambda file, length, offset: pread(file, min(length, 100), offset))
+    assert store.read(1) == whole

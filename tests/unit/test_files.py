@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from horovod_owt.data import staging
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import atomic_file, atomic_folder, named_file, write_text
 from horovod_owt.filesystem import PARTIAL
@@ -72,3 +73,15 @@ def test_what_is_durable_is_synced_before_it_takes_its_name(tmp_path, monkeypatc
     write_text(tmp_path / "note", "2")
     written, *rest = told
     assert written.endswith(".partial") and rest == ["rename", str(tmp_path)]
+
+
+def test_a_data_set_is_on_disk_before_the_note_that_it_is_complete(tmp_path, monkeypatch):
+    spec, told, fsync, replace = {"made_by": "a test"}, [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: told.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda *names: told.append(names[1].name) or replace(*names))
+    with staging.opened(tmp_path, spec) as place:
+        for split in ("train", "val"):
+            (place.folder / split).mkdir()
+        told.clear()
+        place.finish({})
+    assert told[:3] == ["train", "val", str(tmp_path)] and staging.NOTE in told[3:]

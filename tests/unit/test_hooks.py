@@ -93,7 +93,15 @@ def test_the_end_of_a_run_waits_for_two_limits_at_most(tmp_path, caplog):
 
 
 def test_it_is_no_rank_of_the_job():
-    env = {"PATH": "/bin", "HOROVOD_RANK": "0", "OMPI_COMM_WORLD_RANK": "0", "RANK": "0", "SLURM_JOB_ID": "7"}
+    ours = (
+        "HOROVOD_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "RANK",
+        "PMIX_NAMESPACE",
+        "OMPI_MCA_orte_hnp_uri",
+        "PRTE_X",
+    )
+    env = {"PATH": "/bin", "SLURM_JOB_ID": "7", **dict.fromkeys(ours, "0")}
     assert without_launcher(env) == {"PATH": "/bin", "SLURM_JOB_ID": "7"}
 
 

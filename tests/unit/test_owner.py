@@ -228,3 +228,13 @@ def test_of_many_takers_one_wins_each_time(tmp_path, monkeypatch):
     done = (tmp_path / "turns").read_text().splitlines()
     assert len(set(done)) == len(done) >= 12
     assert len(files(tmp_path)) == 1
+
+
+def test_a_number_that_others_have_passed_meanwhile_is_not_taken(tmp_path, monkeypatch):
+    """This process was stopped between its look and its own file; two others have come and gone."""
+    say(tmp_path, 5, replace(ELSEWHERE, left=True))
+    look, stale = owner._wait_for_turn, [3]
+    monkeypatch.setattr(owner, "_wait_for_turn", lambda *who: stale.pop() if stale else look(*who))
+    with Ownership() as mine:
+        mine.take(tmp_path)
+        assert files(tmp_path) == ["00000006.json"] and not stale

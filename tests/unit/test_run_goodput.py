@@ -241,3 +241,12 @@ def test_a_step_costs_40_bytes_of_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak / count < 120  # with the reader's buffers, and a copy of a column
+
+
+def test_a_clock_that_is_behind_on_the_next_host_makes_no_time_negative(simulation):
+    simulation.start(0, 1)
+    simulation.steps(15)
+    simulation.clock -= 3
+    simulation.start(0, 1)
+    simulation.steps(15)
+    assert min(goodput(simulation.run_dir).seconds.values()) >= 0

@@ -25,6 +25,7 @@ from horovod_owt.runs.attempts import (
     run_dir_of,
     scheduler_job_id,
 )
+from horovod_owt.runs.folder import write_outcome
 from horovod_owt.runs.records import MetricsLog, Start, newest_records, time_of
 
 
@@ -276,3 +277,13 @@ def test_the_supervisor_records_each_attempt(tmp_path, monkeypatch):
         (3, 2, 3),
     ]
     assert all(one["exit_code"] == 1 and one["time"] for one in found)
+
+
+def test_an_outcome_like_that_of_the_attempt_before_is_seen(tmp_path):
+    """Even if it is written in the same tick of the file server's clock."""
+    watches = []
+    for _ in range(2):
+        watches.append(AttemptWatch(tmp_path))
+        write_outcome(tmp_path, {"exit_code": 1, "reason": "lost contact"})
+        os.utime(tmp_path / "outcome.json", (1, 1))
+    assert all(watch.has_ended() for watch in watches) and not AttemptWatch(tmp_path).has_ended()

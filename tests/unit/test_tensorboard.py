@@ -11,9 +11,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from horovod_owt.config import TrainConfig
 from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.monitoring import tensorboard as module
 from horovod_owt.monitoring.tensorboard import TensorBoard
+from horovod_owt.runs.folder import tensorboard_folder
+from horovod_owt.runs.records import Start
+from horovod_owt.train.observers import Observers
 
 
 def step(number: int, **values) -> dict:
@@ -41,6 +45,18 @@ def test_steps_are_means_and_a_resumed_attempt_replaces_what_was_lost(tmp_path):
     assert losses == [(10, 5.5), (20, 15.5), (30, -1), (40, -1)]
     assert [e.value for e in seen.Scalars("train/gradient_norm")] == [2.0, 2.0]
     assert seen.Scalars("speed/step_ms")[0].value == 100
+
+
+def test_curves_of_a_resumed_run_have_the_step_that_it_resumed_after(tmp_path):
+    cfg = TrainConfig(tensorboard="always", log_every=1)
+    for begun, steps in ((0, range(1, 8)), (5, range(6, 11))):  # from the checkpoint after 5
+        observers, plan = Observers(), {"total_steps": 10, "checkpoint_steps": 5}
+        observers.open(cfg, tmp_path, Start(), step=begun, **plan, heartbeat=None, resumes=begun > 0)
+        for number in steps:
+            observers.record("step", step(number))
+        observers.close()
+    losses = read(tensorboard_folder(tmp_path)).Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(1, 11))
 
 
 def test_inputs_are_shown_as_the_net_gets_them(tmp_path):

@@ -1,4 +1,4 @@
-"""The update that a GPU decides on does what the host's decision does: here both on the CPU."""
+"""Updates of a replica: what a GPU decides on does what the host's decision does, here both on the CPU."""
 
 import copy
 import inspect
@@ -170,3 +170,41 @@ def test_lars_is_the_rule_of_the_paper(model):
     ours = weights(made)
     for name, w in plain.named_parameters():
         torch.testing.assert_close(ours[name], w.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_average_moves_a_little_towards_the_new_weights():
+    made = replica(decides=False, ema=0.9)
+    for seed in range(2):
+        before = {name: tensor.clone() for name, tensor in made.average.tensors.items()}
+        step(made, random_batch(seed))
+        now = weights(made)
+        assert before and before.keys() == made.average.tensors.keys()
+        for name, average in made.average.tensors.items():
+            torch.testing.assert_close(average, 0.9 * before[name] + 0.1 * now[name])
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_norm_that_is_only_measured_changes_no_update(decides):
+    measured, plain = (replica(decides=decides) for _ in range(2))
+    report = measured.train_step(lambda: random_batch(0), consumed=0, lr=0.1, measure_norm=True)
+    step(plain, random_batch(0))
+    assert report.grad_norm > 0
+    wanted = weights(plain)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(measured).items())
+
+
+def test_a_step_in_bf16_computes_with_the_weights_of_the_last_update():
+    made, fresh = (replica(decides=False, precision="bf16") for _ in range(2))
+    step(made, random_batch(0))
+    updated = weights(made)
+    for name, tensor, _ in fresh.parts():
+        tensor.copy_(updated[name])
+    assert step(made, random_batch(1)).loss == step(fresh, random_batch(1)).loss
+
+
+def test_nothing_is_dropped_when_images_are_only_looked_at():
+    made, images = replica(decides=False, dropout=0.9, ema=0.5), random_batch(0).images
+    step(made, random_batch(0))
+    with made.evaluating() as logits_of:
+        for net in (logits_of, made.averaged_net()):
+            assert torch.equal(net(images), net(images))
