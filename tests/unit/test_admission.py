@@ -6,7 +6,7 @@ import random
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -251,6 +251,22 @@ def test_a_silent_server_costs_a_client_its_share_of_the_time():
     with socket.create_server(("127.0.0.1", 0)) as silent, serving() as (listener, _):
         places = [Place(*silent.getsockname()), *listener.places]
         connect(places, "key", {}, 2.0).close()
+
+
+def test_a_server_that_never_ends_its_line_holds_no_client():
+    def talk(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):
+                    while True:
+                        connection.sendall(b"x" * HELLO_BYTES)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=talk, args=(listener,), daemon=True).start()
+        with pytest.raises(OSError, match="no answer"):
+            connect([Place(*listener.getsockname())], "key", {}, limit_s=0.3)
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_line_is_bounded_whole_or_in_parts():

@@ -21,6 +21,7 @@ from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch import horovodrun
 from horovod_owt.launch.command import HOROVODRUN, Start, check_folder_for_ssh
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
+from horovod_owt.launch.elastic import run as run_elastic
 from horovod_owt.launch.horovodrun import discover_without_python, drop_unspeakable
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.parallel.interfaces import interface_between, interface_towards
@@ -184,10 +185,16 @@ def test_the_scripts_in_launch_are_owt_launch(script, command, tmp_path):
     assert done.stdout.splitlines() == ["launch", command, *words], done.stderr
 
 
-def test_horovodruns_ssh_is_not_given_a_folder_that_its_shell_would_misread():
+def test_horovodruns_ssh_is_not_given_a_folder_that_its_shell_would_misread(tmp_path, monkeypatch):
     check_folder_for_ssh("/home/me/runs-1")
     with pytest.raises(ConfigError, match="owt launch mpirun"):
         check_folder_for_ssh("/home/me/$(touch x)")
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    job = ElasticJob(["D", "--run-dir", "r"], interface="eth0", hosts_file=Path("hosts"))
+    with pytest.raises(ConfigError, match="my runs"):
+        run_elastic(job, max_restarts=0, dry_run=True)
 
 
 def test_an_elastic_job_that_could_never_start_is_refused():

@@ -33,6 +33,8 @@ def test_a_two_level_ring_sends_less_between_nodes():
 def test_rings_of_shards_share_the_network_of_their_node():
     # four shards of a quarter GB, each summed over two ranks on two nodes: 4 * 2 * 1/2 * 0.25 GB at 1 GB/s
     assert BOX.allreduce(GB / 4, 2, rings=4).wire_s == pytest.approx(2 * 50e-6 + 1.0)
+    # also with two levels: each of these rings has one rank on a node
+    assert BOX.allreduce(GB / 4, 2, rings=4, two_level=True) == BOX.allreduce(GB / 4, 2, rings=4)
     # two shards of half a GB over four ranks, two of them on each node: 2 * 2 * 3/4 * 0.5 GB
     assert BOX.allreduce(GB / 2, 4, rings=2).wire_s == pytest.approx(6 * 50e-6 + 1.5)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,3 +177,12 @@ def test_the_last_attempt_is_that_of_the_newest_record_with_a_number(metrics):
         line("step", attempt=2) + line("step", attempt=3) + line("fault") + line("x", attempt="4")
     )
     assert last_attempt(metrics) == 3
+
+
+def test_a_write_of_part_of_a_line_is_continued(tmp_path):
+    """As a nearly full disk and some network file systems do."""
+    log = MetricsLog(tmp_path)
+    file, log._file = log._file, SimpleNamespace(write=lambda data: file.write(data[:7]))
+    log.write("step", step=1)
+    file.close()
+    assert [record["step"] for record in newest_records(tmp_path / "metrics.jsonl")] == [1]

@@ -98,6 +98,16 @@ def test_bytes_that_differ_are_seen(tmp_path):
     assert "−72," in html_of([summary(tmp_path)])
 
 
+def test_of_very_many_events_the_first_and_the_last_are_told(tmp_path):
+    run = WrittenRun(tmp_path)
+    run.start(["a"])
+    for number in range(500):
+        run.write("fault", fault=f"fault {number}")
+    found = summary(tmp_path)
+    assert (len(found["events"]), found["events_left_out"]) == (300, 201)
+    assert found["events"][1]["text"] == "fault 0" and found["events"][-1]["text"] == "fault 499"
+
+
 def test_bad_images_are_counted_by_file(eventful):
     bad = summary(eventful)["bad_images"]
     assert bad["count"] == 2 and bad["faults"] == {"truncated": 1, "empty file": 1}

@@ -107,7 +107,7 @@ def test_modules_and_environments_are_quoted_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", 'say "x"', "back\\slash", "it's", "$(x)", "`x`", "#x", "\u00e9t\u00e9"]
+    "name", ["a b", 'say "x"', "back\\slash", "at its end\\", "it's", "$(x)", "`x`", "#x", "\u00e9t\u00e9"]
 )
 def test_a_directive_keeps_its_value(name):
     """sbatch reads quotes and backslashes as a POSIX shell does inside double quotes, and expands nothing."""
@@ -335,7 +335,7 @@ def test_mpi_types_are_read_wherever_srun_prints_them(tmp_path, monkeypatch, sai
 def test_containers_wrap_what_ranks_run():
     owt = ["owt", "train", "/my data"]
     argv = ranks_argv(Launcher.GLOO, ALLOCATION, owt, apptainer="image.sif")
-    assert argv[0] == "srun" and "--mpi=none" in argv
+    assert argv[0] == "srun" and "--mpi=none" in argv and "--kill-on-bad-exit=1" in argv
     assert "--distribution=block" in argv  # SLURM_DISTRIBUTION may say cyclic
     shim = ["owt", "job", "rank"]
     assert argv[argv.index("apptainer") :] == ["apptainer", "exec", "--nv", "image.sif", *shim, *owt]

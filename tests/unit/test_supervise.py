@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -25,7 +26,7 @@ from horovod_owt.runs.attempts import (
     run_dir_of,
     scheduler_job_id,
 )
-from horovod_owt.runs.folder import write_outcome
+from horovod_owt.runs.folder import write_config, write_outcome
 from horovod_owt.runs.records import MetricsLog, Start, newest_records, time_of
 
 
@@ -160,33 +161,59 @@ def test_each_start_of_a_job_has_its_name_and_another_job_another(tmp_path, monk
     assert first == again and first and second not in ("", first) and third == "slurm-7"
 
 
-def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(tmp_path, monkeypatch):
+@pytest.fixture
+def restored():
+    """What a supervisor changes of its process is as before afterwards."""
+    before = {number: signal.getsignal(number) for number in supervisor.PASSED_ON}
+    yield
+    ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
+    tmp_path, monkeypatch, restored
+):
     monkeypatch.setattr(supervisor, "OUTCOME_GRACE_S", 0.5)
     monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
     word = json.dumps({"exit_code": 2, "reason": "stalled"})
     script = f"echo '{word}' > $1/outcome.json; sleep 1000 & echo $! > $1/pid; wait"
-    before = {number: signal.getsignal(number) for number in supervisor.PASSED_ON}
-    try:
-        command = ["sh", "-c", script, "job", str(tmp_path), "--run-dir", str(tmp_path)]
-        assert supervisor.Supervisor(command, max_restarts=3).run() == 2
-    finally:
-        ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    command = ["sh", "-c", script, "job", str(tmp_path), "--run-dir", str(tmp_path)]
+    assert supervisor.Supervisor(command, max_restarts=3).run() == 2
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
-def test_the_end_of_a_terminal_does_not_stop_a_job_under_nohup(tmp_path):
-    before = {number: signal.getsignal(number) for number in supervisor.PASSED_ON}
+def test_the_end_of_a_terminal_does_not_stop_a_job_under_nohup(tmp_path, restored):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        command = ["sh", "-c", "kill -HUP $PPID; exit 3", "job", "--run-dir", str(tmp_path)]
-        attempt = supervisor.Supervisor(command).run_once()
-    finally:
-        ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    command = ["sh", "-c", "kill -HUP $PPID; exit 3", "job", "--run-dir", str(tmp_path)]
+    attempt = supervisor.Supervisor(command).run_once()
     assert (attempt.exit_code, attempt.asked_to_stop) == (3, False)
+
+
+def test_the_end_of_a_terminal_stops_other_jobs_at_a_checkpoint(tmp_path, restored):
+    """Ranks know TERM for that; HUP would end them at once."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    script = "trap 'exit 7' TERM; kill -HUP $PPID; while :; do sleep 0.05; done"
+    attempt = supervisor.Supervisor(["sh", "-c", script, "job", "--run-dir", str(tmp_path)]).run_once()
+    assert (attempt.exit_code, attempt.asked_to_stop) == (7, True)
+
+
+def test_a_launcher_is_given_the_time_that_the_runs_hook_may_take(tmp_path, monkeypatch):
+    """The hook runs at the end for two limits at most: after the outcome is written."""
+    clock, killed = [0.0], []
+
+    def wait(timeout):
+        clock[0] += timeout
+        if not killed:
+            raise subprocess.TimeoutExpired("launcher", timeout)
+        return -9
+
+    write_config(tmp_path, {"hook": "notify", "hook_limit_s": 100.0})
+    made = supervisor.Supervisor(["launcher", "--run-dir", str(tmp_path)])
+    made._job = SimpleNamespace(wait=wait, kill=lambda: killed.append(clock[0]))
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock[0])
+    made._wait(SimpleNamespace(has_ended=lambda: True))
+    assert 200 + supervisor.OUTCOME_GRACE_S < killed[0] < 205 + supervisor.OUTCOME_GRACE_S
 
 
 def test_a_signal_finds_the_ranks_in_a_shell_of_srun_too(monkeypatch):

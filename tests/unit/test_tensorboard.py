@@ -47,6 +47,15 @@ def test_steps_are_means_and_a_resumed_attempt_replaces_what_was_lost(tmp_path):
     assert seen.Scalars("speed/step_ms")[0].value == 100
 
 
+def test_the_last_steps_are_shown_although_they_are_fewer(tmp_path):
+    board = TensorBoard(tmp_path / "tb", first_step=1, every=10)
+    for number in range(1, 14):
+        board.record("step", step(number))
+    board.close()
+    losses = [(event.step, event.value) for event in read(tmp_path / "tb").Scalars("train/loss")]
+    assert losses == [(10, 5.5), (13, 12.0)]
+
+
 def test_curves_of_a_resumed_run_have_the_step_that_it_resumed_after(tmp_path):
     cfg = TrainConfig(tensorboard="always", log_every=1)
     for begun, steps in ((0, range(1, 8)), (5, range(6, 11))):  # from the checkpoint after 5
