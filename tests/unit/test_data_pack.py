@@ -323,6 +323,26 @@ def test_a_write_error_is_reported_and_the_same_command_continues(root, tmp_path
     assert tree(tmp_path / "packed") == tree(root / "packed")
 
 
+class Order:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_an_index_with_pickles_runs_nothing(root, tmp_path):
+    split = shutil.copytree(root / "packed" / "train", tmp_path / "train")
+    with np.load(split / "index.npz") as index:
+        arrays = {**index, "label": np.array([Order(tmp_path / "ran")], object)}
+    np.savez(split / "index.npz", **arrays)
+    with pytest.raises(DataError, match="cannot be used: Object arrays"):
+        ShardStore.open(split)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_large_index_is_mapped_and_as_correct(root, monkeypatch):
     """So that the ranks of a host share it, and only what is used of it is in memory."""
     copied = open_data_set(root / "packed")

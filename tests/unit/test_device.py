@@ -156,6 +156,8 @@ def test_mig_instances_are_named_in_whole_in_part_and_as_old_drivers_do(box):
     assert instances("MIG-12bb,MIG-10bb-0000") == ["MIG-12bb-0000", "MIG-10bb-0000"]
     assert instances("1") == instances(box[1].uuid) == [f"MIG-1{k}bb-0000" for k in range(3)]
     assert instances("0,1") == ["", *instances("1")]
+    with pytest.raises(DeviceError):  # any of the three
+        instances("MIG-1")
     old = f"MIG-{box[1].uuid}/7/0"
     (one,) = visible_devices({VISIBLE: old})
     assert (one.mig, one.gpu) == (old, box[1])
