@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
@@ -10,6 +9,7 @@ import click
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION
+from horovod_owt.signals import end_at_once_on_ctrl_c
 
 
 @click.command()
@@ -59,7 +59,7 @@ def evaluate(
 
     Ctrl-C stops it at once; nothing is written but the picture.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python hears nothing while it waits in a collective
+    end_at_once_on_ctrl_c()
     log_to_stderr()
     from horovod_owt.data.machine import allow_open_files
     from horovod_owt.inference.confusion import check_confusion, plot_confusion

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
 from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.signals import end_at_once_on_ctrl_c
 from horovod_owt.text import json_text, one_line
 from horovod_owt.topology import be_one_process
 
@@ -51,7 +51,7 @@ def predict(
                find /data -name '*.JPEG' | owt predict runs/first - --json
                owt predict alexnet-owt-7be5be79.pth cat.jpg --synsets LOC_synset_mapping.txt
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_once_on_ctrl_c()
     log_to_stderr()
     be_one_process("owt predict")
     from horovod_owt.config import TrainConfig
