@@ -78,6 +78,11 @@ def named_file(path: Path, option: str) -> Iterator[BinaryIO]:
         raise ConfigError(saw, wanted="a file that can be written", fix=f"another {option}") from None
 
 
+def users_path(text: Path | str) -> Path:
+    """A path as users write it: no shell expands the ~ of `--run-dir=~/x`, nor one in quotes."""
+    return Path(os.path.expanduser(text))
+
+
 def real_path(path: Path | str) -> Path:
     """Absolute and without links, like `resolve`, which raises RuntimeError for a loop of links."""
     return Path(os.path.realpath(path))

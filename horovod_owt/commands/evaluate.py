@@ -8,13 +8,13 @@ import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
-from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION, UsersPath
 from horovod_owt.signals import end_at_once_on_ctrl_c
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+@click.argument("data", type=UsersPath())
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=UsersPath())
 @click.option(
     "--crops",
     type=click.Choice(["1", "10"]),
@@ -28,7 +28,7 @@ from horovod_owt.signals import end_at_once_on_ctrl_c
 )
 @click.option(
     "--confusion",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     metavar="FILE",
     help="Draw the confusion matrix, as .svg or .png.",
 )

@@ -11,7 +11,7 @@ import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
-from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, UsersPath
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.signals import end_at_once_on_ctrl_c
 from horovod_owt.text import json_text, one_line
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 @click.command()
-@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=UsersPath())
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option(
     "--synsets",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     metavar="FILE",
     help="Names of the classes: lines `n01440764 tench, Tinca tinca`, or a name in the line of each label.",
 )

@@ -13,16 +13,15 @@ from horovod_owt.commands.options import (
     PARALLEL_OPTION,
     RECIPE_OPTION,
     SET_OPTION,
+    UsersPath,
     with_parallel,
     with_profile,
 )
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Run folder.  [default: runs/MODEL-DATE-TIME]"
-)
+@click.argument("data", type=UsersPath())
+@click.option("--run-dir", type=UsersPath(), help="Run folder.  [default: runs/MODEL-DATE-TIME]")
 @RECIPE_OPTION
 @click.option(
     "--resume",

@@ -24,7 +24,7 @@ from typing import Any
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, RunError
-from horovod_owt.files import real_path
+from horovod_owt.files import real_path, users_path
 from horovod_owt.runs.attempts import is_same_job, next_start
 from horovod_owt.runs.checkpoints import newest_sound, read_state, resume_at, sound_checkpoint, step_of
 from horovod_owt.runs.control import withdraw_older
@@ -117,7 +117,7 @@ def _new_folder(path: Path) -> Path:
 
 
 def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
-    path = "" if resume.how in ("auto", "never") else str(real_path(resume.how))
+    path = "" if resume.how in ("auto", "never") else str(real_path(users_path(resume.how)))
     own = newest_sound(run_dir)
     if own is None:
         if resume.how != "never":

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -242,6 +243,8 @@ def test_to_resume_from_something_else_than_a_checkpoint_is_refused_with_what_it
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         with pytest.raises(ConfigError, match=f"has 1 checkpoint; wanted one of them; fix: --resume {own}"):
             start(tmp_path / "new", str(path))
+    with pytest.raises(ConfigError, match=f"{Path.home()}/no-such-run does not exist"):
+        start(tmp_path / "new", "~/no-such-run")
     with pytest.raises(ConfigError, match="step-00000009 does not exist"):
         start(tmp_path / "new", str(own.with_name("step-00000009")))
     with pytest.raises(ConfigError, match="model.safetensors is a file; wanted the folder of a checkpoint"):

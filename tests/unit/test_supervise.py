@@ -77,7 +77,10 @@ def test_the_run_folder_is_found_in_the_command_and_wanted_there():
     assert run_dir_of(["owt", "train", "D", "--run-dir=runs/b"]).name == "b"
     twice = ["owt", "train", "D", "--run-dir", "runs/a", "--run-dir", "runs/b"]  # a script's, and the user's
     assert run_dir_of(twice).name == "b"
-    for command in (["owt", "train", "D"], ["owt", "train", "D", "--run-dir"]):
+    home = ["owt", "train", "D", "--run-dir=~/runs/c"]  # which no shell expands
+    assert run_dir_of(home) == Path.home() / "runs" / "c"
+    without = ([], ["--run-dir"], ["--run-dir", ""], ["--run-dir=", "--set", "batch=2"])
+    for command in (["owt", "train", "D", *words] for words in without):
         with pytest.raises(ConfigError, match="no --run-dir"):
             run_dir_of(command)
 

@@ -4,6 +4,7 @@ import os
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from horovod_owt.cli import cli
 from horovod_owt.config import resolve
@@ -131,6 +132,23 @@ def test_bad_input_is_answered_in_one_line(root, tmp_path, monkeypatch, command)
     assert known is not None, repr(error)
     assert "\n" not in str(known) and len(str(known)) < 800 and type(error).__name__ not in str(known)
     assert isinstance(error, OwtError), f"only the last resort explains {error!r}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train", "d", "--run-dir", ""], ["report", ""], ["stop", ""], ["launch", "elastic", "--hosts=", "d"]],
+)
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 2 and "an empty path: is a variable not set?" in done.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_home_is_found_where_no_shell_expands_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = CliRunner().invoke(cli, ["checkpoint", "list", "~/runs"])
+    assert f"{tmp_path}/runs does not exist" in str(done.exception)
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before_the_benchmark(tmp_path):
