@@ -12,6 +12,7 @@ import click
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, UsersPath
+from horovod_owt.commands.streams import stdout_is_read
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.signals import end_at_once_on_ctrl_c
 from horovod_owt.text import json_text, one_line
@@ -88,6 +89,8 @@ def predict(
             rows.append({"path": found.path, "top": best})
         else:
             click.echo(_text(found.path, best))
+            if not stdout_is_read():
+                return
     if as_json:
         click.echo(json_text({"checkpoint": str(info.source), "images": rows, "bad": bad}))
     if bad:
