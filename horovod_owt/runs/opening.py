@@ -28,7 +28,7 @@ from horovod_owt.files import real_path, users_path
 from horovod_owt.runs.attempts import is_same_job, next_start
 from horovod_owt.runs.checkpoints import newest_sound, read_state, resume_at, sound_checkpoint, step_of
 from horovod_owt.runs.control import withdraw_older
-from horovod_owt.runs.folder import write_config
+from horovod_owt.runs.folder import forget_outcome, write_config
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.records import Start, checkpoint_recorded
 
@@ -102,6 +102,7 @@ def _open(
         _check_data(checkpoint, data, other_data=resume.other_data)
     resume_at(run_dir, step_of(checkpoint) if own else 0)
     write_config(run_dir, cfg.to_dict())
+    forget_outcome(run_dir)
     return dataclasses.replace(opened, **dataclasses.asdict(next_start(run_dir, os.environ)))
 
 

@@ -21,6 +21,7 @@ from horovod_owt.runs.checkpoints import (
     new_checkpoint,
     write_state,
 )
+from horovod_owt.runs.folder import read_outcome, write_outcome
 from horovod_owt.runs.opening import Opened, Resume, data_differences, open_run_folder
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.records import MetricsLog
@@ -252,6 +253,17 @@ def test_to_resume_from_something_else_than_a_checkpoint_is_refused_with_what_it
     damage(own)
     with pytest.raises(RunError, match=f"model.safetensors does not match.*verify {tmp_path / 'run'}"):
         start(tmp_path / "new", str(own))
+
+
+def test_an_earlier_outcome_is_not_that_of_an_attempt_that_is_killed(tmp_path):
+    write(tmp_path, 1)
+    write_outcome(tmp_path, {"exit_code": 0, "reason": "done"})
+    with pytest.raises(ConfigError):  # refused: the run has still ended so
+        start(tmp_path, cfg=TrainConfig(classes=3))
+    assert read_outcome(tmp_path)["exit_code"] == 0
+    start(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_outcome(tmp_path)
 
 
 def test_runs_that_start_in_one_second_get_a_folder_each(tmp_path, monkeypatch):

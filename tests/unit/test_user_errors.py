@@ -29,6 +29,9 @@ def root(tmp_path_factory):
         "list.yaml": b"- 1\n- 2",
         "broken.yaml": b"batch: [1, 2",
         "date.yaml": b"batch: 2026-13-45",
+        "comment.yaml": b"# nothing\n",
+        "false.yaml": b"false",
+        "complex-key.yaml": b"? [1, 2]\n: 3",
         "deep.yaml": b"[" * 1200,
         "tag.yaml": b"batch: !!python/object:os.system x",
         "types.yaml": b"batch: [1, 2]",
@@ -59,7 +62,8 @@ def root(tmp_path_factory):
     return root
 
 
-RECIPES = """file binary zeros latin1.yaml half.utf16 list.yaml broken.yaml date.yaml deep.yaml tag.yaml
+RECIPES = """empty comment.yaml false.yaml complex-key.yaml
+file binary zeros latin1.yaml half.utf16 list.yaml broken.yaml date.yaml deep.yaml tag.yaml
 types.yaml map.yaml number-key.yaml null.yaml bool.yaml huge.yaml group.yaml nan.yaml folder
 dangling loop nowhere""".split()
 SETTINGS = """batch batch= =4 batch=0 batch=-1 batch=1.5 batch=1e3 batch=nan batch=99999999999999999999
@@ -172,6 +176,21 @@ def test_a_file_of_another_encoding_is_named_with_the_byte(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize(
+    ("text", "saw"),
+    [
+        ("lr: 0.1\nbatch: 4\nlr: 0.2\n", "has lr twice, again at line 3"),
+        ("about:\n  summary: a\n  summary: b\n", "has summary twice, again at line 3"),
+        ("# lost\n", "is empty"),
+    ],
+)
+def test_a_recipe_that_says_two_things_or_nothing_is_refused(tmp_path, text, saw):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=f"r.yaml {saw}"):
+        resolve(str(recipe))
+
+
 def test_an_unreadable_recipe_is_named(tmp_path):
     (tmp_path / "mine.yaml").touch(mode=0)
     with pytest.raises(ConfigError, match="Permission denied"):
