@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.slurm.spec import AUTO, KINDS, LAUNCHERS, JobSpec, option_of, sbatch_fields
 
 if TYPE_CHECKING:
@@ -125,9 +125,7 @@ def submit(spec: JobSpec, dry_run: bool) -> None:
 
 @job.command()
 @JOB_ID
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Its run folder, if Slurm no longer knows the job."
-)
+@click.option("--run-dir", type=UsersPath(), help="Its run folder, if Slurm no longer knows the job.")
 @JSON_OPTION
 def status(job_id: str, run_dir: Path | None, as_json: bool) -> None:
     """Print the state and progress of job JOB (1234, or 1234_2 of an array).

@@ -49,6 +49,7 @@ ROOT = {
     "private",
     "recipe",
     "schedule",
+    "signals",
     "text",
     "topology",
     "versions",
