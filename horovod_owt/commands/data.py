@@ -35,7 +35,7 @@ data.add_command(stats)
 def synth(out: Path, classes: int, train_per_class: int, val_per_class: int, seed: int) -> None:
     """Write a small synthetic data set of JPEGs in ImageNet's layout to OUT.
 
-    Classes are patterns in random colours, so a net must learn shapes. An existing OUT is kept.
+    Classes are patterns in random colours, so a model must learn shapes. An existing OUT is kept.
 
     \b
     Example:  owt data synth /tmp/synth --classes 20 --seed 1

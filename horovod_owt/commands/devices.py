@@ -34,8 +34,8 @@ def devices(as_json: bool) -> None:
                horovodrun -np 4 owt devices
                mpirun -np 8 --host gpu07:4,gpu08:4 --bind-to none owt devices
 
-    Start it with the launcher that you use for `owt train`; rank 0 prints the table. UUID is that of the MIG
-    instance, if the rank has one; NUMA is the node that the device is attached to.
+    Use the same launcher as for `owt train`; rank 0 prints the table. UUID is that of the MIG instance, if
+    the rank has one; NUMA is the node that the device is attached to.
     """
     from horovod_owt.data.machine import allow_open_files
     from horovod_owt.errors import DeviceError, RunError

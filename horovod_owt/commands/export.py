@@ -1,4 +1,4 @@
-"""owt export: hand a trained net on."""
+"""owt export: convert a trained model for other tools."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from horovod_owt.topology import be_one_process
 @NEWEST_OPTION
 @JSON_OPTION
 def export(checkpoint: Path, out: Path, newest: bool, as_json: bool) -> None:
-    """Write a trained net to the file OUT, by its suffix: .onnx, .pth or .safetensors.
+    """Export a trained model to OUT, whose suffix selects the format: .onnx, .pth or .safetensors.
 
-    .onnx takes any number of normalised images and gives logits; ONNX Runtime checks it against torch (extra
-    `export`). .pth is a state dict for torchvision's `alexnet`. .safetensors has the same tensors, and
-    the names of the classes. The net is a run folder, a checkpoint or a file, as for `owt evaluate`.
+    .onnx takes any number of normalised images and returns logits; ONNX Runtime checks it against torch
+    (extra `export`). .pth is a state dict for torchvision's `alexnet`. .safetensors has the same tensors, and
+    the class names. The model is a run folder, a checkpoint or a file, as for `owt evaluate`.
 
     \b
     Example:  owt export runs/first first.onnx

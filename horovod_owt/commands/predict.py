@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
     "--synsets",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Names of the classes: lines `n01440764 tench, Tinca tinca`, or a name in the line of each label.",
+    help="Class names: lines such as `n01440764 tench, Tinca tinca`, or one name per line in label order.",
 )
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes for each image.")
 @NEWEST_OPTION
@@ -40,11 +40,11 @@ def predict(
     newest: bool,
     as_json: bool,
 ) -> None:
-    """Print the most probable classes of each IMAGE: a file, a folder, or - for a list of these on stdin.
+    """Print the most probable classes of each IMAGE: a file, a folder, or - for a list of paths on stdin.
 
-    The net is a run folder, a checkpoint or a file of weights, as for `owt evaluate`. Classes have the names
-    of the run's class folders; where those are unknown, numbers. Images that cannot be decoded are named, the
-    others are classified, and the exit code is 1.
+    The model is a run folder, a checkpoint or a file of weights, as for `owt evaluate`. Classes are named
+    after the run's class folders, or numbered if those are unknown. If an image cannot be decoded it is
+    reported, the others are classified, and the exit code is 1.
 
     \b
     Examples:  owt predict runs/first cat.jpg photos/

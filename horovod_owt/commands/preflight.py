@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     default=Path("runs"),
     show_default=True,
-    help="Check that this folder, where the run will be stored, is writable, shared and large enough.",
+    help="Check that this folder, in which runs will be stored, is writable, shared and has enough space.",
 )
 @JSON_OPTION
 def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
@@ -51,7 +51,7 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
         document = {"findings": [finding.to_dict() for finding in findings]}
         click.echo(json.dumps(document) if as_json else _table(findings))
 
-    with loading():  # most of its time; and the process is a short one
+    with loading():  # imports take most of the time of this short process
         bad = preflight(topology, data, run_dir, tell)
     if bad:
         found = f"{bad} bad finding{'s'[: bad > 1]}"
