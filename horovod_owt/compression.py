@@ -6,7 +6,7 @@ from horovod_owt.errors import ConfigError
 
 POWERSGD = "powersgd:"
 WANTED = "none, fp16, onebit or powersgd:R"
-MOST_RANK = 4096  # units of a hidden layer: no matrix of the classifier has a higher rank
+MAX_RANK = 4096  # units of a hidden layer: no matrix of the classifier has a higher rank
 
 
 def powersgd_rank(compression: str) -> int:
@@ -26,8 +26,8 @@ def check_compression(compression: str) -> None:
     saw, rank = f"compression={compression}", compression.removeprefix(POWERSGD)
     if not compression.startswith(POWERSGD):
         raise ConfigError(saw, wanted=WANTED, fix="compression=none")
-    if not (rank.isdecimal() and rank.isascii()) or not 1 <= int(rank) <= MOST_RANK:
-        raise ConfigError(saw, wanted=f"a rank from 1 to {MOST_RANK}", fix="compression=powersgd:4")
+    if not (rank.isdecimal() and rank.isascii()) or not 1 <= int(rank) <= MAX_RANK:
+        raise ConfigError(saw, wanted=f"a rank from 1 to {MAX_RANK}", fix="compression=powersgd:4")
 
 
 def one_bit_row_bytes(columns: int, number_bytes: int = 4) -> int:

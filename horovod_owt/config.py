@@ -16,7 +16,7 @@ from horovod_owt.recipe import DEFAULT_RECIPE, load_recipe
 from horovod_owt.schedule import IMAGE_SIZES, Table, image_sizes_of, is_table, peak_of, schedule_of
 from horovod_owt.text import nearest
 
-MOST = 1e9  # of what has no other limit: a typing error, and beyond it integers and timers overflow
+UPPER_LIMIT = 1e9  # of keys without their own: more is a typing error, and integers and timers would overflow
 CHOICES = {
     "model": ("alexnet-owt", "alexnet-owt-bn"),
     "optimizer": ("sgd", "lars"),
@@ -249,14 +249,14 @@ def _check(cfg: TrainConfig) -> None:
         "hook_limit_s",
     )
     limits: dict[str, tuple[float, float]] = {
-        **{key: (1, MOST) for key in positive},
-        **{key: (0, MOST) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
-        **{key: (0, MOST) for key in ("checkpoint_every", "checkpoint_retries", "compression_start")},
+        **{key: (1, UPPER_LIMIT) for key in positive},
+        **{key: (0, UPPER_LIMIT) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
+        **{key: (0, UPPER_LIMIT) for key in ("checkpoint_every", "checkpoint_retries", "compression_start")},
         "clip_norm": (0, math.inf),
         "decode_threads": (0, 1024),
         "cache_side": (0, 10_000),
         "metrics_port": (0, 65535),
-        "grad_norm_every": (0, MOST),
+        "grad_norm_every": (0, UPPER_LIMIT),
         "profile": (0, 1000),
         "image_size": IMAGE_SIZES,
         "crop_scale_min": (0.01, 1),

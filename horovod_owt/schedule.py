@@ -14,7 +14,7 @@ Factor = Callable[[float, float], float]  # (epoch, epochs) -> share of the peak
 Table = tuple[tuple[float, ...], ...]  # rows of an epoch and the values from there on
 
 FORMS = "constant, cosine, poly:POWER, step:EPOCHS:FACTOR or a table [[EPOCH, LR, WEIGHT_DECAY], ...]"
-MOST_LR = 1e9
+MAX_LR = 1e9
 IMAGE_SIZES = (63, 8192)  # px; a smaller side leaves no pixel after AlexNet's last pool
 
 
@@ -30,9 +30,9 @@ def schedule_of(value: Any) -> str | Table:
     table = table_of("schedule", value, first=1, columns=(2, 3), row=row)
     if len({len(row) for row in table}) > 1:
         raise ConfigError("schedule has rows with and without a weight decay", wanted=row)
-    if any(not 0 <= number <= MOST_LR for row in table for number in row[1:]):
+    if any(not 0 <= number <= MAX_LR for row in table for number in row[1:]):
         raise ConfigError(
-            "schedule has a learning rate or weight decay out of range", wanted=f"0 to {MOST_LR:g}"
+            "schedule has a learning rate or weight decay out of range", wanted=f"0 to {MAX_LR:g}"
         )
     if not any(lr for _, lr, *_ in table):
         raise ConfigError("schedule has no learning rate above 0", wanted=row)

@@ -35,7 +35,7 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.interfaces import listening_addresses
 from horovod_owt.parallel.parts import measure_parts, time_classifier, time_each
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import DTYPES, set_kernels
+from horovod_owt.parallel.step import DTYPES, configure_backends
 from horovod_owt.perf.layers import Net, net_of
 from horovod_owt.perf.parts import FC_PASSES, UPDATE_PASSES, WEIGHT_BYTES
 from horovod_owt.perf.predict import Parts
@@ -100,7 +100,7 @@ def _measure(request: Request, world: World, root: Path, keep: ExitStack, *, ste
             log.info("%s: done", what)
         return value
 
-    set_kernels(cfg)  # for ceilings of the precision that the step has
+    configure_backends(cfg)  # for ceilings of the precision that the step has
     ring_s, latency_s = told("TCP ring", _ring(world))
     return Measured(
         matrix_gflops=told("matrix products", matrix_gflops(cfg, world)),

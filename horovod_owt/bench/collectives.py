@@ -23,7 +23,7 @@ from horovod_owt.train.prepare import choose_device
 
 MIN_BYTES, MAX_BYTES, FACTOR = 1 << 10, 256 << 20, 4
 BUDGET_BYTES = 1 << 30  # moved for one size: small ones are repeated more often
-MOST, LEAST = 100, 3  # repeats
+MAX_REPEATS, MIN_REPEATS = 100, 3
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def bench_collectives(cfg: Any, low: int, high: int) -> dict[str, Any] | None:
 
 
 def _row(name: str, size: int, world: World) -> dict[str, Any]:
-    repeats = max(LEAST, min(MOST, BUDGET_BYTES // size // 4))
+    repeats = max(MIN_REPEATS, min(MAX_REPEATS, BUDGET_BYTES // size // 4))
     seconds = np.array(
         time_each(bare_collective(name, size, world.size, world.device), world, repeats=repeats)
     )

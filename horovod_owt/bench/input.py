@@ -29,7 +29,7 @@ from horovod_owt.bench.input_contenders import (
 )
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.parallel import runtime
-from horovod_owt.topology import be_one_process
+from horovod_owt.topology import require_single_process
 from horovod_owt.train.prepare import Request, prepare_alone
 
 AHEAD = 8  # batches; no contender prefetches more
@@ -43,7 +43,7 @@ def bench_input(
     data: Path | None, recipe: str | None, settings: tuple[str, ...], *, blocks: int, batches: int
 ) -> dict[str, Any]:
     """Time `blocks` turns of `batches` batches of each contender; ConfigError under a launcher."""
-    be_one_process("bench input")
+    require_single_process("bench input")
     with given_or_synthetic(data) as root, ExitStack() as keep:
         request = _with_threads(prepare_alone(root, recipe, settings))
         contenders = _contenders(request, root, keep)

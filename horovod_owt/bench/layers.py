@@ -26,7 +26,7 @@ from horovod_owt.model.dropout import keep_scale
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.optimizer import build_optimizer
-from horovod_owt.parallel.step import DTYPES, set_kernels
+from horovod_owt.parallel.step import DTYPES, configure_backends
 from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.network import HIDDEN, fc_layers
 from horovod_owt.topology import rank_topology
@@ -55,7 +55,7 @@ def bench_layers(cfg: TrainConfig, *, rounds: int) -> dict[str, Any] | None:
     device = choose_device(cfg, rank_topology())
     world = runtime.init(device, stall_limit_s=cfg.stall_limit_s)
     runtime.check_devices(device, world)
-    set_kernels(cfg)
+    configure_backends(cfg)
     ceilings = {"conv": convolution_gflops(cfg, world), "fc": matrix_gflops(cfg, world)}
     works = list(all_work(cfg, world.device))
     mine: list[list[float]] = []

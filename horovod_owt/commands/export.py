@@ -10,7 +10,7 @@ import click
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
-from horovod_owt.topology import be_one_process
+from horovod_owt.topology import require_single_process
 
 
 @click.command()
@@ -29,7 +29,7 @@ def export(checkpoint: Path, out: Path, newest: bool, as_json: bool) -> None:
     Example:  owt export runs/first first.onnx
     """
     log_to_stderr()
-    be_one_process("owt export")
+    require_single_process("owt export")
     with loading():
         from horovod_owt.inference.export import check_export
         from horovod_owt.inference.export import export as export_net

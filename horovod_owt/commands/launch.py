@@ -192,7 +192,7 @@ def elastic(
     job = ElasticJob.on(
         train,
         interface=interface,
-        places=None if hosts else ranks or default_ranks(),
+        slots=None if hosts else ranks or default_ranks(),
         hosts_file=hosts,
         min_ranks=min_ranks,
         max_ranks=max_ranks,

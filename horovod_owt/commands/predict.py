@@ -15,7 +15,7 @@ from horovod_owt.commands.log import log_to_stderr
 from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.text import json_text, one_line
-from horovod_owt.topology import be_one_process
+from horovod_owt.topology import require_single_process
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def predict(
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     log_to_stderr()
-    be_one_process("owt predict")
+    require_single_process("owt predict")
     from horovod_owt.config import TrainConfig
     from horovod_owt.data.paths import named_images
     from horovod_owt.inference.names import class_words

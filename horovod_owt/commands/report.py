@@ -52,12 +52,12 @@ def report(
     from horovod_owt.report.summary import summarize_all
     from horovod_owt.runs.folder import report_file
 
-    summaries = summarize_all(runs, most_points=points, evaluation=evaluation)
+    summaries = summarize_all(runs, max_points=points, evaluation=evaluation)
     if as_json:
         click.echo(json.dumps({"runs": summaries}, allow_nan=False))
         return
     path = output or report_file(runs[0] if len(runs) == 1 else Path())
-    html = page(summaries, most_points=points, folder=path.parent)
+    html = page(summaries, max_points=points, folder=path.parent)
     with named_file(path, "--output") as file:
         file.write(html.encode(errors="backslashreplace"))
     click.echo(path)

@@ -11,7 +11,7 @@ from horovod_owt.files import named_file
 from horovod_owt.perf.plot import check_plot, drawable
 
 SUFFIXES = (".svg", ".png")
-MOST_LABELS = 40  # classes whose names still fit
+MAX_LABELS = 40  # classes whose names still fit
 
 
 def check_confusion(path: Path) -> None:
@@ -30,7 +30,7 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path, *, titl
         axes = figure.subplots()
         image = axes.imshow(share, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
         axes.set(title=title, xlabel="taken for", ylabel="class")
-        if len(names) <= MOST_LABELS:
+        if len(names) <= MAX_LABELS:
             shown = [drawable(name) for name in names]
             axes.set_xticks(range(len(names)), shown, rotation=90, fontsize="small")
             axes.set_yticks(range(len(names)), shown, fontsize="small")

@@ -28,7 +28,7 @@ from horovod_owt.model.alexnet_owt import AlexNetOWT
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import autocast, use_whole_fp32
+from horovod_owt.parallel.step import autocast, disable_tf32
 from horovod_owt.runs.opening import label_differences
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
@@ -108,7 +108,7 @@ def evaluate(
 def logits_of(model: AlexNetOWT, cfg: TrainConfig) -> Logits:
     """The net as a function, in the precision of `cfg`."""
     device = next(model.parameters()).device
-    use_whole_fp32()
+    disable_tf32()
     if cfg.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     model = model.double() if cfg.precision == "fp64" else model

@@ -19,7 +19,7 @@ from horovod_owt.filesystem import free_space
 from horovod_owt.runs.checkpoints import list_checkpoints, step_of
 
 RECENT = 20  # steps whose median predicts the time between checkpoints
-MOST_NAMED = 32  # ranks with a series of their own
+MAX_NAMED = 32  # ranks with a series of their own
 SPREAD = ("min", "median", "max")
 PARTS = (
     ("owt_rank_compute_seconds", "compute", "Own work of a rank"),
@@ -205,7 +205,7 @@ class RunMetrics(Collector):
         return self._metric("counter", name, text, [({}, value)])
 
     def _named(self, name: str, text: str, ranks: Sequence[Mapping[str, str]]) -> Metric:
-        return self._metric("gauge", name, text, [(labels, 1) for labels in ranks[:MOST_NAMED]])
+        return self._metric("gauge", name, text, [(labels, 1) for labels in ranks[:MAX_NAMED]])
 
     def _metric(
         self, kind: str, name: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]]

@@ -17,7 +17,7 @@ from horovod_owt.errors import ConfigError, fix_of
 from horovod_owt.parallel.admission import family_of
 from horovod_owt.parallel.interfaces import address_of
 
-MOST_CONNECTIONS = 16  # at a time; a new one displaces the oldest
+MAX_CONNECTIONS = 16  # at a time; a new one displaces the oldest
 REQUEST_S = 5.0  # for the next bytes of a request
 
 
@@ -47,7 +47,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: socket.socket, client_address: object) -> None:
         with self._one_at_a_time:
-            if len(self._open) >= MOST_CONNECTIONS:
+            if len(self._open) >= MAX_CONNECTIONS:
                 _hang_up(self._open.pop(0))
             self._open.append(request)
         super().process_request(request, client_address)

@@ -26,7 +26,7 @@ from horovod_owt.text import valid
 log = logging.getLogger(__name__)
 
 IMAGES = 8  # of a batch
-MOST_CURVES = 20  # classes that have a curve each; of more, the worst are listed
+MAX_CURVES = 20  # classes that have a curve each; of more, the worst are listed
 CLOSE_S = 10.0  # for what is left to write at the end: a disk may hang
 MEANS = {  # tag -> key of the records of steps, whose mean is shown
     "train/loss": "loss",
@@ -151,10 +151,10 @@ class TensorBoard:
             return
         values = torch.tensor([value for value, _ in known]).numpy()
         self._file.add(step, summary.histogram("validation/top1_of_classes", values, bins="auto"))
-        if len(known) <= MOST_CURVES:
+        if len(known) <= MAX_CURVES:
             for value, name in known:
                 self._scalar(f"class_top1/{name}", value, step)
-        rows = "".join(f"| {name} | {value:.1f} |\n" for value, name in known[:MOST_CURVES])
+        rows = "".join(f"| {name} | {value:.1f} |\n" for value, name in known[:MAX_CURVES])
         worst = f"| class | top-1 in percent |\n|---|---|\n{rows}"
         self._file.add(step, summary.text("validation/worst_classes", worst))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from horovod_owt.config import TrainConfig
 from horovod_owt.perf.layers import net_of
 
-MOST_THREADS = 8  # more threads than these are not counted: small layers do not scale
+MAX_THREADS = 8  # more threads than these are not counted: small layers do not scale
 BYTES_PER_S = 4e9  # of memory, for one rank
 PASSES = 8  # of an update over each parameter: gradient, momentum, weight, read and written, and copies
 OVERHEAD_S = 0.2
@@ -18,6 +18,6 @@ def generous_step_s(cfg: TrainConfig, *, flops_per_s: float, threads: int) -> fl
     `flops_per_s` is the fp32 rate of one thread. Hybrid steps have the same operations, and fewer parameters.
     """
     net = net_of(cfg.model, classes=cfg.classes, image_size=cfg.image_size)
-    seconds = cfg.rank_batch() * net.flops() / (flops_per_s * min(threads, MOST_THREADS))
+    seconds = cfg.rank_batch() * net.flops() / (flops_per_s * min(threads, MAX_THREADS))
     update_s = 4 * PASSES * net.parameters() / BYTES_PER_S
     return seconds * WITHOUT_INSTRUCTIONS.get(cfg.precision, 1.0) + update_s + OVERHEAD_S

@@ -41,7 +41,7 @@ FIGURES = {
     "restart_s": ("from a failure to the first new step", 0),
     "checkpoint_stall_s": ("for which training waits at a checkpoint", 1e-9),
 }
-MOST = 1e9  # of any figure: far above all machines, and low enough to calculate with
+MAX_FIGURE = 1e9  # far above any machine, and low enough to calculate with
 KEYS = ("about", "device", "shares_cores", "figures", "published", "report")
 PUBLISHED = (
     "one of title, net, batch, overlap, and images/s by number of devices, from 1 on: synthetic and real"
@@ -205,7 +205,7 @@ def checked(key: str, value: Any, where: str) -> float:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    most = 1.0 if key == "overlap" else MOST
+    most = 1.0 if key == "overlap" else MAX_FIGURE
     if not least <= number <= most or (key == "ranks_per_node" and number % 1):
         raise ConfigError(f"{where}: {key}={value}", wanted=f"{least:g} to {most:g}: {meaning}")
     return number

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from horovod_owt.perf.layers import Net
 
 FC_BACKWARD = 2 / 3  # of a classifier's arithmetic: the gradients of weights and inputs
-MAX_PIECE_ELEMENTS = 4 * 2**20  # of gradients sent together: 16 MB of fp32 reach a ring's bandwidth
-MIN_PIECES = 4  # of a small buffer, so that most of it is sent before the first layer's gradient is ready
+MAX_BUCKET_ELEMENTS = 4 * 2**20  # gradients sent together: 16 MB of fp32 reach a ring's bandwidth
+MIN_BUCKETS = 4  # for a small buffer, so that most of it is sent before the first layer's gradient is ready
 
 
-def piece_elements(parameters: int) -> int:
-    """How many of that many gradients are sent together."""
-    return min(MAX_PIECE_ELEMENTS, -(-parameters // MIN_PIECES))
+def bucket_elements(parameters: int) -> int:
+    """Gradients per bucket, of `parameters` in all."""
+    return min(MAX_BUCKET_ELEMENTS, -(-parameters // MIN_BUCKETS))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _left_after_backward(parts: Parts, net: Net) -> float:
         layers = [layer for layer in net.layers() if layer.kind == kind]
         flops = sum(layer.backward_flops for layer in layers)
         total = unsent = ready_from = net.parameters(kind)
-        piece = piece_elements(total)
+        piece = bucket_elements(total)
         for layer in reversed(layers):
             computed_s += backward_s * layer.backward_flops / flops
             ready_from -= layer.parameters

@@ -14,7 +14,7 @@ from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.parts import Job
 from horovod_owt.perf.plan import Row, fastest, group_sizes, plan
 
-MOST_NODES = 100_000
+MAX_NODES = 100_000
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def parse_nodes(text: str) -> list[int]:
         nodes = sorted({int(word) for word in text.split(",")})
     except ValueError:
         nodes = []
-    if not nodes or not 1 <= nodes[0] <= nodes[-1] <= MOST_NODES:
-        raise ConfigError(f"--nodes {text}", wanted=f"numbers from 1 to {MOST_NODES:,}", fix="--nodes 1,2,4")
+    if not nodes or not 1 <= nodes[0] <= nodes[-1] <= MAX_NODES:
+        raise ConfigError(f"--nodes {text}", wanted=f"numbers from 1 to {MAX_NODES:,}", fix="--nodes 1,2,4")
     return nodes
 
 

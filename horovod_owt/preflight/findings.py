@@ -105,8 +105,8 @@ def at_least(
     """Each answer's value is at least `least`; the report divides values by `scale`."""
     low = [answer for answer in answers if answer.value < least]
     shown = [answer.value / scale for answer in low or answers]
-    least_shown, most_shown = (f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in (min(shown), max(shown)))
-    span = least_shown + (f" to {most_shown}" if most_shown != least_shown else "")
+    least_shown, max_shown = (f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in (min(shown), max(shown)))
+    span = least_shown + (f" to {max_shown}" if max_shown != least_shown else "")
     saw = f"{span} {unit}" + (f" on {who(low)}" if low else "")
     return Finding(check, not low, saw, wanted, fix if low else "", hosts_of(low))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from horovod_owt.errors import OwtError
-from horovod_owt.parallel.meeting import CONNECT, Meeting
+from horovod_owt.parallel.control_channel import CONNECT, ControlChannel
 from horovod_owt.preflight.findings import Answer, Finding, grouped, hosts_of, spans, who
 from horovod_owt.topology import Topology
 
@@ -21,8 +21,8 @@ BROADCAST_S = 300.0
 class Inquiry:
     """Runs probes on all ranks and collects the findings; only rank 0 gets answers."""
 
-    def __init__(self, meeting: Meeting, topology: Topology) -> None:
-        self.meeting, self.topology = meeting, topology
+    def __init__(self, channel: ControlChannel, topology: Topology) -> None:
+        self.channel, self.topology = channel, topology
         self.findings: list[Finding] = []
         self._asking = ""
         self.hosts = {0: topology.host}  # by rank, of all ranks that have answered once
@@ -38,13 +38,13 @@ class Inquiry:
 
         With `each_host`, one rank per host runs it. A probe that raises or times out becomes a finding.
         """
-        if self.meeting.is_root and what != self._asking:
+        if self.channel.is_root and what != self._asking:
             log.info("preflight: %s", what)
         self._asking = what
         if each_host and not self.speaks_for_host:
             probe = None
         own = {"host": self.topology.host, **(within(limit_s, probe) if probe else {})}
-        results = self.meeting.gather(own, limit_s, what)
+        results = self.channel.gather(own, limit_s, what)
         answers = [Answer(rank, answer["host"], answer) for rank, answer in results.items()]
         self.hosts |= {answer.rank: answer.host for answer in answers}
         self._note_errors(what, [answer for answer in answers if "error" in answer.value])
@@ -70,13 +70,13 @@ class Inquiry:
 
     def attendance(self) -> list[Finding]:
         """Findings on the ranks that answered and those that did not; only for rank 0."""
-        if not self.meeting.absent:
+        if not self.channel.absent:
             ranks = [Answer(rank, name, None) for rank, name in sorted(self.hosts.items())]
             return [Finding("ranks", True, f"{len(ranks)} answered: {who(ranks)}")]
         came = [Answer(rank, name, None) for rank, name in sorted(self.hosts.items())]
         findings = []
-        for what in dict.fromkeys(asked for _, asked in self.meeting.absent.values()):
-            lost = {rank: name for rank, (name, asked) in self.meeting.absent.items() if asked == what}
+        for what in dict.fromkeys(asked for _, asked in self.channel.absent.values()):
+            lost = {rank: name for rank, (name, asked) in self.channel.absent.items() if asked == what}
             if what == CONNECT:
                 saw = f"never connected: {spans(lost)}; connected: {who(came)}"
                 fix = "see the launcher's output; check that the host is up and has this package"
@@ -89,7 +89,7 @@ class Inquiry:
         return findings
 
     def broadcast(self, value: Any = None) -> Any:
-        return self.meeting.broadcast(value, BROADCAST_S)
+        return self.channel.broadcast(value, BROADCAST_S)
 
     def _note_errors(self, what: str, failed: Sequence[Answer]) -> None:
         errors = grouped(

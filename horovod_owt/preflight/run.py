@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.parallel.admission import Listener, new_key
+from horovod_owt.parallel.control_channel import open_control_channel
 from horovod_owt.parallel.device import Device, claim_device
 from horovod_owt.parallel.interfaces import own_addresses
-from horovod_owt.parallel.meeting import meet
 from horovod_owt.preflight import dataset, device, host, network, wire
 from horovod_owt.preflight.findings import Finding
 from horovod_owt.preflight.inquiry import Inquiry, within
@@ -24,7 +24,7 @@ LOCAL_S = 10.0  # for probes that use only the local host
 RESOLVE_S = 25.0  # a resolver tries each server twice for 5 s
 DATA_S = 60.0  # to list a data set of millions of files over a network
 NETWORK_S = 30.0
-MOST_ROUNDS = 24  # of pairs: about 25 s
+MAX_ROUNDS = 24  # of pairs: about 25 s
 
 
 def preflight(
@@ -34,8 +34,8 @@ def preflight(
 
     Every rank must call it. Raises RunError on a rank that loses rank 0.
     """
-    with meet(topology, limit_s=START_S) as meeting:
-        inquiry = Inquiry(meeting, topology)
+    with open_control_channel(topology, limit_s=START_S) as channel:
+        inquiry = Inquiry(channel, topology)
         claimed: list[Device] = []
 
         def look_at_device() -> dict[str, Any]:
@@ -60,7 +60,7 @@ def preflight(
             )
         check_folder(inquiry, run_dir)
         check_network(inquiry, claimed)
-        if meeting.is_root:
+        if channel.is_root:
             inquiry.find(*inquiry.attendance())
             tell(inquiry.findings)
         return inquiry.broadcast(sum(not finding.ok for finding in inquiry.findings))
@@ -111,7 +111,7 @@ def check_clocks(inquiry: Inquiry, where: dict[str, list], key: str) -> None:
 def check_pairs(inquiry: Inquiry, where: dict[str, list], key: str) -> None:
     """Measure in rounds, each host in one pair at a time; slow pairs are measured twice more."""
     rounds = list(network.rounds(sorted(where)))
-    rounds = rounds[:: max(1, -(-len(rounds) // MOST_ROUNDS))]
+    rounds = rounds[:: max(1, -(-len(rounds) // MAX_ROUNDS))]
     pairs: dict[tuple[str, str], wire.Pair] = {}
 
     def measure(round_: Sequence[tuple[str, str]]) -> None:
@@ -138,7 +138,7 @@ def check_ring(inquiry: Inquiry, address: str | None, key: str, claimed: list[De
     """All ranks at once, by plain TCP, then by Horovod; only if every rank is ready for it."""
     rank, size = inquiry.topology.rank, inquiry.topology.world_size
     with Listener([address] if address else [], key) as listener:
-        place = listener.places[0] if address and claimed else None
+        place = listener.endpoints[0] if address and claimed else None
         places = inquiry.ask("ring addresses", lambda: place, LOCAL_S)
         ring = [answer.value for answer in places if answer.value]
         ring = inquiry.broadcast(ring if len(ring) == size else [])

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic, perf_counter, time
 
-from horovod_owt.parallel.admission import Listener, Place, connect
+from horovod_owt.parallel.admission import Endpoint, Listener, connect
 
 PINGS = 40
 STREAM_S = 0.3  # duration of the bandwidth test in each direction
@@ -43,7 +43,7 @@ def answering(address: str, key: str) -> Iterator[int]:
         server = threading.Thread(target=_serve, args=(listener, stop), daemon=True, name="wire")
         server.start()
         try:
-            yield listener.places[0].port
+            yield listener.endpoints[0].port
         finally:
             stop.set()
             server.join(LIMIT_S)
@@ -128,7 +128,7 @@ def _answer(connection: socket.socket, purpose: object) -> None:
 
 
 def _connect(address: str, port: int, key: str, purpose: str) -> socket.socket:
-    connection = connect([Place(address, port)], key, {"for": purpose}, LIMIT_S)
+    connection = connect([Endpoint(address, port)], key, {"for": purpose}, LIMIT_S)
     connection.settimeout(LIMIT_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection

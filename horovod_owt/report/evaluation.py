@@ -13,8 +13,8 @@ from horovod_owt.files import read_user_json
 from horovod_owt.report.timeline import list_of
 from horovod_owt.runs.folder import evaluation_file
 
-MOST_PAIRS = 12
-MOST_CLASSES = 10
+MAX_PAIRS = 12
+MAX_CLASSES = 10
 SIDE = 96  # px of a thumbnail, shown in 64
 QUALITY = 78
 WANTED = "the output of `owt evaluate --json`"
@@ -30,14 +30,14 @@ def evaluation_of(run_dir: Path, file: Path | None) -> dict[str, Any] | None:
         return None
     document = _read(path)
     classes = {str(row.get("class")): row for row in list_of(document["per_class"]) if isinstance(row, dict)}
-    pairs = [pair for pair in list_of(document.get("confused")) if isinstance(pair, dict)][:MOST_PAIRS]
+    pairs = [pair for pair in list_of(document.get("confused")) if isinstance(pair, dict)][:MAX_PAIRS]
     confused = [_pair(pair, classes) for pair in pairs]
     wrong = [row for row in map(_class, classes.values()) if row and row["share"] < 1]
     found = {
         **{key: document.get(key) for key in ("images", "correct_top1", "correct_top5", "top1", "top5")},
         **{key: document.get(key) for key in ("loss", "crops", "checkpoint", "step", "data")},
         "confused": confused,
-        "worst": sorted(wrong, key=lambda row: row["share"])[:MOST_CLASSES],
+        "worst": sorted(wrong, key=lambda row: row["share"])[:MAX_CLASSES],
     }
     if confused:
         found["no_thumbnails"] = _add_thumbnails(confused, document.get("data"))

@@ -7,13 +7,13 @@ from datetime import datetime
 from typing import Any
 
 UNKNOWN = "–"
-MOST = 1e300  # of a number; NaN is not less
+MAX_NUMBER = 1e300  # also excludes NaN, which compares false
 SPACE = "\N{NO-BREAK SPACE}"
 
 
 def is_number(value: Any) -> bool:
     """Whether it is one that can be shown: a damaged record may hold anything."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST < value < MOST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def integer(value: Any) -> int | None:

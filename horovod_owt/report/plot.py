@@ -21,7 +21,7 @@ CURVES = {  # a column, what its axis says, whether it may be logarithmic
     "gradient": ("grad_norm", "gradient norm", True),
 }
 AXES = {"step": "step", "epoch": "epoch", "time": "hours"}
-MOST_POINTS = 2000
+MAX_POINTS = 2000
 PANEL = (3.4, 2.6)  # inches; one is as wide as a column of a paper
 COLOURS = ("#1f5fbf", "#c05a12", "#1c7a55", "#7a45c2", "#b3263a", "#0c7487", "#7d6608", "#5b616b")
 STYLE = {
@@ -70,7 +70,7 @@ def plot_runs(
 def _curves(run_dir: Path) -> dict[str, Any]:
     history = history_of(run_dir)
     scores = validations_of(history, clock_of(history))
-    segments = curves(history, MOST_POINTS)["segments"]
+    segments = curves(history, MAX_POINTS)["segments"]
     kept = [segment for segment in segments if segment["kept"]]
     return {"segments": kept, "validations": scores}
 

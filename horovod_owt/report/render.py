@@ -20,10 +20,10 @@ from horovod_owt.report import formats
 from horovod_owt.runs.records import utc
 
 PAGE = "horovod_owt.report.page"
-MOST_ROWS = 200  # of a table
-MOST_RANKS = 32  # with a bar
-MOST_LINKS = 24
-MOST_SETTING = 60  # characters
+MAX_ROWS = 200  # of a table
+MAX_RANKS = 32  # with a bar
+MAX_LINKS = 24
+MAX_SETTING = 60  # characters
 STATES = {
     "done": "Done",
     "running": "Under way",
@@ -56,7 +56,7 @@ GLYPHS = {  # of events: an outline in a square of 12, and a name
 }
 
 
-def page(runs: Sequence[dict[str, Any]], *, most_points: int, folder: Path) -> str:
+def page(runs: Sequence[dict[str, Any]], *, max_points: int, folder: Path) -> str:
     """The whole HTML document, to be written to `folder`: links to traces are relative to it."""
     per_point = max(run["curves"]["steps_per_point"] for run in runs)
     happened = {event["what"] for run in runs for event in run["events"]}
@@ -88,9 +88,9 @@ def page(runs: Sequence[dict[str, Any]], *, most_points: int, folder: Path) -> s
         bars=[_bars(run["step_shares"]) for run in runs],
         links=[_links(run["traces"], folder) for run in runs],
         bucketed=f"{per_point:,} steps" if per_point > 1 else "",
-        most_points=most_points,
-        most_rows=MOST_ROWS,
-        most_ranks=MOST_RANKS,
+        max_points=max_points,
+        max_rows=MAX_ROWS,
+        max_ranks=MAX_RANKS,
         all_times=all(run["has_times"] for run in runs),
         has_gradient=any("grad_norm" in segment for run in runs for segment in run["curves"]["segments"]),
         any_checkpoints=any(run["checkpoints"] for run in runs),
@@ -222,9 +222,9 @@ def _differing(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with their sum, and the width of each part in percent; of many ranks those that are slow alone."""
-    if len(rows) > MOST_RANKS:
+    if len(rows) > MAX_RANKS:
         own_ms = {row["rank"]: row["compute_ms"] + row["data_wait_ms"] for row in rows}
-        rows = sorted(rows, key=lambda row: -own_ms[row["rank"]])[:MOST_RANKS]
+        rows = sorted(rows, key=lambda row: -own_ms[row["rank"]])[:MAX_RANKS]
     sums = [sum(row[name] for name, _ in PARTS) for row in rows]
     longest = max(sums, default=0) or 1
     return [
@@ -234,9 +234,9 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _links(files: Sequence[str], folder: Path) -> list[tuple[str, str]]:
-    """Address and name of the first MOST_LINKS files."""
+    """Address and name of the first MAX_LINKS files."""
     found = []
-    for file in files[:MOST_LINKS]:
+    for file in files[:MAX_LINKS]:
         address = quote(os.path.relpath(file, folder), errors="surrogateescape")
         found.append((f"./{address}", "/".join(Path(file).parts[-2:])))  # ./: a colon is no scheme
     return found
@@ -246,7 +246,7 @@ def _setting(value: Any) -> str:
     if value is None:
         return formats.UNKNOWN
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
-    return text if len(text) <= MOST_SETTING else f"{text[:MOST_SETTING]}…"
+    return text if len(text) <= MAX_SETTING else f"{text[:MAX_SETTING]}…"
 
 
 def _hosts(ranks: Mapping[str, int], most: int = 4) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from horovod_owt.runs.history import History
 
-MOST_POINTS = 1200  # per run; a chart is some 900 pixels wide
+MAX_POINTS = 1200  # per run; a chart is some 900 pixels wide
 WITH_RANGE = ("loss", "images_per_s", "step_ms", "grad_norm")
 MEAN_ONLY = ("lr",)
 DIGITS = 9  # significant: float32 keeps 7
@@ -31,10 +31,10 @@ class Stretch:
     kept: bool
 
 
-def curves(history: History, most_points: int = MOST_POINTS) -> dict[str, Any]:
+def curves(history: History, max_points: int = MAX_POINTS) -> dict[str, Any]:
     """`segments` of columns, one for each stretch, and `steps_per_point`."""
     stretches = list(_stretches(history))
-    per_point = max(1, math.ceil(len(history.steps) / most_points))
+    per_point = max(1, math.ceil(len(history.steps) / max_points))
     clock = clock_of(history)
     segments = [_segment(history, clock, stretch, per_point) for stretch in stretches]
     return {"steps_per_point": per_point, "segments": segments}

@@ -39,12 +39,12 @@ from horovod_owt.runs.records import METRICS, utc
 from horovod_owt.text import without_nan
 
 DEFAULTS = TrainConfig().to_dict()
-MOST_IMAGES = 100  # bad images listed by name
+MAX_IMAGES = 100  # bad images listed by name
 SCORES = ("epoch", "step", "images", "correct_top1", "correct_top5", "top1", "top5", "loss")
 
 
 def summarize_all(
-    run_dirs: Sequence[Path], *, most_points: int, evaluation: Path | None = None
+    run_dirs: Sequence[Path], *, max_points: int, evaluation: Path | None = None
 ) -> list[dict[str, Any]]:
     """The same of several runs, with names that tell them apart. `evaluation` is a file about a lone one."""
     if evaluation and len(run_dirs) > 1:
@@ -53,7 +53,7 @@ def summarize_all(
             wanted="one run",
             fix=f"copy each to its run folder: cp {evaluation} {evaluation_file(run_dirs[0])}",
         )
-    found = [summarize(run_dir, most_points=most_points, evaluation=evaluation) for run_dir in run_dirs]
+    found = [summarize(run_dir, max_points=max_points, evaluation=evaluation) for run_dir in run_dirs]
     return [run | {"name": name} for run, name in zip(found, names_of(run_dirs), strict=True)]
 
 
@@ -66,7 +66,7 @@ def names_of(run_dirs: Sequence[Path]) -> list[str]:
     ]
 
 
-def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None) -> dict[str, Any]:
+def summarize(run_dir: Path, *, max_points: int, evaluation: Path | None = None) -> dict[str, Any]:
     """The facts and curves of a run; raises ConfigError for a folder that is no run's, or has no records."""
     history = history_of(run_dir)
     clock = clock_of(history)
@@ -107,7 +107,7 @@ def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None
         "bad_images": _bad_images(history, outcome),
         "evaluation": _evaluation(run_dir, evaluation, notes),
         "traces": [str(file) for file in [*profile_files(run_dir), *timeline_files(run_dir)]],
-        "curves": curves(history, most_points),
+        "curves": curves(history, max_points),
     }
     return without_nan(found)
 
@@ -265,7 +265,7 @@ def _bad_images(history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "faults": dict(Counter(str(image.get("fault")) for image in images.values()).most_common()),
         "images": [
             {"path": path, **{key: image.get(key) for key in ("fault", "rank", "step")}}
-            for path, image in list(images.items())[:MOST_IMAGES]
+            for path, image in list(images.items())[:MAX_IMAGES]
         ],
     }
 

@@ -16,7 +16,7 @@ from horovod_owt.runs.records import newest_records, utc
 
 REGROUP = "ranks regroup"  # how the fault of an elastic job's regrouping begins
 MARKED = ("run", "fault", "outcome", "straggler")
-MOST_EVENTS = 300  # listed and marked; the first and the last ones
+MAX_EVENTS = 300  # listed and marked; the first and the last ones
 
 
 def starts_of(run_dir: Path, history: History, clock: Sequence[float]) -> list[dict[str, Any]]:
@@ -84,8 +84,8 @@ def _reasons(run_dir: Path) -> dict[Any, str]:
 def events_of(history: History, clock: Sequence[float]) -> tuple[list[dict[str, Any]], int]:
     """Starts, faults, stops and ends, and how many are left out in the middle. Bad images are elsewhere."""
     chosen = [event for event in history.events if event.kind in MARKED and not is_image(event)]
-    half = MOST_EVENTS // 2
-    left_out = max(0, len(chosen) - MOST_EVENTS)
+    half = MAX_EVENTS // 2
+    left_out = max(0, len(chosen) - MAX_EVENTS)
     if left_out:
         chosen = [*chosen[:half], *chosen[-half:]]
     return [_event(history, event, clock) for event in chosen], left_out

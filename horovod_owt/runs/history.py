@@ -26,7 +26,7 @@ NUMBERS = (  # of a step record, each a column; NaN where a record has none
     "exposed_comm_ms",
     "grad_norm",
 )
-MOST_FAULTS = 10_000  # kept with their text; further ones are counted
+MAX_FAULTS = 10_000  # kept with their text; further ones are counted
 
 
 class Steps:
@@ -103,7 +103,7 @@ class History:
     lines: int = 0
     damaged: int = 0
     first_damaged: str = ""
-    more_faults: int = 0  # beyond MOST_FAULTS
+    more_faults: int = 0  # beyond MAX_FAULTS
 
     def note_damage(self, line: bytes) -> None:
         self.lines += 1
@@ -146,7 +146,7 @@ def read_history(run_dir: Path) -> History:
             _add_step(history, record)
         elif kind == "run":
             _add_start(history, record)
-        elif kind == "fault" and faults == MOST_FAULTS:
+        elif kind == "fault" and faults == MAX_FAULTS:
             history.more_faults += 1
         else:
             faults += kind == "fault"

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 STEP_KINDS = ("step", "validation", "checkpoint")  # records that name a step
-MOST_STEPS = 1 << 62
+MAX_STEPS = 1 << 62
 BLOCK_BYTES = 1 << 16  # per read, from the end of the file
 
 
@@ -136,7 +136,7 @@ def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | Non
 def lacks_step(record: Mapping[str, Any]) -> bool:
     """Whether a record of a step, a validation or a checkpoint does not say of which step: it is damaged."""
     step = record.get("step")
-    return record.get("kind") in STEP_KINDS and not (isinstance(step, int) and 0 <= step < MOST_STEPS)
+    return record.get("kind") in STEP_KINDS and not (isinstance(step, int) and 0 <= step < MAX_STEPS)
 
 
 def last_attempt(file: Path) -> int:

@@ -14,7 +14,7 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.parallel import elastic, runtime
 from horovod_owt.parallel.collectives import broadcast_object, on_root
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import ElasticState
 from horovod_owt.runs.attempts import scheduler_job_id
 from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.runs.owner import Ownership
@@ -42,7 +42,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
     opened: Opened | None = None
     with StopRequest() as stop, Ownership() as ownership:
 
-        def train(state: Committed) -> None:
+        def train(state: ElasticState) -> None:
             nonlocal opened
             world = runtime.current_world(request.device)
             if not world.is_root:
@@ -66,7 +66,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
                 opened = dataclasses.replace(opened, kept_global_batch=cfg.global_batch(world.size))
             Run(cfg, request, world, opened, stop, committed=state).train()
 
-        def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
+        def _open(where: Path | None, cfg: TrainConfig, state: ElasticState) -> Opened:
             if not state.last:
                 found = open_run(where, cfg, request.folder.identity(), resume, ownership)
                 if opened is None:
@@ -81,7 +81,7 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
                 job_id=scheduler_job_id(os.environ),
             )
 
-        elastic.run(Committed(torch.device(request.device.name)), train)
+        elastic.run(ElasticState(torch.device(request.device.name)), train)
     runtime.shutdown()
 
 

@@ -21,7 +21,7 @@ from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
-from horovod_owt.parallel.elastic import RESETS, Committed, regroup, regroup_reason
+from horovod_owt.parallel.elastic import RESETS, ElasticState, regroup, regroup_reason
 from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.timeline import start_timeline, stop_timeline
@@ -85,7 +85,7 @@ class Run:
         world: World,
         opened: Opened,
         stop: StopRequest,
-        committed: Committed | None = None,
+        committed: ElasticState | None = None,
     ) -> None:
         """`committed` is the state of an elastic job; a commit in it has precedence over checkpoints."""
         self.cfg, self.world, self.run_dir = cfg, world, opened.run_dir

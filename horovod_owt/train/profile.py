@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SKIP = 4  # steps that warm up; the profiler warms up in the next one
 OPERATIONS = 10  # in the table
 PIECE = re.compile(r"\.\d+$")  # of the flat gradients, each with a collective of its own
-MOST_LETTERS = 100  # of the name of a kernel, which has those of its template's arguments
+MAX_LETTERS = 100  # of the name of a kernel, which has those of its template's arguments
 
 
 class Profile:
@@ -105,7 +105,7 @@ def table_of(operations: Iterable, *, steps: int, on_gpu: bool) -> str:
     calls: Counter[str] = Counter()
     for each in _on_gpu(list(operations)) if on_gpu else operations:
         if not each.key.startswith("ProfilerStep"):
-            name = PIECE.sub("", each.key)[:MOST_LETTERS]
+            name = PIECE.sub("", each.key)[:MAX_LETTERS]
             own_us[name] += _own_us(each, on_gpu)
             calls[name] += each.count
     total = own_us.total() or 1

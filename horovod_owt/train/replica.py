@@ -21,7 +21,7 @@ from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.optimizer import build_optimizer, is_fused, scale_by_layer
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import OneWeirdTrick, set_kernels
+from horovod_owt.parallel.step import OneWeirdTrick, configure_backends
 from horovod_owt.parallel.traffic import Waits
 from horovod_owt.train.average import WeightAverage
 from horovod_owt.train.rank_times import PARTS, RankTimes, spent
@@ -73,7 +73,7 @@ class Replica:
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
-        set_kernels(cfg)
+        configure_backends(cfg)
         model = build_model(cfg.model, cfg.classes, dropout=cfg.dropout, seed=cfg.seed).to(world.device)
         model = model.double() if cfg.precision == "fp64" else model
         model = model.to(memory_format=torch.channels_last) if cfg.channels_last else model
@@ -322,7 +322,7 @@ class Replica:
         """Queue the update; it does not happen for what `_update` then raises."""
         images, tolerant = self.cfg.global_batch(self.world.size), self.cfg.bad_images == "skip"
         loss, bad = facts[0], facts[2]
-        skip = skip_flag(loss, bad, most_bad=images - 1 if tolerant else 0, norm=norm)
+        skip = skip_flag(loss, bad, max_bad=images - 1 if tolerant else 0, norm=norm)
         clip = norm if self.cfg.clip_norm else None
         divide_by = (
             divisor(bad, images, norm=clip, clip_norm=self.cfg.clip_norm)
@@ -340,8 +340,8 @@ class Replica:
         optimizer = self._optimizers[0]
         if self._update_decides:
             loss, bad = facts
-            self._skip = self._or_earlier(skip_flag(loss, bad, most_bad=images))
-            skip = torch.maximum(self._skip, skip_flag(loss, bad, most_bad=images - 1))
+            self._skip = self._or_earlier(skip_flag(loss, bad, max_bad=images))
+            skip = torch.maximum(self._skip, skip_flag(loss, bad, max_bad=images - 1))
             return step_unless(optimizer, skip, divisor(bad, images))
         mean_loss, bad = facts.tolist()
         if not math.isfinite(mean_loss):

@@ -14,7 +14,7 @@ from horovod_owt.data.copies import host_buffer, upload
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import compression, runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
-from horovod_owt.parallel.elastic import Commit, Committed
+from horovod_owt.parallel.elastic import Commit, ElasticState
 from horovod_owt.runs.checkpoints import checkpoint_folder, resume_at
 from horovod_owt.runs.opening import Opened
 from horovod_owt.runs.records import validations
@@ -146,7 +146,7 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
 def commit(
     replica: Replica,
     position: Position,
-    committed: Committed,
+    committed: ElasticState,
     opened: Opened,
     *,
     checkpoint_due: bool = False,
@@ -174,7 +174,7 @@ def commit(
     return committed.commit_copy(tensors | replica.strategy.compression.total(), state)
 
 
-def restore_commit(replica: Replica, position: Position, committed: Committed) -> Due:
+def restore_commit(replica: Replica, position: Position, committed: ElasticState) -> Due:
     """Go back to the last commit, on every rank. Returns what of its step is still to be done."""
     for name, tensor, _ in replica.parts():
         tensor.copy_(committed.tensors[name])

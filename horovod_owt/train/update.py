@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 
-def skip_flag(loss: Tensor, bad_images: Tensor, *, most_bad: int, norm: Tensor | None = None) -> Tensor:
-    """1.0 if loss or norm is NaN or infinite, or more than `most_bad` images are bad; else 0.0."""
+def skip_flag(loss: Tensor, bad_images: Tensor, *, max_bad: int, norm: Tensor | None = None) -> Tensor:
+    """1.0 if loss or norm is NaN or infinite, or more than `max_bad` images are bad; else 0.0."""
     checked = loss if norm is None else loss + norm.float()[0]
     bad_or_nan = torch.add(bad_images, checked, alpha=0)  # 0 * inf is NaN, and NaN compares false
-    return (bad_or_nan <= most_bad).logical_not().float()
+    return (bad_or_nan <= max_bad).logical_not().float()
 
 
 def divisor(bad_images: Tensor, images: int, *, norm: Tensor | None = None, clip_norm: float = 0.0) -> Tensor:

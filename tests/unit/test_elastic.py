@@ -22,7 +22,7 @@ from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
 from horovod_owt.parallel import elastic
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.opening import Opened, Resume
-from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
+from horovod_owt.topology import LOOPBACK_SLOTS, loopback_hosts, read_topology
 from horovod_owt.train import elastic as train_elastic
 from horovod_owt.train.elastic import in_world_of
 
@@ -126,11 +126,11 @@ def test_with_scale_the_configuration_is_unchanged():
 
 
 def test_each_place_on_a_box_is_a_host_of_its_own_to_horovod_and_a_local_rank_to_us():
-    hosts = box_hosts(3)
+    hosts = loopback_hosts(3)
     assert len(set(hosts)) == 3 and {socket.gethostbyname(host) for host in hosts} == {"127.0.0.1"}
     for place, host in enumerate(hosts):
         env = {f"HOROVOD_{name}": "0" for name in ("RANK", "LOCAL_RANK")}
-        env |= {"HOROVOD_SIZE": "3", "HOROVOD_LOCAL_SIZE": "1", "HOROVOD_HOSTNAME": host, BOX_PLACES: "3"}
+        env |= {"HOROVOD_SIZE": "3", "HOROVOD_LOCAL_SIZE": "1", "HOROVOD_HOSTNAME": host, LOOPBACK_SLOTS: "3"}
         topology = read_topology(env)
         assert (topology.local_rank, topology.local_size) == (place, 3)
         assert topology.host == socket.gethostname()
@@ -149,7 +149,7 @@ def test_a_path_with_spaces_and_quotes_reaches_the_discovery_script_whole():
 @pytest.mark.parametrize("update", [HostUpdateResult.removed, HostUpdateResult.added, HostUpdateResult.mixed])
 def test_a_commit_says_that_hosts_changed(monkeypatch, update):
     monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
-    state = elastic.Committed(torch.device("cpu"))
+    state = elastic.ElasticState(torch.device("cpu"))
     assert state.commit_copy({}, None) is False
     state.on_hosts_updated(1.0, update)
     assert state.commit_copy({}, None) is True
@@ -175,7 +175,7 @@ def test_hosts_that_change_while_ranks_regroup_are_not_forgotten(monkeypatch):
         if len(seen) == 1:
             state.on_hosts_updated(1.0, HostUpdateResult.added)
 
-    state = elastic.Committed(torch.device("cpu"))
+    state = elastic.ElasticState(torch.device("cpu"))
     monkeypatch.setattr(state, "sync", lambda: None)
     run_fn(train, regroup)(state)
     assert seen == [False, True, False]
@@ -192,7 +192,7 @@ def test_no_rank_keeps_a_commit_that_rank_0_has_not_recorded(monkeypatch):
     def rank_0_died(value, name):
         raise HorovodInternalError
 
-    state = elastic.Committed(torch.device("cpu"))
+    state = elastic.ElasticState(torch.device("cpu"))
     monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
     state.commit_copy({"w": torch.ones(2)}, "first")
     monkeypatch.setattr(elastic, "broadcast_object", rank_0_died)
@@ -205,13 +205,13 @@ def test_a_rank_whose_collective_failed_lets_the_others_know(monkeypatch):
     """Also while ranks regroup: rank 2 may wait for rank 1, which heard that rank 0 is gone."""
     kept = []
     monkeypatch.setattr(elastic, "abort_connections", lambda *, keep: kept.append(keep))
-    elastic.Committed(torch.device("cpu")).restore()
+    elastic.ElasticState(torch.device("cpu")).restore()
     assert kept == [set()]
 
 
 def test_a_commit_keeps_nothing_of_an_earlier_one(monkeypatch):
     """Else the errors of a world of two ranks would come back after one that has made up for them."""
-    state = elastic.Committed(torch.device("cpu"))
+    state = elastic.ElasticState(torch.device("cpu"))
     monkeypatch.setattr(state, "check_host_updates", lambda: None)
     state.commit_copy({"w": torch.ones(2), "owner_error.w": torch.ones(2)}, None)
     state.commit_copy({"w": torch.zeros(2)}, None)

@@ -192,7 +192,7 @@ def test_horovodruns_ssh_is_not_given_a_folder_that_its_shell_would_misread():
 
 def test_an_elastic_job_that_could_never_start_is_refused():
     with pytest.raises(ConfigError, match="--min-ranks 4 with at most 2 ranks"):
-        ElasticJob(["D"], interface="lo", places=2, min_ranks=4)
+        ElasticJob(["D"], interface="lo", slots=2, min_ranks=4)
 
 
 def test_the_interface_is_that_of_the_route(monkeypatch):

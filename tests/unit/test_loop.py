@@ -9,7 +9,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import RunError
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import ElasticState
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.opening import Opened
 from horovod_owt.train import loop
@@ -45,7 +45,7 @@ def test_a_rank_lost_before_there_is_a_heartbeat_is_no_bug(tmp_path, lost_while_
 
 
 def test_in_an_elastic_job_the_others_regroup(tmp_path, lost_while_ranks_connect):
-    committed = Committed(torch.device("cpu"))
+    committed = ElasticState(torch.device("cpu"))
     with pytest.raises(HorovodInternalError):
         run(tmp_path, committed).train()
     assert committed.regrouped["fault"] == "ranks regroup: a rank was lost: Connection closed by peer"

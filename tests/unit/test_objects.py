@@ -106,7 +106,7 @@ def test_an_error_arrives_with_class_and_words(kind):
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, len, TrainConfig, np.zeros(2), 1j])
 def test_what_does_not_travel_is_refused_where_it_is_sent(value):
-    with pytest.raises(TypeError, match="does not travel between ranks"):
+    with pytest.raises(TypeError, match="cannot be sent to other ranks"):
         to_json(value)
 
 

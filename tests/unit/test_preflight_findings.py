@@ -158,7 +158,7 @@ def test_a_slow_receiver_is_measured_as_slow():
 def test_a_ring_moves_bytes_through_every_rank():
     with ThreadPoolExecutor(3) as ranks:
         listeners = [Listener(["127.0.0.1"], "key") for _ in range(3)]
-        places = [listener.places[0] for listener in listeners]
+        places = [listener.endpoints[0] for listener in listeners]
         rates = list(ranks.map(wire.ring_rate, listeners, [*places[1:], places[0]]))
         for listener in listeners:
             listener.close()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from horovod_owt.config import TrainConfig, from_mapping
 from horovod_owt.errors import ConfigError
 from horovod_owt.model import alexnet_owt
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import ElasticState
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.checkpoints import checkpoint_folder, find_fault, list_checkpoints, step_of
@@ -61,9 +61,9 @@ def tensors(made: Replica) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor, _ in made.parts()}
 
 
-def without_hosts() -> Committed:
+def without_hosts() -> ElasticState:
     """A commit in a world whose hosts do not change."""
-    committed = Committed(torch.device("cpu"))
+    committed = ElasticState(torch.device("cpu"))
     committed.check_host_updates = lambda: None
     return committed
 

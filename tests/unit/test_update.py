@@ -108,7 +108,7 @@ def test_bad_images_that_end_the_run_change_no_weight(tolerance, bad):
 )
 def test_the_flag_is_what_a_fused_optimizer_compares_with_1(loss, bad, norm, skipped):
     norm = None if norm is None else torch.tensor([norm], dtype=torch.float64)
-    flag = skip_flag(torch.tensor(loss), torch.tensor(float(bad)), most_bad=2, norm=norm)
+    flag = skip_flag(torch.tensor(loss), torch.tensor(float(bad)), max_bad=2, norm=norm)
     assert flag.dtype == torch.float32 and flag.item() == skipped
 
 
