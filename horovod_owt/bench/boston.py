@@ -31,7 +31,7 @@ from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.machine import load_machine
 from horovod_owt.topology import rank_topology
 from horovod_owt.train.pipelines import training_pipeline
-from horovod_owt.train.prepare import prepare_alone
+from horovod_owt.train.prepare import prepare_request
 from horovod_owt.train.replica import Replica, StepReport
 from horovod_owt.train.stop import StopRequest
 
@@ -68,7 +68,7 @@ def bench_boston(
         "fc_group_size=all",
     )
     with given_or_dealt_out(data) as root:
-        request = prepare_alone(root, recipe, (*fixed, *settings))
+        request = prepare_request(root, recipe, (*fixed, *settings))
         cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
         if cfg.global_batch(ranks) != MINI_BATCH:
             raise ConfigError(

@@ -39,7 +39,7 @@ from horovod_owt.parallel.step import DTYPES, configure_backends
 from horovod_owt.perf.layers import Net, net_of
 from horovod_owt.perf.parts import FC_PASSES, UPDATE_PASSES, WEIGHT_BYTES
 from horovod_owt.perf.predict import Parts
-from horovod_owt.train.prepare import Request, prepare_alone
+from horovod_owt.train.prepare import Request, prepare_request
 from horovod_owt.train.replica import Replica
 
 CLASSES = 1000
@@ -60,7 +60,7 @@ def bench_ceilings(
     with given_or_synthetic(data) as root, ExitStack() as keep:
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
-        request = prepare_alone(root, recipe, settings)
+        request = prepare_request(root, recipe, settings)
         if keeps_errors(request.cfg.compression):
             raise ConfigError(
                 f"compression={request.cfg.compression}, but the ceilings are those of whole gradients",

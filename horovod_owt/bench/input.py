@@ -30,7 +30,7 @@ from horovod_owt.bench.input_contenders import (
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.parallel import runtime
 from horovod_owt.topology import require_single_process
-from horovod_owt.train.prepare import Request, prepare_alone
+from horovod_owt.train.prepare import Request, prepare_request
 
 AHEAD = 8  # batches; no contender prefetches more
 IDLE_SHARE = 0.05  # of a core
@@ -45,7 +45,7 @@ def bench_input(
     """Time `blocks` turns of `batches` batches of each contender; ConfigError under a launcher."""
     require_single_process("bench input")
     with given_or_synthetic(data) as root, ExitStack() as keep:
-        request = _with_threads(prepare_alone(root, recipe, settings))
+        request = _with_threads(prepare_request(root, recipe, settings))
         contenders = _contenders(request, root, keep)
         turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for block in range(blocks):

@@ -20,7 +20,7 @@ from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.train.pipelines import training_pipeline
-from horovod_owt.train.prepare import prepare_alone, with_cache
+from horovod_owt.train.prepare import prepare_request, with_cache
 from horovod_owt.train.replica import Replica, StepReport
 
 CLASSES = 1000  # of the net, when no data set is given
@@ -42,7 +42,7 @@ def bench_step(
     with given_or_synthetic(data) as root, ExitStack() as keep:
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
-        request = keep.enter_context(with_cache(prepare_alone(root, recipe, settings)))
+        request = keep.enter_context(with_cache(prepare_request(root, recipe, settings)))
         cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
         if against in IN_TORCH:
             refuse_unfit(cfg, against)

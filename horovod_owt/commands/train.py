@@ -77,12 +77,12 @@ def train(
     """
     log_to_stderr(log_format)
     from horovod_owt.data.machine import allow_open_files
-    from horovod_owt.train.prepare import prepare_alone, with_cache
+    from horovod_owt.train.prepare import prepare_request, with_cache
 
     allow_open_files()
     # validate the input before heavy modules are loaded
     settings = with_profile(profile, timeline, with_parallel(parallel, settings))
-    request = prepare_alone(data, recipe, settings)
+    request = prepare_request(data, recipe, settings)
 
     if request.cfg.profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports a missing GPU as an error

@@ -156,7 +156,7 @@ class Rehearsal:
 
     def _save_and_restore(self, replica: Replica, patch) -> None:
         """A checkpoint of rank 0, and a run that resumes from it."""
-        copies = state.room_for_copies(replica)
+        copies = state.allocate_snapshot(replica)
         position = state.Position(10_000, 2, 2 * self.images)
         with self._phase("checkpoint"):
             taken = state.snapshot(replica, position, copies, validation_due=True)

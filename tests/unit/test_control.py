@@ -39,7 +39,7 @@ def run_dir(tmp_path):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(control, "POLL_S", 0.01)
-    monkeypatch.setattr(train_requests, "LOOK_S", 0.01)
+    monkeypatch.setattr(train_requests, "CHECK_S", 0.01)
 
 
 def until(condition, limit_s=30):

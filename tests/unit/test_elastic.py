@@ -24,7 +24,7 @@ from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.topology import LOOPBACK_SLOTS, loopback_hosts, read_topology
 from horovod_owt.train import elastic as train_elastic
-from horovod_owt.train.elastic import in_world_of
+from horovod_owt.train.elastic import config_for_world
 
 
 def config(batch=32, accum_steps=1, elastic_batch="keep") -> TrainConfig:
@@ -37,7 +37,7 @@ def config(batch=32, accum_steps=1, elastic_batch="keep") -> TrainConfig:
 )
 def test_with_keep_the_global_batch_is_divided_among_the_new_ranks(ranks, batch, accum_steps):
     """128 images, and the nearest number that 3 or 5 ranks can share."""
-    kept = in_world_of(ranks, config(), 128)
+    kept = config_for_world(ranks, config(), 128)
     assert (kept.batch, kept.accum_steps) == (batch, accum_steps)
 
 
@@ -107,7 +107,7 @@ def test_a_rank_that_joins_with_other_versions_does_not_end_the_job(
 def test_with_keep_the_global_batch_is_exact_where_it_can_be(before, now, batch, accum_steps):
     cfg = config(batch, accum_steps)
     first = cfg.global_batch(before)
-    kept = in_world_of(now, cfg, first)
+    kept = config_for_world(now, cfg, first)
     assert kept.batch <= batch
     if first % now == 0 and first // now % kept.accum_steps == 0:
         assert kept.global_batch(now) == first
@@ -116,13 +116,13 @@ def test_with_keep_the_global_batch_is_exact_where_it_can_be(before, now, batch,
 
 def test_with_batch_normalisation_a_share_has_two_images(caplog):
     cfg = TrainConfig(batch=4, elastic_batch="keep", model="alexnet-owt-bn")
-    assert in_world_of(8, cfg, 8).batch == 2 and "global batch 16 instead of 8" in caplog.text
-    assert in_world_of(8, config(4), 8).batch == 1
+    assert config_for_world(8, cfg, 8).batch == 2 and "global batch 16 instead of 8" in caplog.text
+    assert config_for_world(8, config(4), 8).batch == 1
 
 
 def test_with_scale_the_configuration_is_unchanged():
     scaled = config(elastic_batch="scale")
-    assert in_world_of(3, scaled, 128) is scaled
+    assert config_for_world(3, scaled, 128) is scaled
 
 
 def test_each_place_on_a_box_is_a_host_of_its_own_to_horovod_and_a_local_rank_to_us():

@@ -14,7 +14,7 @@ import pytest
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, OwtError, Preempted, RunError
-from horovod_owt.parallel.admission import Place
+from horovod_owt.parallel.admission import Endpoint
 from horovod_owt.parallel.elastic import Commit
 from horovod_owt.parallel.objects import from_json, to_json
 from horovod_owt.parallel.rendezvous import Address
@@ -84,7 +84,7 @@ def test_a_named_tuple_is_equal_to_what_arrives():
         TrainConfig(),
         Opened(Path("/r"), None, "x"),
         Opened(Path("/r\udcff"), Path("/r/c"), ""),
-        Address("key", (Place("::1", 4711), Place("10.0.0.1", 1)), "host"),
+        Address("key", (Endpoint("::1", 4711), Endpoint("10.0.0.1", 1)), "host"),
         Commit(7, 2**40, {"scale": 65536.0, "growth": 3}, Path("/r"), 512, "begun"),
     ],
 )

@@ -19,14 +19,14 @@ from horovod_owt.parallel import runtime  # noqa: E402
 from horovod_owt.parallel.device import CPU  # noqa: E402
 from horovod_owt.runs.opening import Opened  # noqa: E402
 from horovod_owt.train.loop import Run  # noqa: E402
-from horovod_owt.train.prepare import prepare_alone  # noqa: E402
+from horovod_owt.train.prepare import prepare_request  # noqa: E402
 from horovod_owt.train.stop import StopRequest  # noqa: E402
 
 log_to_stderr()
 world = runtime.init(CPU)
 for run in json.loads(sys.argv[1]):
     settings = [f"{key}={value}" for key, value in run["settings"].items()]
-    request = prepare_alone(Path(run["data"]), str(Path(__file__).parents[1] / "small.yaml"), settings)
+    request = prepare_request(Path(run["data"]), str(Path(__file__).parents[1] / "small.yaml"), settings)
     run_dir = Path(run["run_dir"])
     run_dir.mkdir(exist_ok=True)
     try:
