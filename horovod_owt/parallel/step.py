@@ -63,6 +63,23 @@ def disable_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+class LossStandIn(torch.autograd.Function):
+    """A scalar whose gradient with respect to `features` is `d_features`.
+
+    `features.backward(d_features)` does the same, but torch loads SymPy to compare their shapes, which takes
+    half a second of every start.
+    """
+
+    @staticmethod
+    def forward(ctx, features: Tensor, d_features: Tensor) -> Tensor:
+        ctx.d_features = d_features
+        return features.new_empty(())
+
+    @staticmethod
+    def backward(ctx, _one: Tensor) -> tuple[Tensor, None]:
+        return ctx.d_features, None
+
+
 @dataclass
 class MicroBatch:
     """A micro-batch between the passes of a step."""
@@ -228,7 +245,7 @@ class OneWeirdTrick:
         """Backward of the convolutions; in the `last` micro-batch gradients are sent when ready."""
         if last:
             self._conv_gradients.begin_last_backward()
-        batch.features.backward(batch.d_features.to(batch.features.dtype))
+        LossStandIn.apply(batch.features, batch.d_features.to(batch.features.dtype)).backward()
 
     def start_sum(self, values: Tensor, what: str) -> Transfer | Completed:
         """Start an allreduce of a few numbers over all ranks, to overlap with the caller's computation."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -88,6 +89,7 @@ def all_ingredients(
         "patches": {patch.name: patch_digest(patch) for patch in PATCHES},
         "torch": torch,
         "python": abi,
+        "libc": " ".join(platform.libc_ver()),  # hosts that share a home may differ
         "mpi": [mpi.source, mpi.version, os.path.realpath(mpi.mpicc) if mpi.source == "site" else ""],
         "lane": lane.name,
         "compiler": tools.cxx.version,
