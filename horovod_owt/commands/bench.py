@@ -33,9 +33,9 @@ WARMUP_OPTION = click.option(
 @click.group()
 def bench() -> None:
     """Run benchmarks; each report includes its method."""
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
 
-    allow_open_files()
+    raise_open_file_limit()
 
 
 @bench.command()

@@ -15,9 +15,9 @@ from horovod_owt.commands.data_verify import verify
 @click.group()
 def data() -> None:
     """Create and check data sets."""
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
 
-    allow_open_files()
+    raise_open_file_limit()
 
 
 data.add_command(prepare)

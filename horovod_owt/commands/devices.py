@@ -37,13 +37,13 @@ def devices(as_json: bool) -> None:
     Use the same launcher as for `owt train`; rank 0 prints the table. UUID is that of the MIG instance, if
     the rank has one; NUMA is the node that the device is attached to.
     """
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
     from horovod_owt.errors import DeviceError, RunError
     from horovod_owt.parallel.control_channel import open_control_channel
     from horovod_owt.parallel.device import check_not_shared
     from horovod_owt.topology import rank_topology
 
-    allow_open_files()
+    raise_open_file_limit()
     topology = rank_topology()
     own = _own_row(topology)
     with open_control_channel(topology, limit_s=LIMIT_S) as channel:

@@ -65,13 +65,13 @@ def evaluate(
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python handles no signal while in a collective
     log_to_stderr()
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
     from horovod_owt.inference.confusion import check_confusion, plot_confusion
     from horovod_owt.inference.outcomes import crops_text, format_report
     from horovod_owt.inference.request import prepare_evaluation
     from horovod_owt.text import json_text
 
-    allow_open_files()
+    raise_open_file_limit()
     if confusion is not None:
         check_confusion(confusion)
     request = prepare_evaluation(data, settings)  # validate the input before heavy modules are loaded

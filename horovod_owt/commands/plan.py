@@ -129,10 +129,10 @@ def plan(
     if out:
         if not measured:
             raise ConfigError("--out without --calibrate", wanted="a measurement to make the machine file of")
-        from horovod_owt.files import named_file
+        from horovod_owt.files import output_file
         from horovod_owt.text import encode
 
-        with named_file(out, "--out") as file:
+        with output_file(out, "--out") as file:
             file.write(encode(place.to_yaml()))
     if plot and (claim or published):
         raise ConfigError(f"--plot with --{'claim' if claim else 'published'}", wanted="a plan to draw")

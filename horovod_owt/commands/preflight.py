@@ -38,13 +38,13 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
     """
     from horovod_owt.commands.loading import loading
     from horovod_owt.commands.log import log_to_stderr
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
     from horovod_owt.errors import ProblemFound
     from horovod_owt.preflight.run import preflight
     from horovod_owt.topology import rank_topology
 
     log_to_stderr()
-    allow_open_files()  # as `owt train` does: rank 0 has a connection to every other rank
+    raise_open_file_limit()  # as `owt train` does: rank 0 has a connection to every other rank
     topology = rank_topology()
 
     def tell(findings: list[Finding]) -> None:

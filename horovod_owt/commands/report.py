@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from horovod_owt.commands.options import JSON_OPTION
-from horovod_owt.files import named_file
+from horovod_owt.files import output_file
 
 RUNS = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 
@@ -58,7 +58,7 @@ def report(
         return
     path = output or report_file(runs[0] if len(runs) == 1 else Path())
     html = page(summaries, max_points=points, folder=path.parent)
-    with named_file(path, "--output") as file:
+    with output_file(path, "--output") as file:
         file.write(html.encode(errors="backslashreplace"))
     click.echo(path)
 

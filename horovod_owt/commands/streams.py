@@ -18,7 +18,7 @@ from horovod_owt.errors import RunError
 READER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}  # EIO: the terminal was closed
 
 
-def survive_lost_readers() -> None:
+def tolerate_closed_streams() -> None:
     """Call this first: a file opened while descriptor 2 is closed would receive the output of C libraries."""
     _open_closed_descriptors()
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)

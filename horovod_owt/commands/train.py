@@ -76,10 +76,10 @@ def train(
     code 75.
     """
     log_to_stderr(log_format)
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
     from horovod_owt.train.prepare import prepare_request, with_cache
 
-    allow_open_files()
+    raise_open_file_limit()
     # validate the input before heavy modules are loaded
     settings = with_profile(profile, timeline, with_parallel(parallel, settings))
     request = prepare_request(data, recipe, settings)

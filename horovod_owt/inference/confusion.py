@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from horovod_owt.files import named_file
+from horovod_owt.files import output_file
 from horovod_owt.perf.plot import check_plot, drawable
 
 SUFFIXES = (".svg", ".png")
@@ -35,6 +35,6 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path, *, titl
             axes.set_xticks(range(len(names)), shown, rotation=90, fontsize="small")
             axes.set_yticks(range(len(names)), shown, fontsize="small")
         figure.colorbar(image, label="% of the class")
-        with named_file(path, "--confusion") as file:
+        with output_file(path, "--confusion") as file:
             kind = path.suffix[1:]
             figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from horovod_owt.config import CHOICES, TrainConfig
-from horovod_owt.errors import ConfigError, RunError, explained
+from horovod_owt.errors import ConfigError, RunError, as_owt_error
 from horovod_owt.model import build_model
 from horovod_owt.model.alexnet_owt import AlexNetOWT
 from horovod_owt.runs.checkpoints import MODEL, checkpoint_to_use, read_state, step_of
@@ -142,7 +142,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # of unusual pickles; what cannot be read is an error
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch may raise anything on malformed bytes
-        if explained(error):
+        if as_owt_error(error):
             raise
         raise ConfigError(f"{path}: {_why_refused(error)}", wanted=WANTED) from None
     for key in NESTED:

@@ -67,7 +67,7 @@ class ElasticState(State):
         no rank may keep it.
         """
         hosts_changed = self._hosts_changed()
-        self._forget_all_but(tensors)
+        self._drop_others(tensors)
         for name, tensor in tensors.items():
             if name not in self.tensors:
                 self.tensors[name] = torch.empty_like(tensor)
@@ -95,14 +95,14 @@ class ElasticState(State):
         self.last, layouts, self.regrouped = broadcast_object(
             (self.last, layouts, self.regrouped), "elastic.values", kind=Commit, root_rank=root
         )
-        self._forget_all_but(layouts)
+        self._drop_others(layouts)
         for name, layout in layouts.items():
             if name not in self.tensors:
                 self.tensors[name] = _empty(*layout, self._device)
             own = self.tensors[name].cpu().contiguous()
             self.tensors[name].copy_(hvd.broadcast(own, root, f"elastic.{name}"))
 
-    def _forget_all_but(self, names: Iterable[str]) -> None:
+    def _drop_others(self, names: Iterable[str]) -> None:
         """Drop other tensors: the state of compressed gradients differs between one rank and several."""
         for name in self.tensors.keys() - set(names):
             del self.tensors[name]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.files import named_file
+from horovod_owt.files import output_file
 from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.text import gradients_name, strategy_name
 from horovod_owt.text import one_line, valid
@@ -66,7 +66,7 @@ def plot_lines(
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
         axes.grid(True, which="major", alpha=0.3)
         axes.legend(fontsize="small")
-        with named_file(path, "--plot") as file:
+        with output_file(path, "--plot") as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
 
 

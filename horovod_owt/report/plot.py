@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.files import named_file
+from horovod_owt.files import output_file
 from horovod_owt.perf.plot import check_plot, drawable
 from horovod_owt.report.formats import is_number
 from horovod_owt.report.series import clock_of, curves
@@ -62,7 +62,7 @@ def plot_runs(
             axes.set_yscale("log") if log and may_be_log else axes.set_ylim(bottom=0)
             if axes.lines and (len(found) > 1 or name == "accuracy"):
                 axes.legend()
-        with named_file(path, "--out") as file:
+        with output_file(path, "--out") as file:
             metadata = {"Date": None} if path.suffix == ".svg" else {}
             figure.savefig(file, format=path.suffix[1:], dpi=200, metadata=metadata)
 

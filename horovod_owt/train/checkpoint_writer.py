@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from horovod_owt.errors import RunError
-from horovod_owt.runs.checkpoints import checkpoint_folder, drop_old, note_score, step_of
+from horovod_owt.runs.checkpoints import checkpoint_folder, drop_old, record_score, step_of
 from horovod_owt.train.checkpoint import Checkpoint, DiskError, write_checkpoint
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class CheckpointWriter:
         if not self._score or not checkpoint_folder(self._run_dir, self._score["step"]).is_dir():
             return
         try:
-            note_score(self._run_dir, **self._score)
+            record_score(self._run_dir, **self._score)
             self._score = {}
         except OSError as error:
             log.warning("the best checkpoint was not recorded: %s", error.strerror)

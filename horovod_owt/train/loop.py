@@ -16,7 +16,7 @@ import psutil
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.prefetch import FetchedEarly
-from horovod_owt.errors import OwtError, Preempted, RunError, explained
+from horovod_owt.errors import OwtError, Preempted, RunError, as_owt_error
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
@@ -145,7 +145,7 @@ class Run:
             reason = self._elastic_state.regrouped["fault"]
             raise
         except BaseException as error:
-            known = explained(error)
+            known = as_owt_error(error)
             reason = str(known) if known else f"a bug: {type(error).__name__}, see the traceback in the log"
             exit_code = known.exit_code if known else 1
             bug = None if known else error

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from threading import Event, Thread
 
-from horovod_owt.runs.control import SAVE, STOP, requests, withdraw
+from horovod_owt.runs.control import SAVE, STOP, pending_requests, withdraw
 from horovod_owt.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class FileRequests:
     def _run(self) -> None:
         while not self._ending.wait(CHECK_S):
             try:
-                found = requests(self._run_dir)
+                found = pending_requests(self._run_dir)
             except OSError:  # a lost mount is reported when something is written
                 continue
             if STOP in found and not self._stop.by_file:

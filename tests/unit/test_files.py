@@ -5,7 +5,7 @@ import os
 import pytest
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.files import atomic_file, atomic_folder, named_file, write_text
+from horovod_owt.files import atomic_file, atomic_folder, output_file, write_text
 from horovod_owt.filesystem import PARTIAL
 
 
@@ -30,7 +30,7 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, durable):
 def test_a_file_that_the_user_named_and_that_cannot_be_written_is_told_with_its_option(tmp_path):
     file = tmp_path / "folder"
     (file / "content").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=f"--out {file}: Is a directory"), named_file(file, "--out") as out:
+    with pytest.raises(ConfigError, match=f"--out {file}: Is a directory"), output_file(file, "--out") as out:
         out.write(b"text")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

@@ -21,7 +21,7 @@ from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch import horovodrun
 from horovod_owt.launch.command import HOROVODRUN, Start, check_folder_for_ssh
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
-from horovod_owt.launch.horovodrun import discover_without_python, drop_unspeakable
+from horovod_owt.launch.horovodrun import discover_without_python, drop_invalid_names
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.parallel.interfaces import interface_between, interface_towards
 from horovod_owt.topology import UNBOUND, Launcher
@@ -241,7 +241,7 @@ def test_a_variable_that_a_shell_would_not_take_stays_here_and_the_others_arrive
         "a b": "2",
         **values,
     }
-    drop_unspeakable(env)
+    drop_invalid_names(env)
     assert set(env) == {"PATH", *values}
     slot = SlotInfo("n1", 0, 0, 0, 1, 1, 1)
     code = "import json, os; print(json.dumps(dict(os.environ)))"

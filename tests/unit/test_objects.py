@@ -115,7 +115,7 @@ def test_what_does_not_travel_is_refused_where_it_is_sent(value):
     [
         ["error", ["SystemExit", "", "", ""]],
         ["error", ["annotations", "", "", ""]],
-        ["error", ["Speaker", "", "", ""]],
+        ["error", ["PrintedBy", "", "", ""]],
         ["error", ["OwtError"]],
         ["dataclass", {"harm": 1}],
         ["dataclass", [1]],

@@ -199,7 +199,7 @@ def test_a_rank_that_shares_its_fc_layers_takes_its_part_of_what_was_saved(run_d
     part = Slice(0, range(6, 10))
     own = torch.zeros(4, made.whole_shapes()[name][1])
     rest = [each for each in made.state_tensors() if each[0] != name]
-    monkeypatch.setattr(made, "parts", lambda: [*rest, (name, own, part)])
+    monkeypatch.setattr(made, "state_tensors", lambda: [*rest, (name, own, part)])
     restore(made, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 8))
     assert torch.equal(own, tensors(replica(8))[name][6:10])
 

@@ -15,7 +15,7 @@ from torchvision.models import alexnet
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.inference.weights import metadata, read_net
 from horovod_owt.model import alexnet_owt, build_model
-from horovod_owt.runs.checkpoints import drop_old, note_score
+from horovod_owt.runs.checkpoints import drop_old, record_score
 from horovod_owt.train.checkpoint import Checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.timeout(60)
@@ -46,7 +46,7 @@ def test_a_run_stands_for_its_best_checkpoint_or_its_newest(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
     assert read_net(tmp_path).info.step == 3  # no validation yet
-    note_score(tmp_path, step=2, epoch=1.0, top1=50.0)
+    record_score(tmp_path, step=2, epoch=1.0, top1=50.0)
     best = read_net(tmp_path)
     assert best.info.step == 2 and equal(best.weights, net(2))
     assert (best.info.class_names, best.info.image_size) == (tuple(CLASSES), 96)

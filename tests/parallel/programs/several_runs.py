@@ -14,7 +14,7 @@ from horovod_owt.model import alexnet_owt
 alexnet_owt.HIDDEN = 98
 
 from horovod_owt.commands.log import log_to_stderr  # noqa: E402
-from horovod_owt.errors import OwtError, Speaker  # noqa: E402
+from horovod_owt.errors import OwtError, PrintedBy  # noqa: E402
 from horovod_owt.parallel import runtime  # noqa: E402
 from horovod_owt.parallel.device import CPU  # noqa: E402
 from horovod_owt.runs.opening import Opened  # noqa: E402
@@ -32,5 +32,5 @@ for run in json.loads(sys.argv[1]):
     try:
         Run(request.cfg, request, world, Opened(run_dir), StopRequest()).train()
     except OwtError as error:
-        assert error.speaker is Speaker.EVERY_RANK
+        assert error.printed_by is PrintedBy.EVERY_RANK
 runtime.shutdown()
