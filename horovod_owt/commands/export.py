@@ -33,10 +33,10 @@ def export(checkpoint: Path, out: Path, newest: bool, as_json: bool) -> None:
     with loading():
         from horovod_owt.inference.export import check_export
         from horovod_owt.inference.export import export as export_net
-        from horovod_owt.inference.weights import read_net
+        from horovod_owt.inference.weights import read_trained_model
 
     check_export(out)
-    found = export_net(read_net(checkpoint, newest=newest), out)
+    found = export_net(read_trained_model(checkpoint, newest=newest), out)
     if as_json:
         click.echo(json.dumps(found))
         return

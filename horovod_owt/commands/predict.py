@@ -68,9 +68,9 @@ def predict(
 
     with loading():
         from horovod_owt.inference.predict import predict as predict_images
-        from horovod_owt.inference.weights import read_net
+        from horovod_owt.inference.weights import read_trained_model
 
-    net = read_net(checkpoint, newest=newest)
+    net = read_trained_model(checkpoint, newest=newest)
     info, rows = net.info, []
     labels = [*info.class_names, *map(str, range(len(info.class_names), info.classes))]
     words = class_words(synsets, labels) if synsets else [""] * info.classes

@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run, written by a thread of their own."""
+"""TensorBoard files of a run, written by a separate thread."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from horovod_owt.text import valid
 
 log = logging.getLogger(__name__)
 
-IMAGES = 8  # of a batch
-MAX_CURVES = 20  # classes that have a curve each; of more, the worst are listed
-CLOSE_S = 10.0  # for what is left to write at the end: a disk may hang
-MEANS = {  # tag -> key of the records of steps, whose mean is shown
+IMAGES = 8  # shown from a batch
+MAX_CURVES = 20  # up to so many classes have a curve each; of more, the worst are listed
+CLOSE_S = 10.0  # to write the rest at the end: the disk may hang
+MEANS = {  # tag -> key of step records, whose mean is shown
     "train/loss": "loss",
     "speed/images_per_s": "images_per_s",
     "speed/step_ms": "step_ms",
@@ -37,15 +37,15 @@ MEANS = {  # tag -> key of the records of steps, whose mean is shown
 }
 LAST = {"train/lr": "lr", "train/epoch": "epoch", "train/gradient_norm": "grad_norm"}
 VALIDATION = {"validation/loss": "loss", "validation/top1": "top1", "validation/top5": "top5"}
-END = None  # of the queue
+END = None  # the last item of the queue
 
 
 class EventFile:
-    """A new file in TensorBoard's folder; what earlier ones have from `first_step` on is no longer shown."""
+    """A new file in TensorBoard's folder; it hides events of earlier files from `first_step` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads files in the order of their names; a time of less than a second keeps it
+        # TensorBoard reads files in the order of their names, hence the fractions of a second
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)
@@ -67,13 +67,13 @@ class EventFile:
 
 
 class TensorBoard:
-    """Writes the records of a run, and what else it is given, to `folder`.
+    """Writes the records of a run, images and per-class accuracy to `folder`.
 
-    The callers only queue. An error ends the writing with a warning, never the run.
+    Callers only queue them. An error ends the writing, with a warning, but never the run.
     """
 
     def __init__(self, folder: Path, *, first_step: int, every: int) -> None:
-        """`first_step` is the next step; the steps are shown as means over `every` of them."""
+        """`first_step` is the next step; step records are shown as means over `every` steps."""
         self._folder, self._first_step, self._every = folder, first_step, every
         self._steps: list[Mapping[str, Any]] = []
         self._queue: queue.SimpleQueue = queue.SimpleQueue()

@@ -17,7 +17,7 @@ from horovod_owt.parallel.admission import Listener
 from horovod_owt.parallel.gpus import Gpu, GpuHealth
 from horovod_owt.preflight import dataset, device, host, network, wire
 from horovod_owt.preflight.findings import Answer, agreement, spans, who
-from horovod_owt.preflight.inquiry import within
+from horovod_owt.preflight.probes import within
 from horovod_owt.preflight.wire import Pair
 from horovod_owt.topology import read_topology
 
@@ -266,8 +266,8 @@ def test_names_that_do_not_resolve_or_resolve_elsewhere_are_reported_with_the_ho
     troubles = host.names(table, "n1")
     assert troubles == {
         "n3": "does not resolve: Name or service not known",
-        "n4": "resolves to 10.0.0.9, which is none of its addresses",
-        "n5": "resolves to 127.0.1.1, which is the host that asks",
+        "n4": "resolves to 10.0.0.9, which is not its address",
+        "n5": "resolves to the loopback address 127.0.1.1",
     }
     assert set(host.names({"n4": table["n4"], "n5": table["n5"]}, "n4")) == {"n4", "n5"}
     assert set(host.names({"n4": table["n4"], "n5": table["n5"]}, "n5")) == {"n4"}

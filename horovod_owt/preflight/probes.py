@@ -1,4 +1,4 @@
-"""Run probes on all ranks with a timeout, and collect the findings on rank 0."""
+"""Run probes on all ranks, with a timeout, and collect the findings on rank 0."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from horovod_owt.topology import Topology
 
 log = logging.getLogger(__name__)
 
-# Timeout for a broadcast of rank 0, which may itself be slow; its death is noticed at once.
+# Timeout of a broadcast by rank 0, which may itself be slow; its death is noticed at once.
 BROADCAST_S = 300.0
 
 
-class Inquiry:
-    """Runs probes on all ranks and collects the findings; only rank 0 gets answers."""
+class Probes:
+    """Runs probes on all ranks, which must make the same calls; only rank 0 gets answers and findings."""
 
     def __init__(self, channel: ControlChannel, topology: Topology) -> None:
         self.channel, self.topology = channel, topology
         self.findings: list[Finding] = []
         self._asking = ""
-        self.hosts = {0: topology.host}  # by rank, of all ranks that have answered once
+        self.hosts = {0: topology.host}  # by rank, of all ranks that have answered so far
 
     @property
     def speaks_for_host(self) -> bool:
         return self.topology.local_rank == 0
 
-    def ask(
+    def gather(
         self, what: str, probe: Callable[[], Any] | None, limit_s: float, *, each_host: bool = False
     ) -> list[Answer]:
-        """The results of `probe`, in rank order; ranks whose probe is None give none.
+        """The results of `probe`, in rank order, except from ranks whose probe is None.
 
         With `each_host`, one rank per host runs it. A probe that raises or times out becomes a finding.
         """
@@ -59,17 +59,17 @@ class Inquiry:
         *,
         each_host: bool = False,
     ) -> list[Answer]:
-        """Run the probe, and add the findings that `judge` makes of the answers, if any."""
-        answers = self.ask(what, probe, limit_s, each_host=each_host)
+        """Run the probe, and add the findings that `judge` makes of the answers, if there are any."""
+        answers = self.gather(what, probe, limit_s, each_host=each_host)
         if answers:
-            self.find(*judge(answers))
+            self.report(*judge(answers))
         return answers
 
-    def find(self, *findings: Finding) -> None:
+    def report(self, *findings: Finding) -> None:
         self.findings.extend(findings)
 
-    def attendance(self) -> list[Finding]:
-        """Findings on the ranks that answered and those that did not; only for rank 0."""
+    def judge_attendance(self) -> list[Finding]:
+        """Findings about ranks that did not answer, on rank 0."""
         if not self.channel.absent:
             ranks = [Answer(rank, name, None) for rank, name in sorted(self.hosts.items())]
             return [Finding("ranks", True, f"{len(ranks)} answered: {who(ranks)}")]
@@ -96,13 +96,14 @@ class Inquiry:
             failed, lambda value: tuple(value["error"][part] for part in ("saw", "wanted", "fix"))
         )
         for (saw, wanted, fix), having in errors.items():
-            self.find(Finding(what, False, f"{saw}, on {who(having)}", wanted, fix, hosts_of(having)))
+            self.report(Finding(what, False, f"{saw}, on {who(having)}", wanted, fix, hosts_of(having)))
 
 
 def within(limit_s: float, probe: Callable[[], Any]) -> dict[str, Any]:
     """`{"value": result of probe}`, or `{"error": {saw, wanted, fix}}` if it raises or times out.
 
-    It runs in a thread that is abandoned on a timeout: a wait for a dead file server cannot be interrupted.
+    It runs in a thread, which is abandoned on a timeout, because a wait for a dead file server cannot be
+    interrupted.
     """
     outcome: list[dict[str, Any]] = []
 
