@@ -145,10 +145,10 @@ def plan(
     if error is not None:
         raise ConfigError("--error without --claim", wanted="the claim that states it")
     if published:
-        from horovod_owt.perf.published import held_against
+        from horovod_owt.perf.published import compare_published
         from horovod_owt.perf.text import format_published
 
-        document = held_against(place)
+        document = compare_published(place)
         click.echo(json.dumps(document) if as_json else format_published(document))
         return
 
