@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.bench.blocks import alternate, figures, heading, method, seconds_by_rank
-from horovod_owt.bench.contenders import alone, random_batch
+from horovod_owt.bench.contenders import random_batch, single_rank_world
 from horovod_owt.bench.ddp_loop import DdpLoop
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.plain_loop import PlainLoop
@@ -23,8 +23,8 @@ from horovod_owt.train.pipelines import training_pipeline
 from horovod_owt.train.prepare import prepare_request, with_cache
 from horovod_owt.train.replica import Replica, StepReport
 
-CLASSES = 1000  # of the net, when no data set is given
-IN_TORCH = ("torch", "compile")  # contenders on each rank alone
+CLASSES = 1000  # when no data set is given
+IN_TORCH = ("torch", "compile")  # contenders that run on each rank by itself
 
 
 def bench_step(
@@ -62,8 +62,13 @@ def bench_step(
             if against == "plain":
                 train_steps["plain"] = PlainLoop(cfg, world).train_step
             if against in IN_TORCH:
-                here, batch, compiled = alone(world), random_batch(cfg, world), against == "compile"
-                train_steps[against] = DdpLoop(cfg, here, batch, tuned=True, compiled=compiled).train_step
+                train_steps[against] = DdpLoop(
+                    cfg,
+                    single_rank_world(world),
+                    random_batch(cfg, world),
+                    tuned=True,
+                    compiled=against == "compile",
+                ).train_step
             contenders = {
                 name: lambda steps, train_step=train_step: [train_step(step) for step in steps]
                 for name, train_step in train_steps.items()

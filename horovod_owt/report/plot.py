@@ -1,4 +1,4 @@
-"""Curves of runs for papers: vector graphics by matplotlib."""
+"""Figures of runs for papers, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from horovod_owt.report.series import clock_of, curves
 from horovod_owt.report.summary import history_of, names_of, validations_of
 
 SUFFIXES = (".svg", ".pdf", ".png")
-CURVES = {  # a column, what its axis says, whether it may be logarithmic
+CURVES = {  # the records' column, the axis label, whether --log applies
     "loss": ("loss", "training loss", True),
     "accuracy": ("", "validation accuracy, %", False),
     "lr": ("lr", "learning rate", False),
@@ -76,13 +76,13 @@ def _curves(run_dir: Path) -> dict[str, Any]:
 
 
 def _label(name: str) -> str:
-    """As matplotlib shows it: it leaves out of legends what begins with `_`."""
+    """The name for a legend: matplotlib leaves out labels that begin with `_`."""
     name = drawable(name)
     return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
 
 
 def _draw(axes: Any, run: dict[str, Any], column: str, x: str, colour: str) -> None:
-    """The means, and the range that they are the means of."""
+    """A line through the buckets' means, and their ranges as a band."""
     rows = [
         (_place(at, x), y, low, high)
         for segment in run["segments"]
