@@ -54,14 +54,33 @@ def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None
 
 
 @contextmanager
+def users_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """`atomic_file` for a path that the user gave. Follows links, and writes to devices and pipes directly.
+
+    Renaming a file to a device as root would replace /dev/null for everybody.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
+    with atomic_file(real_path(path), durable=durable) as file:
+        yield file
+
+
+@contextmanager
 def output_file(path: Path, option: str) -> Iterator[BinaryIO]:
-    """`atomic_file` for an output file that the user named with `option`; raises ConfigError."""
+    """`users_file` for an output file that the user named with `option`; raises ConfigError."""
     try:
-        with atomic_file(path) as file:
+        with users_file(path) as file:
             yield file
     except OSError as error:
         saw = f"{option} {path}: {error.strerror or error}"
         raise ConfigError(saw, wanted="a file that can be written", fix=f"another {option}") from None
+
+
+def users_path(text: Path | str) -> Path:
+    """A path as users write it: no shell expands the ~ of `--run-dir=~/x`, nor one in quotes."""
+    return Path(os.path.expanduser(text))
 
 
 def real_path(path: Path | str) -> Path:

@@ -15,6 +15,7 @@ from horovod_owt.commands.options import (
     PARALLEL_OPTION,
     RECIPE_OPTION,
     SET_OPTION,
+    UsersPath,
     with_parallel,
 )
 
@@ -39,7 +40,7 @@ def bench() -> None:
 
 
 @bench.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @RECIPE_OPTION
 @PARALLEL_OPTION
 @SET_OPTION
@@ -145,7 +146,7 @@ def scaling(
 
 
 @bench.command("input")
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @RECIPE_OPTION
 @SET_OPTION
 @click.option("--blocks", type=click.IntRange(1), default=8, show_default=True, help="Turns per contender.")
@@ -177,7 +178,7 @@ def input_(
 
 
 @bench.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @RECIPE_OPTION
 @SET_OPTION
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Timed training steps.")
@@ -234,7 +235,7 @@ def layers(recipe: str | None, settings: tuple[str, ...], rounds: int, as_json: 
 @click.option(
     "--max-bytes", default=256 << 20, show_default=True, help="Largest buffer; each is 4 times the last."
 )
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write busbw by size, as SVG.")
+@click.option("--plot", type=UsersPath(dir_okay=False), help="Write busbw by size, as SVG.")
 @JSON_OPTION
 def collectives(
     settings: tuple[str, ...], min_bytes: int, max_bytes: int, plot: Path | None, as_json: bool
@@ -265,7 +266,7 @@ def collectives(
 
 
 @bench.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @RECIPE_OPTION
 @SET_OPTION
 @click.option("--batches", default=60, show_default=True, help="Timed mini-batches of 128 images.")

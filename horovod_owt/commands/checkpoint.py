@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.errors import ConfigError, ProblemFound, RunError
 from horovod_owt.runs.checkpoints import find_fault, list_checkpoints, read_best, read_state, step_of
 
-RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path))
+RUN_DIR = click.argument("run_dir", type=UsersPath())
 
 
 @click.group()

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from horovod_owt.commands.options import UsersPath
 from horovod_owt.runs.control import SAVE, STOP, send_request, wait_for_checkpoint, wait_for_end
 
-RUN_DIR = click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+RUN_DIR = click.argument("run_dir", metavar="RUN", type=UsersPath())
 WAIT = click.option("--wait", is_flag=True, help="Wait until it is done.")
 TIME_LIMIT = click.option(
     "--time-limit",

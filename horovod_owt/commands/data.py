@@ -10,6 +10,7 @@ import click
 from horovod_owt.commands.data_build import pack, prepare
 from horovod_owt.commands.data_stats import stats
 from horovod_owt.commands.data_verify import verify
+from horovod_owt.commands.options import UsersPath
 
 
 @click.group()
@@ -27,7 +28,7 @@ data.add_command(stats)
 
 
 @data.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=UsersPath())
 @click.option("--classes", default=10, show_default=True, help="Number of classes.")
 @click.option("--train-per-class", default=200, show_default=True, help="Training images per class.")
 @click.option("--val-per-class", default=50, show_default=True, help="Validation images per class.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.text import one_line
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ SHARE_TIMEOUT_S = 7 * 86400.0  # for other ranks to finish; a dead rank is notic
 
 
 @click.command()
-@click.argument("root", type=click.Path(path_type=Path))
+@click.argument("root", type=UsersPath())
 @click.option("--split", type=click.Choice(["train", "val"]), help="Verify one split.  [default: both]")
 @click.option(
     "--workers", type=click.IntRange(1), help="Decoding threads.  [default: the cores of this rank]"

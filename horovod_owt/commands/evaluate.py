@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
-from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION, UsersPath
+from horovod_owt.signals import end_at_once_on_ctrl_c
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+@click.argument("data", type=UsersPath())
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=UsersPath())
 @click.option(
     "--crops",
     type=click.Choice(["1", "10"]),
@@ -32,7 +32,7 @@ from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION
 )
 @click.option(
     "--confusion",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     metavar="FILE",
     help="Draw the confusion matrix, as .svg or .png.",
 )
@@ -63,7 +63,7 @@ def evaluate(
 
     Ctrl-C stops it at once. The only file it writes is that of --confusion.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python handles no signal while in a collective
+    end_at_once_on_ctrl_c()
     log_to_stderr()
     from horovod_owt.data.machine import raise_open_file_limit
     from horovod_owt.inference.confusion import check_confusion, plot_confusion

@@ -9,13 +9,13 @@ import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
-from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, UsersPath
 from horovod_owt.topology import require_single_process
 
 
 @click.command()
-@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=UsersPath())
+@click.argument("out", type=UsersPath())
 @NEWEST_OPTION
 @JSON_OPTION
 def export(checkpoint: Path, out: Path, newest: bool, as_json: bool) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.errors import ConfigError
 from horovod_owt.runs.goodput import STEP_PARTS, Goodput, goodput
 
 
 @click.command("goodput")
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=UsersPath())
 @JSON_OPTION
 def goodput_command(run_dir: Path, as_json: bool) -> None:
     """Print the goodput of RUN: the share of its wall time, over all attempts, spent on steps that counted.

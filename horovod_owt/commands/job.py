@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.slurm.spec import AUTO, KINDS, LAUNCHERS, JobSpec, option_of, sbatch_fields
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ def job_options(body: Callable) -> Callable:
         click.option("--venv", help="Virtual environment to activate.  [default: the environment of sbatch]"),
         click.option("--container-image", help="Run the ranks in this image (Pyxis)."),
         click.option("--apptainer", metavar="IMAGE", help="Run the ranks in this image (Apptainer)."),
+        click.option(
+            "--container-mounts",
+            metavar="SRC:DST,...",
+            help="Folders of the nodes that the container shows: DATA, the run folder.",
+        ),
         click.option(
             "--launcher", type=click.Choice(LAUNCHERS), help="Launcher of the ranks.  [default: auto]"
         ),
@@ -125,9 +130,7 @@ def submit(spec: JobSpec, dry_run: bool) -> None:
 
 @job.command()
 @JOB_ID
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="The job's run folder, if Slurm has forgotten the job."
-)
+@click.option("--run-dir", type=UsersPath(), help="The job's run folder, if Slurm has forgotten the job.")
 @JSON_OPTION
 def status(job_id: str, run_dir: Path | None, as_json: bool) -> None:
     """Print the state and progress of job JOB (1234, or 1234_2 of an array).
@@ -176,12 +179,17 @@ def nodes(job_id: str) -> None:
 @click.option("--min-ranks", type=int, default=JobSpec.min_ranks, help="Of an elastic job.  [default: half]")
 @click.option("--container-image", default="")
 @click.option("--apptainer", default="")
+@click.option("--container-mounts", default="")
 @click.argument("command", nargs=-1, required=True, metavar="-- train DATA [...]")
-def run(command: tuple[str, ...], **options) -> None:
+def run(
+    command: tuple[str, ...], container_image: str, apptainer: str, container_mounts: str, **options
+) -> None:
     """The batch process of a job: start the ranks, and requeue the job if it can continue."""
     from horovod_owt.slurm.batch import run_job
+    from horovod_owt.slurm.container import Container
 
-    sys.exit(run_job(command, **options))
+    container = Container(container_image, apptainer, container_mounts)
+    sys.exit(run_job(command, container=container, **options))
 
 
 @job.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from horovod_owt.commands.options import UsersPath
+
 RANKS = click.option(
     "--ranks",
     type=click.IntRange(min=1),
@@ -14,7 +16,7 @@ RANKS = click.option(
     help="Ranks on this host.  [default: one per GPU; without GPUs, 2]",
 )
 HOSTS_HELP = "File with lines HOST:SLOTS or HOST slots=SLOTS; one rank per slot, started by ssh."
-HOSTS = click.option("--hosts", type=click.Path(path_type=Path), metavar="FILE", help=HOSTS_HELP)
+HOSTS = click.option("--hosts", type=UsersPath(), metavar="FILE", help=HOSTS_HELP)
 INTERFACE = click.option(
     "--interface", metavar="NAME", help="Network interface.  [default: the one that reaches the other hosts]"
 )
@@ -68,7 +70,7 @@ def local(ranks: int | None, max_restarts: int, preflight: bool, dry_run: bool, 
 
 
 @launch.command()
-@click.option("--hosts", type=click.Path(path_type=Path), metavar="FILE", required=True, help=HOSTS_HELP)
+@click.option("--hosts", type=UsersPath(), metavar="FILE", required=True, help=HOSTS_HELP)
 @INTERFACE
 @max_restarts(0)
 @PREFLIGHT

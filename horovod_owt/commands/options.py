@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import click
+
+from horovod_owt.files import users_path
+
+
+class UsersPath(click.Path):
+    """A path as users write it; an empty one, of a variable that is not set, would be the current folder."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("an empty path: is a variable not set?", param, ctx)
+        return super().convert(users_path(value), param, ctx)
+
 
 SET_OPTION = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated."

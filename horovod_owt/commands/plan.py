@@ -12,6 +12,7 @@ from horovod_owt.commands.options import (
     JSON_OPTION,
     RECIPE_OPTION,
     SET_OPTION,
+    UsersPath,
     with_parallel,
 )
 from horovod_owt.errors import ConfigError
@@ -54,9 +55,7 @@ from horovod_owt.errors import ConfigError
 @click.option("--inexact", is_flag=True, help="Include lossy compression: onebit and powersgd:4.")
 @click.option("--failures", is_flag=True, help="Include the cost of failures and of a slow node.")
 @click.option("--slow", default=1.25, show_default=True, help="The slow node's compute time, as a multiple.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write images/s by ranks, as SVG."
-)
+@click.option("--plot", type=UsersPath(dir_okay=False), help="Write images/s by ranks, as SVG.")
 @click.option("--published", is_flag=True, help="Compare predictions with published figures of the machine.")
 @click.option("--claim", metavar="TEXT", help='Check a claim such as "1000 epochs in 32 minutes".')
 @click.option("--error", type=float, help="With --claim: the error in percent, or the loss, that it states.")
@@ -64,13 +63,13 @@ from horovod_owt.errors import ConfigError
     "--calibrate",
     "measured",
     multiple=True,
-    type=click.Path(path_type=Path, exists=True),
+    type=UsersPath(exists=True),
     metavar="RUN|JSON",
     help="Take figures from a measurement: a run folder, or the JSON of owt bench; may be repeated.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UsersPath(dir_okay=False),
     help="With --calibrate: write the resulting machine file.",
 )
 @click.option("--list", "list_machines", is_flag=True, help="List the machines and exit.")

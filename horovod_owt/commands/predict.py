@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -12,8 +11,10 @@ import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
-from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, UsersPath
+from horovod_owt.commands.streams import stdout_is_read
 from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.signals import end_at_once_on_ctrl_c
 from horovod_owt.text import json_text, one_line
 from horovod_owt.topology import require_single_process
 
@@ -21,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 @click.command()
-@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=UsersPath())
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option(
     "--synsets",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     metavar="FILE",
     help="Class names: lines such as `n01440764 tench, Tinca tinca`, or one name per line in label order.",
 )
@@ -51,7 +52,7 @@ def predict(
                find /data -name '*.JPEG' | owt predict runs/first - --json
                owt predict alexnet-owt-7be5be79.pth cat.jpg --synsets LOC_synset_mapping.txt
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_once_on_ctrl_c()
     log_to_stderr()
     require_single_process("owt predict")
     from horovod_owt.config import TrainConfig
@@ -88,6 +89,8 @@ def predict(
             rows.append({"path": found.path, "top": best})
         else:
             click.echo(_text(found.path, best))
+            if not stdout_is_read():
+                return
     if as_json:
         click.echo(json_text({"checkpoint": str(info.source), "images": rows, "bad": bad}))
     if bad:

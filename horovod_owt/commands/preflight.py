@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 
 if TYPE_CHECKING:
     from horovod_owt.preflight.findings import Finding
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     default=Path("runs"),
     show_default=True,
     help="Check that this folder, in which runs will be stored, is writable, shared and has enough space.",

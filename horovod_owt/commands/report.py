@@ -7,23 +7,23 @@ from pathlib import Path
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.files import output_file
 
-RUNS = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+RUNS = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=UsersPath())
 
 
 @click.command()
 @RUNS
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UsersPath(dir_okay=False),
     metavar="FILE",
     help="Where to write the page.  [default: RUN/report.html; for several runs, ./report.html]",
 )
 @click.option(
     "--evaluation",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     metavar="FILE",
     help="Output of `owt evaluate --json` for the run.  [default: RUN/evaluation.json, if it exists]",
 )
@@ -67,7 +67,7 @@ def report(
 @RUNS
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UsersPath(dir_okay=False),
     required=True,
     metavar="FILE",
     help="Where to write the figure: a name that ends in .svg, .pdf or .png.",

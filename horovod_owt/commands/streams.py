@@ -45,14 +45,20 @@ def _stream(descriptor: int, old: TextIO | None, *, errors: str, is_log: bool) -
     )
 
 
+def stdout_is_read() -> bool:
+    """Whether there is still a reader: a command whose only result is its output need not go on without."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return not (isinstance(raw, _Output) and raw.is_lost)
+
+
 class _Output(io.FileIO):
     def __init__(self, descriptor: int, *, is_log: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._is_log, self._is_lost = is_log, False
+        self._is_log, self.is_lost = is_log, False
 
     def write(self, data) -> int:
         size = memoryview(data).nbytes
-        if self._is_lost:
+        if self.is_lost:
             return size
         try:
             while (written := super().write(data)) is None:  # another process has made it non-blocking
@@ -61,7 +67,7 @@ class _Output(io.FileIO):
         except OSError as error:
             if self._is_log:  # even on a full disk: there may be space later
                 return size
-            self._is_lost = True
+            self.is_lost = True
             if error.errno in READER_GONE:
                 return size
             raise RunError(

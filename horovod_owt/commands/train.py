@@ -13,16 +13,15 @@ from horovod_owt.commands.options import (
     PARALLEL_OPTION,
     RECIPE_OPTION,
     SET_OPTION,
+    UsersPath,
     with_parallel,
     with_profile,
 )
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Run folder.  [default: runs/MODEL-DATE-TIME]"
-)
+@click.argument("data", type=UsersPath())
+@click.option("--run-dir", type=UsersPath(), help="Run folder.  [default: runs/MODEL-DATE-TIME]")
 @RECIPE_OPTION
 @click.option(
     "--resume",
@@ -72,8 +71,8 @@ def train(
                torchrun --nproc-per-node 4 --no-python owt train /data/imagenet --run-dir runs/first
                horovodrun -np 8 owt train /data/imagenet --parallel hybrid --set fc_group_size=4
 
-    Ctrl-C, TERM, USR1, USR2 and `owt stop RUN` stop it after the current step, with a checkpoint and exit
-    code 75.
+    Ctrl-C, TERM, HUP, USR1, USR2 and `owt stop RUN` stop it after the current step, with a checkpoint and
+    exit code 75.
     """
     log_to_stderr(log_format)
     from horovod_owt.data.machine import raise_open_file_limit

@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.errors import ConfigError, RunError, fix_of
-from horovod_owt.files import atomic_file
+from horovod_owt.files import users_file
 from horovod_owt.filesystem import temporary_folder
 from horovod_owt.inference.weights import ModelInfo, TrainedModel, metadata
 
@@ -31,7 +31,7 @@ def export(net: TrainedModel, out: Path) -> dict[str, Any]:
     """
     info = net.info
     try:
-        with atomic_file(out, durable=True) as file:
+        with users_file(out, durable=True) as file:
             checked = WRITERS[out.suffix](net, file)
         return {
             "path": str(out),

@@ -17,6 +17,7 @@ from horovod_owt.errors import ConfigError, OwtError, Preempted
 from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, append_attempt, run_dir_of
 from horovod_owt.runs.control import STOP
 from horovod_owt.runs.folder import read_config
+from horovod_owt.signals import heeded
 from horovod_owt.topology import LAUNCHERS, Variables
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -102,9 +103,8 @@ class Supervisor:
 
     def _set_up_process(self) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt the ranks of a dead launcher
-        for number in FORWARDED:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self._forward)
+        for number in heeded(FORWARDED):
+            signal.signal(number, self._forward)
 
     def _attempt(self) -> Attempt:
         watch = AttemptWatch(self._run_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -36,7 +37,7 @@ MEANS = {  # tag -> key of step records, whose mean is shown
     "speed/exposed_comm_ms": "exposed_comm_ms",
 }
 LAST = {"train/lr": "lr", "train/epoch": "epoch", "train/gradient_norm": "grad_norm"}
-VALIDATION = {"validation/loss": "loss", "validation/top1": "top1", "validation/top5": "top5"}
+SCORES = ("loss", "top1", "top5", "averaged_loss", "averaged_top1", "averaged_top5")  # of a validation
 END = None  # the last item of the queue
 
 
@@ -45,8 +46,7 @@ class EventFile:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads files in the order of their names, hence the fractions of a second
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{_time_for_name(folder):017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)
         self._add(step=first_step, file_version="brain.Event:2")
@@ -64,6 +64,15 @@ class EventFile:
 
     def _add(self, **values: Any) -> None:
         self._records.write(Event(wall_time=time.time(), **values).SerializeToString())
+
+
+def _time_for_name(folder: Path) -> float:
+    """The time in seconds, but later than in the names that are there, whatever this host's clock says.
+
+    TensorBoard reads files in the order of their names, and never goes back to an earlier one.
+    """
+    found = (re.match(r"events\.out\.tfevents\.(\d+\.\d+)\.", name) for name in os.listdir(folder))
+    return max([time.time(), *(float(each[1]) + 1e-3 for each in found if each)])
 
 
 class TensorBoard:
@@ -136,8 +145,9 @@ class TensorBoard:
                 self._scalar(tag, found[-1], step)
 
     def _write_validation(self, values: Mapping[str, Any]) -> None:
-        for tag, key in VALIDATION.items():
-            self._scalar(tag, values[key], values["step"])
+        for key in SCORES:
+            if key in values:
+                self._scalar(f"validation/{key}", values[key], values["step"])
 
     def _write_images(self, step: int, batch: Tensor) -> None:
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))

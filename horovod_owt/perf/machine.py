@@ -16,6 +16,7 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.files import read_user_text
 from horovod_owt.perf.layers import NETS
 from horovod_owt.perf.links import Links
+from horovod_owt.recipe import parse_yaml
 from horovod_owt.text import nearest
 
 # Every figure of a machine, with its unit and meaning, and the smallest sensible value.
@@ -124,14 +125,7 @@ def load_machine(name_or_file: str, *, option: str = "--machine") -> Machine:
             wanted=f"one of {', '.join(machine_names())} or a path",
             fix=f"{option} {nearest(name_or_file, machine_names()) or machine_names()[0]}",
         )
-    try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"machine file {name_or_file} is not valid YAML{line}", wanted="key: value lines"
-        ) from None
+    document = parse_yaml(text, f"machine file {name_or_file}")
     return _machine(Path(name_or_file).stem, document, where=name_or_file)
 
 

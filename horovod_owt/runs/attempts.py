@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.files import users_path
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import outcome_stamp, read_outcome
 from horovod_owt.runs.owner import elastic_driver
@@ -77,8 +78,8 @@ def find_run_dir(command: Sequence[str]) -> Path | None:
     found = None
     for word, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = word.partition("=")
-        if name == "--run-dir" and (value or following):
-            found = Path(value if equals else following)
+        if name == "--run-dir" and (text := value if equals else following):
+            found = users_path(text)
     return found
 
 

@@ -94,10 +94,31 @@ def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
 
 
 def intact_checkpoint(folder: Path) -> Path:
-    """This checkpoint, if it is intact; raises RunError if it is damaged or not a checkpoint."""
+    """This checkpoint, if intact; raises ConfigError if it is not a checkpoint, RunError if it is damaged."""
     if fault := find_fault(folder):
-        raise RunError(f"checkpoint {folder}: {fault}", wanted="an intact checkpoint", fix="--resume auto")
+        _check_is_checkpoint(folder)
+        run = folder.parent.parent
+        raise RunError(
+            f"checkpoint {folder}: {fault}",
+            wanted="an intact checkpoint",
+            fix=f"--resume another one; `owt checkpoint verify {run}` tells which are whole",
+        )
     return folder
+
+
+def _check_is_checkpoint(folder: Path) -> None:
+    run = folder.parent if folder.name == CHECKPOINTS else folder
+    if found := list_checkpoints(run):
+        raise ConfigError(
+            f"{folder} has {len(found)} checkpoint{'s'[: len(found) > 1]}",
+            wanted="one of them",
+            fix=f"--resume {found[0]} for the newest",
+        )
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} {'is a file' if folder.exists() else 'does not exist'}",
+            wanted="the folder of a checkpoint, such as RUN/checkpoints/step-00001234",
+        )
 
 
 def newest_intact(run_dir: Path) -> Path | None:
@@ -110,6 +131,13 @@ def newest_intact(run_dir: Path) -> Path | None:
         folders = list_checkpoints(run_dir)
     except OSError as error:
         raise (as_owt_error(error) or error) from error
+    place = run_dir / CHECKPOINTS
+    if place.is_symlink() and not place.exists():
+        raise RunError(
+            f"{place} is a link to {os.readlink(place)}, which does not exist",
+            wanted="the folder of the run's checkpoints",
+            fix="mount its disk, or make that folder",
+        )
     for folder in folders:
         fault = find_fault(folder)
         if not fault:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError, as_owt_error
 from horovod_owt.files import write_text
+from horovod_owt.filesystem import unlink_quietly
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +65,15 @@ def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
         log.warning("%s not written: %s", OUTCOME, error.strerror)
 
 
-def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """The last outcome of the run, with at least `exit_code` and `reason`.
+def forget_outcome(run_dir: Path) -> None:
+    """Remove that of an earlier attempt, "done" perhaps: this one may be killed, and then leaves none."""
+    unlink_quietly(run_dir / OUTCOME)
 
-    Raises FileNotFoundError if there is none yet, ConfigError if the file is damaged.
+
+def read_outcome(run_dir: Path) -> dict[str, Any]:
+    """The outcome of the run's last attempt, with at least `exit_code` and `reason`.
+
+    Raises FileNotFoundError if it is under way or was killed, ConfigError if the file is damaged.
     """
     outcome = _read_object(run_dir / OUTCOME, what="how the run ended", fix="see the logs of its ranks")
     if not isinstance(outcome.get("exit_code"), int):

@@ -5,6 +5,7 @@
     PATH       PATH                              the same, if the run started from PATH; else refused
     never      initial weights                   the same, if this job wrote it; else refused
 
+A folder whose records mention checkpoints that are gone is refused, except with `never`.
 So a requeued or restarted job resumes where it stopped, whatever its --resume option. The history of a folder
 is linear: to go back, start from the earlier checkpoint in another folder.
 """
@@ -22,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.errors import ConfigError
-from horovod_owt.files import real_path
+from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.files import real_path, users_path
 from horovod_owt.runs.attempts import is_same_job, next_start
 from horovod_owt.runs.checkpoints import intact_checkpoint, newest_intact, read_state, resume_at, step_of
 from horovod_owt.runs.control import withdraw_stale
-from horovod_owt.runs.folder import read_config, write_config
+from horovod_owt.runs.folder import forget_outcome, write_config
 from horovod_owt.runs.owner import Ownership
-from horovod_owt.runs.records import Start
+from horovod_owt.runs.records import Start, checkpoint_recorded
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +97,12 @@ def _open(
     checkpoint = opened.checkpoint
     own = checkpoint is not None and checkpoint.parent.parent == run_dir
     if own:
-        _check_config(run_dir, cfg)
+        _check_config(checkpoint, cfg)
     if checkpoint is not None:
         _check_data(checkpoint, data, other_data=resume.other_data)
     resume_at(run_dir, step_of(checkpoint) if own else 0)
     write_config(run_dir, cfg.to_dict())
+    forget_outcome(run_dir)
     return dataclasses.replace(opened, **dataclasses.asdict(next_start(run_dir, os.environ)))
 
 
@@ -116,9 +118,11 @@ def _new_folder(path: Path) -> Path:
 
 
 def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
-    path = "" if resume.how in ("auto", "never") else str(real_path(resume.how))
+    path = "" if resume.how in ("auto", "never") else str(real_path(users_path(resume.how)))
     own = newest_intact(run_dir)
     if own is None:
+        if resume.how != "never":
+            _check_never_saved(run_dir)
         return Opened(run_dir, intact_checkpoint(Path(path)) if path else None, path)
     state = read_state(own)
     began_from = state.get("began_from", "")
@@ -142,12 +146,22 @@ def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
     return Opened(run_dir, own, path or began_from, kept_global_batch=kept_global_batch)
 
 
-def _check_config(run_dir: Path, cfg: TrainConfig) -> None:
-    before, now = read_config(run_dir), cfg.to_dict()
+def _check_never_saved(run_dir: Path) -> None:
+    """Refuse to start anew where a disk has lost what a run did: a purged scratch, a folder not mounted."""
+    if step := checkpoint_recorded(run_dir):
+        raise RunError(
+            f"run folder {run_dir} has records of a checkpoint after step {step}, but no checkpoints",
+            wanted="the checkpoints, to resume",
+            fix="restore them, or --resume never to start from initial weights",
+        )
+
+
+def _check_config(checkpoint: Path, cfg: TrainConfig) -> None:
+    before, now = read_state(checkpoint).get("config", {}), cfg.to_dict()
     for key in FIXED_KEYS:
         if key in before and before[key] != now[key]:
             raise ConfigError(
-                f"run folder {run_dir} was trained with {key}={before[key]}, now {key}={now[key]}",
+                f"checkpoint {checkpoint} was trained with {key}={before[key]}, now {key}={now[key]}",
                 wanted="the same value to resume",
                 fix=f"--set {key}={before[key]}, or another --run-dir",
             )

@@ -126,6 +126,16 @@ def validations(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
     return found
 
 
+def checkpoint_recorded(run_dir: Path) -> int:
+    """The step of the last checkpoint since the run began at initial weights, by its records; 0 if none."""
+    for record in newest_records(run_dir / METRICS):
+        if record.get("kind") == "checkpoint" and not lacks_step(record):
+            return record["step"]
+        if record.get("kind") == "run" and record.get("first_step") == 0:
+            break
+    return 0
+
+
 def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | None]:
     """The last step in metrics.jsonl after byte `start`, and its images per second."""
     for record in newest_records(run_dir / METRICS, start=start):

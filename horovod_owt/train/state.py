@@ -18,6 +18,7 @@ from horovod_owt.parallel.elastic import Commit, ElasticState
 from horovod_owt.runs.checkpoints import checkpoint_folder, resume_at
 from horovod_owt.runs.opening import Opened
 from horovod_owt.runs.records import validations
+from horovod_owt.train.changes import changed_settings
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
 from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
 
@@ -113,6 +114,8 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
         log.info("resuming from %s", checkpoint)
         _warn_of_dropped_errors(found[0], replica)
         state = found[0].state
+        if changed := changed_settings(state, replica.cfg, replica.world.size):
+            log.warning("other settings than the checkpoint's: %s", changed)
         if replica.average and not found[0].averaged:
             log.info("the checkpoint has no average of the weights: it starts from the checkpoint's weights")
         if _optimizer_of(state) != replica.cfg.optimizer:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 
 from horovod_owt.runs.control import STOP
+from horovod_owt.signals import heeded
 
-# Slurm sends TERM at a time limit or preemption, and the signal that --signal selects.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Slurm sends TERM at a time limit or preemption, and the signal that --signal selects. A terminal that closes
+# sends HUP.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -31,7 +33,7 @@ class StopRequest:
         return STOP if self.by_file else self.signal.name if self.signal else ""
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in heeded(STOP_SIGNALS)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,4 +42,5 @@ class StopRequest:
 
     def _note(self, number: int, _frame: object) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -105,6 +105,11 @@ def test_images_that_do_not_decode_are_named_and_others_classified(weights, phot
     assert done.exception.exit_code == 1 and "6 of 7 not classified" in str(done.exception)
 
 
+def test_nothing_is_classified_for_a_reader_that_has_left(weights, photos, monkeypatch):
+    monkeypatch.setitem(predict.callback.__globals__, "stdout_is_read", lambda: False)
+    assert run(weights, photos, "--top", 1).stdout.count(".JPEG") == 1
+
+
 def test_a_name_on_stdin_may_be_in_any_encoding(weights, photos, tmp_path):
     name = os.fsencode(tmp_path) + b"/caf\xe9.JPEG"
     shutil.copy(next(photos.rglob("*.JPEG")), name)

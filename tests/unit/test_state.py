@@ -312,3 +312,17 @@ def test_a_run_without_compression_says_that_it_drops_the_errors(tmp_path, run_d
     begun = replica(2, compression="onebit")
     restore(begun, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 4))
     assert not any(error.any() for error in begun.strategy.compression.gather().values())
+
+
+def test_a_resumed_run_names_the_settings_that_it_changes(run_dir, caplog):
+    def warnings(**values):
+        caplog.clear()
+        made = Replica(replace(CONFIG, seed=4, **values), ROOT)
+        restore(made, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 4))
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings(log_every=3, batch=64, accum_steps=2, keep_checkpoints=9) == []  # the global batch is 128
+    assert warnings(lr=0.5, schedule="constant", batch=32) == [
+        "other settings than the checkpoint's: lr=0.5 (was 0.01), schedule=constant (was step:30:0.1), "
+        "global batch 32 (was 128)"
+    ]

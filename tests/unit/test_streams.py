@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from horovod_owt.cli import cli
-from horovod_owt.commands.streams import _stream
+from horovod_owt.commands.streams import _stream, stdout_is_read
 from horovod_owt.errors import ConfigError, RunError, as_owt_error
 
 OWT = f"{sys.executable} -m horovod_owt"
@@ -58,6 +58,16 @@ def test_what_nobody_reads_is_dropped(pipe, is_log):
     os.close(read)
     for _ in range(3):
         print("x" * 100_000, file=stream, flush=True)
+
+
+def test_a_command_can_ask_whether_its_output_is_still_read(pipe, monkeypatch):
+    read, write = pipe
+    monkeypatch.setattr(sys, "stdout", _stream(write, None, errors="strict", is_log=False))
+    print("first", flush=True)
+    assert stdout_is_read()
+    os.close(read)
+    print("second", flush=True)
+    assert not stdout_is_read()
 
 
 def test_a_slow_reader_of_a_non_blocking_pipe_gets_everything(pipe):

@@ -77,7 +77,10 @@ def test_the_run_folder_is_found_in_the_command_and_wanted_there():
     assert run_dir_of(["owt", "train", "D", "--run-dir=runs/b"]).name == "b"
     twice = ["owt", "train", "D", "--run-dir", "runs/a", "--run-dir", "runs/b"]  # a script's, and the user's
     assert run_dir_of(twice).name == "b"
-    for command in (["owt", "train", "D"], ["owt", "train", "D", "--run-dir"]):
+    home = ["owt", "train", "D", "--run-dir=~/runs/c"]  # which no shell expands
+    assert run_dir_of(home) == Path.home() / "runs" / "c"
+    without = ([], ["--run-dir"], ["--run-dir", ""], ["--run-dir=", "--set", "batch=2"])
+    for command in (["owt", "train", "D", *words] for words in without):
         with pytest.raises(ConfigError, match="no --run-dir"):
             run_dir_of(command)
 
@@ -175,11 +178,12 @@ def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
-def test_the_end_of_a_terminal_does_not_stop_a_job_under_nohup(tmp_path):
+@pytest.mark.parametrize("number", ["HUP", "INT"])  # under nohup; by `&` in a script
+def test_a_terminal_does_not_stop_a_job_that_was_started_to_ignore_it(tmp_path, number):
     before = {number: signal.getsignal(number) for number in supervisor.FORWARDED}
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(getattr(signal, f"SIG{number}"), signal.SIG_IGN)
     try:
-        command = ["sh", "-c", "kill -HUP $PPID; exit 3", "job", "--run-dir", str(tmp_path)]
+        command = ["sh", "-c", f"kill -{number} $PPID; exit 3", "job", "--run-dir", str(tmp_path)]
         attempt = supervisor.Supervisor(command).run_once()
     finally:
         ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
