@@ -26,10 +26,10 @@ MAX_LINKS = 24
 MAX_SETTING = 60  # characters
 STATES = {
     "done": "Done",
-    "running": "Under way",
+    "running": "Running",
     "stopped": "Stopped",
     "failed": "Failed",
-    "ended": "Ended without an outcome",
+    "ended": "Ended without recording an outcome",
 }
 PARTS = (("compute_ms", "compute"), ("data_wait_ms", "wait"), ("exposed_comm_ms", "comm"))
 GOODPUT = {  # parts of the wall time: their names here, and their colours' classes
