@@ -12,11 +12,11 @@ POINTS = 1200
 
 
 def html_of(summaries, points=POINTS):
-    return page(summaries, most_points=points, folder=Path())
+    return page(summaries, max_points=points, folder=Path())
 
 
 def summary(folder, points=POINTS):
-    return summarize(folder, most_points=points)
+    return summarize(folder, max_points=points)
 
 
 def report(*words):

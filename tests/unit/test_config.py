@@ -111,6 +111,7 @@ def test_a_bad_setting_is_refused_with_what_was_wanted(setting, saw, fix):
         ("batch: 8\nlr: 1: 2", "is not valid YAML at line 2"),
         ("- batch", "contains a list"),
         ("bach: 3", "unknown key 'bach'"),
+        ("lr: true", "lr=True; wanted a number"),
     ],
 )
 def test_a_bad_recipe_file_is_refused(tmp_path, text, saw):

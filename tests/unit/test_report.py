@@ -132,7 +132,7 @@ def test_with_few_steps_each_point_is_a_record(eventful):
 def test_many_steps_become_few_points_that_keep_the_extremes(eventful):
     history = read_history(eventful)
     history.steps["loss"][123] = 99.0
-    found = curves(history, most_points=20)
+    found = curves(history, max_points=20)
     assert found["steps_per_point"] == 16
     points = [len(segment["step"]) for segment in found["segments"]]
     assert sum(points) <= 20 + len(points)
@@ -247,7 +247,7 @@ def test_nothing_from_a_run_folder_becomes_html(tmp_path):
     run.write("run", versions={HOSTILE: HOSTILE}, config={HOSTILE: HOSTILE}, hosts=[HOSTILE], data=HOSTILE)
     run.write("step", step=1, bytes_sent={HOSTILE: 1})
     run.outcome(1, HOSTILE)
-    text = html_of(summarize_all([run.folder, run.folder], most_points=POINTS))
+    text = html_of(summarize_all([run.folder, run.folder], max_points=POINTS))
     assert len(re.findall("<script", text)) == 2 and len(re.findall("</script>", text)) == 2  # ours
     assert "<img" not in text and "alert(1)&lt;/script&gt;" in text
     document = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
@@ -341,7 +341,7 @@ def test_records_with_values_of_other_types_still_give_a_page(tmp_path, seed):
 
 def test_runs_of_the_same_name_are_told_apart(eventful, tmp_path):
     WrittenRun(tmp_path / "eventful").start(["a"])
-    names = [run["name"] for run in summarize_all([eventful, tmp_path / "eventful"], most_points=POINTS)]
+    names = [run["name"] for run in summarize_all([eventful, tmp_path / "eventful"], max_points=POINTS)]
     assert names == [str(eventful), str(tmp_path / "eventful")]
 
 
@@ -349,6 +349,6 @@ def test_several_runs_show_the_settings_that_differ(eventful, tmp_path):
     run = WrittenRun(tmp_path / "other", lr=0.5)
     run.start(["a"])
     run.steps(3)
-    text = html_of(summarize_all([eventful, run.folder], most_points=POINTS))
+    text = html_of(summarize_all([eventful, run.folder], max_points=POINTS))
     differing = text[text.index("Settings that differ") : text.index('id="training"')]
     assert re.findall(r"<code>(\w+)</code>", differing) == ["ranks", "lr"]

@@ -57,7 +57,7 @@ def test_without_the_images_the_pairs_are_named(tmp_path, images):
     found = summary(tmp_path)["evaluation"]
     assert found["confused"][0]["images"] == 20
     assert found["no_thumbnails"] == f"No pictures: {tmp_path / 'gone'} does not exist"
-    assert "taken for" in html_of([summary(tmp_path)])
+    assert "classified as" in html_of([summary(tmp_path)])
     unknown = [{"class": "<b>", "taken_for": CLASSES[0], "images": 1}]
     (tmp_path / "evaluation.json").write_text(evaluation(images, confused=unknown))
     assert summary(tmp_path)["evaluation"]["confused"][0]["thumbnails"][0] is None

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from horovod_owt.cli import cli
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.runs.records import last_step
 from horovod_owt.slurm import batch, client, nodes, status
-from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.commands import parse_jobs
 
 RECORD = """\
@@ -163,28 +161,3 @@ def test_the_status_of_an_ended_job_comes_from_its_run_folder_damaged_or_not(tmp
     (tmp_path / "outcome.json").write_text('{"exit_code": 7')
     with pytest.raises(ConfigError, match="outcome.json is unreadable"):
         status.job_status("7", tmp_path)
-
-
-def test_a_moment_in_which_slurm_has_no_nodes_of_a_job_takes_none_from_it(monkeypatch):
-    asked, thrice = [], threading.Event()
-
-    def none(job_id):
-        asked.append(job_id)
-        if len(asked) == 3:
-            thrice.set()
-        return []
-
-    monkeypatch.setattr(nodes, "POLL_S", 0.01)
-    monkeypatch.setattr(nodes, "LEAVE_S", 0.0)
-    monkeypatch.setattr(nodes, "nodes_of", none)
-    said, allocation = [], Allocation("7", ("n1", "n2"), ranks_per_node=2, cpus_per_node=2, restarts=0)
-    with nodes.nodes_file(allocation, said.append) as file:
-        assert thrice.wait(10)
-        assert file.read_text() == "n1:2\nn2:2\n" and not said
-
-
-def test_half_of_the_ranks_of_an_elastic_job_are_enough(capfd):
-    """Of an odd number the larger half."""
-    allocation = Allocation("7", ("n1",), ranks_per_node=5, cpus_per_node=5, restarts=0)
-    batch.ElasticRanks(allocation, 0, "lo")
-    assert "elastic, at least 3 ranks" in capfd.readouterr().err

@@ -3,6 +3,7 @@
 import logging
 import math
 import threading
+import time
 from io import BytesIO
 
 import numpy as np
@@ -66,6 +67,28 @@ def test_curves_of_a_resumed_run_have_the_step_that_it_resumed_after(tmp_path):
         observers.close()
     losses = read(tensorboard_folder(tmp_path)).Scalars("train/loss")
     assert [event.step for event in losses] == list(range(1, 11))
+
+
+def test_an_attempt_comes_after_those_before_it_though_the_clock_was_set_back(tmp_path, monkeypatch):
+    for first, now in ((1, 2e9), (3, 1e9), (5, 1e9)):  # of hosts with other clocks
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        board = TensorBoard(tmp_path / "tb", first_step=first, every=1)
+        for number in range(first, first + 4):
+            board.record("step", step(number, loss=float(first)))
+        board.close()
+    losses = [(event.step, event.value) for event in read(tmp_path / "tb").Scalars("train/loss")]
+    assert losses == [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (6, 5), (7, 5), (8, 5)]
+
+
+def test_the_averaged_weights_have_curves_of_their_own(tmp_path):
+    board = TensorBoard(tmp_path / "tb", first_step=1, every=1)
+    scores = {"step": 4, "loss": 2.0, "top1": 50.0, "top5": 90.0}
+    board.record("validation", scores)
+    board.record("validation", {**scores, "step": 8, "averaged_top1": 60.0})
+    board.close()
+    seen = read(tmp_path / "tb")
+    assert [(event.step, event.value) for event in seen.Scalars("validation/averaged_top1")] == [(8, 60)]
+    assert [event.step for event in seen.Scalars("validation/top1")] == [4, 8]
 
 
 def test_inputs_are_shown_as_the_net_gets_them(tmp_path):
