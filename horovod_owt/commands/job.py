@@ -63,6 +63,11 @@ def job_options(body: Callable) -> Callable:
         click.option("--container-image", help="Run the ranks in this image (Pyxis)."),
         click.option("--apptainer", metavar="IMAGE", help="Run the ranks in this image (Apptainer)."),
         click.option(
+            "--container-mounts",
+            metavar="SRC:DST,...",
+            help="Folders of the nodes that the container shows: DATA, the run folder.",
+        ),
+        click.option(
             "--launcher", type=click.Choice(LAUNCHERS), help="Launcher of the ranks.  [default: auto]"
         ),
         click.option(
@@ -174,12 +179,17 @@ def nodes(job_id: str) -> None:
 @click.option("--min-ranks", type=int, default=JobSpec.min_ranks, help="Of an elastic job.  [default: half]")
 @click.option("--container-image", default="")
 @click.option("--apptainer", default="")
+@click.option("--container-mounts", default="")
 @click.argument("command", nargs=-1, required=True, metavar="-- train DATA [...]")
-def run(command: tuple[str, ...], **options) -> None:
+def run(
+    command: tuple[str, ...], container_image: str, apptainer: str, container_mounts: str, **options
+) -> None:
     """The batch process of a job: start the ranks, and requeue the job if it can continue."""
     from horovod_owt.slurm.batch import run_job
+    from horovod_owt.slurm.container import Container
 
-    sys.exit(run_job(command, **options))
+    container = Container(container_image, apptainer, container_mounts)
+    sys.exit(run_job(command, container=container, **options))
 
 
 @job.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

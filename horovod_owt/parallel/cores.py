@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from horovod_owt.cgroups import within_quota
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.device import Device
 from horovod_owt.topology import Topology
@@ -14,7 +15,7 @@ SYSFS = Path("/sys")
 
 
 def use_own_cores(topology: Topology, device: Device) -> int:
-    """Pin this process to its cores; returns the number of compute threads.
+    """Pin this process to its cores; returns the number of compute threads, fewer under a quota of CPU time.
 
     Memory follows: Linux places a page on the NUMA node of the core that first writes to it, and all large
     allocations come after this. OMP_NUM_THREADS, if set, still decides the number of threads; raises
@@ -24,6 +25,7 @@ def use_own_cores(topology: Topology, device: Device) -> int:
     cores = own_cores(topology, device, os.sched_getaffinity(0), on_host, SYSFS)
     os.sched_setaffinity(0, cores)
     share = max(1, min(len(cores), on_host // topology.local_size))  # a rank bound to a socket shares it
+    share = within_quota(share, topology.local_size)
     return _asked_threads(os.environ.get("OMP_NUM_THREADS", "")) or share
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from horovod_owt.model.dropout import keep_scale
+from horovod_owt.parallel import autograd
 from horovod_owt.parallel.batch_norm import UnitNorm
 from horovod_owt.parallel.exchange import Exchange, Slice, split_sizes
 from horovod_owt.parallel.flat_gradients import FlatGradients
@@ -168,7 +169,7 @@ class SplitClassifier:
 
     @staticmethod
     def _deactivate(h: Tensor, inputs: list[Tensor], d_h: Tensor, gradients: FlatGradients) -> Tensor:
-        d_z, *d_parameters = torch.autograd.grad(h, inputs, d_h)
+        d_z, *d_parameters = autograd.gradients(h, inputs, d_h)
         for parameter, gradient in zip(inputs[1:], d_parameters, strict=True):
             gradients.add(parameter, gradient)
         return d_z
@@ -180,7 +181,7 @@ class SplitClassifier:
             logits = logits.requires_grad_()
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self._label_smoothing)
         scale = loss.new_full((), factor) if gradient_scale is None else gradient_scale.to(loss) * factor
-        (d_logits,) = torch.autograd.grad(loss, logits, scale)
+        (d_logits,) = autograd.gradients(loss, [logits], scale)
         return loss.detach(), d_logits
 
     def _own(self, units: int) -> range:

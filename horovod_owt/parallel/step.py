@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from horovod_owt.config import TrainConfig
 from horovod_owt.model.alexnet_owt import FC6_IN, AlexNetOWT
 from horovod_owt.model.dropout import keep_scale, keys_on
+from horovod_owt.parallel import autograd
 from horovod_owt.parallel.batch_norm import synchronize_batch_norms
 from horovod_owt.parallel.collectives import broadcast_tensor
 from horovod_owt.parallel.compression import CompressionState, Compressor, build_compressors
@@ -61,23 +62,6 @@ def use_whole_fp32() -> None:
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-
-
-class LossStandIn(torch.autograd.Function):
-    """A scalar whose gradient with respect to `features` is `d_features`.
-
-    `features.backward(d_features)` does the same, but torch loads SymPy to compare their shapes, which takes
-    half a second of every start.
-    """
-
-    @staticmethod
-    def forward(ctx, features: Tensor, d_features: Tensor) -> Tensor:
-        ctx.d_features = d_features
-        return features.new_empty(())
-
-    @staticmethod
-    def backward(ctx, _one: Tensor) -> tuple[Tensor, None]:
-        return ctx.d_features, None
 
 
 @dataclass
@@ -242,7 +226,7 @@ class OneWeirdTrick:
         """Backward of the convolutions; `last` starts the sum of their gradients, layer by layer."""
         if last:
             self._conv_gradients.begin_last()
-        LossStandIn.apply(batch.features, batch.d_features.to(batch.features.dtype)).backward()
+        autograd.backward(batch.features, batch.d_features.to(batch.features.dtype))
 
     def start_sum(self, values: Tensor, what: str) -> Transfer | Arrived:
         """Start a small sum over all ranks, to overlap with the caller's computation."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from horovod_owt.cgroups import cpu_quota
 from horovod_owt.filesystem import free_space
 from horovod_owt.parallel.interfaces import is_loopback, usable
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, or_inf, who
@@ -51,6 +53,7 @@ def limits(topology: Topology) -> dict[str, Any]:
         "infiniband": any(INFINIBAND.glob("uverbs*")),  # rdma_cm is there without a card, too
         "shm_bytes": _shm_bytes(),
         "cores": sorted(os.sched_getaffinity(0)),
+        "cpu_quota": cpu_quota(),
         "local_size": topology.local_size,
     }
 
@@ -106,14 +109,19 @@ def _judge_locked_memory(answers: Sequence[Answer]) -> Finding:
 
 
 def _judge_cores(answers: Sequence[Answer]) -> Finding:
-    """Each host has a core for each of its ranks, whether the launcher bound them singly or together."""
-    cores: dict[str, set[int]] = {}
+    """Each host has a core for each of its ranks, whether the launcher bound them singly or together.
+
+    A container's quota of CPU time counts as so many cores.
+    """
+    own: dict[str, set[int]] = {}
     for answer in answers:
-        cores.setdefault(answer.host, set()).update(answer.value["cores"])
+        own.setdefault(answer.host, set()).update(answer.value["cores"])
+    quotas = {a.host: int(a.value["cpu_quota"] or sys.maxsize) for a in answers}
+    cores = {host: min(len(found), quotas[host]) for host, found in own.items()}
     ranks = {answer.host: answer.value["local_size"] for answer in answers}
-    short = [a for a in answers if len(cores[a.host]) < a.value["local_size"]]
+    short = [a for a in answers if cores[a.host] < a.value["local_size"]]
     shown = [
-        f"{host} {_count(len(cores[host]), 'core')} for {_count(ranks[host], 'rank')}"
+        f"{host} {_count(cores[host], 'core')} for {_count(ranks[host], 'rank')}"
         for host in (hosts_of(short) or cores)
     ]
     return Finding(
@@ -121,7 +129,7 @@ def _judge_cores(answers: Sequence[Answer]) -> Finding:
         not short,
         ", ".join(shown[:8]) + (f" and {len(shown) - 8} more hosts" if shown[8:] else ""),
         "a core for each rank",
-        "--cpus-per-task, --cpus-per-gpu or --exclusive; mpirun --bind-to none; fewer ranks" if short else "",
+        "--cpus-per-task, --cpus-per-gpu, --exclusive; mpirun --bind-to none; docker --cpus" if short else "",
         hosts_of(short),
     )
 

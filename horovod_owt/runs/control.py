@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from horovod_owt.errors import ConfigError, Preempted, RunError
 from horovod_owt.filesystem import unlink_quietly
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 STOP, SAVE = "STOP", "SAVE"
 POLL_S = 0.5  # of a command that waits
+REGROUP_S = 60.0  # without an owner, while an elastic job that has lost its rank 0 regroups
 
 
 def ask(run_dir: Path, request: str) -> Owner:
@@ -66,12 +68,9 @@ def wait_for_end(run_dir: Path, owner: Owner, limit_s: float) -> str:
 
     A rank that is killed leaves the outcome of an earlier attempt, which is not this run's.
     """
-    _wait(lambda: active_owner(run_dir) != owner, limit_s, f"{run_dir} is still in use by {owner}")
-    try:
-        outcome, attempt = read_outcome(run_dir), last_attempt(run_dir / METRICS)
-    except FileNotFoundError:
-        outcome, attempt = None, 0
-    if outcome is None or outcome.get("attempt", attempt) != attempt:
+    _wait(_End(run_dir, owner).has_come, limit_s, f"{run_dir} is still in use by {owner}")
+    outcome = _outcome_of_last_attempt(run_dir)
+    if outcome is None:
         return "the process has ended without an outcome: it was killed, or its host went down"
     return outcome["reason"]
 
@@ -82,14 +81,41 @@ def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:
     Raises RunError after `limit_s`, or if the run ends before.
     """
 
-    def done() -> bool:
-        return not (run_dir / SAVE).exists() or active_owner(run_dir) != owner
-
-    _wait(done, limit_s, f"{run_dir} has no new checkpoint yet")
+    end = _End(run_dir, owner)
+    _wait(
+        lambda: not (run_dir / SAVE).exists() or end.has_come(),
+        limit_s,
+        f"{run_dir} has no new checkpoint yet",
+    )
     found = list_checkpoints(run_dir)
     if (run_dir / SAVE).exists() or not found or _has_failed(run_dir):  # at its end a run withdraws requests
         raise RunError(f"the run in {run_dir} has ended without writing a checkpoint", fix="see outcome.json")
     return found[0]
+
+
+class _End:
+    """The end of an owner's run. An elastic job goes on with another owner, some time after the first one."""
+
+    def __init__(self, run_dir: Path, owner: Owner) -> None:
+        self._run_dir, self._owner = run_dir, owner
+        self._seen = time.monotonic()  # when the job owned the folder last
+
+    def has_come(self) -> bool:
+        now, before = active_owner(self._run_dir), self._owner
+        if now == before or (now and now.driver and now.driver == before.driver):
+            self._seen = time.monotonic()
+            return False
+        if now or not before.driver or _outcome_of_last_attempt(self._run_dir):
+            return True
+        return time.monotonic() > self._seen + REGROUP_S
+
+
+def _outcome_of_last_attempt(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        outcome, attempt = read_outcome(run_dir), last_attempt(run_dir / METRICS)
+    except FileNotFoundError:
+        return None
+    return outcome if outcome.get("attempt", attempt) == attempt else None
 
 
 def _has_failed(run_dir: Path) -> bool:

@@ -197,6 +197,27 @@ def test_the_outcome_of_an_earlier_attempt_is_not_that_of_a_killed_one(tmp_path)
     assert wait_for_end(tmp_path, gone, 10) == "done"
 
 
+def test_an_elastic_job_that_regroups_has_not_ended(tmp_path, monkeypatch):
+    """Rank 0's host is lost: the next owner comes later, and belongs to the same driver."""
+    lost = replace(this_process({}), pid=1, driver="node1:4711")
+    owners = [lost, None, None, replace(lost, pid=2), replace(lost, pid=2), None]
+
+    def next_owner(run_dir: Path):
+        owner = owners.pop(0)
+        if not owners:
+            write_outcome(run_dir, {"exit_code": 75, "reason": "stopped by the file STOP after step 9"})
+        return owner
+
+    monkeypatch.setattr(control, "active_owner", next_owner)
+    assert wait_for_end(tmp_path, lost, 30) == "stopped by the file STOP after step 9"
+
+
+def test_an_elastic_job_whose_last_rank_is_lost_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "REGROUP_S", 0.05)
+    lost = replace(this_process({}), pid=1, driver="node1:4711")
+    assert "without an outcome" in wait_for_end(tmp_path, lost, 30)
+
+
 def test_waiting_for_a_checkpoint_names_it(tmp_path):
     ownership = Ownership()
     ownership.take(tmp_path)

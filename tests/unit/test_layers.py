@@ -40,6 +40,7 @@ MAY_IMPORT = {
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
 ROOT = {
     "",
+    "cgroups",
     "compression",
     "config",
     "errors",

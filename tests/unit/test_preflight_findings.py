@@ -206,6 +206,7 @@ LIMITS = {
     "infiniband": False,
     "shm_bytes": 4e9,
     "cores": [0, 1],
+    "cpu_quota": None,
     "local_size": 2,
 }
 
@@ -221,6 +222,8 @@ LIMITS = {
         ({"shm_bytes": 400e6}, ["/dev/shm"]),  # for two ranks
         ({"shm_bytes": None}, []),  # no limit
         ({"cores": [0]}, ["cores"]),
+        ({"cpu_quota": 1.5}, ["cores"]),
+        ({"cpu_quota": 2.0}, []),
     ],
 )
 def test_limits_that_are_too_low_are_found_on_their_host(change, bad):
