@@ -42,7 +42,7 @@ test-gpu: setup
 	@$(IN_VENV) OWT_GPU_REPORT=build/gpu-report/correctness pytest tests/gpu/test_gpu_correctness.py
 	@$(IN_VENV) OWT_GPU_REPORT=build/gpu-report/speed pytest tests/gpu/test_gpu_speed.py
 
-# needs no set-up, but root and debootstrap: CELLS="debian-13 no-cmake"; `python3 tests/machines --list`
+# needs no setup, but root and debootstrap: CELLS="debian-13 no-cmake"; `python3 tests/machines --list`
 test-machines:
 	@$(PYTHON) tests/machines $(CELLS)
 

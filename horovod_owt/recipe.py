@@ -1,4 +1,4 @@
-"""Recipes: YAML files of configuration keys, and under `about` where they come from."""
+"""Recipes: YAML files of configuration keys; `about` says where they come from."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from horovod_owt.files import read_user_text
 from horovod_owt.text import nearest
 
 DEFAULT_RECIPE = "torchvision-90"
-ABOUT = {  # the keys of `about`, and what they mean
+ABOUT = {  # the keys of `about`, and their meaning
     "summary": "one line",
-    "source": "whose recipe it is",
-    "global_batch": "images of an optimizer update there",
-    "top1_error": "percent on ImageNet's validation set, published for it",
-    "top5_error": "the same of the best five",
-    "error_source": "who published them, or why there are none",
-    "run_on_imagenet": "whether this package was run on ImageNet with it",
-    "differences": "a list of what is not as in the source",
+    "source": "where the recipe comes from",
+    "global_batch": "images per optimizer update in the source",
+    "top1_error": "published top-1 error on ImageNet's validation set, percent",
+    "top5_error": "published top-5 error, percent",
+    "error_source": "who published the errors, or why there are none",
+    "run_on_imagenet": "whether this package was run on ImageNet with the recipe",
+    "differences": "a list of differences from the source",
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as it is written."""
+    """The content of a recipe file."""
 
     name: str
-    values: dict[str, Any]  # of configuration keys
-    about: dict[str, Any]  # by the keys of ABOUT, if they are known
-    text: str  # the file
+    values: dict[str, Any]  # by configuration key
+    about: dict[str, Any]  # by some keys of ABOUT
+    text: str
 
 
 class _KeyTwice(yaml.MarkedYAMLError):

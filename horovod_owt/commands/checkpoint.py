@@ -59,7 +59,7 @@ def verify(run_dir: Path, as_json: bool) -> None:
     for folder in _folders(run_dir):
         fault = _fault(folder)
         if fault and not folder.exists():
-            continue  # the run has deleted it meanwhile
+            continue  # deleted by the run meanwhile
         rows.append({"path": str(folder), "fault": fault})
         if not as_json:
             click.echo(f"{folder.name}  {fault or 'whole'}")
@@ -88,7 +88,7 @@ def _folders(run_dir: Path) -> list[Path]:
 
 
 def _row(folder: Path, run_dir: Path) -> dict[str, Any] | None:
-    """A row from names, sizes and state.json; the tensors are not read. None if the run has deleted it."""
+    """A row from names, sizes and state.json; tensors are not read. None if the run has just deleted it."""
     try:
         epoch = float(read_state(folder)["epoch"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -16,9 +16,9 @@ from horovod_owt.commands.options import UsersPath
 @click.group()
 def data() -> None:
     """Create and check data sets."""
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
 
-    allow_open_files()
+    raise_open_file_limit()
 
 
 data.add_command(prepare)
@@ -36,7 +36,7 @@ data.add_command(stats)
 def synth(out: Path, classes: int, train_per_class: int, val_per_class: int, seed: int) -> None:
     """Write a small synthetic data set of JPEGs in ImageNet's layout to OUT.
 
-    Classes are patterns in random colours, so a net must learn shapes. An existing OUT is kept.
+    Classes are patterns in random colours, so a model must learn shapes. An existing OUT is kept.
 
     \b
     Example:  owt data synth /tmp/synth --classes 20 --seed 1

@@ -41,7 +41,7 @@ WORKERS_OPTION = click.option(
 @click.option(
     "--checksums",
     type=UsersPath(),
-    help="Checksums of another release than the official one, in the format of md5sum.",
+    help="Checksums of a release other than the official one, in the format of md5sum.",
 )
 def prepare(
     out: Path,
@@ -80,7 +80,7 @@ def prepare(
 @SHORT_SIDE_OPTION
 @WORKERS_OPTION
 def pack(src: Path, out: Path, shard_mb: int, short_side: int | None, workers: int | None) -> None:
-    """Pack the data set SRC into tar shards in OUT: few large files, in WebDataset format.
+    """Pack the data set SRC into tar shards in OUT: a few large files in WebDataset format.
 
     Training on OUT gives the same batches as on SRC. If interrupted, the same command continues.
 

@@ -28,8 +28,8 @@ SET_OPTION = click.option(
 PARALLEL_OPTION = click.option(
     "--parallel",
     type=click.Choice(["data", "hybrid", "auto"]),
-    help="data: every rank holds the whole net. hybrid: One Weird Trick, the ranks of a node split the fully "
-    "connected layers. auto: the one predicted to be faster here.  [default: data]",
+    help="data: every rank holds the whole model. hybrid: One Weird Trick, the ranks of a node split the "
+    "fully connected layers. auto: the one predicted to be faster.  [default: data]",
 )
 RECIPE_OPTION = click.option(
     "--recipe", metavar="NAME|FILE", help="Recipe to start from.  [default: torchvision-90]"
@@ -37,7 +37,7 @@ RECIPE_OPTION = click.option(
 NEWEST_OPTION = click.option(
     "--newest",
     is_flag=True,
-    help="Of a run folder, take the newest checkpoint instead of the best by validation.",
+    help="Use a run's newest checkpoint instead of its best by validation.",
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 

@@ -1,7 +1,7 @@
-"""Standard streams that do not end a command: cron jobs and daemons start with closed ones, readers leave.
+"""Keep running when a standard stream is closed, as in cron jobs and daemons, or when its reader exits.
 
-Log lines that nobody can read are dropped, and the work goes on. A result that does not reach stdout for
-another reason than that, such as a full disk, is an error.
+Output that nobody can read is dropped. If a result cannot be written to stdout for another reason, such as a
+full disk, that is an error.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TextIO
 
 from horovod_owt.errors import RunError
 
-READER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}  # EIO: of a terminal that was closed
+READER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}  # EIO: the terminal was closed
 
 
-def survive_lost_readers() -> None:
-    """Call it first: a file that is opened while descriptor 2 is closed would get the log of C libraries."""
+def tolerate_closed_streams() -> None:
+    """Call this first: a file opened while descriptor 2 is closed would receive the output of C libraries."""
     _open_closed_descriptors()
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)
     sys.stdout = _stream(1, sys.stdout, errors="strict", is_log=False)
@@ -65,7 +65,7 @@ class _Output(io.FileIO):
                 select.select((), (self.fileno(),), ())
             return written
         except OSError as error:
-            if self._is_log:  # of a full disk too: there may be room later
+            if self._is_log:  # even on a full disk: there may be space later
                 return size
             self.is_lost = True
             if error.errno in READER_GONE:

@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run, written by a thread of their own."""
+"""TensorBoard files of a run, written by a separate thread."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from horovod_owt.text import valid
 
 log = logging.getLogger(__name__)
 
-IMAGES = 8  # of a batch
-MOST_CURVES = 20  # classes that have a curve each; of more, the worst are listed
-CLOSE_S = 10.0  # for what is left to write at the end: a disk may hang
-MEANS = {  # tag -> key of the records of steps, whose mean is shown
+IMAGES = 8  # shown from a batch
+MAX_CURVES = 20  # up to so many classes have a curve each; of more, the worst are listed
+CLOSE_S = 10.0  # to write the rest at the end: the disk may hang
+MEANS = {  # tag -> key of step records, whose mean is shown
     "train/loss": "loss",
     "speed/images_per_s": "images_per_s",
     "speed/step_ms": "step_ms",
@@ -38,11 +38,11 @@ MEANS = {  # tag -> key of the records of steps, whose mean is shown
 }
 LAST = {"train/lr": "lr", "train/epoch": "epoch", "train/gradient_norm": "grad_norm"}
 SCORES = ("loss", "top1", "top5", "averaged_loss", "averaged_top1", "averaged_top5")  # of a validation
-END = None  # of the queue
+END = None  # the last item of the queue
 
 
 class EventFile:
-    """A new file in TensorBoard's folder; what earlier ones have from `first_step` on is no longer shown."""
+    """A new file in TensorBoard's folder; it hides events of earlier files from `first_step` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
@@ -76,13 +76,13 @@ def _time_for_name(folder: Path) -> float:
 
 
 class TensorBoard:
-    """Writes the records of a run, and what else it is given, to `folder`.
+    """Writes the records of a run, images and per-class accuracy to `folder`.
 
-    The callers only queue. An error ends the writing with a warning, never the run.
+    Callers only queue them. An error ends the writing, with a warning, but never the run.
     """
 
     def __init__(self, folder: Path, *, first_step: int, every: int) -> None:
-        """`first_step` is the next step; the steps are shown as means over `every` of them."""
+        """`first_step` is the next step; step records are shown as means over `every` steps."""
         self._folder, self._first_step, self._every = folder, first_step, every
         self._steps: list[Mapping[str, Any]] = []
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -161,10 +161,10 @@ class TensorBoard:
             return
         values = torch.tensor([value for value, _ in known]).numpy()
         self._file.add(step, summary.histogram("validation/top1_of_classes", values, bins="auto"))
-        if len(known) <= MOST_CURVES:
+        if len(known) <= MAX_CURVES:
             for value, name in known:
                 self._scalar(f"class_top1/{name}", value, step)
-        rows = "".join(f"| {name} | {value:.1f} |\n" for value, name in known[:MOST_CURVES])
+        rows = "".join(f"| {name} | {value:.1f} |\n" for value, name in known[:MAX_CURVES])
         worst = f"| class | top-1 in percent |\n|---|---|\n{rows}"
         self._file.add(step, summary.text("validation/worst_classes", worst))
 

@@ -5,9 +5,9 @@
     PATH       PATH                              the same, if the run started from PATH; else refused
     never      initial weights                   the same, if this job wrote it; else refused
 
-A folder whose records tell of checkpoints that are gone is refused, but for `never`.
-So a requeued or restarted job resumes where it stopped, whatever its command line; and the history of a
-folder is linear: to go back, start from the earlier checkpoint in another folder.
+A folder whose records mention checkpoints that are gone is refused, except with `never`.
+So a requeued or restarted job resumes where it stopped, whatever its --resume option. The history of a folder
+is linear: to go back, start from the earlier checkpoint in another folder.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.files import real_path, users_path
 from horovod_owt.runs.attempts import is_same_job, next_start
-from horovod_owt.runs.checkpoints import newest_sound, read_state, resume_at, sound_checkpoint, step_of
-from horovod_owt.runs.control import withdraw_older
+from horovod_owt.runs.checkpoints import intact_checkpoint, newest_intact, read_state, resume_at, step_of
+from horovod_owt.runs.control import withdraw_stale
 from horovod_owt.runs.folder import forget_outcome, write_config
 from horovod_owt.runs.owner import Ownership
 from horovod_owt.runs.records import Start, checkpoint_recorded
@@ -48,14 +48,14 @@ class Resume:
 
 @dataclass(frozen=True)
 class Opened:
-    """A run folder that this process owns."""
+    """A run folder that was opened, with what the run needs to know about it."""
 
     run_dir: Path
     checkpoint: Path | None = None  # to resume from, verified by sha256; None: initial weights
     began_from: str = ""  # the --resume PATH that the run in this folder started from
     attempt: int = 1
     job_id: str | None = None
-    kept_global_batch: int = 0  # of an elastic run: its own checkpoint's or its first world's; 0: not known
+    kept_global_batch: int = 0  # elastic_batch=keep: of the checkpoint or the first world; 0: unknown
 
     @property
     def start(self) -> Start:
@@ -72,7 +72,7 @@ def open_run_folder(
     """Create or reopen the run folder and take ownership; `None` creates a new one.
 
     `data` is the data set's identity. Raises ConfigError if another process owns the folder, or if its run
-    must not be resumed, or not with `cfg` or `data`; RunError if its checkpoints are damaged.
+    cannot be resumed as asked, or with `cfg` or `data`; RunError if all its checkpoints are damaged.
     """
     try:
         return _open(run_dir, cfg, data, resume, ownership)
@@ -92,7 +92,7 @@ def _open(
     run_dir = real_path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     ownership.take(run_dir)
-    withdraw_older(run_dir, ownership.since)
+    withdraw_stale(run_dir, ownership.since)
     opened = _choose_checkpoint(run_dir, resume)
     checkpoint = opened.checkpoint
     own = checkpoint is not None and checkpoint.parent.parent == run_dir
@@ -119,11 +119,11 @@ def _new_folder(path: Path) -> Path:
 
 def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
     path = "" if resume.how in ("auto", "never") else str(real_path(users_path(resume.how)))
-    own = newest_sound(run_dir)
+    own = newest_intact(run_dir)
     if own is None:
         if resume.how != "never":
             _check_never_saved(run_dir)
-        return Opened(run_dir, sound_checkpoint(Path(path)) if path else None, path)
+        return Opened(run_dir, intact_checkpoint(Path(path)) if path else None, path)
     state = read_state(own)
     began_from = state.get("began_from", "")
     if resume.how == "never" and not is_same_job(state.get("job", ""), os.environ):
@@ -181,7 +181,7 @@ def _check_data(checkpoint: Path, data: Mapping[str, Any], *, other_data: bool) 
 
 
 def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """A description of the differences of two data sets; keys missing in `before` are not compared."""
+    """How two data sets differ, as text; keys missing in `before` are not compared."""
     found = []
     for key, what in (("train_images", "training images"), ("val_images", "validation images")):
         if before.get(key, now[key]) != now[key]:

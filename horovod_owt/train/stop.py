@@ -1,4 +1,4 @@
-"""What stops a run at a checkpoint: signals, and the file STOP in its folder."""
+"""Stop requests: signals, and the file STOP in the run folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 
 
 class StopRequest:
-    """Records the first stop signal while it is entered, so that the current step can finish.
+    """Records stop signals while it is entered, so that the current step can finish.
 
     A second SIGINT ends the process at once, as a user who presses Ctrl-C twice expects.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.by_file = False  # set by the thread that looks for it
+        self.by_file = False  # set by the thread that checks for the file
         self._before: dict[signal.Signals, object] = {}
 
     @property
@@ -29,7 +29,7 @@ class StopRequest:
 
     @property
     def by(self) -> str:
-        """What asked: STOP for the file, which has precedence, or the name of the signal; else empty."""
+        """The source: STOP for the file, which has precedence, or the name of the signal; else empty."""
         return STOP if self.by_file else self.signal.name if self.signal else ""
 
     def __enter__(self) -> StopRequest:

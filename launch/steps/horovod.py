@@ -146,7 +146,7 @@ def build_wheel(
     kept.parent.mkdir(exist_ok=True)
     shutil.move(out, beside)  # the scratch folder may be on another file system
     beside.replace(kept)
-    shutil.rmtree(source, ignore_errors=True)  # what stays, the next set-up deletes
+    shutil.rmtree(source, ignore_errors=True)  # what stays, the next setup deletes
     return next(kept.glob("*.whl"))
 
 

@@ -119,7 +119,7 @@ def _chosen(asked: str | None, kept: str | None, gpus: Sequence[Gpu]) -> tuple[L
     if fitting is not None and fitting.name != kept:
         name = fitting.name
         say(f"the default for this machine is the {name} lane ({why}): `--lane {name}` selects it")
-    return LANES[kept], "chosen by an earlier set-up of this virtual environment"
+    return LANES[kept], "chosen by an earlier setup of this virtual environment"
 
 
 def fitting_lane(gpus: Sequence[Gpu]) -> tuple[Lane, str]:

@@ -17,7 +17,7 @@ STOP_GRACE_S = 10  # horovodrun ends its ranks on SIGTERM; SIGKILL follows after
 
 
 class Stopped(Exception):
-    """Set-up cannot continue; the message has what was seen, what was wanted and the fix."""
+    """Setup cannot continue; the message has what was seen, what was wanted and the fix."""
 
     exit_code = 1
 
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 class Missing(Stopped):
-    """The machine lacks something that set-up cannot install."""
+    """The machine lacks something that setup cannot install."""
 
     exit_code = 2
 

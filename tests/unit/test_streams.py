@@ -11,7 +11,7 @@ import pytest
 
 from horovod_owt.cli import cli
 from horovod_owt.commands.streams import _stream, stdout_is_read
-from horovod_owt.errors import ConfigError, RunError, explained
+from horovod_owt.errors import ConfigError, RunError, as_owt_error
 
 OWT = f"{sys.executable} -m horovod_owt"
 
@@ -120,12 +120,12 @@ def test_a_lost_connection_is_not_taken_for_a_lost_reader(monkeypatch, error):
     ],
 )  # fmt: skip
 def test_what_the_machine_lacks_is_no_bug(error, text):
-    known = explained(error)
+    known = as_owt_error(error)
     assert isinstance(known, RunError) and text in str(known) and "fix: " in str(known)
 
 
 def test_bugs_stay_bugs_and_explained_errors_stay_themselves():
     own = ConfigError("x")
-    assert explained(own) is own
+    assert as_owt_error(own) is own
     for bug in (KeyError("x"), RuntimeError("shape mismatch"), FileNotFoundError(2, "No such file", "x")):
-        assert explained(bug) is None
+        assert as_owt_error(bug) is None

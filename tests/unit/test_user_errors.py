@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from horovod_owt.cli import cli
 from horovod_owt.config import resolve
 from horovod_owt.data.synthetic import write_synthetic
-from horovod_owt.errors import ConfigError, OwtError, explained
+from horovod_owt.errors import ConfigError, OwtError, as_owt_error
 from horovod_owt.files import read_user_text
 from horovod_owt.launch.supervisor import Supervisor
 
@@ -132,7 +132,7 @@ def test_bad_input_is_answered_in_one_line(root, tmp_path, monkeypatch, command)
     error = outcome(command, root)
     if isinstance(error, click.ClickException | SystemExit):
         return  # click's own line, exit code 2
-    known = explained(error) if error else None
+    known = as_owt_error(error) if error else None
     assert known is not None, repr(error)
     assert "\n" not in str(known) and len(str(known)) < 800 and type(error).__name__ not in str(known)
     assert isinstance(error, OwtError), f"only the last resort explains {error!r}"
