@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.slurm.spec import AUTO, KINDS, LAUNCHERS, JobSpec, option_of, sbatch_fields
 
 if TYPE_CHECKING:
@@ -78,19 +78,19 @@ def job_options(body: Callable) -> Callable:
         click.option(
             "--min-ranks",
             type=click.IntRange(min=1),
-            help="Elastic: with fewer ranks the attempt ends.  [default: half of the ranks]",
+            help="Elastic: the attempt ends if fewer ranks are left.  [default: half of the ranks]",
         ),
         click.option(
             "--max-restarts",
             type=click.IntRange(min=0),
-            help=f"How often a stopped job is requeued.  [default: {JobSpec.max_restarts}]",
+            help=f"Requeue a stopped job at most this often.  [default: {JobSpec.max_restarts}]",
         ),
     ]
     return functools.reduce(lambda decorated, decorate: decorate(decorated), reversed(decorators), with_spec)
 
 
 def _sbatch_option(name: str, text: str) -> Callable:
-    """An option with sbatch's name; None, so JobSpec's default, if it is not given."""
+    """An option with sbatch's name; if it is not given, JobSpec's default applies."""
     is_flag = isinstance(getattr(JobSpec, name), bool)
     return click.option(option_of(name), is_flag=is_flag, default=None, help=text)
 
@@ -111,7 +111,7 @@ def render(spec: JobSpec) -> None:
 
 @job.command()
 @job_options
-@click.option("--dry-run", is_flag=True, help="Print the script, do not submit it.")
+@click.option("--dry-run", is_flag=True, help="Print the script instead of submitting it.")
 def submit(spec: JobSpec, dry_run: bool) -> None:
     """Submit a job and print its id.
 
@@ -130,9 +130,7 @@ def submit(spec: JobSpec, dry_run: bool) -> None:
 
 @job.command()
 @JOB_ID
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Its run folder, if Slurm no longer knows the job."
-)
+@click.option("--run-dir", type=UsersPath(), help="The job's run folder, if Slurm has forgotten the job.")
 @JSON_OPTION
 def status(job_id: str, run_dir: Path | None, as_json: bool) -> None:
     """Print the state and progress of job JOB (1234, or 1234_2 of an array).

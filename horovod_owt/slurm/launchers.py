@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.parallel.gloo import Node, store_environment
+from horovod_owt.parallel.gloo import Node, rendezvous_environment
 from horovod_owt.parallel.interfaces import interface_environment, ipv4_address_of
 from horovod_owt.slurm.allocation import Allocation
 from horovod_owt.slurm.container import NO_CONTAINER, Container
@@ -124,11 +124,11 @@ def launcher_environment(
 @contextmanager
 def rendezvous(allocation: Allocation, interface: str) -> Iterator[dict[str, str]]:
     """Run Horovod's rendezvous server for ranks without MPI, on this host."""
-    from horovod_owt.parallel.store import start_store  # loads Horovod
+    from horovod_owt.parallel.store import start_rendezvous  # loads Horovod
 
     nodes = [Node(host, allocation.ranks_per_node) for host in allocation.hosts]
-    address, port, stop = start_store(nodes, ipv4_address_of(interface))
+    address, port, stop = start_rendezvous(nodes, ipv4_address_of(interface))
     try:
-        yield store_environment(address, port)
+        yield rendezvous_environment(address, port)
     finally:
         stop()

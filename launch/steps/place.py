@@ -1,4 +1,4 @@
-"""The folders that set-up writes to, virtual environment and cache, and the stamp of finished steps."""
+"""The folders that setup writes to, virtual environment and cache, and the stamp of finished steps."""
 
 import fcntl
 import hashlib
@@ -198,23 +198,23 @@ class Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One set-up per user at a time: a second one waits, then finds the first one's wheel."""
+        """One setup per user at a time: a second one waits, then finds the first one's wheel."""
         self._own_cache()
         lock_file = os.open(self.cache / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with open(lock_file, "r+b") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"another set-up is using {self.cache}; waiting for it to end")
+                say(f"another setup is using {self.cache}; waiting for it to end")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:  # a file system without locks, such as NFS without lockd
-                say(f"{self.cache} cannot be locked: run one set-up at a time")
-            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed set-up
+                say(f"{self.cache} cannot be locked: run one setup at a time")
+            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed setup
             self.stamp = self._read_stamp()
             yield
 
     def _own_cache(self) -> None:
-        """Create the cache for this user alone: set-up installs the wheels that it finds there."""
+        """Create the cache for this user alone: setup installs the wheels that it finds there."""
         try:
             self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.cache.stat()

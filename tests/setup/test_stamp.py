@@ -13,7 +13,7 @@ from set_up_support import REPO, installed, packages, place, process
 
 @pytest.fixture
 def done(here, tool, monkeypatch, tmp_path) -> place.Place:
-    """A finished set-up as the stamp sees it, over a small checkout of its own."""
+    """A finished setup as the stamp sees it, over a small checkout of its own."""
     launch = tmp_path / "checkout" / "launch"
     for file, text in {
         "setup": "",
@@ -39,7 +39,7 @@ def done(here, tool, monkeypatch, tmp_path) -> place.Place:
 
 
 def again(here: place.Place, **environ: str) -> place.Place:
-    """The next run of set-up, with only the files to go by."""
+    """The next run of setup, with only the files to go by."""
     return place.Place(here.venv, {**here.environ, **environ})
 
 
@@ -192,7 +192,7 @@ def test_a_second_set_up_waits_for_the_first(here, tool, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert "another set-up is using" in second.stderr.readline()
+        assert "another setup is using" in second.stderr.readline()
         assert second.poll() is None
     _, said = second.communicate(timeout=30)  # then its turn comes: this PATH has no compiler
     assert second.returncode == 2 and "no C++ compiler" in said
