@@ -42,8 +42,8 @@ def list_(run_dir: Path, as_json: bool) -> None:
     for row in rows:
         best = f"  best: top-1 {row['best_top1']:.2f} %" if "best_top1" in row else ""
         epoch = "?" if row["epoch"] is None else f"{row['epoch']:.2f}"
-        size = row["bytes"] / 1e6
-        click.echo(f"{row['step']:10}  {epoch:>8}  {size:7.1f}  {row['written']}{best}")
+        size = "?" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        click.echo(f"{row['step']:10}  {epoch:>8}  {size:>7}  {row['written'] or '?':19}{best}".rstrip())
 
 
 @checkpoint.command()
@@ -94,14 +94,17 @@ def _row(folder: Path, run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         epoch = None
     try:
-        size, written = sum(path.stat().st_size for path in folder.iterdir()), folder.stat().st_mtime
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime))
     except FileNotFoundError:
         return None
+    except OSError:  # closed to this user, or a file: the others are listed all the same
+        size = written = None
     row = {
         "step": step_of(folder),
         "epoch": epoch,
         "bytes": size,
-        "written": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written)),
+        "written": written,
         "path": str(folder),
     }
     best = read_best(run_dir)

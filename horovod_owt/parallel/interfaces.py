@@ -80,6 +80,22 @@ def interface_between(hosts: list[str]) -> str:
     return found[0] if found else "lo"
 
 
+def interface_of_lone_rank() -> str:
+    """One with an IPv4 address, loopback if it has one; raises ConfigError.
+
+    Gloo wants one of a single rank too. By itself it looks for the address of the host's name, which need not
+    resolve, or may have IPv6 alone, and ends the process if there is none.
+    """
+    for name in ("lo", *psutil.net_if_addrs()):
+        if any(":" not in address for address in addresses_of(name)):
+            return name
+    raise ConfigError(
+        "no interface of this host has an IPv4 address",
+        wanted="one, loopback at least",
+        fix="ip link set lo up",
+    )
+
+
 def chosen_interface(asked: str | None, hosts: list[str]) -> str:
     """The requested interface, else the one between `hosts`; ConfigError if it does not exist here."""
     here = sorted(psutil.net_if_addrs())

@@ -16,6 +16,7 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.cores import use_own_cores
 from horovod_owt.parallel.device import Device, check_not_shared, shares_devices
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
+from horovod_owt.parallel.interfaces import interface_of_lone_rank
 from horovod_owt.parallel.mpi import yield_when_idle
 from horovod_owt.parallel.timeline import ENVIRONMENT as TIMELINE
 from horovod_owt.parallel.torchrun import close_server, join_torchrun
@@ -110,9 +111,16 @@ def init(
 
 
 def _check_size(topology: Topology) -> None:
-    """Raise ConfigError if Horovod's MPI is not the launcher's: each rank would train alone."""
-    # under Gloo the size may change: the job may be elastic
-    if topology.launcher is not Launcher.GLOO and hvd.size() != topology.world_size:
+    """Raise ConfigError if Horovod does not see the launcher's ranks: each would be a job of its own."""
+    if hvd.size() == topology.world_size or os.environ.get("HOROVOD_ELASTIC") == "1":  # where it may change
+        return
+    if topology.launcher is Launcher.GLOO:
+        raise ConfigError(
+            f"HOROVOD_RANK={topology.rank} HOROVOD_SIZE={topology.world_size}, but Horovod sees {hvd.size()}",
+            wanted="the variables of one job: these may be left from another",
+            fix="unset HOROVOD_RANK HOROVOD_SIZE",
+        )
+    if topology.launcher is not Launcher.NONE:
         raise ConfigError(
             f"{topology.launcher} started {topology.world_size} ranks, Horovod's MPI sees {hvd.size()}",
             wanted="the MPI that Horovod is built with",
@@ -222,3 +230,4 @@ def _set_single_rank_environment() -> None:
     for name, value in lone.items():
         os.environ[f"HOROVOD_{name}"] = str(value)
     os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
+    os.environ["HOROVOD_GLOO_IFACE"] = interface_of_lone_rank()  # one that is set may be another host's

@@ -204,6 +204,16 @@ def test_the_list_has_the_newest_first_and_names_the_best(tmp_path):
     )
 
 
+def test_one_that_cannot_be_looked_into_does_not_hide_the_others(tmp_path):
+    write_checkpoint(tmp_path, checkpoint(2))
+    (tmp_path / "checkpoints" / "step-00000009").write_text("")
+    done = owt_checkpoint("list", tmp_path)
+    lines = [line.split() for line in done.output.splitlines()[1:]]
+    assert done.exit_code == 0 and lines[0] == ["9", "?", "?", "?"] and lines[1][0] == "2"
+    done = owt_checkpoint("list", tmp_path, "--json")
+    assert [row["bytes"] is None for row in json.loads(done.output)["checkpoints"]] == [True, False]
+
+
 def test_verify_names_each_damaged_one_and_ends_with_3(tmp_path):
     sound, damaged = (write_checkpoint(tmp_path, checkpoint(step)) for step in (1, 2))
     assert owt_checkpoint("verify", tmp_path).exit_code == 0
