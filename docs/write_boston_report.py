@@ -59,10 +59,10 @@ fp32; other programs took some 15 % of the cores in its first hour):
 | loss: first, at 200, mean of the last 10 | 6.907, 6.907, 6.493 | 6.9 |
 | waiting for images | 0.4 % | 12 % (0.22 of 1.92 s) |
 
-The loss begins to fall after 200 mini-batches, because the images are few: by then the net has seen each of
+The loss begins to fall after 200 mini-batches, because the images are few: by then the model has seen each of
 the 1000 files 26 times. ImageNet's it would see 0.02 times.
 
-32 minutes are out of reach of these cores. A mini-batch is 531 GFLOP, and the fastest convolution of the net
+32 minutes are out of reach of these cores. A mini-batch is 531 GFLOP, and the model's fastest convolution
 runs at 92 GFLOP/s on each ([Performance](performance.md#ceilings)): 2.9 s, 48 minutes for 1000, if all else
 were as fast. The gradients by weight run at half of that rate, and a mini-batch alone on the machine took
 5.5 s (12 of them). On two cores with AVX-512, where the best matrix product has 172 GFLOP/s, one took 2.0 s

@@ -122,7 +122,7 @@ def _onnx_difference(content: bytes, model: torch.nn.Module, info: ModelInfo) ->
 
 
 def _write_pth(net: TrainedModel, file: BinaryIO) -> dict[str, Any]:
-    """Write a state dict; that of alexnet-owt can be loaded into torchvision's `alexnet(num_classes=N)`."""
+    """Write a state dict. torchvision's `alexnet(num_classes=N)` loads that of an alexnet-owt."""
     torch.save(dict(net.weights), file)
     return {}
 

@@ -170,7 +170,7 @@ def test_the_summary_names_classes_and_pairs():
         (("cat", "dog"), 2, ""),
         (("cat", "dog"), 9, ""),  # more outputs than classes
         ((), 2, ""),
-        ((), 1000, "of other classes: 1000, the data set has 2"),
+        ((), 1000, "has other classes: 1000, the data set has 2"),
         (("cat", "eel"), 2, "1 of 2 labels changed class, first 1: eel, now dog"),
         (("cat", "dog", "eel"), 3, "1 of 3 labels changed class, first 2: eel, now none"),
     ],

@@ -94,7 +94,7 @@ def test_an_ipv6_address_needs_a_name(tmp_path, line):
 @pytest.mark.parametrize("own", ["localhost", "127.0.0.1", "127.0.1.1", "localhost.localdomain"])
 def test_a_name_that_only_its_host_knows_is_refused_beside_others(tmp_path, own):
     (tmp_path / "hosts").write_text(f"n2:1\n{own}:2\n")
-    with pytest.raises(ConfigError, match=f"has {own} beside n2; .*fix: {socket.gethostname()} in place of"):
+    with pytest.raises(ConfigError, match=f"has {own} beside n2; .*fix: {socket.gethostname()} instead of"):
         read_hosts(tmp_path / "hosts")
     (tmp_path / "hosts").write_text(f"{own}:2\n")
     assert read_hosts(tmp_path / "hosts") == {own: 2}

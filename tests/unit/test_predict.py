@@ -179,7 +179,7 @@ def test_words_are_found_by_synset_or_by_line(tmp_path, text, classes, words):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"tench\n", "has 1 names, the net 2 classes"),
+        (b"tench\n", "has 1 names, the model 2 classes"),
         (b"n01440764 tench\nn01443537 goldfish\n", "has none of the classes: cat and others"),
         (b"\x00\x01\n\x00", "is a binary file"),
         (None, "No such file"),

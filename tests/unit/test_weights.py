@@ -177,11 +177,11 @@ def torch_saved(value) -> bytes:
 
 REFUSED = {
     "empty": (b"", "is empty"),
-    "a web page": (b"<!DOCTYPE html><html>404", "no file of weights: it begins with b'<!DOCTYPE'"),
+    "a web page": (b"<!DOCTYPE html><html>404", "not a file of weights: it begins with b'<!DOCTYPE'"),
     "a pickle": (pickled(4), "Python objects|a pickle of other things"),
     "a pickle in torch's format": (torch_saved({"a": Malicious()}), r"Python objects \(posix.mkdir\)"),
     "a whole module": (torch_saved(torch.nn.Linear(2, 2)), "contains Python objects"),
-    "a tar": (legacy_tar(), "no file of weights"),
+    "a tar": (legacy_tar(), "not a file of weights"),
     "a list": (torch_saved([1, 2]), "contains a list, not a state dict"),
     "numbers": (torch_saved({"lr": 0.1}), "contains a dict, not a state dict"),
     "a zip": (b"PK\x03\x04" + bytes(100), "truncated or no file of torch"),
