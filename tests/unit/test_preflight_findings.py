@@ -94,6 +94,8 @@ def test_a_clock_that_is_off_is_reported_against_that_of_rank_0():
     assert good.ok and good.saw == "h1 +0.002 s against n0, the largest of 2"
     (bad,) = network.judge_clocks(on_hosts(1e-3, 7.0), "n0")
     assert (bad.ok, bad.hosts, bad.saw) == (False, ("h1",), "h1 -7 s against n0")
+    (bad,) = network.judge_clocks(on_hosts(1e-3, -7.0), "n0")
+    assert (bad.ok, bad.hosts) == (False, ("h1",))
 
 
 def test_two_hosts_with_one_name_are_reported():
