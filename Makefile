@@ -9,16 +9,17 @@ RUNS ?= quickstart/runs
 MINUTES ?= 30
 TOGETHER ?= 2
 CELLS ?=
-IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
+# not `abspath`, which splits a path at its blanks
+IN_VENV = PATH="$(if $(filter /%,$(firstword $(VENV))),,$(CURDIR)/)$(VENV)/bin:$$PATH"
 
 .PHONY: setup quickstart test test-all rehearse-gpu test-gpu test-machines accuracy soak lint docs clean
 
 setup:
 	@$(if $(LANE),nvidia-smi -L > /dev/null 2>&1 || export HOROVOD_WITHOUT_CUDA=1;) \
-	$(PYTHON) launch/setup --venv $(VENV) $(addprefix --lane ,$(LANE))
+	$(PYTHON) launch/setup --venv "$(VENV)" $(addprefix --lane ,$(LANE))
 
 quickstart: setup
-	@$(IN_VENV) python launch/quickstart $(DATA) $(RUNS)
+	@$(IN_VENV) python launch/quickstart "$(DATA)" "$(RUNS)"
 
 # First what may run side by side, a real job among it or two; then what measures time. Without slow tests: many seconds,
 # or what another test shows under another launcher.
@@ -41,14 +42,14 @@ test-gpu: setup
 	@$(IN_VENV) OWT_GPU_REPORT=build/gpu-report/correctness pytest tests/gpu/test_gpu_correctness.py
 	@$(IN_VENV) OWT_GPU_REPORT=build/gpu-report/speed pytest tests/gpu/test_gpu_speed.py
 
-# needs no set-up, but root and debootstrap: CELLS="debian-13 no-cmake"; `python3 tests/machines --list`
+# needs no setup, but root and debootstrap: CELLS="debian-13 no-cmake"; `python3 tests/machines --list`
 test-machines:
 	@$(PYTHON) tests/machines $(CELLS)
 
 # Trains small nets in every way, three seeds each, and writes the table in docs/accuracy.md. Begins none after MINUTES;
 # what is done is kept in build/accuracy, and the next call continues.
 accuracy: setup
-	@$(VENV)/bin/python -c "import sklearn" 2>/dev/null || $(VENV)/bin/pip install -q -c launch/constraints/cpu.txt scikit-learn
+	@$(IN_VENV) python -c "import sklearn" 2>/dev/null || $(IN_VENV) pip install -q -c launch/constraints/cpu.txt scikit-learn
 	@$(IN_VENV) python tests/accuracy --minutes $(MINUTES)
 
 soak: setup

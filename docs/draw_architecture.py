@@ -35,7 +35,7 @@ def labelled(x: float, y: float, width: float, height: float, fill: str, name: s
 
 
 def rank(name: str, left: float) -> list[str]:
-    """One rank: the way of an image from the top to the strategy."""
+    """One rank: the path of an image from the top to the strategy."""
     parts = [
         box(left, HOSTS, RANK, STAGE_STEP * len(STAGES) + 36, PANEL),
         text(left + RANK / 2, HOSTS + 23, name, size=14, weight="bold"),

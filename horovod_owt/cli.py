@@ -27,23 +27,23 @@ from horovod_owt.commands.predict import predict
 from horovod_owt.commands.preflight import preflight
 from horovod_owt.commands.recipe import recipe
 from horovod_owt.commands.report import plot, report
-from horovod_owt.commands.streams import survive_lost_readers
+from horovod_owt.commands.streams import tolerate_closed_streams
 from horovod_owt.commands.train import train
-from horovod_owt.errors import Speaker, explained
+from horovod_owt.errors import PrintedBy, as_owt_error
 from horovod_owt.logs import print_error
 from horovod_owt.text import tolerant_streams, without_terminal_codes
 from horovod_owt.topology import read_topology
 
 # How long the other ranks of a host wait before they print an error that all ranks raised: by then the
 # launcher has usually ended them, and the host reports the error once.
-SPEAKER_GRACE_S = 5.0
+OTHER_RANKS_WAIT_S = 5.0
 
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> None:
         try:
             super().invoke(ctx)
-        except (EOFError, BrokenPipeError) as error:  # not of stdout; click would end without a word
+        except (EOFError, BrokenPipeError) as error:  # not of stdout; click would exit silently
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
@@ -84,11 +84,11 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line. An OwtError is printed as one line and sets the exit code; a bug ends the job."""
-    survive_lost_readers()
+    """Run the command line. An OwtError is printed as one line and sets the exit code; others are bugs."""
+    tolerate_closed_streams()
     tolerant_streams()
-    # Huge pages for torch's large tensors: with 4 KB pages a step of 32 images on a CPU core takes 10 to 17 %
-    # longer. Must be set before torch allocates; a value set by the user is kept.
+    # Huge pages for torch's large tensors, without which a step of 32 images on a CPU core takes 10 to 17 %
+    # longer. Must be set before torch allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     topology = read_topology()
     alone = topology.world_size == 1
@@ -99,13 +99,13 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except Exception as raised:
-        error = explained(raised)
+        error = as_owt_error(raised)
         if error is None:
             print_error(f"{who}a bug, please report it\n{traceback.format_exc()}")
         else:
-            if error.speaker is Speaker.EVERY_RANK and topology.local_rank != 0:
-                time.sleep(SPEAKER_GRACE_S)
-            if error.speaker is not Speaker.RANK_0 or error.rank == 0:
+            if error.printed_by is PrintedBy.EVERY_RANK and topology.local_rank != 0:
+                time.sleep(OTHER_RANKS_WAIT_S)
+            if error.printed_by is not PrintedBy.RANK_0 or error.rank == 0:
                 print_error(f"{who}{without_terminal_codes(str(error))}")
         exit_code = error.exit_code if error else 1
     if alone:

@@ -16,7 +16,7 @@ from horovod_owt.recipe import DEFAULT_RECIPE, load_recipe
 from horovod_owt.schedule import IMAGE_SIZES, Table, image_sizes_of, is_table, peak_of, schedule_of
 from horovod_owt.text import nearest
 
-MOST = 1e9  # of what has no other limit: a typing error, and beyond it integers and timers overflow
+UPPER_LIMIT = 1e9  # of keys without their own: more is a typing error, and integers and timers would overflow
 CHOICES = {
     "model": ("alexnet-owt", "alexnet-owt-bn"),
     "optimizer": ("sgd", "lars"),
@@ -39,7 +39,7 @@ class TrainConfig:
     classes: int = 0  # outputs; 0: as many as the data set has classes
     image_size: int = 224  # px, side of the square crops, at least 63; [[0, 128], [20, 224]]: see image_sizes
     image_sizes: Table = ()  # table [[EPOCHS_DONE, PX], ...] of training crops; validation has the last size
-    crop_scale_min: float = 0.08  # smallest fraction of an image's area that a training crop may cover
+    crop_scale_min: float = 0.08  # minimum share of an image's area that a training crop covers
 
     epochs: int = 90  # length of the run, in passes over the training set
     max_steps: int = 0  # stop after this many optimizer updates; 0: no limit
@@ -47,54 +47,54 @@ class TrainConfig:
     accum_steps: int = 1  # micro-batches per optimizer update (gradient accumulation)
 
     lr: float = 0.01  # peak learning rate at a global batch of lr_batch images
-    optimizer: str = "sgd"  # lars: SGD with a learning rate for each layer from its norms, for large batches
+    optimizer: str = "sgd"  # lars: SGD with a learning rate per layer, from its norms, for large batches
     lars_eta: float = 0.001  # lars: trust coefficient
     lr_batch: int = 256  # images; the peak is lr * global batch / lr_batch (linear scaling)
     momentum: float = 0.9  # of SGD
     weight_decay: float = 1e-4  # of SGD, on all parameters
-    clip_norm: float = 0.0  # clip the gradient to this Euclidean norm over the whole net; 0: off
+    clip_norm: float = 0.0  # clip the gradient to this Euclidean norm over the whole model; 0: off
     warmup_epochs: float = 0.0  # linear ramp from 0 to the peak learning rate
     schedule: str | Table = (
         "step:30:0.1"  # after warm-up: constant, cosine, poly:POWER, step:EPOCHS:FACTOR, or a table by epoch
-        # of learning rate and weight decay, in place of these keys: [[1, 0.01, 5e-4], [19, 0.005, 5e-4]]
+        # of learning rate and weight decay, instead of those keys: [[1, 0.01, 5e-4], [19, 0.005, 5e-4]]
     )
     momentum_reset: bool = False  # set the momentum to 0 at each new row of a schedule table
-    ema: float = 0.0  # decay of a moving average of the weights, validated beside them: 0.9999; 0: off
+    ema: float = 0.0  # decay of a moving average of the weights, validated too, such as 0.9999; 0: off
     dropout: float = 0.5  # probability of zeroing an input of a hidden FC layer
     label_smoothing: float = 0.0  # probability mass spread over all classes
 
     precision: str = "fp32"  # bf16: autocast; fp16: autocast and loss scaling, GPU only; fp64: for tests
     channels_last: bool = True  # memory format of weights and images
     deterministic: bool = False  # only bitwise reproducible kernels; slower on a GPU
-    seed: int = 0  # of the initial weights, order of samples, augmentation and dropout
+    seed: int = 0  # of initial weights, sample order, augmentation and dropout
 
     parallel: str = "data"  # hybrid: ranks share the FC layers (One Weird Trick); auto: the faster of the two
     fc_group_size: int | str = "node"  # ranks that share the FC layers: a number, all, or node (a host's)
-    owt_scheme: str = "a"  # hybrid: a: a group's whole batch at once through the FC layers; b: rank by rank
+    owt_scheme: str = "a"  # hybrid: a: the group's whole batch passes the FC layers at once; b: rank by rank
     fc_batch: str = "global"  # batch of an FC update; local (scheme b): one rank's images of each group
     sync_bn: bool = False  # batch statistics over all ranks' images instead of each rank's own
     compression: str = "none"  # of gradients: none, fp16, onebit or powersgd:R (see docs/compression.md)
-    compression_start: int = 0  # steps with gradients sent as they are, before compression begins
+    compression_start: int = 0  # steps with uncompressed gradients, before compression begins
 
     pipeline: str = "auto"  # auto: DALI where it is installed, else torchvision
     cache: str = "none"  # of images on each host: none, ram (decoded), or an absolute path on a local disk
-    cache_side: int = 0  # px, shorter side of its decoded images; 0: 8/7 of image_size in ram, else files
+    cache_side: int = 0  # px, shorter side of cached images; 0: 8/7 of image_size in ram, on disk the files
     decode_threads: int = 0  # per rank; 0: the rank's share of the cores
-    bad_images: str = "fail"  # fail: one ends the run; skip: each is reported once and not counted
+    bad_images: str = "fail"  # fail: a bad image ends the run; skip: it is reported once and not counted
     log_every: int = 10  # steps between progress lines
     checkpoint_every: int = 0  # steps between checkpoints, besides those at epoch ends; 0: epoch ends only
     keep_checkpoints: int = 3  # newest checkpoints kept on disk, besides the best by validation
-    commit_every: int = 10  # elastic: steps between commits, the most that is repeated after losing a rank
+    commit_every: int = 10  # elastic: steps between commits; at most so many are repeated after a lost rank
     elastic_batch: str = "scale"  # elastic: the global batch scales with the ranks; keep: it stays constant
     checkpoint_retries: int = 3  # consecutive failed checkpoint writes tolerated before the run ends
     hook: str = ""  # command that rank 0 runs on events, with EVENT RUN appended; no shell
-    hook_limit_s: float = 20.0  # seconds after which it is killed
-    stall_limit_s: float = 600.0  # seconds that ranks wait in a collective for a hung one before the run ends
+    hook_limit_s: float = 20.0  # seconds after which the hook is killed
+    stall_limit_s: float = 600.0  # seconds that a collective waits for a hung rank before the run ends
 
     tensorboard: str = "auto"  # files for TensorBoard; auto: if its package is installed; always; never
     grad_norm_every: int = 100  # steps between gradient norms in the records; 0: only with clip_norm
     metrics_port: int = 0  # port on rank 0's host that serves metrics to Prometheus; 0: none
-    metrics_address: str = "127.0.0.1"  # where: an address of rank 0's host or an interface; 0.0.0.0: all
+    metrics_address: str = "127.0.0.1"  # to serve on: an address or interface of rank 0's host; 0.0.0.0: all
     profile: int = 0  # steps to profile on every rank, after the first five; 0: none
     timeline: bool = False  # write Horovod's timeline of all collectives; takes a core of rank 0's host
 
@@ -110,17 +110,17 @@ class TrainConfig:
         return self.rank_batch() * world_size
 
     def cached_side(self) -> int:
-        """Shorter side to which cached images are reduced; 0: files are kept as they are."""
+        """Shorter side to which cached images are downscaled; 0: files are cached unchanged."""
         if self.cache_side or self.cache != "ram":
             return self.cache_side
         return round(self.largest_image() * 8 / 7)  # 256 px for 224: what validation resizes to
 
     def largest_image(self) -> int:
-        """The largest side of the square crops."""
+        """The largest side of the training crops over the run, in px."""
         return max(self.image_size, *(size for _, size in self.image_sizes), 0)
 
     def ranks_per_classifier(self) -> int:
-        """How many ranks share the FC layers; `parallel` and `fc_group_size` must be resolved."""
+        """How many ranks share the FC layers; `parallel` and `fc_group_size` must have been resolved."""
         if self.parallel == "data":
             return 1
         assert self.parallel == "hybrid" and isinstance(self.fc_group_size, int)
@@ -134,14 +134,14 @@ class TrainConfig:
     def total_steps(self, num_samples: int, world_size: int, *, step: int = 0, consumed: int = 0) -> int:
         """Optimizer updates of the whole run over `num_samples` training images.
 
-        A run that resumes has done `step` of them, with `consumed` samples, perhaps on other ranks.
+        A resumed run has done `step` of them, with `consumed` samples, perhaps on another number of ranks.
         """
         remaining = max(0, self.epochs * num_samples - consumed)
         steps = step + math.ceil(remaining / self.global_batch(world_size))
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: tables are lists."""
+        """As JSON types: tables are lists."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
@@ -150,23 +150,24 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 def resolve(recipe: str | None = None, settings: Iterable[str] = ()) -> TrainConfig:
     """A recipe's values, overridden by `key=value` settings in order; raises ConfigError."""
-    said = load_recipe(recipe or DEFAULT_RECIPE).values
-    own: dict[str, Any] = {}
+    from_recipe = load_recipe(recipe or DEFAULT_RECIPE).values
+    overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}", wanted="key=value", fix=f"--set {setting}=VALUE")
-        own[key.strip()] = text.strip()
-    _check_table_is_alone(said, own)
-    return from_mapping(said | own)
+        overrides[key.strip()] = text.strip()
+    _check_table_is_alone(from_recipe, overrides)
+    return from_mapping(from_recipe | overrides)
 
 
-def _check_table_is_alone(said: dict[str, Any], own: dict[str, Any]) -> None:
-    """Refuse a learning rate or weight decay that a table would override: `own` are later than `said`."""
-    schedule = schedule_of((said | own).get("schedule", TrainConfig.schedule))
+def _check_table_is_alone(from_recipe: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Refuse an explicit learning rate or weight decay that a schedule table would override."""
+    values = from_recipe | overrides
+    schedule = schedule_of(values.get("schedule", TrainConfig.schedule))
     if isinstance(schedule, str):
         return
-    beside = own if "schedule" in own or "schedule" not in said else said | own
+    beside = overrides if "schedule" in overrides or "schedule" not in from_recipe else values
     for key in ("lr", "weight_decay")[: len(schedule[0]) - 1]:
         if key in beside:
             raise ConfigError(
@@ -186,7 +187,7 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """`value` as the field's type. --set gives text, and so does YAML for numbers like 1e-4."""
+    """`value` as the field's type. --set gives strings, and so does YAML for numbers like 1e-4."""
     if key not in FIELDS:
         near = nearest(key, FIELDS)
         fix = f"use {near}" if near else f"known keys: {', '.join(FIELDS)}"
@@ -249,14 +250,14 @@ def _check(cfg: TrainConfig) -> None:
         "hook_limit_s",
     )
     limits: dict[str, tuple[float, float]] = {
-        **{key: (1, MOST) for key in positive},
-        **{key: (0, MOST) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
-        **{key: (0, MOST) for key in ("checkpoint_every", "checkpoint_retries", "compression_start")},
+        **{key: (1, UPPER_LIMIT) for key in positive},
+        **{key: (0, UPPER_LIMIT) for key in ("classes", "max_steps", "lr", "weight_decay", "warmup_epochs")},
+        **{key: (0, UPPER_LIMIT) for key in ("checkpoint_every", "checkpoint_retries", "compression_start")},
         "clip_norm": (0, math.inf),
         "decode_threads": (0, 1024),
         "cache_side": (0, 10_000),
         "metrics_port": (0, 65535),
-        "grad_norm_every": (0, MOST),
+        "grad_norm_every": (0, UPPER_LIMIT),
         "profile": (0, 1000),
         "image_size": IMAGE_SIZES,
         "crop_scale_min": (0.01, 1),
@@ -276,7 +277,7 @@ def _check(cfg: TrainConfig) -> None:
 
 
 def _check_hook(command: str) -> None:
-    """Whether it can be split into words; whether there is such a program is seen on rank 0's host."""
+    """Check that the command can be split into words; `train.hooks` looks for the program on rank 0."""
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -288,7 +289,7 @@ def _check_hook(command: str) -> None:
 
 
 def _check_conflicts(cfg: TrainConfig) -> None:
-    """Reject settings that do not go together."""
+    """Reject settings that are incompatible."""
     size = cfg.fc_group_size
     if size not in ("node", "all") and not (isinstance(size, int) and size > 0):
         raise ConfigError(
@@ -384,7 +385,7 @@ def _short(value: Any) -> str:
 
 
 def check_batch_norm(cfg: TrainConfig, world_size: int) -> None:
-    """Refuse hidden layers with the statistics of one image; `fc_group_size` must be resolved."""
+    """Refuse batch normalisation over a single image; `fc_group_size` must have been resolved."""
     if cfg.model != "alexnet-owt-bn" or cfg.batch > 1:
         return
     together = cfg.fc_group_size if cfg.parallel == "hybrid" and cfg.owt_scheme == "a" else 1

@@ -1,6 +1,7 @@
-"""Errors that a message explains, each with its exit code and the ranks that print it.
+"""Errors that are printed as one line, with an exit code and the ranks that print them.
 
-1 the run failed; 2 bad usage or config; 3 a check found a problem; 75 stopped at a checkpoint, requeue me.
+Exit codes: 1 the run failed; 2 bad usage or config; 3 a check found a problem; 75 stopped at a checkpoint,
+please requeue.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from enum import Enum
 
 
-class Speaker(Enum):
+class PrintedBy(Enum):
     """Which of the ranks that raise an error print it."""
 
     ONE_RANK = "the rank that raised it"
@@ -20,24 +21,24 @@ class Speaker(Enum):
 
 
 class OwtError(Exception):
-    """A failure that a message explains: printed as one line, without a traceback."""
+    """An error that needs no traceback: printed as one line with value seen, value wanted and fix."""
 
     exit_code = 1
-    speaker = Speaker.ONE_RANK
-    rank = 0  # of this process, where the speaker is rank 0
+    printed_by = PrintedBy.ONE_RANK
+    rank = 0  # of this process; set with PrintedBy.RANK_0
 
     def __init__(self, saw: str, *, wanted: str = "", fix: str = "") -> None:
         self.saw, self.wanted, self.fix = saw, wanted, fix
-        super().__init__(saw, wanted, fix)  # all of them, so that an error survives pickling
+        super().__init__(saw, wanted, fix)  # so that pickling keeps all three
 
     def on_every_rank(self) -> OwtError:
         """The same error, marked as raised by every rank of the job."""
-        self.speaker = Speaker.EVERY_RANK
+        self.printed_by = PrintedBy.EVERY_RANK
         return self
 
     def by_rank_0(self, rank: int) -> OwtError:
-        """The same error, marked as raised by every rank of the job, `rank` here, and printed by rank 0."""
-        self.speaker, self.rank = Speaker.RANK_0, rank
+        """The same error, marked as raised by every rank and to be printed by rank 0 only; this is `rank`."""
+        self.printed_by, self.rank = PrintedBy.RANK_0, rank
         return self
 
     def __str__(self) -> str:
@@ -84,7 +85,7 @@ class Preempted(OwtError):
     """The run stopped at a checkpoint on request; requeue it."""
 
     exit_code = 75
-    speaker = Speaker.EVERY_RANK
+    printed_by = PrintedBy.EVERY_RANK
 
 
 NO_MEMORY = re.compile(
@@ -94,7 +95,7 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 NO_THREADS = re.compile(r"can't start new thread|resource temporarily unavailable", re.IGNORECASE)
-# as CUDA says it; the second is that of a GPU that another process has for itself
+# CUDA's messages; the second means that another process has exclusive use of the GPU
 GPU_FAULT = re.compile(r"uncorrectable (?:ECC|NVLink) error|busy or unavailable", re.IGNORECASE)
 _FIXES = {
     errno.EMFILE: "raise the limit of open files (`ulimit -n 4096`, or LimitNOFILE of the service)",
@@ -108,10 +109,10 @@ _FIXES = {
 }
 _FIXES[errno.EPERM] = _FIXES[errno.EACCES]
 _OTHER_FIX = "check the disk, the mount or the file server (`dmesg`, `df`); the same command continues"
-_OF_THE_NETWORK = {
+_NETWORK_ERRORS = {
     *(errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT)
 }
-OF_THE_MACHINE = {
+SYSTEM_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ELOOP),
     *(
         errno.EIO,
@@ -123,14 +124,14 @@ OF_THE_MACHINE = {
         errno.ENAMETOOLONG,
     ),
     *(errno.EMFILE, errno.ENFILE),
-    *_OF_THE_NETWORK,
+    *_NETWORK_ERRORS,
 }
 
 
-def explained(error: BaseException) -> OwtError | None:
-    """The error in words if it is the machine's: memory, limits, disks, networks; None for a bug.
+def as_owt_error(error: BaseException) -> OwtError | None:
+    """An OwtError for an error of the system (memory, limits, disks, networks, GPUs); None for a bug.
 
-    For errors that no caller handles because almost every statement may raise them.
+    For errors that callers do not handle, because almost any statement may raise them.
     """
     if isinstance(error, OwtError):
         return error
@@ -145,7 +146,7 @@ def explained(error: BaseException) -> OwtError | None:
     if isinstance(error, RuntimeError) and GPU_FAULT.search(text):
         fix = "run `nvidia-smi` there, for other processes on it; `dmesg` has Xid errors of a GPU to replace"
         return RunError(f"the GPU failed: {_first_line(text)}", fix=fix)
-    if isinstance(error, OSError) and number in OF_THE_MACHINE:
+    if isinstance(error, OSError) and number in SYSTEM_ERRORS:
         where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
         saw = ": ".join(part for part in (where, error.strerror) if part)
         return RunError(saw, fix=fix_of(error))
@@ -153,9 +154,9 @@ def explained(error: BaseException) -> OwtError | None:
 
 
 def fix_of(error: OSError | MemoryError) -> str:
-    """What a user can do about an error of the machine."""
+    """What a user can do about an error of the system."""
     number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
-    if number in _OF_THE_NETWORK:
+    if number in _NETWORK_ERRORS:
         return "check the network, the firewall and the port; then start again"
     return _FIXES.get(number, _OTHER_FIX)
 

@@ -1,6 +1,6 @@
-"""Atomic writes of files and folders: written under a temporary name, then renamed.
+"""Atomic writes of files and folders (under a temporary name, then renamed), and files named by users.
 
-What file systems refuse is handled by `filesystem`.
+Operations that some file systems refuse are in `filesystem`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any, BinaryIO
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.filesystem import (
-    hide_folder,
     partial_file,
     partial_folder,
     remove_tree,
     rename_file,
     rename_folder,
+    rename_to_hidden,
     sync,
     sync_descriptor,
     unlink_quietly,
 )
 from horovod_owt.text import encode
 
-# What horovodrun puts before a rank's lines: [0]<stdout>:, under MPI [1,0]<stdout>: or [NAME@1,0]<stdout>:
+# horovodrun's prefix of a rank's lines: [0]<stdout>:, under MPI [1,0]<stdout>: or [NAME@1,0]<stdout>:
 TAG = re.compile(r"^[^\[{\n]*\[[^\]\n]*\]<stdout>: ?", re.MULTILINE)
 
 
@@ -54,18 +54,37 @@ def atomic_file(path: Path, *, durable: bool = False, folder: Path | None = None
 
 
 @contextmanager
-def named_file(path: Path, option: str) -> Iterator[BinaryIO]:
-    """`atomic_file` for a file that the user named with `option`; raises ConfigError."""
+def users_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """`atomic_file` for a path that the user gave. Follows links, and writes to devices and pipes directly.
+
+    Renaming a file to a device as root would replace /dev/null for everybody.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
+    with atomic_file(real_path(path), durable=durable) as file:
+        yield file
+
+
+@contextmanager
+def output_file(path: Path, option: str) -> Iterator[BinaryIO]:
+    """`users_file` for an output file that the user named with `option`; raises ConfigError."""
     try:
-        with atomic_file(path) as file:
+        with users_file(path) as file:
             yield file
     except OSError as error:
         saw = f"{option} {path}: {error.strerror or error}"
         raise ConfigError(saw, wanted="a file that can be written", fix=f"another {option}") from None
 
 
+def users_path(text: Path | str) -> Path:
+    """A path as users write it: no shell expands the ~ of `--run-dir=~/x`, nor one in quotes."""
+    return Path(os.path.expanduser(text))
+
+
 def real_path(path: Path | str) -> Path:
-    """Absolute and without links, like `resolve`, which raises RuntimeError for a loop of links."""
+    """The absolute path without symbolic links; unlike `Path.resolve` it never raises for loops of links."""
     return Path(os.path.realpath(path))
 
 
@@ -87,7 +106,7 @@ def read_user_text(path: Path, *, wanted: str) -> str:
 
 
 def read_user_json(path: Path, *, wanted: str) -> Any:
-    """What a file of JSON holds, also with the tags of horovodrun; raises ConfigError."""
+    """The value in a JSON file, which may have horovodrun's prefixes; raises ConfigError."""
     text = read_user_text(path, wanted=wanted)
     for untagged in (text, TAG.sub("", text)):
         try:
@@ -109,9 +128,9 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """A temporary folder next to `final`: renamed to it if the block succeeds, removed if it fails.
 
-    `durable` syncs everything, as above. `replace` deletes an existing `final`; without it, OSError if
-    `final` is anything but an empty folder. Where folders cannot be renamed, `final` is complete once it has
-    the file named `last`.
+    `durable` syncs everything, as in `atomic_file`. `replace` deletes an existing `final`; without it,
+    OSError if `final` is anything but an empty folder. On file systems that cannot rename folders, `final` is
+    complete once it has the file named `last`.
     """
     scratch = partial_folder(final)
     scratch.mkdir()
@@ -127,12 +146,12 @@ def atomic_folder(
     if durable:
         sync(final.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # already renamed, so leftovers do no harm
+        shutil.rmtree(old, ignore_errors=True)  # renamed before, so leftovers do no harm
 
 
 def _publish(scratch: Path, final: Path, *, replace: bool, last: str) -> Path | None:
-    """Rename `scratch` to `final`; returns the new name of what was there, if it is to be deleted."""
-    old = hide_folder(final) if replace and final.exists() else None
+    """Rename `scratch` to `final`; returns the new name of the replaced folder, to be deleted."""
+    old = rename_to_hidden(final) if replace and final.exists() else None
     if old == final:
         remove_tree(final)
     was_free = not final.exists()
@@ -150,6 +169,6 @@ def _publish(scratch: Path, final: Path, *, replace: bool, last: str) -> Path | 
 def remove_folder(folder: Path) -> None:
     """Remove a folder atomically: it is renamed first, where that is possible.
 
-    Raises OSError where it can't be removed, or not all of it; then the rest has a name that PARTIAL matches.
+    Raises OSError if not all of it can be removed; the rest then has a name that PARTIAL matches.
     """
-    remove_tree(hide_folder(folder))
+    remove_tree(rename_to_hidden(folder))

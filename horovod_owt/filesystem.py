@@ -1,4 +1,4 @@
-"""File operations that some file systems refuse, and what is done there instead.
+"""File operations that some file systems refuse, with a fallback for each.
 
     refused                                    for example on                      instead
     fsync of a folder                          SMB, FUSE                           left to the server
@@ -7,11 +7,11 @@
     renaming between two folders               project quotas, AFS, mergerfs       copy
     deleting the last trace of an open file    NFS (.nfsX), FUSE (.fuse_hiddenX)   wait until it is closed
     setting the modification time              NFS with root squashing, SMB        rewrite a byte
-    changing rights                            SMB, FAT                            they stay
+    changing permissions                       SMB, FAT                            left unchanged
     flock                                      NFS without lockd, Lustre           no lock
     statfs, or its numbers are 0               FUSE                                free space is unknown
 
-Errors of another kind, such as a full disk, are raised unchanged.
+Other errors, such as a full disk, are raised unchanged.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from pathlib import Path
 
 from horovod_owt.errors import ConfigError
 
-NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # nor wait for the other end of a FIFO
-PARTIAL = ".*.partial"  # what a killed write leaves behind
+NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NONBLOCK: do not wait for the other end of a FIFO
+PARTIAL = ".*.partial"  # names of files and folders that a killed write leaves behind
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 NO_SYNC = UNSUPPORTED | {errno.EBADF, errno.EROFS}
@@ -42,21 +42,21 @@ IN_USE = {errno.EBUSY, errno.ETXTBSY, errno.EACCES, errno.EPERM, errno.EEXIST}
 FOLDER_IN_USE = {errno.EBUSY, errno.ETXTBSY, errno.EACCES}
 NO_FOLDER_RENAME = UNSUPPORTED | IN_USE | {errno.EXDEV, errno.ENOTEMPTY, errno.EMFILE}  # gcsfuse: EMFILE
 LINGERS = {errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY}
-WAITS_S = (0.05, 0.2, 0.5)  # between attempts: another process reads the file, or is closing it
+RETRY_WAITS_S = (0.05, 0.2, 0.5)  # while another process reads the file, or is closing it
 
 
 def partial_file(folder: Path) -> Path:
-    """A new hidden name in `folder`, which PARTIAL matches."""
+    """An unused hidden name in `folder`, matched by PARTIAL."""
     return folder / f".{os.getpid()}-{secrets.token_hex(4)}.partial"
 
 
 def partial_folder(folder: Path) -> Path:
-    """A new hidden name beside `folder`, which PARTIAL matches."""
+    """An unused hidden name beside `folder`, matched by PARTIAL."""
     return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
 
 
 def sync(path: Path) -> None:
-    """fsync a file, or the entries of a folder, where the file system can."""
+    """fsync a file, or the entries of a folder, if the file system supports it."""
     is_folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -79,9 +79,9 @@ def sync_descriptor(descriptor: int, refusals: set[int] = NO_SYNC) -> None:
 
 
 def rename_file(source: Path, target: Path) -> None:
-    """Rename a file, over an existing one too.
+    """Rename a file, replacing an existing one.
 
-    Atomic, unless the file system refuses to replace an open file: then `target` is missing for a moment.
+    Atomic, unless the file system refuses to replace an open file: `target` is then missing for a moment.
     """
     try:
         _repeated(lambda: os.replace(source, target), IN_USE)
@@ -118,10 +118,10 @@ def _replace_in_two_steps(source: Path, target: Path) -> None:
 
 
 def rename_folder(source: Path, target: Path, *, last: str = "", merge: bool = False) -> None:
-    """Rename a folder; `target` may be an empty one, otherwise it raises OSError.
+    """Rename a folder; raises OSError if `target` exists and is not an empty folder.
 
-    Where that is refused, its files are moved one by one, the file named `last` at the end: only with it is
-    `target` complete. With `merge`, `target` may have some of them, from a call that was killed.
+    If the file system refuses, the files are moved one by one, the file named `last` at the end: `target` is
+    complete once it has that. With `merge`, `target` may have some of the files, from a call that was killed.
     """
     if merge and target.exists():
         return _move_files(source, target, last)
@@ -144,8 +144,8 @@ def _move_files(source: Path, target: Path, last: str) -> None:
     shutil.rmtree(source, ignore_errors=True)
 
 
-def hide_folder(folder: Path) -> Path:
-    """Rename a folder so that PARTIAL matches; returns `folder` where the file system renames no folders."""
+def rename_to_hidden(folder: Path) -> Path:
+    """Rename a folder to a name that PARTIAL matches; returns `folder` if the file system cannot do that."""
     hidden = partial_folder(folder)
     try:
         _repeated(lambda: os.replace(folder, hidden), FOLDER_IN_USE)
@@ -157,9 +157,9 @@ def hide_folder(folder: Path) -> Path:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder, of which another process may delete parts, or have files open for a moment.
+    """Delete a folder, even while another process deletes parts of it, or briefly has files open.
 
-    Raises OSError if something stays.
+    Raises OSError if something remains.
     """
 
     def remove() -> None:
@@ -173,13 +173,13 @@ def remove_tree(folder: Path) -> None:
 
 
 def unlink_quietly(path: Path) -> None:
-    """Delete a file that does no harm if it stays."""
+    """Delete a file; errors are ignored."""
     with suppress(OSError):
         path.unlink()
 
 
-def renew(path: Path) -> None:
-    """Set a file's modification time to now, by the clock of its file server; it must not be empty."""
+def touch(path: Path) -> None:
+    """Set a file's modification time to now, by the file server's clock; the file must not be empty."""
     try:
         os.utime(path)
     except FileNotFoundError:
@@ -193,10 +193,10 @@ def renew(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock on a file, an exclusive one unless `shared`; False where the file system has no locks.
+    """Lock a file during the block, exclusively unless `shared`; yields False if locks are not supported.
 
-    It is created if it is missing, and never emptied. Raises BlockingIOError if another process holds it,
-    unless it is to `wait`; FileNotFoundError if it was deleted meanwhile; another OSError if it is a link.
+    The file is created if it is missing. Raises BlockingIOError if another process holds the lock, unless
+    told to `wait`; FileNotFoundError if the file was deleted meanwhile; another OSError if it is a link.
     """
     with open(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666), "r+b") as file:
         try:
@@ -205,7 +205,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
             held = True
         except BlockingIOError:
             raise
-        except PermissionError:  # what POSIX locks, which NFS has in place of flock, may say
+        except PermissionError:  # may be raised by POSIX locks, which NFS uses for flock
             raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
         except OSError:
             held = False
@@ -214,14 +214,14 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
         yield held
 
 
-def take_rights(path: Path, rights: int) -> None:
-    """Take these rights (of others, say) from a path, where the file system has rights."""
+def remove_permissions(path: Path, bits: int) -> None:
+    """Clear these permission bits of a path, if the file system supports permissions."""
     with suppress(OSError):
-        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~rights)
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~bits)
 
 
 def free_space(folder: Path) -> tuple[int | None, int | None]:
-    """Free bytes and number of further files; None where the file system does not say."""
+    """Free bytes and free inodes; None where the file system does not report them."""
     try:
         disk = os.statvfs(folder)
     except OSError as error:
@@ -235,7 +235,7 @@ def free_space(folder: Path) -> tuple[int | None, int | None]:
 
 
 def size_of_disk(folder: Path) -> int:
-    """Bytes, free or not; 0 where the file system does not say."""
+    """Total bytes of the file system; 0 if it does not report them."""
     try:
         disk = os.statvfs(folder)
     except OSError as error:
@@ -246,9 +246,9 @@ def size_of_disk(folder: Path) -> int:
 
 
 def extend(descriptor: int, size: int) -> int:
-    """Append `size` bytes of zeros to a file, with disk space for them; returns where they begin.
+    """Append `size` zero bytes to a file, with disk space allocated; returns their offset.
 
-    Raises OSError, and leaves the file as it was, where the disk is full.
+    If the disk is full, raises OSError and leaves the file unchanged.
     """
     end = os.fstat(descriptor).st_size
     try:
@@ -279,12 +279,12 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def _removed_on_term(folder: Path) -> Iterator[None]:
-    """TERM, which launchers send to their ranks at Ctrl-C, removes the folder before it ends the process.
+    """Remove the folder on TERM too, which launchers send to their ranks at Ctrl-C.
 
-    Not where TERM has a handler already, nor outside of the main thread, which alone may set one.
+    Has no effect if TERM has a handler already, or outside the main thread, where handlers cannot be set.
     """
-    free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not free or threading.current_thread() is not threading.main_thread():
+    unhandled = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not unhandled or threading.current_thread() is not threading.main_thread():
         yield
         return
     owner = os.getpid()
@@ -303,8 +303,8 @@ def _removed_on_term(folder: Path) -> Iterator[None]:
 
 
 def _repeated(action: Callable[[], None], transient: set[int]) -> None:
-    """Call it again after each of WAITS_S while it raises one of these errors."""
-    for wait_s in WAITS_S:
+    """Call `action`, and again after each of RETRY_WAITS_S while it raises a `transient` error."""
+    for wait_s in RETRY_WAITS_S:
         try:
             return action()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""How the lines of a log look: text for people, or JSON for programs that collect logs."""
+"""Log formats: text for people, or JSON for programs that collect logs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGE = "horovod_owt"
 class TextLines(logging.Formatter):
     """`10:42:07 text` for INFO, `10:42:09 WARNING [rank 13 gpu07] text` for warnings and errors.
 
-    In files, where lines of many days and one rank are together: date and UTC, no rank.
+    In a file, which has the lines of one rank over many days: date and time in UTC, without the rank.
     """
 
     def __init__(self, *, in_file: bool = False) -> None:
@@ -58,7 +58,7 @@ class JsonLines(logging.Formatter):
 
 
 def utc(seconds: float | None = None) -> str:
-    """A time, by default now: 2026-11-26T09:05:00.123Z."""
+    """A Unix time, by default now, as 2026-11-26T09:05:00.123Z."""
     moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, timezone.utc)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -74,7 +74,7 @@ def format_in_use() -> str:
 
 
 def print_error(text: str) -> None:
-    """The last line of a command that failed, on stderr."""
+    """Print a command's error on stderr, in the log's format."""
     if format_in_use() == JSON:
         logging.getLogger(PACKAGE).error("%s", text)
     else:

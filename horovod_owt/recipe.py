@@ -1,4 +1,4 @@
-"""Recipes: YAML files of configuration keys, and under `about` where they come from."""
+"""Recipes: YAML files of configuration keys; `about` says where they come from."""
 
 from __future__ import annotations
 
@@ -16,26 +16,54 @@ from horovod_owt.files import read_user_text
 from horovod_owt.text import nearest
 
 DEFAULT_RECIPE = "torchvision-90"
-ABOUT = {  # the keys of `about`, and what they mean
+ABOUT = {  # the keys of `about`, and their meaning
     "summary": "one line",
-    "source": "whose recipe it is",
-    "global_batch": "images of an optimizer update there",
-    "top1_error": "percent on ImageNet's validation set, published for it",
-    "top5_error": "the same of the best five",
-    "error_source": "who published them, or why there are none",
-    "run_on_imagenet": "whether this package was run on ImageNet with it",
-    "differences": "a list of what is not as in the source",
+    "source": "where the recipe comes from",
+    "global_batch": "images per optimizer update in the source",
+    "top1_error": "published top-1 error on ImageNet's validation set, percent",
+    "top5_error": "published top-5 error, percent",
+    "error_source": "who published the errors, or why there are none",
+    "run_on_imagenet": "whether this package was run on ImageNet with the recipe",
+    "differences": "a list of differences from the source",
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as it is written."""
+    """The content of a recipe file."""
 
     name: str
-    values: dict[str, Any]  # of configuration keys
-    about: dict[str, Any]  # by the keys of ABOUT, if they are known
-    text: str  # the file
+    values: dict[str, Any]  # by configuration key
+    about: dict[str, Any]  # by some keys of ABOUT
+    text: str
+
+
+class _KeyTwice(yaml.MarkedYAMLError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _KeyTwice(problem=key.value, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """A document that a user wrote; raises ConfigError."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        saw = f"has {error.problem} twice, again" if isinstance(error, _KeyTwice) else "is not valid YAML"
+        raise ConfigError(f"{what} {saw}{line}", wanted="key: value lines") from None
 
 
 def recipe_names() -> list[str]:
@@ -62,18 +90,10 @@ def load_recipe(name_or_file: str) -> Recipe:
             wanted=f"one of {', '.join(recipe_names())} or a path",
             fix=f"use {nearest(name_or_file, recipe_names()) or DEFAULT_RECIPE}, see `owt recipe list`",
         )
-    try:
-        values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(
-            f"recipe {name_or_file} is not valid YAML{line}", wanted="key: value lines"
-        ) from None
+    values = parse_yaml(text, f"recipe {name_or_file}")
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"recipe {name_or_file} contains a {type(values).__name__}", wanted="key: value lines"
-        )
+        found = "is empty" if values is None else f"contains a {type(values).__name__}"
+        raise ConfigError(f"recipe {name_or_file} {found}", wanted="key: value lines")
     return Recipe(name_or_file, values, _about(name_or_file, values.pop("about", {})), text)
 
 

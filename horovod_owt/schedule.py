@@ -14,15 +14,12 @@ Factor = Callable[[float, float], float]  # (epoch, epochs) -> share of the peak
 Table = tuple[tuple[float, ...], ...]  # rows of an epoch and the values from there on
 
 FORMS = "constant, cosine, poly:POWER, step:EPOCHS:FACTOR or a table [[EPOCH, LR, WEIGHT_DECAY], ...]"
-MOST_LR = 1e9
+MAX_LR = 1e9
 IMAGE_SIZES = (63, 8192)  # px; a smaller side leaves no pixel after AlexNet's last pool
 
 
 def schedule_of(value: Any) -> str | Table:
-    """A schedule in one of FORMS; a table may be text or lists, and may have no weight decay.
-
-    Raises ConfigError.
-    """
+    """Validate a schedule in one of FORMS; a table may be text or lists. Raises ConfigError."""
     if not is_table(value):
         parse_schedule(str(value))
         return str(value)
@@ -30,9 +27,9 @@ def schedule_of(value: Any) -> str | Table:
     table = table_of("schedule", value, first=1, columns=(2, 3), row=row)
     if len({len(row) for row in table}) > 1:
         raise ConfigError("schedule has rows with and without a weight decay", wanted=row)
-    if any(not 0 <= number <= MOST_LR for row in table for number in row[1:]):
+    if any(not 0 <= number <= MAX_LR for row in table for number in row[1:]):
         raise ConfigError(
-            "schedule has a learning rate or weight decay out of range", wanted=f"0 to {MOST_LR:g}"
+            "schedule has a learning rate or weight decay out of range", wanted=f"0 to {MAX_LR:g}"
         )
     if not any(lr for _, lr, *_ in table):
         raise ConfigError("schedule has no learning rate above 0", wanted=row)
@@ -45,7 +42,7 @@ def is_table(value: Any) -> bool:
 
 
 def table_of(key: str, value: Any, *, first: int, columns: tuple[int, ...], row: str) -> Table:
-    """The rows of a table whose first epoch is `first`; `row` describes one. Raises ConfigError."""
+    """The rows of a table whose first epoch is `first`; `row` describes a row. Raises ConfigError."""
     if isinstance(value, str):
         try:
             value = yaml.safe_load(value)
@@ -75,7 +72,7 @@ def _numbers(key: str, row: Any, columns: tuple[int, ...], wanted: str) -> tuple
     try:
         if isinstance(row, str) or len(row) not in columns or any(isinstance(each, bool) for each in row):
             raise ValueError
-        numbers = tuple(float(each) for each in row)  # from text too: YAML takes 5e-4 for a word
+        numbers = tuple(float(each) for each in row)  # from text too: YAML reads 5e-4 as a string
         if not all(map(math.isfinite, numbers)) or numbers[0] != int(numbers[0]):
             raise ValueError
     except (TypeError, ValueError, OverflowError, KeyError):
@@ -89,12 +86,12 @@ def row_at(table: Table, epoch: float, *, first: int = 1) -> int:
 
 
 def new_row(table: Table, began: float, ended: float) -> bool:
-    """Whether the step after one that began and ended at these epochs is in another row."""
+    """Whether a step from epoch `began` to `ended` is the last one of its row."""
     return row_at(table, began) != row_at(table, ended)
 
 
 def parse_schedule(schedule: str | Table) -> Factor:
-    """The function that `step:30:0.1`, `poly:2` or a table stands for; raises ConfigError."""
+    """The schedule's function, for `step:30:0.1`, `poly:2` or a table; raises ConfigError."""
     if not isinstance(schedule, str):
         peak = peak_of(schedule)
         return lambda epoch, epochs: schedule[row_at(schedule, epoch)][1] / peak
@@ -139,7 +136,7 @@ def learning_rate(
 
 
 def weight_decay(schedule: str | Table, *, epoch: float, otherwise: float) -> float:
-    """Weight decay of the step that starts at `epoch`: the table's, or `otherwise` if it has none."""
+    """Weight decay of the step that starts at `epoch`: the table's, else `otherwise`."""
     if isinstance(schedule, str) or len(schedule[0]) < 3:
         return otherwise
     return schedule[row_at(schedule, epoch)][2]

@@ -1,8 +1,8 @@
-"""File names in text, words that are misspelt, and numbers that JSON lacks.
+"""Text output: file names that are not UTF-8, control characters, suggestions for typos, NaN in JSON.
 
-Names are bytes, and those that are not UTF-8 must neither be lost nor end a command. Python holds such bytes
-as lone surrogates (PEP 383). JSON escapes them and gets them back; `encode` and the
-streams of `tolerant_streams` write the bytes.
+File names are bytes; those that are not UTF-8 must neither be lost nor make a command fail. Python represents
+such bytes as lone surrogates (PEP 383). JSON escapes and restores these; `encode` and the streams set up by
+`tolerant_streams` write the original bytes.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def tolerant_streams() -> None:
-    """Let stdout and stderr take any name, whatever the locale: a report must not be lost for one of them.
+    """Let stdout and stderr accept any file name, whatever the locale.
 
     On stdout a name keeps its bytes, so that it can be used; on stderr it is escaped, as Python does.
     """
     for stream, errors in ((sys.stdout, NAME_BYTES), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):  # None if closed
-            # click takes ASCII for a locale that nobody set: it writes UTF-8, with ? for names
+            # click takes ASCII for an unset locale: it would write UTF-8, with ? in names
             ascii_only = codecs.lookup(stream.encoding).name == "ascii"
             stream.reconfigure(encoding="utf-8" if ascii_only else None, errors=errors)
 
 
 def one_line(text: str) -> str:
-    """The text with control characters escaped: a file's name may hold a newline or a terminal's codes."""
+    """The text with control characters escaped: a file name may contain newlines or terminal codes."""
     return text if text.isprintable() else _CONTROL.sub(lambda found: _escaped(found[0]), text)
 
 
 def without_terminal_codes(text: str) -> str:
-    """The same for text of several lines."""
+    """`one_line` for each line of a text."""
     return "\n".join(map(one_line, text.split("\n")))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like this one; empty if none is."""
+    """The known word most similar to this one; empty if none is similar."""
     return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), "")
 
 
 def json_text(value: Any) -> str:
-    """JSON on one line. It has no NaN and no infinity, which a loss or a gradient's norm may be: null."""
+    """The value as one line of JSON, with null for NaN and infinity."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -56,7 +56,7 @@ def json_text(value: Any) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """The same with None for NaN and infinity."""
+    """The value with None for NaN and infinity."""
     if isinstance(value, dict):
         return {str(key): without_nan(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -69,12 +69,12 @@ def _escaped(character: str) -> str:
 
 
 def valid(text: str) -> str:
-    """For libraries that take valid Unicode alone: other bytes of names are escaped."""
+    """The text with invalid Unicode escaped, for libraries that reject it."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def encode(text: str) -> bytes:
-    """The text as UTF-8, with the bytes of names as they are."""
+    """The text as UTF-8; bytes of file names that are not UTF-8 are restored."""
     return text.encode(errors="surrogateescape")
 
 

@@ -1,4 +1,4 @@
-"""This process's place in its job, from the launcher's environment variables.
+"""This process's rank and size in its job, from the launcher's environment variables.
 
 Only for use before Horovod starts; afterwards use `parallel.runtime.World`.
 """
@@ -17,7 +17,7 @@ from horovod_owt.errors import ConfigError
 
 
 class Launcher(str, Enum):
-    """The launchers of ranks, by the names used in options, logs and `Topology`."""
+    """Launchers of ranks, by the names used in options, logs and `Topology`."""
 
     GLOO = "gloo"  # horovodrun --gloo, and anything else that sets Horovod's variables
     TORCHRUN = "torchrun"
@@ -31,20 +31,20 @@ class Launcher(str, Enum):
 
 
 class Variables(NamedTuple):
-    """A launcher's environment variables for the place of a rank."""
+    """The environment variables in which a launcher passes rank and size."""
 
     rank: str
     size: str
     local_rank: str = ""  # empty: taken from the Slurm step
     local_size: str = ""
-    also: str = ""  # required too, because the other names are not specific
+    also: str = ""  # must be set too, because other programs use the other names
 
     def are_in(self, env: Mapping[str, str]) -> bool:
         return all(name in env for name in (self.rank, self.size, self.also) if name)
 
 
 # The first launcher whose rank and size are set is used. Horovod's own variables come first, then torchrun's,
-# because such ranks may run inside an mpirun or an srun.
+# because these launchers may run inside mpirun or srun.
 LAUNCHERS = {
     Launcher.GLOO: Variables("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     Launcher.TORCHRUN: Variables(
@@ -68,8 +68,8 @@ LAUNCHERS = {
     Launcher.MPIEXEC: Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 
-# Rank and size variables of unsupported launchers: PALS (Cray), Flux, jsrun (LSF), aprun (ALPS), PMI or PMIx
-# of another launcher, and torch's variables without torchrun's store. Size variables: several names, or none.
+# Rank variables of unsupported launchers, with their possible size variables: PALS (Cray), Flux, jsrun (LSF),
+# aprun (ALPS), PMI or PMIx of another launcher, and torch's variables without torchrun's store.
 UNKNOWN_LAUNCHERS = {
     "PALS_RANKID": ("PALS_NRANKS", "PMI_SIZE"),
     "FLUX_TASK_RANK": ("FLUX_JOB_SIZE",),
@@ -80,12 +80,13 @@ UNKNOWN_LAUNCHERS = {
     "RANK": ("WORLD_SIZE",),
 }
 
-# Horovod's elastic driver drops a whole host when one of its ranks dies. On one host `owt launch elastic`
-# therefore gives each place a host name of its own: 127.0.0.1 with one more zero before the 1 per place.
-BOX_PLACES = "HOROVOD_OWT_BOX_PLACES"  # number of places
+# Horovod's elastic driver drops a whole host when one of its ranks dies. So on a single host, `owt launch
+# elastic` gives each slot its own host name: 127.0.0.1, with more zeros before the last 1 for each further
+# slot.
+LOOPBACK_SLOTS = "HOROVOD_OWT_LOOPBACK_SLOTS"  # number of slots
 
-# Set when ranks are started by mpirun or srun without binding. In a container or a Slurm step they have fewer
-# cores than the host, so they would look bound, each to all of them.
+# Set for ranks that mpirun or srun starts without binding. In a container or a Slurm step they have fewer
+# cores than the host, so they would look bound.
 UNBOUND = "HOROVOD_OWT_UNBOUND"
 
 
@@ -103,7 +104,7 @@ class Topology:
 
 
 def resolve_group_size(setting: int | str, topology: Topology) -> int:
-    """`fc_group_size` as a number of ranks; ConfigError when the job has no whole number of such groups."""
+    """`fc_group_size` as a number of ranks; ConfigError if it does not divide the number of ranks."""
     ranks = topology.world_size
     size = {"all": ranks, "node": topology.local_size}.get(setting, setting)
     if ranks % size:
@@ -120,34 +121,36 @@ def resolve_group_size(setting: int | str, topology: Topology) -> int:
 
 
 def read_topology(env: Mapping[str, str] | None = None) -> Topology:
-    """This process's place as set by its launcher; without a launcher, rank 0 of 1.
+    """This process's rank and size as set by its launcher; without a launcher, rank 0 of 1.
 
-    The only rank of a job of one counts as without a launcher: its variables may be left from another job.
+    A job of one rank counts as without a launcher, since the variables may be inherited from another job.
     """
     env = os.environ if env is None else env
-    box = place_on_box(env)
+    loopback = loopback_place(env)
     for launcher, names in LAUNCHERS.items():
         job = _rank_and_size(env, names.rank, names.size) if names.are_in(env) else None
         if job is None:
             continue
-        local = box or _rank_and_size(env, names.local_rank, names.local_size) or _place_in_slurm_step(env)
+        local = (
+            loopback or _rank_and_size(env, names.local_rank, names.local_size) or _place_in_slurm_step(env)
+        )
         if local is None or (job[1] == 1 and launcher is not Launcher.GLOO):
             continue
         return Topology(
             launcher,
             *job,
             *local,
-            host=socket.gethostname() if box else _host(env),
+            host=socket.gethostname() if loopback else _host(env),
             unbound=launcher in (Launcher.GLOO, Launcher.TORCHRUN) or UNBOUND in env,
         )
     return Topology(Launcher.NONE, rank=0, world_size=1, local_rank=0, local_size=1, host=_host(env))
 
 
 def rank_topology(env: Mapping[str, str] | None = None) -> Topology:
-    """The same, for commands whose processes are ranks of one job.
+    """`read_topology` for commands whose processes are ranks of one job.
 
-    Raises ConfigError if the environment shows more than one rank but no supported launcher: each process
-    would be rank 0 of 1, and all would write to the same run folder.
+    Raises ConfigError under an unsupported launcher of several ranks: each process would be rank 0 of 1, and
+    all would write to the same run folder.
     """
     env = os.environ if env is None else env
     topology = read_topology(env)
@@ -170,7 +173,7 @@ def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
         if size_name:
             several = _number(env, size_name) > 1 and (rank is not None or size_name == "WORLD_SIZE")
         else:  # rank 0 cannot detect the others; the launcher ends it when they fail
-            several = bool(rank) and rank_name != "RANK"  # a name that any script may use
+            several = bool(rank) and rank_name != "RANK"  # a name that other programs use too
         if several:
             seen = [name for name in (rank_name, size_name) if name in env]
             shown = " ".join(f"{name}={env[name]}" for name in seen)
@@ -182,7 +185,7 @@ def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
 
 
 def _rank_and_size(env: Mapping[str, str], rank: str, size: str) -> tuple[int, int] | None:
-    """None if one is missing or inconsistent, as variables left from another job may be."""
+    """Rank and size; None if they are missing, or inconsistent because inherited from another job."""
     numbers = _number(env, rank), _number(env, size)
     return numbers if None not in numbers and numbers[0] < numbers[1] else None
 
@@ -196,9 +199,9 @@ def _host(env: Mapping[str, str]) -> str:
 
 
 def _place_in_slurm_step(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """Local rank and local size of a task started by srun, with pmix or pmi2; None otherwise.
+    """Local rank and local size of a task that srun started; None otherwise.
 
-    Not from SLURM_NTASKS_PER_NODE, which is set only on request, and equal for all nodes.
+    Not from SLURM_NTASKS_PER_NODE, which is only set on request, and is the same for all nodes.
     """
     node, local_rank = _number(env, "SLURM_NODEID"), _number(env, "SLURM_LOCALID")
     tasks_by_node = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
@@ -213,19 +216,19 @@ def expand_counts(counts: str) -> list[int]:
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
-def box_hosts(places: int) -> list[str]:
-    """A host name for each place on one host; all of them resolve to 127.0.0.1."""
-    return [f"127.0.0.{'0' * place}1" for place in range(places)]
+def loopback_hosts(slots: int) -> list[str]:
+    """A host name for each slot of a single host; all of them resolve to 127.0.0.1."""
+    return [f"127.0.0.{'0' * slot}1" for slot in range(slots)]
 
 
-def place_on_box(env: Mapping[str, str] | None = None) -> tuple[int, int] | None:
-    """Local rank and local size of a rank of an elastic job on one host; None for any other."""
+def loopback_place(env: Mapping[str, str] | None = None) -> tuple[int, int] | None:
+    """Local rank and local size of a rank of an elastic job on a single host; None for other jobs."""
     env = os.environ if env is None else env
     zeros = re.fullmatch(r"127\.0\.0\.(0*)1", env.get("HOROVOD_HOSTNAME", ""))
-    return (len(zeros[1]), int(env[BOX_PLACES])) if zeros and BOX_PLACES in env else None
+    return (len(zeros[1]), int(env[LOOPBACK_SLOTS])) if zeros and LOOPBACK_SLOTS in env else None
 
 
-def be_one_process(what: str) -> None:
-    """Raise ConfigError under a launcher, whose every rank would do all of it."""
+def require_single_process(what: str) -> None:
+    """Raise ConfigError under a launcher of several ranks, each of which would do all of the work."""
     if read_topology().world_size > 1:
         raise ConfigError(f"{what} under a launcher", wanted="one process", fix="run it without")

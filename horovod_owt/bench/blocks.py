@@ -17,8 +17,8 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.runtime import World
 from horovod_owt.train.replica import StepReport
 
-BLOCK = 5  # steps per turn of a contender: short, so that all see the same noise
-SECONDS = ("step_s", "data_wait_s", "exposed_comm_s")  # of a StepReport, the columns of `seconds_by_rank`
+BLOCK = 5  # steps of a contender's turn; few, so that all contenders see the same noise
+SECONDS = ("step_s", "data_wait_s", "exposed_comm_s")  # fields of a StepReport: columns of `seconds_by_rank`
 
 Name = TypeVar("Name", bound=Hashable)
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def alternate(
 ) -> dict[Name, list[StepReport]]:
     """Each contender's timed steps, in turns of BLOCK after `warmup` untimed ones.
 
-    A contender runs the steps of a range and returns a report of each; none on a rank that is not part of it.
+    A contender runs a range of steps and returns their reports; none on a rank that takes no part in it.
     """
     reports: dict[Name, list[StepReport]] = {name: [] for name in contenders}
     for take_steps in contenders.values():
@@ -52,20 +52,20 @@ def alternate(
 
 
 def finish_queued_work(device: torch.device) -> None:
-    """Wait for a GPU: a step's last update must not run in the time of the next contender."""
+    """Wait for the GPU, so that a step's last update does not run in the next contender's time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_by_rank(reports: dict[Name, list[StepReport]]) -> dict[Name, np.ndarray]:
-    """By contender, an array (participating ranks, steps, SECONDS); every rank must call it."""
+    """By contender, an array (participating ranks, steps, len(SECONDS)); every rank must call it."""
     mine = {name: [[getattr(r, c) for c in SECONDS] for r in rows] for name, rows in reports.items()}
     by_rank = gather_objects(mine, "bench.reports")
     return {name: np.array([rank[name] for rank in by_rank if rank[name]]) for name in reports}
 
 
 def figures(seconds: np.ndarray, images: int) -> dict[str, Any]:
-    """Step times of a contender's `seconds_by_rank`: a step takes as long as on its slowest rank."""
+    """Step times and images/s from a contender's `seconds_by_rank`; a step's time is its slowest rank's."""
     step_ms = 1e3 * seconds[:, :, 0].max(axis=0)
     low, p25, median, p75 = np.percentile(step_ms, [0, 25, 50, 75])
     return {
@@ -75,7 +75,7 @@ def figures(seconds: np.ndarray, images: int) -> dict[str, Any]:
 
 
 def heading(report: dict[str, Any]) -> str:
-    """What ran: the first line of a report, which has these keys itself or in its `method`."""
+    """First line of a report: what ran. Its keys are in the report or in its `method`."""
     about = report["method"] | report
     net = ", ".join(about[key] for key in ("model", "strategy", "precision") if key in about)
     return (
@@ -85,7 +85,7 @@ def heading(report: dict[str, Any]) -> str:
 
 
 def method(cfg: TrainConfig, world: World, *, warmup: int) -> dict[str, Any]:
-    """The part of the method that all step benchmarks share."""
+    """The `method` entries common to all step benchmarks."""
     return {
         "warmup_steps": warmup,
         "block_steps": BLOCK,

@@ -1,6 +1,6 @@
-"""What Boston's report measured, again: mini-batches of 128 by AlexNet-OWT with 1000 classes, on real JPEGs.
+"""Repeat the measurement of Boston's report: AlexNet-OWT, 1000 classes, mini-batches of 128, real JPEGs.
 
-See docs/boston-report.md. The learning rate and weight decay are those of the Torch7 programs at their start.
+See docs/boston-report.md. Learning rate and weight decay are the initial ones of the Torch7 programs.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.machine import load_machine
 from horovod_owt.topology import rank_topology
 from horovod_owt.train.pipelines import training_pipeline
-from horovod_owt.train.prepare import prepare_alone
+from horovod_owt.train.prepare import prepare_request
 from horovod_owt.train.replica import Replica, StepReport
 from horovod_owt.train.stop import StopRequest
 
 CLASSES = 1000
 LR, WEIGHT_DECAY = 1e-2, 5e-4
 MACHINE = "boston-k80"
-WARMUP = 3  # mini-batches that are not counted
+WARMUP = 3  # untimed mini-batches
 LAST = 10  # mini-batches whose mean loss is reported
-TOLD = 20  # mini-batches between two lines of the log
+LOG_EVERY = 20  # mini-batches
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ def bench_boston(
 ) -> dict[str, Any] | None:
     """Train for `batches` mini-batches after WARMUP; returns the report on rank 0.
 
-    A signal ends it after the mini-batch in work, with a report of those before; KeyboardInterrupt if there
-    are none.
+    A signal stops it after the current mini-batch; the report covers the completed ones. Raises
+    KeyboardInterrupt if there are none.
     """
     ranks = rank_topology().world_size
     if MINI_BATCH % ranks:
@@ -67,8 +67,8 @@ def bench_boston(
         f"parallel={'hybrid' if ranks > 1 else 'data'}",
         "fc_group_size=all",
     )
-    with given_or_dealt_out(data) as root:
-        request = prepare_alone(root, recipe, (*fixed, *settings))
+    with given_or_relabelled(data) as root:
+        request = prepare_request(root, recipe, (*fixed, *settings))
         cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
         if cfg.global_batch(ranks) != MINI_BATCH:
             raise ConfigError(
@@ -88,16 +88,17 @@ def bench_boston(
 
 
 @contextmanager
-def given_or_dealt_out(data: Path | None) -> Iterator[Path]:
-    """The user's data set, or a few synthetic JPEGs dealt out to CLASSES: the net does not learn them anyway.
+def given_or_relabelled(data: Path | None) -> Iterator[Path]:
+    """The user's data set, or a few synthetic JPEGs spread over CLASSES labels by symbolic links.
 
-    Drawing as many images as classes would take minutes. The loss needs all labels, the decoder real JPEGs.
+    The loss needs all labels and the decoder real JPEGs, but nothing is learned from them, and generating
+    one image per class would take minutes.
     """
     with given_or_synthetic(data) as root:
         if data is not None:
             yield root
             return
-        folder = root.with_name("dealt-out")  # beside it, in the same temporary folder
+        folder = root.with_name("relabelled")  # in the same temporary folder
         for split in SPLITS:
             drawn = itertools.cycle(sorted((root / split).rglob("*.JPEG")))
             for label, source in zip(range(CLASSES), drawn, strict=False):
@@ -108,7 +109,7 @@ def given_or_dealt_out(data: Path | None) -> Iterator[Path]:
 
 
 def _train(replica: Replica, images, batches: int, stop: StopRequest) -> tuple[list[StepReport], float]:
-    """Reports of the counted mini-batches, and the seconds of all of them."""
+    """Reports of the timed mini-batches, and their wall time in seconds."""
     reports: list[StepReport] = []
     early = FetchedEarly(images, early=replica.world.device.type == "cuda")  # as in training
     start = perf_counter()
@@ -119,7 +120,7 @@ def _train(replica: Replica, images, batches: int, stop: StopRequest) -> tuple[l
         report = replica.train_step(early.__next__, fetch_next=early.fetch, **at)
         if number >= WARMUP:
             reports.append(report)
-        if replica.world.is_root and len(reports) % TOLD == 1:
+        if replica.world.is_root and len(reports) % LOG_EVERY == 1:
             # as fbcunn's program prints it
             log.info("[%d/%d]  Time %.3f  Err %.4f", len(reports), batches, report.step_s, report.loss)
         if report.stop_asked:  # on any rank
@@ -162,11 +163,11 @@ def _report(
         "method": {
             **method(cfg, world, warmup=WARMUP),
             "pipeline": cfg.pipeline,
-            "images": "the user's" if data else "200 synthetic JPEGs, dealt out to the classes",
+            "images": "the user's" if data else "200 synthetic JPEGs, spread over the classes",
             "lr": LR,
             "weight_decay": cfg.weight_decay,
-            "s_per_batch": "of the slowest rank, with the wait for images",
-            "minutes_for_1000": "wall time of all counted mini-batches, in proportion",
+            "s_per_batch": "of the slowest rank, including the wait for images",
+            "minutes_for_1000": "wall time of all timed mini-batches, scaled to 1000",
             "loss": f"mean of the last {min(LAST, len(reports))} mini-batches",
         },
     }

@@ -1,7 +1,7 @@
-"""What this machine can do at most, beside what training reaches, measured in the same run.
+"""This machine's peak rates next to those training reaches, measured in the same run.
 
-Every rank measures at the same time, as in training, and a figure is that of the slowest rank. A ceiling is
-the best of several plain operations, a reached figure the median of ours.
+All ranks measure at the same time, as in training, and each figure is the slowest rank's. A ceiling is the
+best of several plain operations; a reached figure is the median of ours.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.interfaces import listening_addresses
 from horovod_owt.parallel.parts import measure_parts, time_classifier, time_each
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import DTYPES, set_kernels
+from horovod_owt.parallel.step import DTYPES, configure_backends
 from horovod_owt.perf.layers import Net, net_of
 from horovod_owt.perf.parts import FC_PASSES, UPDATE_PASSES, WEIGHT_BYTES
 from horovod_owt.perf.predict import Parts
-from horovod_owt.train.prepare import Request, prepare_alone
+from horovod_owt.train.prepare import Request, prepare_request
 from horovod_owt.train.replica import Replica
 
 CLASSES = 1000
 SQUARES = (1024, 2048)  # sides of the matrices
 COPY_BYTES = 256 << 20  # more than any cache
 RING_WORK = [(64 << 20, 5), (4 << 10, 50)]  # bytes and repeats: for bandwidth, for latency
-FEW_ROWS = 8  # of a classifier's input: then its weights, read from memory, take most of the time
+FEW_ROWS = 8  # batch so small that reading the classifier's weights from memory takes most of the time
 REPEATS = 5
 DECODED, DECODED_UNTIMED = 12, 6  # batches
 
@@ -60,10 +60,10 @@ def bench_ceilings(
     with given_or_synthetic(data) as root, ExitStack() as keep:
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
-        request = prepare_alone(root, recipe, settings)
+        request = prepare_request(root, recipe, settings)
         if keeps_errors(request.cfg.compression):
             raise ConfigError(
-                f"compression={request.cfg.compression}, but the ceilings are those of whole gradients",
+                f"compression={request.cfg.compression}, but the ceilings are of uncompressed gradients",
                 wanted="none or fp16",
                 fix="--set compression=none; `owt bench step` times compressed ones",
             ).on_every_rank()
@@ -95,24 +95,24 @@ class Measured:
 def _measure(request: Request, world: World, root: Path, keep: ExitStack, *, steps: int) -> Measured:
     cfg = request.cfg
 
-    def told(what: str, value: Any) -> Any:
+    def logged(what: str, value: Any) -> Any:
         if world.is_root:
             log.info("%s: done", what)
         return value
 
-    set_kernels(cfg)  # for ceilings of the precision that the step has
-    ring_s, latency_s = told("TCP ring", _ring(world))
+    configure_backends(cfg)  # so that the ceilings are measured at the step's precision
+    ring_s, latency_s = logged("TCP ring", _ring(world))
     return Measured(
-        matrix_gflops=told("matrix products", matrix_gflops(cfg, world)),
-        convolution_gflops=told("convolutions", convolution_gflops(cfg, world)),
-        memory_gb_s=told("memory", _memory_gb_s(world)),
+        matrix_gflops=logged("matrix products", matrix_gflops(cfg, world)),
+        convolution_gflops=logged("convolutions", convolution_gflops(cfg, world)),
+        memory_gb_s=logged("memory", _memory_gb_s(world)),
         ring_s=ring_s,
         ring_latency_s=latency_s,
-        parts=told("parts of a step", measure_parts(cfg, world, {"data": 1})["data"]),
+        parts=logged("parts of a step", measure_parts(cfg, world, {"data": 1})["data"]),
         few_rows_s=time_classifier(dataclasses.replace(cfg, batch=FEW_ROWS), world, group_size=1)["passes"],
-        step_s=told("steps", training_steps(cfg, world, steps)),
-        decode_images_s=told("decoding", _images_s(open_decoder(cfg, root, world.threads, keep), cfg)),
-        input_images_s=told("input", _input_images_s(request, world, keep)),
+        step_s=logged("steps", training_steps(cfg, world, steps)),
+        decode_images_s=logged("decoding", _images_s(open_decoder(cfg, root, world.threads, keep), cfg)),
+        input_images_s=logged("input", _input_images_s(request, world, keep)),
     )
 
 
@@ -121,7 +121,7 @@ def _best_s(action, world: World) -> float:
 
 
 def matrix_gflops(cfg: TrainConfig, world: World) -> float:
-    """The best of square products."""
+    """The best rate of the products of square matrices."""
     rates = []
     for side in SQUARES:
         a, b = (torch.randn(side, side, device=world.device).to(DTYPES[cfg.precision]) for _ in range(2))
@@ -130,7 +130,7 @@ def matrix_gflops(cfg: TrainConfig, world: World) -> float:
 
 
 def convolution_gflops(cfg: TrainConfig, world: World) -> float:
-    """The best of the net's own convolutions, forward."""
+    """The best rate of the forward passes of the model's own convolutions, without conv1."""
     rates, net = [], _net(cfg)
     for layer, (c_in, c_out, kernel) in list(zip(net.layers(), net.convolutions, strict=False))[1:]:
         side = math.isqrt(layer.outputs // c_out)  # of input and output: all but conv1 keep it
@@ -143,9 +143,10 @@ def convolution_gflops(cfg: TrainConfig, world: World) -> float:
 
 
 def _memory_gb_s(world: World) -> float:
-    """Bytes read and written by the better of a copy and a scaling in place, as updates are in place.
+    """Bytes read and written per second by the faster of a copy and an in-place scaling.
 
-    Before a CPU overwrites memory it reads it, so a copy moves more bytes than are counted.
+    The update works in place. A CPU reads memory before it overwrites it (write-allocate), so a copy moves
+    more bytes than are counted.
     """
     source = torch.zeros(COPY_BYTES // 4, device=world.device)
     target = torch.zeros_like(source)
@@ -154,7 +155,7 @@ def _memory_gb_s(world: World) -> float:
 
 
 def _ring(world: World) -> tuple[float, float]:
-    """Seconds of a large sum over the ranks, and of a message. One rank has a second process as its peer."""
+    """Seconds of a large allreduce, and of one message. A single rank starts a second process as its peer."""
     if world.size == 1:
         with pair_on_this_host(RING_WORK) as run:
             large, small = run()
@@ -178,7 +179,7 @@ def _ring(world: World) -> tuple[float, float]:
 
 
 def training_steps(cfg: TrainConfig, world: World, steps: int) -> list[float]:
-    """Seconds of that many data-parallel training steps on random images, each of its slowest rank."""
+    """Seconds of each of `steps` data-parallel training steps on random images, on its slowest rank."""
     replica, batch = Replica(cfg, world), random_batch(cfg, world)
     images = cfg.global_batch(world.size)
     seconds = []
@@ -195,7 +196,7 @@ def _input_images_s(request: Request, world: World, keep: ExitStack) -> float:
 
 
 def _images_s(source: Iterator[Tensor | int], cfg: TrainConfig) -> float:
-    """Of the slowest rank, while all of them decode."""
+    """Images/s of the slowest rank while all decode."""
     for _ in range(DECODED_UNTIMED):
         next(source)
     start = perf_counter()
@@ -242,10 +243,10 @@ def _report(cfg: TrainConfig, world: World, got: Measured) -> dict[str, Any]:
             "hosts": gather_objects(world.host, "ceilings.hosts"),
             "step_ms": [1e3 * s for s in got.step_s],
             "ceilings": {
-                "convolutions": "the best of the net's own convolutions, forward",
+                "convolutions": "the best of the model's own convolutions, forward",
                 "FC layers": f"the best product of square matrices of side {' or '.join(map(str, SQUARES))}",
                 "update": f"the better of copying and scaling {COPY_BYTES >> 20} MB, bytes read and written",
-                "input": "decoding of the same JPEGs, without crops and normalisation",
+                "input": "decoding the same JPEGs, without crops and normalisation",
                 "allreduce": "a plain TCP ring"
                 + ("" if world.size > 1 else " of this rank and a second process"),
                 "step": "the better of the first two",
@@ -257,10 +258,9 @@ def _report(cfg: TrainConfig, world: World, got: Measured) -> dict[str, Any]:
 def _figures(
     cfg: TrainConfig, world: World, got: Measured, net: Net, *, ring_gb_s: float, update_gb_s: float
 ) -> dict[str, float]:
-    """Of a machine file, for `owt plan --calibrate`: those that one rank can measure.
+    """The figures of a machine file that one rank can measure, for `owt plan --calibrate`.
 
-    The arithmetic of the FC layers is what more rows add to a few; the convolutions get what the step takes
-    beyond FC layers and update, so that ReLU, dropout and the loss are counted with them.
+    The FC layers' arithmetic is the time that a full batch takes beyond one of FEW_ROWS.
     """
     conv_s = got.parts.conv_forward_s + got.parts.conv_backward_s
     few_s, all_s = got.few_rows_s, got.parts.classifier_s
@@ -270,7 +270,7 @@ def _figures(
     else:
         fc_gflops = net.flops("fc") * cfg.batch / max(0.1 * all_s, all_s - weights_s) / 1e9
     figures = {
-        "fc_gflops": min(fc_gflops, got.matrix_gflops),  # a difference of two times is noisy
+        "fc_gflops": min(fc_gflops, got.matrix_gflops),  # the difference of two times is noisy
         "memory_gb_s": update_gb_s,
         "decode_images_s": got.input_images_s
         * world.size
@@ -308,6 +308,6 @@ def format_ceilings_report(report: dict[str, Any]) -> str:
             f"{row['what']:14}{reached:>10}{row['ceiling']:10.4g}  {row['unit']:10}{share:>6}  "
             f"{method['ceilings'][row['what']]}"
         )
-    lines += ["", "of the slowest rank, while all ranks do the same; reached: medians, ceilings: bests"]
+    lines += ["", "of the slowest rank while all ranks do the same; reached: medians, ceilings: bests"]
     lines.append(", ".join(f"{name} {version}" for name, version in method["versions"].items()))
     return "\n".join(lines)

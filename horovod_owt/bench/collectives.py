@@ -1,8 +1,8 @@
-"""Time every collective that training uses, over a range of sizes, alone on the machine.
+"""Time every collective that training uses over a range of sizes.
 
-Bandwidths as nccl-tests defines them: algbw is the size divided by the time; busbw is algbw times what the
-best algorithm puts on each rank's link, 2 (n-1)/n for an allreduce, (n-1)/n for a gather or an alltoall, 1
-for a broadcast. Sizes are of the whole buffer: for a gather, of its result.
+Bandwidths as nccl-tests defines them: algbw is the size divided by the time; busbw is algbw times the share
+of the size that the best algorithm puts on each rank's link: 2 (n-1)/n for an allreduce, (n-1)/n for an
+allgather or alltoall, 1 for a broadcast. Sizes are of the whole buffer: for an allgather, of its result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from horovod_owt.train.prepare import choose_device
 
 MIN_BYTES, MAX_BYTES, FACTOR = 1 << 10, 256 << 20, 4
 BUDGET_BYTES = 1 << 30  # moved for one size: small ones are repeated more often
-MOST, LEAST = 100, 3  # repeats
+MAX_REPEATS, MIN_REPEATS = 100, 3
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ BUS_FACTORS: dict[str, Callable[[int], float]] = {
 
 
 def sizes(low: int, high: int) -> list[int]:
-    """From low to high bytes, each FACTOR times the one before; raises ConfigError."""
+    """From `low` to at most `high` bytes, each FACTOR times the previous one; raises ConfigError."""
     if not 4 <= low <= high:
         raise ConfigError(
-            f"--min-bytes {low} --max-bytes {high}", wanted="at least 4, and the first not larger"
+            f"--min-bytes {low} --max-bytes {high}", wanted="both at least 4, the first not above the second"
         )
     found = []
     while low <= high:
@@ -50,7 +50,10 @@ def sizes(low: int, high: int) -> list[int]:
 
 
 def bench_collectives(cfg: Any, low: int, high: int) -> dict[str, Any] | None:
-    """A row for each collective and size; returns the report on rank 0."""
+    """A row for each collective and size from `low` to `high` bytes; returns the report on rank 0, else None.
+
+    Raises ConfigError on a single rank.
+    """
     wanted = sizes(low, high)
     topology = rank_topology()
     if topology.world_size == 1:
@@ -77,7 +80,7 @@ def bench_collectives(cfg: Any, low: int, high: int) -> dict[str, Any] | None:
 
 
 def _row(name: str, size: int, world: World) -> dict[str, Any]:
-    repeats = max(LEAST, min(MOST, BUDGET_BYTES // size // 4))
+    repeats = max(MIN_REPEATS, min(MAX_REPEATS, BUDGET_BYTES // size // 4))
     seconds = np.array(
         time_each(bare_collective(name, size, world.size, world.device), world, repeats=repeats)
     )
@@ -100,7 +103,7 @@ def _method(world: World) -> dict[str, Any]:
         "ranks": world.size,
         "hosts": gather_objects(world.host, "bench.hosts"),
         "device": str(world.device),
-        "time": "median of the repeats; each is that of its slowest rank, after two untimed",
+        "time": "median of the repeats, each on its slowest rank, after two untimed",
         "bandwidths": "as nccl-tests defines them; GB are 1e9 bytes",
         "versions": versions,
     }

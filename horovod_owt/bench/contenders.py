@@ -45,23 +45,24 @@ class Name(NamedTuple):
 
 def build(name: Name, cfg: TrainConfig, world: World) -> Callable[[int], StepReport]:
     """The contender's training step, on one fixed batch of random images: no input pipeline."""
-    place, batch = world if name.ranks == world.size else alone(world), random_batch(cfg, world)
+    own_world = world if name.ranks == world.size else single_rank_world(world)
+    batch = random_batch(cfg, world)
     if name.strategy in PEERS:
-        return DdpLoop(cfg, place, batch, tuned=name.strategy == "ddp-tuned").train_step
+        return DdpLoop(cfg, own_world, batch, tuned=name.strategy == "ddp-tuned").train_step
     if name.strategy == "data":
         cfg = dataclasses.replace(cfg, parallel="data", fc_batch="global")
-    replica, images = Replica(cfg, place), cfg.global_batch(place.size)
+    replica, images = Replica(cfg, own_world), cfg.global_batch(own_world.size)
     return lambda step: replica.train_step(lambda: batch, consumed=step * images, lr=LR)
 
 
 class HelperProcess:
-    """A process without Horovod; this one is stopped while the helper runs steps."""
+    """A process without Horovod; this process is stopped (SIGSTOP) while the helper runs steps."""
 
     def __init__(self, cfg: TrainConfig, world: World, init_method: str | None) -> None:
         """`init_method` is that of torch's process group, if one is needed."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._stops_itself = world.size > 1  # a single rank waits for no peer, and a shell may watch it
+        self._stops_itself = world.size > 1  # a single rank has no peers to poll, and its shell may notice
         plain_world = dataclasses.replace(world, process_sets=())
         self._process = context.Process(
             target=_serve, args=(theirs, cfg, plain_world, init_method, self._stops_itself), daemon=True
@@ -118,13 +119,13 @@ def _serve(
                 parent.send_signal(signal.SIGCONT)
 
 
-def alone(world: World) -> World:
-    """This rank as a job of its own."""
+def single_rank_world(world: World) -> World:
+    """This rank as a job of one rank."""
     return dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1, process_sets=())
 
 
 def random_batch(cfg: TrainConfig, world: World) -> Batch:
-    """A batch of random images and labels on the device, another one on each rank."""
+    """A batch of random images and labels on the device, different on each rank."""
     torch.manual_seed(cfg.seed + world.rank)
     images = torch.randn(cfg.batch, 3, cfg.image_size, cfg.image_size, device=world.device)
     return Batch(

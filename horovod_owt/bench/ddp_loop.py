@@ -79,7 +79,7 @@ def free_init_method() -> str:
 
 @contextmanager
 def torch_process_group(world: World, init_method: str | None) -> Iterator[None]:
-    """torch.distributed among these ranks, on the same interface; nothing without an `init_method`."""
+    """A torch.distributed process group of these ranks on Horovod's interface; none without `init_method`."""
     if not init_method:
         yield
         return

@@ -1,7 +1,7 @@
-"""Throughput of the input pipeline: read, decode, crop, normalise, without a net.
+"""Throughput of the input pipeline without a model: read, decode, crop, normalise.
 
-Contenders take turns in short blocks. All of them prefetch, so a turn starts with batches that were ready:
-these are taken and not counted. It ends when the contender's threads are idle again.
+Contenders take turns in short blocks. All of them prefetch, so a turn first takes the batches that are ready
+without timing them, and it ends when the contender's threads are idle again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from horovod_owt.bench.input_contenders import (
 )
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.parallel import runtime
-from horovod_owt.topology import be_one_process
-from horovod_owt.train.prepare import Request, prepare_alone
+from horovod_owt.topology import require_single_process
+from horovod_owt.train.prepare import Request, prepare_request
 
 AHEAD = 8  # batches; no contender prefetches more
 IDLE_SHARE = 0.05  # of a core
@@ -42,10 +42,10 @@ log = logging.getLogger(__name__)
 def bench_input(
     data: Path | None, recipe: str | None, settings: tuple[str, ...], *, blocks: int, batches: int
 ) -> dict[str, Any]:
-    """Time `blocks` turns of `batches` batches of each contender; ConfigError under a launcher."""
-    be_one_process("bench input")
+    """Time `blocks` turns of `batches` batches of each contender; raises ConfigError under a launcher."""
+    require_single_process("bench input")
     with given_or_synthetic(data) as root, ExitStack() as keep:
-        request = _with_threads(prepare_alone(root, recipe, settings))
+        request = _with_threads(prepare_request(root, recipe, settings))
         contenders = _contenders(request, root, keep)
         turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for block in range(blocks):
@@ -62,7 +62,7 @@ def _with_threads(request: Request) -> Request:
 
 
 def _contenders(request: Request, root: Path, keep: ExitStack) -> dict[str, Iterator]:
-    """Ours first. The DataLoader forks its workers before any threads exist, which a fork would break."""
+    """Ours first. The DataLoader starts first: it forks its workers, and a fork would break threads."""
     cfg, store, device = request.cfg, request.folder.train, torch.device(request.device.name)
     loader = open_data_loader(cfg, store, device)
     next(loader)
@@ -78,7 +78,7 @@ def _contenders(request: Request, root: Path, keep: ExitStack) -> dict[str, Iter
 
 
 def _take_turn(source: Iterator, batches: int) -> tuple[float, float]:
-    """Wall and CPU seconds, of this process and its children, for `batches` batches."""
+    """Wall seconds, and CPU seconds of this process and its children, for `batches` batches."""
     for _ in range(AHEAD):
         next(source)
     cpu_before, start = _cpu_seconds(), time.perf_counter()

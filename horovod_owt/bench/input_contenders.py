@@ -32,7 +32,7 @@ from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import DataSet, Store, open_data_set
 
 ENDLESS = 2**40  # samples
-CACHED = 1024  # images in the cache: more than any core's own
+CACHED = 1024  # images in the cache: more than fit a CPU's caches
 SPDL_AHEAD = 3  # batches
 
 
@@ -52,9 +52,9 @@ def open_ours(cfg: TrainConfig, store: Store, device: torch.device, keep: ExitSt
 def open_cached(
     cfg: TrainConfig, store: Store, device: torch.device, keep: ExitStack
 ) -> Iterator[Tensor] | None:
-    """The same from a cache that has all images, as from the second epoch on; None where there is no room.
+    """The training pipeline with all images cached, as from the second epoch on; None where there is no room.
 
-    Of some images of the store, in the place and form that `cfg` says, else those of cache=ram.
+    On CACHED images of the store; `cfg` says where and how they are cached, by default cache=ram.
     """
     cfg = dataclasses.replace(cfg, cache="ram") if cfg.cache == "none" else cfg
     some = _Some(store, CACHED)
@@ -91,7 +91,7 @@ class _Some:
 def open_spdl(
     cfg: TrainConfig, store: Store, device: torch.device, keep: ExitStack
 ) -> Iterator[Tensor] | None:
-    """SPDL's functions in threads, on FFmpeg; None if either is missing."""
+    """SPDL's FFmpeg-based functions in threads; None if SPDL or FFmpeg is missing."""
     try:
         from spdl import io as spdl
 

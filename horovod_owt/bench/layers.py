@@ -1,6 +1,6 @@
-"""Where a training step goes: every layer's kernels, one after another as in a step, beside the step itself.
+"""Where the time of a training step goes: each layer's kernels in the order of a step, and the step itself.
 
-Every rank measures at the same time, and a figure is that of the slowest rank. What the kernels do not
+All ranks measure at the same time, and each figure is the slowest rank's. The time that the kernels do not
 explain is autograd, allocation, copies and, with several ranks, communication.
 """
 
@@ -26,7 +26,7 @@ from horovod_owt.model.dropout import keep_scale
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.optimizer import build_optimizer
-from horovod_owt.parallel.step import DTYPES, set_kernels
+from horovod_owt.parallel.step import DTYPES, configure_backends
 from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.network import HIDDEN, fc_layers
 from horovod_owt.topology import rank_topology
@@ -55,7 +55,7 @@ def bench_layers(cfg: TrainConfig, *, rounds: int) -> dict[str, Any] | None:
     device = choose_device(cfg, rank_topology())
     world = runtime.init(device, stall_limit_s=cfg.stall_limit_s)
     runtime.check_devices(device, world)
-    set_kernels(cfg)
+    configure_backends(cfg)
     ceilings = {"conv": convolution_gflops(cfg, world), "fc": matrix_gflops(cfg, world)}
     works = list(all_work(cfg, world.device))
     mine: list[list[float]] = []
@@ -79,7 +79,7 @@ def bench_layers(cfg: TrainConfig, *, rounds: int) -> dict[str, Any] | None:
             "precision": cfg.precision,
             "ranks": world.size,
             "time": "of the slowest rank, median of the rounds; in a round all kernels run in turn",
-            "ceilings": "best forward convolution of the net, best product of square matrices",
+            "ceilings": "best forward convolution of the model, best product of square matrices",
         },
     }
     runtime.shutdown()
@@ -87,7 +87,7 @@ def bench_layers(cfg: TrainConfig, *, rounds: int) -> dict[str, Any] | None:
 
 
 def all_work(cfg: TrainConfig, device: torch.device) -> Iterator[Work]:
-    """The kernels of a training step of one rank, in forward order."""
+    """The kernels of one rank's training step, in forward order."""
     torch.manual_seed(cfg.seed)
     yield from _features(cfg, device)
     yield from _classifier(cfg, device)

@@ -1,4 +1,4 @@
-"""The options of `bench scaling`; bad ones are refused before anything heavy is loaded."""
+"""The options of `bench scaling`, checked before anything slow to import is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from horovod_owt.topology import rank_topology, resolve_group_size
 from horovod_owt.train.prepare import choose_device
 
 OURS, PEERS = ("data", "hybrid"), ("ddp", "ddp-tuned")
-CLASSES = 1000  # of the net, unless the recipe or --set says otherwise
+CLASSES = 1000  # unless the recipe or --set says otherwise
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def prepare(
         if unknown := [word for word in wanted if word not in OURS]:
             raise ConfigError(f"--strategies {unknown[0]!r}", wanted=" or ".join(OURS))
         if any(setting.partition("=")[0].strip() == "parallel" for setting in settings):
-            raise ConfigError("--set parallel", wanted="--strategies, because several are compared")
+            raise ConfigError("--set parallel", wanted="--strategies, as several are compared")
         if interface and interface not in psutil.net_io_counters(pernic=True):
             known = ", ".join(psutil.net_io_counters(pernic=True))
             raise ConfigError(f"--count-interface {interface}", wanted=f"one of {known}")
 
-        place = load_machine(machine, option="--predict") if machine else None
+        predicted_machine = load_machine(machine, option="--predict") if machine else None
         topology = rank_topology()
         if topology.world_size == 1:
             wanted = tuple(word for word in wanted if word != "hybrid")
@@ -79,7 +79,7 @@ def prepare(
     except OwtError as error:
         error.on_every_rank()
         raise
-    return Request(cfg, wanted, against, steps, warmup, interface, place, device)
+    return Request(cfg, wanted, against, steps, warmup, interface, predicted_machine, device)
 
 
 def refuse_unfit(cfg: TrainConfig, against: str) -> None:
@@ -107,5 +107,5 @@ def refuse_uncompilable(warmup: int) -> None:
         ).on_every_rank()
     if warmup < 1:
         raise ConfigError(
-            f"--warmup {warmup} with --against compile", wanted="at least 1, whose time is for the compiler"
+            f"--warmup {warmup} with --against compile", wanted="at least 1: the first step compiles"
         ).on_every_rank()

@@ -1,6 +1,6 @@
 """Compare strategies in one job: data-parallel, hybrid, a single rank and, on request, torch's DDP.
 
-Machines are noisy, so figures of different runs are not comparable. Here all contenders take turns in short
+Machines are noisy, so figures from different runs cannot be compared. Here all contenders take turns in short
 blocks, and their lower quartiles are compared.
 """
 
@@ -31,13 +31,13 @@ from horovod_owt.perf.plan import predict_row
 from horovod_owt.train.replica import StepReport
 
 log = logging.getLogger(__name__)
-PREDICTED = "one rank by the machine file; several with this run's rate and jitter of one rank"
+PREDICTED = "one rank: by the machine file; several: with the rate and jitter of this run's one-rank row"
 
 
 def bench_scaling(request: Request) -> dict[str, Any] | None:
     """Time every contender; returns the report on rank 0, else None."""
     cfg = request.cfg
-    # Gloo drops a rank that is stopped for 30 s, and ranks are while the helper process runs
+    # Gloo times out after 30 s by default, and ranks are stopped for longer while the helper process runs
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(int(cfg.stall_limit_s)))
     world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s, fc_group_size=cfg.fc_group_size)
     runtime.check_devices(request.device, world)
@@ -61,7 +61,7 @@ def bench_scaling(request: Request) -> dict[str, Any] | None:
 def _contenders(
     request: Request, world: World, helper: HelperProcess
 ) -> dict[Name, Callable[[range], list[StepReport]]]:
-    """On all ranks: baselines, then ours. Then on rank 0 while the others wait: baselines and `data`."""
+    """On all ranks: baselines, then ours. On rank 0 alone, while the others wait: baselines, then `data`."""
     peers = PEERS if request.against else ()
 
     def here(name: Name) -> Callable[[range], list[StepReport]]:
@@ -165,28 +165,28 @@ def _report(
 
 
 def _predict(request: Request, world: World, rows: list[dict[str, Any]]) -> None:
-    """Add what `owt plan` says of our rows: of one rank by the machine file alone.
+    """Add `owt plan`'s prediction to our rows: for one rank, by the machine file alone.
 
-    The speed of cores drifts by more than the planner's error. So rows of several ranks are predicted with
-    the convolutions' rate and the jitter of this run's own row of one rank.
+    The speed of cores drifts by more than the planner's error, so rows of several ranks are predicted with
+    the convolutions' rate and the jitter of this run's one-rank row.
     """
     net = net_of(request.cfg.model, classes=request.cfg.classes, image_size=request.cfg.image_size)
     ours = [row for row in rows if row["strategy"] in OURS]
-    as_today = request.machine
+    calibrated = request.machine
     for row in sorted(ours, key=lambda row: row["ranks"]):
         cfg = dataclasses.replace(request.cfg, parallel=row["strategy"])
         if row["strategy"] == "data":
             cfg = dataclasses.replace(cfg, fc_batch="global", owt_scheme="a")
-        machine = request.machine if row["ranks"] == 1 else as_today
+        machine = request.machine if row["ranks"] == 1 else calibrated
         per_node = min(world.local_size, row["ranks"])
         job = Job(cfg, net, row["ranks"] // per_node, per_node, decodes=False)
         row["predicted_step_ms"] = 1e3 * predict_row(machine, job).step_s
         if row["ranks"] == 1:
             try:
-                as_today = fit_steps(machine, [measured(cfg, row)], net, source="this run")
+                calibrated = fit_steps(machine, [measured(cfg, row)], net, source="this run")
             except ConfigError as error:
                 if world.is_root:
-                    log.warning("this run's row of one rank is not used to predict: %s", error)
+                    log.warning("the predictions do not use this run's one-rank row: %s", error)
 
 
 def _images_per_s(rows: list[dict[str, Any]], strategy: str, ranks: int) -> float | None:

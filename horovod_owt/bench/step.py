@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.bench.blocks import alternate, figures, heading, method, seconds_by_rank
-from horovod_owt.bench.contenders import alone, random_batch
+from horovod_owt.bench.contenders import random_batch, single_rank_world
 from horovod_owt.bench.ddp_loop import DdpLoop
 from horovod_owt.bench.images import given_or_synthetic
 from horovod_owt.bench.plain_loop import PlainLoop
@@ -20,11 +20,11 @@ from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.runtime import World
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.train.pipelines import training_pipeline
-from horovod_owt.train.prepare import prepare_alone, with_cache
+from horovod_owt.train.prepare import prepare_request, with_cache
 from horovod_owt.train.replica import Replica, StepReport
 
-CLASSES = 1000  # of the net, when no data set is given
-IN_TORCH = ("torch", "compile")  # contenders on each rank alone
+CLASSES = 1000  # when no data set is given
+IN_TORCH = ("torch", "compile")  # contenders that run on each rank by itself
 
 
 def bench_step(
@@ -42,7 +42,7 @@ def bench_step(
     with given_or_synthetic(data) as root, ExitStack() as keep:
         if data is None:
             settings = (f"classes={CLASSES}", *settings)
-        request = keep.enter_context(with_cache(prepare_alone(root, recipe, settings)))
+        request = keep.enter_context(with_cache(prepare_request(root, recipe, settings)))
         cfg = dataclasses.replace(request.cfg, image_sizes=())  # of the last size
         if against in IN_TORCH:
             refuse_unfit(cfg, against)
@@ -62,8 +62,13 @@ def bench_step(
             if against == "plain":
                 train_steps["plain"] = PlainLoop(cfg, world).train_step
             if against in IN_TORCH:
-                here, batch, compiled = alone(world), random_batch(cfg, world), against == "compile"
-                train_steps[against] = DdpLoop(cfg, here, batch, tuned=True, compiled=compiled).train_step
+                train_steps[against] = DdpLoop(
+                    cfg,
+                    single_rank_world(world),
+                    random_batch(cfg, world),
+                    tuned=True,
+                    compiled=against == "compile",
+                ).train_step
             contenders = {
                 name: lambda steps, train_step=train_step: [train_step(step) for step in steps]
                 for name, train_step in train_steps.items()

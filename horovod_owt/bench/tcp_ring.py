@@ -1,7 +1,7 @@
-"""A plain ring-allreduce over TCP sockets: what a collective can reach on this host and network.
+"""A plain ring allreduce over TCP sockets: what a collective can reach on this host and network.
 
-Each rank sends to the next and receives from the one before, 2 (n-1) times a chunk of 1/n of the buffer; the
-first n-1 chunks are added up.
+Each rank sends a chunk of 1/n of the buffer to the next rank and receives one from the previous rank,
+2 (n-1) times; it adds up the first n-1 (reduce-scatter) and copies the rest (allgather).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class TcpRing:
     """One rank's connections to its neighbours."""
 
     def __init__(self, rank: int, addresses: list[tuple[str, int]], server: socket.socket) -> None:
-        """`addresses` are those of the ranks' servers; every rank must call it at the same time."""
+        """`addresses` are those of the ranks' servers, by rank; all ranks must call it at the same time."""
         self._rank, self._size = rank, len(addresses)
         server.settimeout(LIMIT_S)
         self._next = socket.create_connection(addresses[(rank + 1) % self._size], timeout=LIMIT_S)
-        self._before, _ = server.accept()
-        for connection in (self._next, self._before):
+        self._previous, _ = server.accept()
+        for connection in (self._next, self._previous):
             connection.settimeout(LIMIT_S)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def allreduce(self, values: np.ndarray) -> None:
-        """Sum `values` over the ranks in place; their number must be a multiple of the ranks'."""
+        """Sum `values` over the ranks in place; their number must be a multiple of the number of ranks."""
         chunks = values.reshape(self._size, -1)
         arriving = np.empty_like(chunks[0])
         for step in range(2 * (self._size - 1)):
@@ -49,14 +49,14 @@ class TcpRing:
 
     def close(self) -> None:
         self._next.close()
-        self._before.close()
+        self._previous.close()
 
     def _receive(self, into: np.ndarray) -> None:
         view = memoryview(into).cast("B")
         while view:
-            count = self._before.recv_into(view)
+            count = self._previous.recv_into(view)
             if not count:
-                raise ConnectionError("the neighbour in the ring is gone")
+                raise ConnectionError("the previous rank in the ring closed its connection")
             view = view[count:]
 
 
@@ -65,7 +65,7 @@ def open_server(host: str = "127.0.0.1") -> socket.socket:
 
 
 def time_ring(ring: TcpRing, num_bytes: int, *, repeats: int) -> list[float]:
-    """Seconds of each sum of a buffer of fp32 numbers, after one untimed."""
+    """Seconds of each allreduce of `num_bytes` of fp32 values, after an untimed one."""
     values = np.zeros(num_bytes // 4, dtype=np.float32)
     seconds = []
     for _ in range(repeats + 1):
@@ -77,7 +77,10 @@ def time_ring(ring: TcpRing, num_bytes: int, *, repeats: int) -> list[float]:
 
 @contextmanager
 def pair_on_this_host(work: list[tuple[int, int]]) -> Iterator[Callable[[], list[list[float]]]]:
-    """A second process does the same `work`, (bytes, repeats), so that one rank can time a ring of two."""
+    """Start a second process, so that a single rank can time a ring of two.
+
+    `work` is a list of (bytes, repeats). The function yielded runs it and returns the seconds of each.
+    """
     context = multiprocessing.get_context("spawn")
     server = open_server()
     ours, theirs = context.Pipe()

@@ -15,6 +15,7 @@ from horovod_owt.commands.options import (
     PARALLEL_OPTION,
     RECIPE_OPTION,
     SET_OPTION,
+    UsersPath,
     with_parallel,
 )
 
@@ -33,13 +34,13 @@ WARMUP_OPTION = click.option(
 @click.group()
 def bench() -> None:
     """Run benchmarks; each report includes its method."""
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
 
-    allow_open_files()
+    raise_open_file_limit()
 
 
 @bench.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @RECIPE_OPTION
 @PARALLEL_OPTION
 @SET_OPTION
@@ -48,8 +49,8 @@ def bench() -> None:
 @click.option(
     "--against",
     type=click.Choice(["plain", "torch", "compile"]),
-    help="Compare with a hand-written Horovod loop (plain), or the same net in torch on each rank alone, "
-    "without Horovod (torch), also compiled by torch.compile (compile); all on random tensors.",
+    help="Compare with a hand-written Horovod loop (plain), or with the same model in torch on each rank, "
+    "without Horovod (torch), or compiled by torch.compile (compile); all on random tensors.",
 )
 @JSON_OPTION
 def step(
@@ -62,7 +63,7 @@ def step(
     against: str | None,
     as_json: bool,
 ) -> None:
-    """Time training steps on the images in DATA, or on synthetic JPEGs with a net of 1000 classes.
+    """Time training steps on the images in DATA, or on synthetic JPEGs with a model of 1000 classes.
 
     \b
     Example:  horovodrun --gloo -np 2 owt bench step --set batch=32 --against plain --json
@@ -145,7 +146,7 @@ def scaling(
 
 
 @bench.command("input")
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @RECIPE_OPTION
 @SET_OPTION
 @click.option("--blocks", type=click.IntRange(1), default=8, show_default=True, help="Turns per contender.")
@@ -161,10 +162,10 @@ def input_(
     batches: int,
     as_json: bool,
 ) -> None:
-    """Time reading and decoding the training images in DATA, or synthetic JPEGs, without a net.
+    """Time reading and decoding the training images in DATA, or synthetic JPEGs, without training.
 
-    Our pipeline takes turns with DALI's file reader, torch's DataLoader with torchvision's transforms, SPDL
-    if it is installed, decoding alone, and our pipeline with all images in the cache.
+    Compares, in alternating turns: our pipeline, DALI's file reader, torch's DataLoader with torchvision's
+    transforms, SPDL if it is installed, decoding alone, and our pipeline with all images in the cache.
 
     \b
     Example:  owt bench input /data/imagenet --set batch=64 --set decode_threads=8 --json
@@ -177,7 +178,7 @@ def input_(
 
 
 @bench.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @RECIPE_OPTION
 @SET_OPTION
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Timed training steps.")
@@ -185,10 +186,10 @@ def input_(
 def ceilings(
     data: Path | None, recipe: str | None, settings: tuple[str, ...], steps: int, as_json: bool
 ) -> None:
-    """Measure what this machine can do at most, and what share of it training reaches.
+    """Measure the machine's peak rates, and the share of them that training reaches.
 
-    Matrix products, convolutions, copies, a plain TCP ring and decoding alone, beside the parts of a step.
-    The JSON also has the figures of a machine file, for `owt plan --calibrate`.
+    Peak rates are those of matrix products, convolutions, copies, a plain TCP ring and decoding alone. The
+    JSON also has the figures of a machine file, for `owt plan --calibrate`.
 
     \b
     Example:  owt bench ceilings --set batch=32 --json > ceilings.json
@@ -208,10 +209,10 @@ def ceilings(
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed rounds.")
 @JSON_OPTION
 def layers(recipe: str | None, settings: tuple[str, ...], rounds: int, as_json: bool) -> None:
-    """Measure where a training step goes: every layer's passes, on random images, beside the step.
+    """Measure where the time of a training step goes: forward and backward of each layer, on random images.
 
-    Rates stand beside the best convolution and the best matrix product of the same run. What the layers do
-    not explain is autograd, memory and, with several ranks, communication.
+    Rates are compared with the best convolution and the best matrix product of the same run. The part of the
+    step that the layers do not account for is autograd, memory and, with several ranks, communication.
 
     \b
     Example:  owt bench layers --set batch=64
@@ -231,15 +232,17 @@ def layers(recipe: str | None, settings: tuple[str, ...], rounds: int, as_json: 
 @bench.command()
 @SET_OPTION
 @click.option("--min-bytes", default=1 << 10, show_default=True, help="Smallest buffer.")
-@click.option("--max-bytes", default=256 << 20, show_default=True, help="Largest; each is 4 times the last.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write busbw by size, as SVG.")
+@click.option(
+    "--max-bytes", default=256 << 20, show_default=True, help="Largest buffer; each is 4 times the last."
+)
+@click.option("--plot", type=UsersPath(dir_okay=False), help="Write busbw by size, as SVG.")
 @JSON_OPTION
 def collectives(
     settings: tuple[str, ...], min_bytes: int, max_bytes: int, plot: Path | None, as_json: bool
 ) -> None:
     """Time the collectives that training uses: allreduce, allgather, alltoall, broadcast.
 
-    Over Gloo, MPI or NCCL, as the launcher and the devices have it; bandwidths as nccl-tests defines them.
+    Runs over Gloo, MPI or NCCL, depending on launcher and devices; bandwidths are defined as in nccl-tests.
 
     \b
     Example:  horovodrun --gloo -np 2 owt bench collectives
@@ -263,21 +266,21 @@ def collectives(
 
 
 @bench.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @RECIPE_OPTION
 @SET_OPTION
-@click.option("--batches", default=60, show_default=True, help="Mini-batches of 128 images that are timed.")
+@click.option("--batches", default=60, show_default=True, help="Timed mini-batches of 128 images.")
 @JSON_OPTION
 def boston(
     data: Path | None, recipe: str | None, settings: tuple[str, ...], batches: int, as_json: bool
 ) -> None:
-    """Do again what Boston's report measured: mini-batches of 128 by AlexNet-OWT, on real JPEGs.
+    """Repeat the measurement of Boston's report: AlexNet-OWT on mini-batches of 128 real JPEGs.
 
-    Prints seconds a mini-batch, minutes for 1000 and the loss beside the report's 1.7, 32 and 6.9, and beside
-    what the planner says of four GK210. Without DATA each rank first draws 200 synthetic JPEGs and
-    deals them out to 1000 classes. On several ranks it trains hybrid, as fbcunn did.
+    Prints seconds per mini-batch, minutes for 1000 and the loss, next to the report's 1.7, 32 and 6.9 and to
+    the planner's prediction for four GK210s. Without DATA each rank first draws 200 synthetic JPEGs and
+    assigns them to 1000 classes. On several ranks it trains hybrid, as fbcunn did.
 
-    Ctrl-C ends it with a report of the mini-batches that were done, and exit code 130.
+    Ctrl-C ends it with a report of the completed mini-batches, and exit code 130.
 
     \b
     Example:  horovodrun --gloo -np 2 owt bench boston --batches 1000

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.errors import ConfigError, ProblemFound, RunError
 from horovod_owt.runs.checkpoints import find_fault, list_checkpoints, read_best, read_state, step_of
 
-RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path))
+RUN_DIR = click.argument("run_dir", type=UsersPath())
 
 
 @click.group()
@@ -42,8 +42,8 @@ def list_(run_dir: Path, as_json: bool) -> None:
     for row in rows:
         best = f"  best: top-1 {row['best_top1']:.2f} %" if "best_top1" in row else ""
         epoch = "?" if row["epoch"] is None else f"{row['epoch']:.2f}"
-        size = row["bytes"] / 1e6
-        click.echo(f"{row['step']:10}  {epoch:>8}  {size:7.1f}  {row['written']}{best}")
+        size = "?" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        click.echo(f"{row['step']:10}  {epoch:>8}  {size:>7}  {row['written'] or '?':19}{best}".rstrip())
 
 
 @checkpoint.command()
@@ -59,7 +59,7 @@ def verify(run_dir: Path, as_json: bool) -> None:
     for folder in _folders(run_dir):
         fault = _fault(folder)
         if fault and not folder.exists():
-            continue  # the run has deleted it meanwhile
+            continue  # deleted by the run meanwhile
         rows.append({"path": str(folder), "fault": fault})
         if not as_json:
             click.echo(f"{folder.name}  {fault or 'whole'}")
@@ -88,20 +88,23 @@ def _folders(run_dir: Path) -> list[Path]:
 
 
 def _row(folder: Path, run_dir: Path) -> dict[str, Any] | None:
-    """A row from names, sizes and state.json; the tensors are not read. None if the run has deleted it."""
+    """A row from names, sizes and state.json; tensors are not read. None if the run has just deleted it."""
     try:
         epoch = float(read_state(folder)["epoch"])
     except (OSError, ValueError, KeyError, TypeError):
         epoch = None
     try:
-        size, written = sum(path.stat().st_size for path in folder.iterdir()), folder.stat().st_mtime
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime))
     except FileNotFoundError:
         return None
+    except OSError:  # closed to this user, or a file: the others are listed all the same
+        size = written = None
     row = {
         "step": step_of(folder),
         "epoch": epoch,
         "bytes": size,
-        "written": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written)),
+        "written": written,
         "path": str(folder),
     }
     best = read_best(run_dir)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from horovod_owt.runs.control import SAVE, STOP, ask, wait_for_checkpoint, wait_for_end
+from horovod_owt.commands.options import UsersPath
+from horovod_owt.runs.control import SAVE, STOP, send_request, wait_for_checkpoint, wait_for_end
 
-RUN_DIR = click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+RUN_DIR = click.argument("run_dir", metavar="RUN", type=UsersPath())
 WAIT = click.option("--wait", is_flag=True, help="Wait until it is done.")
 TIME_LIMIT = click.option(
     "--time-limit",
@@ -32,7 +33,7 @@ def stop(run_dir: Path, wait: bool, time_limit: int) -> None:
     \b
     Example:  owt stop runs/first --wait
     """
-    owner = ask(run_dir, STOP)
+    owner = send_request(run_dir, STOP)
     click.echo(f"asked {owner} to stop at a checkpoint", err=wait)
     if wait:
         click.echo(wait_for_end(run_dir, owner, time_limit))
@@ -50,7 +51,7 @@ def save(run_dir: Path, wait: bool, time_limit: int) -> None:
     \b
     Example:  owt save runs/first --wait
     """
-    owner = ask(run_dir, SAVE)
+    owner = send_request(run_dir, SAVE)
     click.echo(f"asked {owner} for a checkpoint", err=wait)
     if wait:
         click.echo(str(wait_for_checkpoint(run_dir, owner, time_limit)))

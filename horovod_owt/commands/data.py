@@ -10,14 +10,15 @@ import click
 from horovod_owt.commands.data_build import pack, prepare
 from horovod_owt.commands.data_stats import stats
 from horovod_owt.commands.data_verify import verify
+from horovod_owt.commands.options import UsersPath
 
 
 @click.group()
 def data() -> None:
     """Create and check data sets."""
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
 
-    allow_open_files()
+    raise_open_file_limit()
 
 
 data.add_command(prepare)
@@ -27,7 +28,7 @@ data.add_command(stats)
 
 
 @data.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=UsersPath())
 @click.option("--classes", default=10, show_default=True, help="Number of classes.")
 @click.option("--train-per-class", default=200, show_default=True, help="Training images per class.")
 @click.option("--val-per-class", default=50, show_default=True, help="Validation images per class.")
@@ -35,7 +36,7 @@ data.add_command(stats)
 def synth(out: Path, classes: int, train_per_class: int, val_per_class: int, seed: int) -> None:
     """Write a small synthetic data set of JPEGs in ImageNet's layout to OUT.
 
-    Classes are patterns in random colours, so a net must learn shapes. An existing OUT is kept.
+    Classes are patterns in random colours, so a model must learn shapes. An existing OUT is kept.
 
     \b
     Example:  owt data synth /tmp/synth --classes 20 --seed 1

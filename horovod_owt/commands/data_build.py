@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from horovod_owt.commands.log import log_to_stderr
+from horovod_owt.commands.options import UsersPath
 
 SHARD_MB_OPTION = click.option(
     "--shard-mb", default=256, show_default=True, help="Approximate megabytes per tar shard."
@@ -27,10 +28,10 @@ WORKERS_OPTION = click.option(
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--train-tar", required=True, type=click.Path(path_type=Path), help="ILSVRC2012_img_train.tar")
-@click.option("--val-tar", required=True, type=click.Path(path_type=Path), help="ILSVRC2012_img_val.tar")
-@click.option("--devkit", required=True, type=click.Path(path_type=Path), help="ILSVRC2012_devkit_t12.tar.gz")
+@click.argument("out", type=UsersPath())
+@click.option("--train-tar", required=True, type=UsersPath(), help="ILSVRC2012_img_train.tar")
+@click.option("--val-tar", required=True, type=UsersPath(), help="ILSVRC2012_img_val.tar")
+@click.option("--devkit", required=True, type=UsersPath(), help="ILSVRC2012_devkit_t12.tar.gz")
 @click.option(
     "--format", "kind", type=click.Choice(["folder", "shards"]), default="folder", show_default=True
 )
@@ -39,8 +40,8 @@ WORKERS_OPTION = click.option(
 @WORKERS_OPTION
 @click.option(
     "--checksums",
-    type=click.Path(path_type=Path),
-    help="Checksums of another release than the official one, in the format of md5sum.",
+    type=UsersPath(),
+    help="Checksums of a release other than the official one, in the format of md5sum.",
 )
 def prepare(
     out: Path,
@@ -73,13 +74,13 @@ def prepare(
 
 
 @click.command()
-@click.argument("src", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("src", type=UsersPath())
+@click.argument("out", type=UsersPath())
 @SHARD_MB_OPTION
 @SHORT_SIDE_OPTION
 @WORKERS_OPTION
 def pack(src: Path, out: Path, shard_mb: int, short_side: int | None, workers: int | None) -> None:
-    """Pack the data set SRC into tar shards in OUT: few large files, in WebDataset format.
+    """Pack the data set SRC into tar shards in OUT: a few large files in WebDataset format.
 
     Training on OUT gives the same batches as on SRC. If interrupted, the same command continues.
 

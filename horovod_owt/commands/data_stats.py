@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.text import without_terminal_codes
 
 
 @click.command()
-@click.argument("root", type=click.Path(path_type=Path))
+@click.argument("root", type=UsersPath())
 @click.option(
     "--sample",
     type=click.IntRange(1),

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.text import one_line
 
 if TYPE_CHECKING:
     from horovod_owt.data.listing import LeftOut
     from horovod_owt.data.verify import Finding, Findings
-    from horovod_owt.parallel.meeting import Meeting
+    from horovod_owt.parallel.control_channel import ControlChannel
 
 PIECE = 5000  # findings of a sort that travel together
 SHARE_TIMEOUT_S = 7 * 86400.0  # for other ranks to finish; a dead rank is noticed at once
 
 
 @click.command()
-@click.argument("root", type=click.Path(path_type=Path))
+@click.argument("root", type=UsersPath())
 @click.option("--split", type=click.Choice(["train", "val"]), help="Verify one split.  [default: both]")
 @click.option(
     "--workers", type=click.IntRange(1), help="Decoding threads.  [default: the cores of this rank]"
@@ -60,7 +60,7 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     from horovod_owt.data.verify import make_decoder, merged
     from horovod_owt.data.verify import verify as verify_share
     from horovod_owt.errors import ProblemFound, RunError
-    from horovod_owt.parallel.meeting import meet
+    from horovod_owt.parallel.control_channel import open_control_channel
     from horovod_owt.topology import rank_topology
 
     log_to_stderr()
@@ -72,16 +72,16 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
     threads = workers or _own_cores(topology.local_size)
     decoder = make_decoder(kind, threads=threads, device_id=_own_gpu(topology) if kind == "dali" else None)
     images = sum(map(len, stores.values()))
-    with meet(topology) as meeting:
-        check_same(meeting, fingerprint(*stores.values()))
+    with open_control_channel(topology) as channel:
+        check_same(channel, fingerprint(*stores.values()))
         with _bar(images, topology) as progress:
             found = verify_share(
                 stores, decoder, rank=topology.rank, world_size=topology.world_size, progress=progress
             )
-        parts = gathered(meeting, found)
+        parts = gathered(channel, found)
         whole = merged(parts) if parts else found
-        bad, unread, done, stopped, lost = meeting.broadcast(
-            [len(whole.bad), len(whole.unread), whole.images, whole.stopped, sorted(meeting.absent)],
+        bad, unread, done, stopped, lost = channel.broadcast(
+            [len(whole.bad), len(whole.unread), whole.images, whole.stopped, sorted(channel.absent)],
             SHARE_TIMEOUT_S,
         )
     if topology.rank == 0:
@@ -109,30 +109,30 @@ def verify(root: Path, split: str | None, workers: int | None, pipeline: str, as
         raise RunError(saw, wanted="all of them", fix="see the output of those ranks").on_every_rank()
 
 
-def check_same(meeting: Meeting, fingerprint: str) -> None:
+def check_same(channel: ControlChannel, fingerprint: str) -> None:
     """Raise DataError on every rank if ranks list different images: no rank would decode some of them."""
     from horovod_owt.errors import DataError
 
-    seen = meeting.gather(fingerprint, SHARE_TIMEOUT_S, "fingerprint")
+    seen = channel.gather(fingerprint, SHARE_TIMEOUT_S, "fingerprint")
     other = next(([rank, each] for rank, each in seen.items() if each != seen[0]), None)
-    first = meeting.broadcast(other, SHARE_TIMEOUT_S)
+    first = channel.broadcast(other, SHARE_TIMEOUT_S)
     if first is not None:
         saw = f"rank {first[0]} has {first[1]}, rank 0 others"
         fix = "copy the data set to every host, use a shared folder, or verify on each host by itself"
         raise DataError(saw, wanted="the same images on every rank", fix=fix).on_every_rank()
 
 
-def gathered(meeting: Meeting, found: Findings) -> list[dict[str, Any]]:
+def gathered(channel: ControlChannel, found: Findings) -> list[dict[str, Any]]:
     """The findings of all ranks, on rank 0, for `merged`: in pieces, as a message has a largest size.
 
     Of PNGs that are all named .JPEG each is a finding.
     """
     pieces = found.pieces(PIECE)
-    most = max(meeting.gather(len(pieces), SHARE_TIMEOUT_S, "verify").values(), default=0)
+    most = max(channel.gather(len(pieces), SHARE_TIMEOUT_S, "verify").values(), default=0)
     parts = []
-    for number in range(meeting.broadcast(most, SHARE_TIMEOUT_S)):
+    for number in range(channel.broadcast(most, SHARE_TIMEOUT_S)):
         piece = pieces[number].to_dict() if number < len(pieces) else None
-        parts += meeting.gather(piece, SHARE_TIMEOUT_S, "verify").values()
+        parts += channel.gather(piece, SHARE_TIMEOUT_S, "verify").values()
     return [part for part in parts if part is not None]
 
 

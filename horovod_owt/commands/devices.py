@@ -34,23 +34,23 @@ def devices(as_json: bool) -> None:
                horovodrun -np 4 owt devices
                mpirun -np 8 --host gpu07:4,gpu08:4 --bind-to none owt devices
 
-    Start it with the launcher that you use for `owt train`; rank 0 prints the table. UUID is that of the MIG
-    instance, if the rank has one; NUMA is the node that the device is attached to.
+    Use the same launcher as for `owt train`; rank 0 prints the table. UUID is that of the MIG instance, if
+    the rank has one; NUMA is the node that the device is attached to.
     """
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
     from horovod_owt.errors import DeviceError, RunError
+    from horovod_owt.parallel.control_channel import open_control_channel
     from horovod_owt.parallel.device import check_not_shared
-    from horovod_owt.parallel.meeting import meet
     from horovod_owt.topology import rank_topology
 
-    allow_open_files()
+    raise_open_file_limit()
     topology = rank_topology()
     own = _own_row(topology)
-    with meet(topology, limit_s=LIMIT_S) as meeting:
-        answers = meeting.gather(own, LIMIT_S, "devices")
-        if not meeting.is_root:
+    with open_control_channel(topology, limit_s=LIMIT_S) as channel:
+        answers = channel.gather(own, LIMIT_S, "devices")
+        if not channel.is_root:
             return
-    silent = {rank: {"rank": rank, "host": host or None} for rank, (host, _) in meeting.absent.items()}
+    silent = {rank: {"rank": rank, "host": host or None} for rank, (host, _) in channel.absent.items()}
     rows = [dict.fromkeys(COLUMNS) | row for _, row in sorted({**silent, **answers}.items())]
     click.echo(json.dumps({"devices": rows}) if as_json else _text(rows))
     if errors := dict.fromkeys(row["error"] for row in rows if "error" in row):

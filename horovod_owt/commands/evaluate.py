@@ -1,20 +1,20 @@
-"""owt evaluate: score a trained net."""
+"""owt evaluate: accuracy of a trained model."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
-from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION, UsersPath
+from horovod_owt.signals import end_at_once_on_ctrl_c
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+@click.argument("data", type=UsersPath())
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=UsersPath())
 @click.option(
     "--crops",
     type=click.Choice(["1", "10"]),
@@ -24,11 +24,15 @@ from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, SET_OPTION
 )
 @NEWEST_OPTION
 @click.option(
-    "--confused", type=click.IntRange(0), default=10, show_default=True, help="Most confused pairs to list."
+    "--confused",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="How many of the most confused pairs of classes to list.",
 )
 @click.option(
     "--confusion",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     metavar="FILE",
     help="Draw the confusion matrix, as .svg or .png.",
 )
@@ -44,11 +48,11 @@ def evaluate(
     settings: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Score a net on the validation images in DATA (val/CLASS/*.JPEG, or packed); each rank runs this.
+    """Evaluate a model on the validation images in DATA (val/CLASS/*.JPEG, or packed); each rank runs this.
 
-    The net is a run folder (its best checkpoint by validation, else its newest), a checkpoint folder, a
+    The model is a run folder (its best checkpoint by validation, else its newest), a checkpoint folder, a
     .safetensors file or a .pth file of torchvision's `alexnet`. Each image is counted once, on any number of
-    ranks. A run that is under way may be scored.
+    ranks. The run may still be in progress.
 
     \b
     Examples:  owt evaluate /data/imagenet runs/first
@@ -57,17 +61,17 @@ def evaluate(
                mpirun -np 4 owt evaluate /data/imagenet alexnet-owt-7be5be79.pth --json
                owt evaluate /data/imagenet runs/first --confusion confusion.svg --set batch=32
 
-    Ctrl-C stops it at once; nothing is written but the picture.
+    Ctrl-C stops it at once. The only file it writes is that of --confusion.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python hears nothing while it waits in a collective
+    end_at_once_on_ctrl_c()
     log_to_stderr()
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
     from horovod_owt.inference.confusion import check_confusion, plot_confusion
     from horovod_owt.inference.outcomes import crops_text, format_report
     from horovod_owt.inference.request import prepare_evaluation
     from horovod_owt.text import json_text
 
-    allow_open_files()
+    raise_open_file_limit()
     if confusion is not None:
         check_confusion(confusion)
     request = prepare_evaluation(data, settings)  # validate the input before heavy modules are loaded

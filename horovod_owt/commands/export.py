@@ -1,4 +1,4 @@
-"""owt export: hand a trained net on."""
+"""owt export: convert a trained model for other tools."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
-from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
-from horovod_owt.topology import be_one_process
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, UsersPath
+from horovod_owt.topology import require_single_process
 
 
 @click.command()
-@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=UsersPath())
+@click.argument("out", type=UsersPath())
 @NEWEST_OPTION
 @JSON_OPTION
 def export(checkpoint: Path, out: Path, newest: bool, as_json: bool) -> None:
-    """Write a trained net to the file OUT, by its suffix: .onnx, .pth or .safetensors.
+    """Export a trained model to OUT, whose suffix selects the format: .onnx, .pth or .safetensors.
 
-    .onnx takes any number of normalised images and gives logits; ONNX Runtime checks it against torch (extra
-    `export`). .pth is a state dict for torchvision's `alexnet`. .safetensors has the same tensors, and
-    the names of the classes. The net is a run folder, a checkpoint or a file, as for `owt evaluate`.
+    .onnx takes any number of normalised images and returns logits; ONNX Runtime checks it against torch
+    (extra `export`). .pth is a state dict for torchvision's `alexnet`. .safetensors has the same tensors, and
+    the class names. The model is a run folder, a checkpoint or a file, as for `owt evaluate`.
 
     \b
     Example:  owt export runs/first first.onnx
     """
     log_to_stderr()
-    be_one_process("owt export")
+    require_single_process("owt export")
     with loading():
         from horovod_owt.inference.export import check_export
         from horovod_owt.inference.export import export as export_net
-        from horovod_owt.inference.weights import read_net
+        from horovod_owt.inference.weights import read_trained_model
 
     check_export(out)
-    found = export_net(read_net(checkpoint, newest=newest), out)
+    found = export_net(read_trained_model(checkpoint, newest=newest), out)
     if as_json:
         click.echo(json.dumps(found))
         return

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.errors import ConfigError
 from horovod_owt.runs.goodput import STEP_PARTS, Goodput, goodput
 
 
 @click.command("goodput")
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=UsersPath())
 @JSON_OPTION
 def goodput_command(run_dir: Path, as_json: bool) -> None:
     """Print the goodput of RUN: the share of its wall time, over all attempts, spent on steps that counted.
 
-    Steps that a later attempt did again do not count. The losses are listed too. The run may be under way.
+    Steps that a later attempt repeated do not count. The lost time is itemised. The run may be in progress.
 
     \b
     Example:  owt goodput runs/first

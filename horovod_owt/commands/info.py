@@ -21,8 +21,8 @@ def info(as_json: bool) -> None:
                mpirun -np 1 --host gpu07 owt info --json
 
     Works without a data set or a GPU, and where torch or Horovod is missing or broken: the field then says
-    why. Environment variables are taken from a list of names, none of which holds a secret; home folders are
-    shown as ~. Host names and addresses are shown.
+    why. Host names and addresses are shown; home folders are shown as ~. Of the environment, only a fixed
+    list of variables that hold no secrets is shown.
     """
     from horovod_owt.preflight.info import information
 

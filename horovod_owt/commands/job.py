@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 from horovod_owt.slurm.spec import AUTO, KINDS, LAUNCHERS, JobSpec, option_of, sbatch_fields
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ def job_options(body: Callable) -> Callable:
         click.option("--container-image", help="Run the ranks in this image (Pyxis)."),
         click.option("--apptainer", metavar="IMAGE", help="Run the ranks in this image (Apptainer)."),
         click.option(
+            "--container-mounts",
+            metavar="SRC:DST,...",
+            help="Folders of the nodes that the container shows: DATA, the run folder.",
+        ),
+        click.option(
             "--launcher", type=click.Choice(LAUNCHERS), help="Launcher of the ranks.  [default: auto]"
         ),
         click.option(
@@ -73,19 +78,19 @@ def job_options(body: Callable) -> Callable:
         click.option(
             "--min-ranks",
             type=click.IntRange(min=1),
-            help="Elastic: with fewer ranks the attempt ends.  [default: half of the ranks]",
+            help="Elastic: the attempt ends if fewer ranks are left.  [default: half of the ranks]",
         ),
         click.option(
             "--max-restarts",
             type=click.IntRange(min=0),
-            help=f"How often a stopped job is requeued.  [default: {JobSpec.max_restarts}]",
+            help=f"Requeue a stopped job at most this often.  [default: {JobSpec.max_restarts}]",
         ),
     ]
     return functools.reduce(lambda decorated, decorate: decorate(decorated), reversed(decorators), with_spec)
 
 
 def _sbatch_option(name: str, text: str) -> Callable:
-    """An option with sbatch's name; None, so JobSpec's default, if it is not given."""
+    """An option with sbatch's name; if it is not given, JobSpec's default applies."""
     is_flag = isinstance(getattr(JobSpec, name), bool)
     return click.option(option_of(name), is_flag=is_flag, default=None, help=text)
 
@@ -106,7 +111,7 @@ def render(spec: JobSpec) -> None:
 
 @job.command()
 @job_options
-@click.option("--dry-run", is_flag=True, help="Print the script, do not submit it.")
+@click.option("--dry-run", is_flag=True, help="Print the script instead of submitting it.")
 def submit(spec: JobSpec, dry_run: bool) -> None:
     """Submit a job and print its id.
 
@@ -125,9 +130,7 @@ def submit(spec: JobSpec, dry_run: bool) -> None:
 
 @job.command()
 @JOB_ID
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Its run folder, if Slurm no longer knows the job."
-)
+@click.option("--run-dir", type=UsersPath(), help="The job's run folder, if Slurm has forgotten the job.")
 @JSON_OPTION
 def status(job_id: str, run_dir: Path | None, as_json: bool) -> None:
     """Print the state and progress of job JOB (1234, or 1234_2 of an array).
@@ -176,12 +179,17 @@ def nodes(job_id: str) -> None:
 @click.option("--min-ranks", type=int, default=JobSpec.min_ranks, help="Of an elastic job.  [default: half]")
 @click.option("--container-image", default="")
 @click.option("--apptainer", default="")
+@click.option("--container-mounts", default="")
 @click.argument("command", nargs=-1, required=True, metavar="-- train DATA [...]")
-def run(command: tuple[str, ...], **options) -> None:
+def run(
+    command: tuple[str, ...], container_image: str, apptainer: str, container_mounts: str, **options
+) -> None:
     """The batch process of a job: start the ranks, and requeue the job if it can continue."""
     from horovod_owt.slurm.batch import run_job
+    from horovod_owt.slurm.container import Container
 
-    sys.exit(run_job(command, **options))
+    container = Container(container_image, apptainer, container_mounts)
+    sys.exit(run_job(command, container=container, **options))
 
 
 @job.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from horovod_owt.commands.options import UsersPath
+
 RANKS = click.option(
     "--ranks",
     type=click.IntRange(min=1),
@@ -14,14 +16,14 @@ RANKS = click.option(
     help="Ranks on this host.  [default: one per GPU; without GPUs, 2]",
 )
 HOSTS_HELP = "File with lines HOST:SLOTS or HOST slots=SLOTS; one rank per slot, started by ssh."
-HOSTS = click.option("--hosts", type=click.Path(path_type=Path), metavar="FILE", help=HOSTS_HELP)
+HOSTS = click.option("--hosts", type=UsersPath(), metavar="FILE", help=HOSTS_HELP)
 INTERFACE = click.option(
     "--interface", metavar="NAME", help="Network interface.  [default: the one that reaches the other hosts]"
 )
 PREFLIGHT = click.option(
     "--preflight", is_flag=True, help="Check ranks, hosts, DATA and run folder instead of training."
 )
-DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the command, do not start it.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the command instead of starting it.")
 TRAIN = click.argument("train", nargs=-1, required=True, metavar="-- DATA --run-dir DIR [...]")
 
 
@@ -32,7 +34,7 @@ def max_restarts(default: int):
         default=default,
         show_default=True,
         metavar="N",
-        help="Automatic restarts after failures, from the last checkpoint.",
+        help="Restart automatically after a failure, from the last checkpoint, at most this often.",
     )
 
 
@@ -68,7 +70,7 @@ def local(ranks: int | None, max_restarts: int, preflight: bool, dry_run: bool, 
 
 
 @launch.command()
-@click.option("--hosts", type=click.Path(path_type=Path), metavar="FILE", required=True, help=HOSTS_HELP)
+@click.option("--hosts", type=UsersPath(), metavar="FILE", required=True, help=HOSTS_HELP)
 @INTERFACE
 @max_restarts(0)
 @PREFLIGHT
@@ -145,7 +147,7 @@ def _one_place(ranks: int | None, hosts_file: Path | None) -> None:
     default=1,
     show_default=True,
     metavar="N",
-    help="With fewer ranks the job is restarted from the last checkpoint.",
+    help="If fewer ranks are left, the job restarts from the last checkpoint.",
 )
 @click.option(
     "--max-ranks", type=click.IntRange(min=1), metavar="N", help="Use at most N ranks.  [default: no limit]"
@@ -157,8 +159,8 @@ def _one_place(ranks: int | None, hosts_file: Path | None) -> None:
     nargs=2,
     default=(10, 600),
     show_default=True,
-    metavar="FIRST MOST",
-    help="Seconds until a host that lost a rank is used again: twice FIRST, doubling up to MOST.",
+    metavar="FIRST MAX",
+    help="Seconds until a host that lost a rank is used again: twice FIRST, doubling up to MAX.",
 )
 @max_restarts(3)
 @DRY_RUN
@@ -174,11 +176,11 @@ def elastic(
     dry_run: bool,
     train: tuple[str, ...],
 ):  # fmt: skip
-    """Elastic training: after losing ranks the others continue from the last commit.
+    """Elastic training: when ranks are lost, the others continue from the last commit.
 
     On one host a dead rank is restarted after a while. On several, the whole host of a dead rank is dropped,
     and hosts can be added to and removed from the file, which is read every second. The job restarts from the
-    last checkpoint when too few ranks are left or one hangs. For data-parallel runs only; for hybrid runs use
+    last checkpoint if too few ranks are left or one hangs. Only for data-parallel runs; for hybrid runs use
     --max-restarts of the other commands.
 
     \b
@@ -192,7 +194,7 @@ def elastic(
     job = ElasticJob.on(
         train,
         interface=interface,
-        places=None if hosts else ranks or default_ranks(),
+        slots=None if hosts else ranks or default_ranks(),
         hosts_file=hosts,
         min_ranks=min_ranks,
         max_ranks=max_ranks,
@@ -208,7 +210,7 @@ def elastic(
 def supervise(max_restarts: int, dry_run: bool, command: tuple[str, ...]):
     """Run any training COMMAND, and restart it from its last checkpoint after a failure.
 
-    No restart after success, a signal, a configuration error, or a failure without progress.
+    It is not restarted after success, a signal, a configuration error, or a failure without progress.
 
     \b
     Example:  owt launch supervise -- horovodrun --gloo -np 4 owt train DATA --run-dir runs/first

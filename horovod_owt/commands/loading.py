@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def loading() -> Iterator[None]:
     """Disable garbage collection during imports, which saves a quarter of torch's import time.
 
-    What was loaded is frozen, so that later collections skip it.
+    The imported objects are frozen, so that later collections skip them.
     """
     gc.disable()
     try:

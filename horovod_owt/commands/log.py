@@ -13,7 +13,7 @@ LOG_FORMAT_OPTION = click.option(
     type=click.Choice(FORMATS),
     default=TEXT,
     show_default=True,
-    help="json: each line of the log on stderr is an object with time, level, rank, host, message.",
+    help="json: each log line on stderr is an object with time, level, rank, host, message.",
 )
 
 

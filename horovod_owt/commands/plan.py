@@ -12,6 +12,7 @@ from horovod_owt.commands.options import (
     JSON_OPTION,
     RECIPE_OPTION,
     SET_OPTION,
+    UsersPath,
     with_parallel,
 )
 from horovod_owt.errors import ConfigError
@@ -22,16 +23,16 @@ from horovod_owt.errors import ConfigError
 @click.option(
     "--nodes", "nodes_text", default="1", show_default=True, metavar="N,N,...", help="Numbers of nodes."
 )
-@click.option("--ranks-per-node", type=click.IntRange(1), help="Ranks on a node, if fewer than its devices.")
+@click.option("--ranks-per-node", type=click.IntRange(1), help="Ranks per node.  [default: one per device]")
 @click.option(
-    "--network", metavar="NAME", help="Network between nodes instead of the machine's, e.g. ib-fdr."
+    "--network", metavar="NAME", help="Replace the machine's network between nodes, e.g. by ib-fdr."
 )
 @click.option(
     "--figure",
     "replaced",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Another value for a figure of the machine, e.g. link_gb_s=2. May be repeated.",
+    help="Override a figure of the machine file, e.g. link_gb_s=2; may be repeated.",
 )
 @RECIPE_OPTION
 @click.option(
@@ -49,28 +50,26 @@ from horovod_owt.errors import ConfigError
     show_default=True,
     help="Training images in an epoch.",
 )
-@click.option("--no-decode", is_flag=True, help="Without the decoding of JPEGs.")
+@click.option("--no-decode", is_flag=True, help="Ignore JPEG decoding.")
 @click.option("--two-level", is_flag=True, help="Sum inside nodes first (HOROVOD_HIERARCHICAL_ALLREDUCE=1).")
-@click.option("--inexact", is_flag=True, help="Also compression=onebit and powersgd:4.")
-@click.option("--failures", is_flag=True, help="Also what failures and a slow node cost.")
-@click.option("--slow", default=1.25, show_default=True, help="How many times as long a slow node computes.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write images/s by ranks, as SVG."
-)
+@click.option("--inexact", is_flag=True, help="Include lossy compression: onebit and powersgd:4.")
+@click.option("--failures", is_flag=True, help="Include the cost of failures and of a slow node.")
+@click.option("--slow", default=1.25, show_default=True, help="The slow node's compute time, as a multiple.")
+@click.option("--plot", type=UsersPath(dir_okay=False), help="Write images/s by ranks, as SVG.")
 @click.option("--published", is_flag=True, help="Compare predictions with published figures of the machine.")
 @click.option("--claim", metavar="TEXT", help='Check a claim such as "1000 epochs in 32 minutes".')
-@click.option("--error", type=float, help="With --claim: the error, in percent, or the loss that it states.")
+@click.option("--error", type=float, help="With --claim: the error in percent, or the loss, that it states.")
 @click.option(
     "--calibrate",
     "measured",
     multiple=True,
-    type=click.Path(path_type=Path, exists=True),
+    type=UsersPath(exists=True),
     metavar="RUN|JSON",
-    help="Take figures from a measurement: a run folder, or the JSON of owt bench. May be repeated.",
+    help="Take figures from a measurement: a run folder, or the JSON of owt bench; may be repeated.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UsersPath(dir_okay=False),
     help="With --calibrate: write the resulting machine file.",
 )
 @click.option("--list", "list_machines", is_flag=True, help="List the machines and exit.")
@@ -99,10 +98,10 @@ def plan(
     list_machines: bool,
     as_json: bool,
 ) -> None:
-    """Predict a job on a machine: step time, images/s, epoch, memory, and what bounds it.
+    """Predict a job on a machine: step time, images/s, epoch time, memory, and the bottleneck.
 
-    A row for each strategy at its best group size K, with 32- and 16-bit gradients. Nothing is run, and
-    neither torch nor a GPU is needed. Each figure names its source in the machine file; estimates are marked.
+    Prints a row for each strategy at its best group size K, with 32- and 16-bit gradients. Needs neither
+    torch nor a GPU. Each figure in the machine file names its source; estimates are marked.
 
     \b
     Example:  owt plan --machine gce-k80-8 --nodes 1,2,4,8 --set batch=64
@@ -129,10 +128,10 @@ def plan(
     if out:
         if not measured:
             raise ConfigError("--out without --calibrate", wanted="a measurement to make the machine file of")
-        from horovod_owt.files import named_file
+        from horovod_owt.files import output_file
         from horovod_owt.text import encode
 
-        with named_file(out, "--out") as file:
+        with output_file(out, "--out") as file:
             file.write(encode(place.to_yaml()))
     if plot and (claim or published):
         raise ConfigError(f"--plot with --{'claim' if claim else 'published'}", wanted="a plan to draw")
@@ -145,10 +144,10 @@ def plan(
     if error is not None:
         raise ConfigError("--error without --claim", wanted="the claim that states it")
     if published:
-        from horovod_owt.perf.published import held_against
+        from horovod_owt.perf.published import compare_published
         from horovod_owt.perf.text import format_published
 
-        document = held_against(place)
+        document = compare_published(place)
         click.echo(json.dumps(document) if as_json else format_published(document))
         return
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -12,22 +11,24 @@ import click
 
 from horovod_owt.commands.loading import loading
 from horovod_owt.commands.log import log_to_stderr
-from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION
+from horovod_owt.commands.options import JSON_OPTION, NEWEST_OPTION, UsersPath
+from horovod_owt.commands.streams import stdout_is_read
 from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.signals import end_at_once_on_ctrl_c
 from horovod_owt.text import json_text, one_line
-from horovod_owt.topology import be_one_process
+from horovod_owt.topology import require_single_process
 
 log = logging.getLogger(__name__)
 
 
 @click.command()
-@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT|RUN", type=UsersPath())
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option(
     "--synsets",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     metavar="FILE",
-    help="Names of the classes: lines `n01440764 tench, Tinca tinca`, or a name in the line of each label.",
+    help="Class names: lines such as `n01440764 tench, Tinca tinca`, or one name per line in label order.",
 )
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes for each image.")
 @NEWEST_OPTION
@@ -40,20 +41,20 @@ def predict(
     newest: bool,
     as_json: bool,
 ) -> None:
-    """Print the most probable classes of each IMAGE: a file, a folder, or - for a list of these on stdin.
+    """Print the most probable classes of each IMAGE: a file, a folder, or - for a list of paths on stdin.
 
-    The net is a run folder, a checkpoint or a file of weights, as for `owt evaluate`. Classes have the names
-    of the run's class folders; where those are unknown, numbers. Images that cannot be decoded are named, the
-    others are classified, and the exit code is 1.
+    The model is a run folder, a checkpoint or a file of weights, as for `owt evaluate`. Classes are named
+    after the run's class folders, or numbered if those are unknown. If an image cannot be decoded it is
+    reported, the others are classified, and the exit code is 1.
 
     \b
     Examples:  owt predict runs/first cat.jpg photos/
                find /data -name '*.JPEG' | owt predict runs/first - --json
                owt predict alexnet-owt-7be5be79.pth cat.jpg --synsets LOC_synset_mapping.txt
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_once_on_ctrl_c()
     log_to_stderr()
-    be_one_process("owt predict")
+    require_single_process("owt predict")
     from horovod_owt.config import TrainConfig
     from horovod_owt.data.paths import named_images
     from horovod_owt.inference.names import class_words
@@ -68,9 +69,9 @@ def predict(
 
     with loading():
         from horovod_owt.inference.predict import predict as predict_images
-        from horovod_owt.inference.weights import read_net
+        from horovod_owt.inference.weights import read_trained_model
 
-    net = read_net(checkpoint, newest=newest)
+    net = read_trained_model(checkpoint, newest=newest)
     info, rows = net.info, []
     labels = [*info.class_names, *map(str, range(len(info.class_names), info.classes))]
     words = class_words(synsets, labels) if synsets else [""] * info.classes
@@ -88,6 +89,8 @@ def predict(
             rows.append({"path": found.path, "top": best})
         else:
             click.echo(_text(found.path, best))
+            if not stdout_is_read():
+                return
     if as_json:
         click.echo(json_text({"checkpoint": str(info.source), "images": rows, "bad": bad}))
     if bad:

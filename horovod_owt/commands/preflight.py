@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from horovod_owt.commands.options import JSON_OPTION
+from horovod_owt.commands.options import JSON_OPTION, UsersPath
 
 if TYPE_CHECKING:
     from horovod_owt.preflight.findings import Finding
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", type=UsersPath(), required=False)
 @click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
+    type=UsersPath(),
     default=Path("runs"),
     show_default=True,
-    help="Check that this folder, where the run will be stored, is writable, shared and large enough.",
+    help="Check that this folder, in which runs will be stored, is writable, shared and has enough space.",
 )
 @JSON_OPTION
 def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
@@ -38,20 +38,20 @@ def preflight(data: Path | None, run_dir: Path, as_json: bool) -> None:
     """
     from horovod_owt.commands.loading import loading
     from horovod_owt.commands.log import log_to_stderr
-    from horovod_owt.data.machine import allow_open_files
+    from horovod_owt.data.machine import raise_open_file_limit
     from horovod_owt.errors import ProblemFound
     from horovod_owt.preflight.run import preflight
     from horovod_owt.topology import rank_topology
 
     log_to_stderr()
-    allow_open_files()  # as `owt train` does: rank 0 has a connection to every other rank
+    raise_open_file_limit()  # as `owt train` does: rank 0 has a connection to every other rank
     topology = rank_topology()
 
     def tell(findings: list[Finding]) -> None:
         document = {"findings": [finding.to_dict() for finding in findings]}
         click.echo(json.dumps(document) if as_json else _table(findings))
 
-    with loading():  # most of its time; and the process is a short one
+    with loading():  # imports take most of the time of this short process
         bad = preflight(topology, data, run_dir, tell)
     if bad:
         found = f"{bad} bad finding{'s'[: bad > 1]}"

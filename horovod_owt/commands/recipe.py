@@ -1,4 +1,4 @@
-"""owt recipe: the built-in recipes and what they promise."""
+"""owt recipe: list and show recipes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def list_command(as_json: bool) -> None:
     \b
     Example:  owt recipe list
 
-    Errors are those that the source of the recipe published for ImageNet, in percent.
+    Errors, in percent, are those published for ImageNet by the recipe's source.
     """
     recipes = list(built_in_recipes())
     if as_json:
@@ -40,16 +40,16 @@ def list_command(as_json: bool) -> None:
 @click.argument("name", metavar="NAME|FILE")
 @JSON_OPTION
 def show(name: str, as_json: bool) -> None:
-    """Print a recipe: a YAML file that `--recipe` takes.
+    """Print a recipe as the YAML that `--recipe` takes.
 
     \b
     Examples:  owt recipe show torch7-55
                owt recipe show torch7-55 > mine.yaml
                owt recipe show mine.yaml --json
 
-    Under `about` are its source, global batch, the published error it should reach, whether it was run on
-    ImageNet with this package, and what differs from the source. Its settings are checked. --json adds all
-    other keys with their values.
+    `about` gives its source, global batch, the published error it should reach, whether it was run on
+    ImageNet with this package, and how it differs from the source. Settings are validated. --json adds the
+    values of all other keys.
     """
     found = load_recipe(name)
     document = _document(found)

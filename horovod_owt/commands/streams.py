@@ -1,7 +1,7 @@
-"""Standard streams that do not end a command: cron jobs and daemons start with closed ones, readers leave.
+"""Keep running when a standard stream is closed, as in cron jobs and daemons, or when its reader exits.
 
-Log lines that nobody can read are dropped, and the work goes on. A result that does not reach stdout for
-another reason than that, such as a full disk, is an error.
+Output that nobody can read is dropped. If a result cannot be written to stdout for another reason, such as a
+full disk, that is an error.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TextIO
 
 from horovod_owt.errors import RunError
 
-READER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}  # EIO: of a terminal that was closed
+READER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}  # EIO: the terminal was closed
 
 
-def survive_lost_readers() -> None:
-    """Call it first: a file that is opened while descriptor 2 is closed would get the log of C libraries."""
+def tolerate_closed_streams() -> None:
+    """Call this first: a file opened while descriptor 2 is closed would receive the output of C libraries."""
     _open_closed_descriptors()
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)
     sys.stdout = _stream(1, sys.stdout, errors="strict", is_log=False)
@@ -45,23 +45,29 @@ def _stream(descriptor: int, old: TextIO | None, *, errors: str, is_log: bool) -
     )
 
 
+def stdout_is_read() -> bool:
+    """Whether there is still a reader: a command whose only result is its output need not go on without."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return not (isinstance(raw, _Output) and raw.is_lost)
+
+
 class _Output(io.FileIO):
     def __init__(self, descriptor: int, *, is_log: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._is_log, self._is_lost = is_log, False
+        self._is_log, self.is_lost = is_log, False
 
     def write(self, data) -> int:
         size = memoryview(data).nbytes
-        if self._is_lost:
+        if self.is_lost:
             return size
         try:
             while (written := super().write(data)) is None:  # another process has made it non-blocking
                 select.select((), (self.fileno(),), ())
             return written
         except OSError as error:
-            if self._is_log:  # of a full disk too: there may be room later
+            if self._is_log:  # even on a full disk: there may be space later
                 return size
-            self._is_lost = True
+            self.is_lost = True
             if error.errno in READER_GONE:
                 return size
             raise RunError(

@@ -13,16 +13,15 @@ from horovod_owt.commands.options import (
     PARALLEL_OPTION,
     RECIPE_OPTION,
     SET_OPTION,
+    UsersPath,
     with_parallel,
     with_profile,
 )
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Run folder.  [default: runs/MODEL-DATE-TIME]"
-)
+@click.argument("data", type=UsersPath())
+@click.option("--run-dir", type=UsersPath(), help="Run folder.  [default: runs/MODEL-DATE-TIME]")
 @RECIPE_OPTION
 @click.option(
     "--resume",
@@ -38,7 +37,7 @@ from horovod_owt.commands.options import (
     "--profile",
     type=int,
     metavar="STEPS",
-    help="Profile that many steps on every rank, after the first five: RUN/profile/rank-0000.json.gz for "
+    help="Profile this many steps on every rank, after the first five: RUN/profile/rank-0000.json.gz for "
     "Perfetto, and a table of the ten most expensive operations.",
 )
 @click.option(
@@ -46,8 +45,8 @@ from horovod_owt.commands.options import (
     "--horovod-timeline",
     "timeline",
     is_flag=True,
-    help="Write Horovod's timeline of all collectives to RUN/timeline, for Perfetto. Under "
-    "horovodrun without `owt launch` only the long name works.",
+    help="Write Horovod's timeline of all collectives to RUN/timeline, for Perfetto. Under plain "
+    "horovodrun only --horovod-timeline works.",
 )
 @SET_OPTION
 @LOG_FORMAT_OPTION
@@ -72,17 +71,17 @@ def train(
                torchrun --nproc-per-node 4 --no-python owt train /data/imagenet --run-dir runs/first
                horovodrun -np 8 owt train /data/imagenet --parallel hybrid --set fc_group_size=4
 
-    Ctrl-C, TERM, USR1 and USR2 stop it after the current step, with a checkpoint and exit code 75; so does
-    `owt stop RUN`.
+    Ctrl-C, TERM, HUP, USR1, USR2 and `owt stop RUN` stop it after the current step, with a checkpoint and
+    exit code 75.
     """
     log_to_stderr(log_format)
-    from horovod_owt.data.machine import allow_open_files
-    from horovod_owt.train.prepare import prepare_alone, with_cache
+    from horovod_owt.data.machine import raise_open_file_limit
+    from horovod_owt.train.prepare import prepare_request, with_cache
 
-    allow_open_files()
+    raise_open_file_limit()
     # validate the input before heavy modules are loaded
     settings = with_profile(profile, timeline, with_parallel(parallel, settings))
-    request = prepare_alone(data, recipe, settings)
+    request = prepare_request(data, recipe, settings)
 
     if request.cfg.profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports a missing GPU as an error
@@ -92,6 +91,6 @@ def train(
         from horovod_owt.train.elastic import train_elastic
         from horovod_owt.train.loop import train_rank
 
-    to_the_end = train_elastic if is_elastic() else train_rank
+    train_to_end = train_elastic if is_elastic() else train_rank
     with with_cache(request) as request:
-        to_the_end(request, run_dir=run_dir, resume=Resume(resume, other_data))
+        train_to_end(request, run_dir=run_dir, resume=Resume(resume, other_data))

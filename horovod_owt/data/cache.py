@@ -30,7 +30,7 @@ from horovod_owt.data.staging import size_text
 from horovod_owt.data.store import SPLITS, DataSet, Store
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import remove_folder
-from horovod_owt.filesystem import locked, take_rights
+from horovod_owt.filesystem import locked, remove_permissions
 from horovod_owt.private import private_folder
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def _held(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         for _ in range(TRIES):
             try:
-                take_rights(private_folder(folder.parent), 0o077)
+                remove_permissions(private_folder(folder.parent), 0o077)
                 folder.mkdir(mode=0o700, exist_ok=True)
                 if not stack.enter_context(locked(folder / "lock", shared=True)):
                     raise OSError(errno.ENOLCK, "a file system without locks", str(folder))

@@ -31,6 +31,11 @@ SUFFIXES = (b".jpeg", b".jpg", b".png")
 OTHER_SUFFIXES = (
     b".webp .bmp .tif .tiff .gif .jp2 .j2k .jfif .jpe .ppm .pgm .pbm .pnm .avif .heic .heif .jxl .tga".split()
 )
+# Folders of file systems, file servers and archivers: no classes, and nothing in them is an image of one.
+FOREIGN_FOLDERS = {
+    *(b"lost+found", b"__MACOSX", b"@eaDir", b"#recycle", b"#snapshot", b"$RECYCLE.BIN"),
+    b"System Volume Information",
+}
 DANGLING = "dangling link"
 LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 CACHE_FROM = 20_000  # images; fewer are listed in no time
@@ -206,11 +211,15 @@ def images_below(folder: bytes) -> int:
     return sum(_is_image(name, suffixes) for _, _, names in os.walk(folder) for name in names)
 
 
+def _is_hidden(name: bytes) -> bool:
+    return name.startswith(b".") or name in FOREIGN_FOLDERS
+
+
 def scan(folder: bytes) -> list[os.DirEntry[bytes]]:
-    """The entries of a folder, without hidden ones (._n01440764_18.JPEG, .snapshot, ...)."""
+    """The entries of a folder, without hidden (._n01440764_18.JPEG, .snapshot, ...) and foreign ones."""
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(b".")]
+            found = [entry for entry in entries if not _is_hidden(entry.name)]
         if not os.access(folder, os.X_OK):  # readable, but its files cannot be opened
             raise PermissionError
     except PermissionError:

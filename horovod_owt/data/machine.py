@@ -18,7 +18,7 @@ EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 OPEN_FILES = 16384  # rank 0 of 4096 has a connection of Horovod and one of the heartbeat for each of them
 
 
-def allow_open_files() -> None:
+def raise_open_file_limit() -> None:
     """Raise the soft limit of open files to OPEN_FILES, as far as the hard one allows; a higher one is kept.
 
     Not to the hard limit: where it is a billion, as in some containers, programs that close all descriptors

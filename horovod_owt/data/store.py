@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -116,9 +117,25 @@ def open_data_set(root: Path) -> DataSet:
             f"{root}: train has {len(train.classes)} classes ({first_few(only_train) or 'none'} only there), "
             f"val has {len(val.classes)} ({first_few(only_val) or 'none'} only there)",
             wanted="the same class folders in both",
-            fix="move or remove the extra folders",
+            fix=_twins(only_train, only_val) or "move or remove the extra folders",
         )
     return DataSet(train, val)
+
+
+def _twins(only_train: Iterable[str], only_val: Iterable[str]) -> str:
+    """The fix for two names that look alike; empty if there are none.
+
+    Macs decompose accents, other systems ignore case, and a blank at the end is not seen.
+    """
+
+    def looks(name: str) -> str:
+        return unicodedata.normalize("NFKC", name).casefold().strip()
+
+    in_train = {looks(name): name for name in sorted(only_train)}
+    for name in sorted(only_val):
+        if twin := in_train.get(looks(name)):
+            return f"rename {ascii(name)} in val to {ascii(twin)}, as it is in train"
+    return ""
 
 
 def _check_root(root: Path, wanted: Sequence[str]) -> None:
@@ -147,7 +164,7 @@ def _open_split(folder: Path) -> Store:
         if os.path.exists(folder / shard_name(0)):
             fix = "copy the index too, or unpack the shards: `tar x`"
             raise DataError(f"{folder} has shards, but no {INDEX}", wanted="both", fix=fix)
-        raise DataError(f"{folder} has no class folders", wanted=LAYOUT)
+        raise _no_classes(folder, store)
     if empty := store.empty_classes():
         left_out = f"; {left_out_text(store.left_out)}" if store.left_out else ""
         counts = f"{len(empty)} of {len(store.classes)} empty"
@@ -157,6 +174,21 @@ def _open_split(folder: Path) -> Store:
             fix="fill or remove the folder, in train and in val",
         )
     return store
+
+
+def _no_classes(folder: Path, store: Store) -> DataError:
+    """The error for a split without class folders, as unpacking ILSVRC2012's archives leaves it."""
+    names = [os.fsdecode(entry.name) for entry in scan(os.fsencode(folder))]
+    archives = [name for name in names if name.endswith(".tar")]
+    saw = f"{folder} has no class folders"
+    if images := sum(each.images for each in store.left_out):
+        saw += f", but {images} images outside of one"
+    elif archives:
+        saw += f", but archives: {first_few(archives)}"
+    else:
+        return DataError(saw, wanted=LAYOUT)
+    fix = "make a folder for each class; for ILSVRC2012, `owt data prepare` does from the archives"
+    return DataError(saw, wanted=LAYOUT, fix=fix)
 
 
 def first_few(names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol
 BLOCK = 512
 END = bytes(2 * BLOCK)
 LONGEST_NAME = 100  # bytes that fit into a header; a longer name precedes it as a member of its own
-_MOST = 8**11 - 1  # the largest size in eleven octal digits
+_MAX_SIZE = 8**11 - 1  # the largest size in eleven octal digits
 
 
 class TarError(ValueError):
@@ -25,7 +25,7 @@ def padding(length: int) -> bytes:
 
 def header(name: bytes, length: int) -> bytes:
     """The header of a file of `length` bytes: GNU format, owner 0, mode 644, date 0."""
-    assert 0 <= length <= _MOST and name and b"\0" not in name
+    assert 0 <= length <= _MAX_SIZE and name and b"\0" not in name
     if len(name) <= LONGEST_NAME:
         return _block(name, length, b"0")
     named = name + b"\0"

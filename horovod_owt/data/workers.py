@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_any
 from typing import TypeVar
 
+from horovod_owt.cgroups import within_quota
 from horovod_owt.errors import ConfigError, RunError
 
 Task = TypeVar("Task")
@@ -141,4 +142,6 @@ def _begin(stop, count, begin, begin_args) -> None:
 
 
 def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, or fewer where its container has a quota of CPU time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return within_quota(cores)

@@ -1,1 +1,1 @@
-"""What is done with a trained net: evaluate it, classify images, hand it on."""
+"""Uses of a trained model: evaluate it, classify images, export it."""

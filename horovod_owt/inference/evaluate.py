@@ -1,4 +1,4 @@
-"""Evaluate a trained net: exact counts at any number of ranks, by class, and what is taken for what."""
+"""Evaluate a trained model: exact counts, in total and by class, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from horovod_owt.data.store import fingerprint
 from horovod_owt.errors import ConfigError
 from horovod_owt.inference.outcomes import Outcomes, crops_text, summary
 from horovod_owt.inference.request import Request
-from horovod_owt.inference.weights import NetInfo, TrainedNet, read_net
+from horovod_owt.inference.weights import ModelInfo, TrainedModel, read_trained_model
 from horovod_owt.model.alexnet_owt import AlexNetOWT
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, explain_lost_ranks, gather_objects, on_root
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import autocast, use_whole_fp32
+from horovod_owt.parallel.step import autocast, disable_tf32
 from horovod_owt.runs.opening import label_differences
 from horovod_owt.train.agreement import check_agreement
 from horovod_owt.train.bad_images import BadImageLog
@@ -37,7 +37,7 @@ from horovod_owt.train.pipelines import validation_pipeline
 
 log = logging.getLogger(__name__)
 
-VIEWS = {1: centre_crop, 10: ten_crops}  # what is cut out for each number of crops
+VIEWS = {1: centre_crop, 10: ten_crops}  # by number of crops
 LOG_EVERY_S = 10.0
 
 Logits = Callable[[Tensor], Tensor]  # images (b, 3, S, S) -> (b, classes)
@@ -49,13 +49,13 @@ class Evaluation:
 
     report: dict[str, Any]  # for --json
     outcomes: Outcomes
-    names: tuple[str, ...]  # of the net's outputs
+    names: tuple[str, ...]  # of the model's outputs
 
 
 def evaluate(
     request: Request, checkpoint: Path, *, crops: int, newest: bool, confused: int
 ) -> Evaluation | None:
-    """Evaluate on all ranks; None on others than rank 0. Every rank must call it.
+    """Evaluate on all ranks; returns None except on rank 0. Every rank must call it.
 
     Rank 0 reads the weights and broadcasts them. Raises OwtError.
     """
@@ -63,7 +63,7 @@ def evaluate(
     world = runtime.init(request.device, stall_limit_s=cfg.stall_limit_s)
     with explain_lost_ranks():
         check_agreement(cfg, fingerprint(images), request.device, world)
-        info, model = _broadcast_net(checkpoint, newest, images.classes, world)
+        info, model = _broadcast_model(checkpoint, newest, images.classes, world)
         if request.own_size:
             cfg = dataclasses.replace(cfg, image_size=info.image_size)
         if world.is_root:
@@ -106,9 +106,9 @@ def evaluate(
 
 
 def logits_of(model: AlexNetOWT, cfg: TrainConfig) -> Logits:
-    """The net as a function, in the precision of `cfg`."""
+    """The model as a function from images to logits, in the precision of `cfg`."""
     device = next(model.parameters()).device
-    use_whole_fp32()
+    disable_tf32()
     if cfg.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     model = model.double() if cfg.precision == "fp64" else model
@@ -123,9 +123,9 @@ def logits_of(model: AlexNetOWT, cfg: TrainConfig) -> Logits:
 
 
 def scores_of(images: Tensor, logits: Logits, crops: int) -> Tensor:
-    """The logits of a batch, or with ten crops the logarithms of their mean probabilities: (b, classes).
+    """The logits of a batch, or with ten crops the log of their mean probabilities: (b, classes).
 
-    `images` are (b, 3, S, S), or (6*b, 3, S, S) as `ten_crops` cuts them out.
+    `images` are (b, 3, S, S), or (6*b, 3, S, S) from `ten_crops`.
     """
     if crops == 1:
         return logits(images)
@@ -134,30 +134,30 @@ def scores_of(images: Tensor, logits: Logits, crops: int) -> Tensor:
     return sum(logits(view).double().softmax(dim=1) for view in views).div(len(views)).log()
 
 
-def check_classes(info: NetInfo, classes: Sequence[str]) -> None:
-    """Raise ConfigError if the net's classes are not those of the data set."""
+def check_classes(info: ModelInfo, classes: Sequence[str]) -> None:
+    """Raise ConfigError if the model's classes are not those of the data set."""
     differs = label_differences(info.class_names, classes) if info.class_names else ""
     if not info.class_names and info.classes != len(classes):
         differs = f"{info.classes}, the data set has {len(classes)}"
     if differs:
         raise ConfigError(
-            f"{info.source} is of other classes: {differs}",
+            f"{info.source} has other classes: {differs}",
             wanted="the classes of the data set",
             fix="evaluate it on the data set that it was trained on",
         )
 
 
-def _broadcast_net(
+def _broadcast_model(
     checkpoint: Path, newest: bool, classes: Sequence[str], world: World
-) -> tuple[NetInfo, AlexNetOWT]:
-    found: list[TrainedNet] = []
+) -> tuple[ModelInfo, AlexNetOWT]:
+    found: list[TrainedModel] = []
 
-    def read_on_root() -> NetInfo:
-        found.append(read_net(checkpoint, newest=newest))
+    def read_on_root() -> ModelInfo:
+        found.append(read_trained_model(checkpoint, newest=newest))
         check_classes(found[0].info, classes)
         return found[0].info
 
-    info = on_root(read_on_root, "weights", kind=NetInfo)
+    info = on_root(read_on_root, "weights", kind=ModelInfo)
     model = found[0].build(world.device) if found else info.empty_model(world.device)
     if world.size > 1:
         for name, tensor in model.state_dict().items():
@@ -166,7 +166,7 @@ def _broadcast_net(
 
 
 def rows_of(batches: Iterable[Batch], logits: Logits, crops: int) -> Iterator[list[float]]:
-    """(index, place of the label, predicted class, loss) of each good image."""
+    """(index, position of the label by score, predicted class, loss) of each good image."""
     for batch in batches:
         valid = batch.valid.nonzero()[:, 0]
         images, labels = batch.images, batch.labels
@@ -183,7 +183,7 @@ def rows_of(batches: Iterable[Batch], logits: Logits, crops: int) -> Iterator[li
 
 
 def _with_progress(batches: Iterable[Batch], images: int, world: World) -> Iterator[Batch]:
-    """Pass batches through; rank 0 shows a bar on a terminal, log lines elsewhere, for all ranks."""
+    """Yield the batches; rank 0 shows the progress of all ranks, as a bar on a terminal, else in the log."""
     if not world.is_root:
         yield from batches
         return

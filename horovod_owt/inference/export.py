@@ -1,4 +1,4 @@
-"""Hand a trained net on: ONNX, a state dict for torchvision, safetensors."""
+"""Export a trained model: ONNX, a state dict for torchvision, safetensors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from safetensors.torch import save
 
 from horovod_owt.data.batch import MEAN, STD
 from horovod_owt.errors import ConfigError, RunError, fix_of
-from horovod_owt.files import atomic_file
+from horovod_owt.files import users_file
 from horovod_owt.filesystem import temporary_folder
-from horovod_owt.inference.weights import NetInfo, TrainedNet, metadata
+from horovod_owt.inference.weights import ModelInfo, TrainedModel, metadata
 
 TOLERANCE = 1e-4  # of ONNX Runtime's logits, relative to the largest one
-BATCHES = (1, 2, 5)  # checked
-TORCH_FOR_ONNX = (2, 6)  # the first with an exporter for all of our image sizes
+BATCHES = (1, 2, 5)  # batch sizes of the check
+TORCH_FOR_ONNX = (2, 6)  # the first whose exporter handles all our image sizes
 
 
-def export(net: TrainedNet, out: Path) -> dict[str, Any]:
-    """Write the net to `out`, in the format of its suffix; returns what was written. Raises OwtError.
+def export(net: TrainedModel, out: Path) -> dict[str, Any]:
+    """Write the model to `out` atomically, in the format of its suffix; returns a report. Raises OwtError.
 
-    `out` has been checked by `check_export`. It is complete or not there, and an older file is replaced.
+    Call `check_export` first.
     """
     info = net.info
     try:
-        with atomic_file(out, durable=True) as file:
+        with users_file(out, durable=True) as file:
             checked = WRITERS[out.suffix](net, file)
         return {
             "path": str(out),
@@ -71,10 +71,10 @@ def _check_onnx() -> None:
         raise ConfigError(f"ONNX without {' and '.join(missing)}", wanted="these packages", fix=fix)
 
 
-def _write_onnx(net: TrainedNet, file: BinaryIO) -> dict[str, Any]:
-    """Logits of normalised images, any number at a time; checked against torch before it is there."""
-    # ONNX Runtime 1.32 collects usage data for Microsoft, in ~/.cache and TMPDIR, from when it is loaded,
-    # perhaps by torch's exporter. A value set by the user is kept.
+def _write_onnx(net: TrainedModel, file: BinaryIO) -> dict[str, Any]:
+    """Write an ONNX model, normalised images (any number) -> logits, once it was checked against torch."""
+    # ONNX Runtime 1.32 collects usage data for Microsoft, in ~/.cache and TMPDIR, as soon as it is loaded,
+    # perhaps by torch's exporter.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnx
 
@@ -106,7 +106,7 @@ def _input_format() -> dict[str, str]:
     return {"input": "RGB in 0..1, minus mean, over std", "mean": json.dumps(MEAN), "std": json.dumps(STD)}
 
 
-def _onnx_difference(content: bytes, model: torch.nn.Module, info: NetInfo) -> float:
+def _onnx_difference(content: bytes, model: torch.nn.Module, info: ModelInfo) -> float:
     """The largest difference of a logit between ONNX Runtime and torch, relative to the largest logit."""
     import onnxruntime
 
@@ -121,20 +121,20 @@ def _onnx_difference(content: bytes, model: torch.nn.Module, info: NetInfo) -> f
     return max(worst)
 
 
-def _write_pth(net: TrainedNet, file: BinaryIO) -> dict[str, Any]:
-    """A state dict: torchvision's `alexnet(num_classes=N)` loads that of alexnet-owt."""
+def _write_pth(net: TrainedModel, file: BinaryIO) -> dict[str, Any]:
+    """Write a state dict; that of alexnet-owt can be loaded into torchvision's `alexnet(num_classes=N)`."""
     torch.save(dict(net.weights), file)
     return {}
 
 
-def _write_safetensors(net: TrainedNet, file: BinaryIO) -> dict[str, Any]:
-    """The same names; classes and image size are in the file's metadata."""
+def _write_safetensors(net: TrainedModel, file: BinaryIO) -> dict[str, Any]:
+    """Write the state dict, with classes and image size in the file's metadata."""
     whole = {name: tensor.contiguous() for name, tensor in net.weights.items()}
     file.write(save(whole, metadata={"format": "pt", **metadata(net.info)}))
     return {}
 
 
-WRITERS: dict[str, Callable[[TrainedNet, BinaryIO], dict[str, Any]]] = {
+WRITERS: dict[str, Callable[[TrainedModel, BinaryIO], dict[str, Any]]] = {
     ".onnx": _write_onnx,
     ".pth": _write_pth,
     ".safetensors": _write_safetensors,

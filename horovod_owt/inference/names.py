@@ -1,4 +1,4 @@
-"""Names of classes in words: from a synset file."""
+"""Names of classes, from a file of synsets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WANTED = "lines `n01440764 tench, Tinca tinca`, or a name in the line of each la
 
 
 def class_words(path: Path, classes: Sequence[str]) -> list[str]:
-    """The words for each class, from a file of synsets or of names in the order of labels.
+    """The words for each class, from a file of synsets, or of names in the order of labels.
 
-    `classes` are the names of the class folders, or numbers if those are unknown: then labels are taken to
-    be those of the sorted synsets. A class that the file lacks has no words. Raises ConfigError.
+    `classes` are the names of the class folders, or numbers if these are unknown; labels are then assumed to
+    follow the sorted synsets. A class missing in the file has no words. Raises ConfigError.
     """
     lines = [line.strip() for line in read_user_text(path, wanted=WANTED).splitlines() if line.strip()]
     synsets = dict(found.groups() for found in map(SYNSET.fullmatch, lines) if found)
@@ -26,8 +26,8 @@ def class_words(path: Path, classes: Sequence[str]) -> list[str]:
         return known
     if synsets and not all(name.isdecimal() for name in classes):
         saw = f"{path} has none of the classes: {classes[0]} and others"
-        raise ConfigError(saw, wanted="the synsets that the net was trained on")
+        raise ConfigError(saw, wanted="the synsets that the model was trained on")
     if len(lines) != len(classes):
-        saw = f"{path} has {len(lines)} names, the net {len(classes)} classes"
+        saw = f"{path} has {len(lines)} names, the model {len(classes)} classes"
         raise ConfigError(saw, wanted=WANTED)
     return [synsets[synset] for synset in sorted(synsets)] if len(synsets) == len(lines) else lines

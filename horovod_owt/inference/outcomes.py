@@ -1,4 +1,4 @@
-"""The outcomes of an evaluation, image by image, and what is counted from them."""
+"""The outcome of an evaluation for each image, and counts of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WORST = 10  # classes that the text lists
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One row for each good image, in the order of the data set."""
+    """An element for each good image, in the order of the data set."""
 
     labels: np.ndarray  # (n,) int64
-    places: np.ndarray  # (n,) int64: of the label among the scores, from 0
+    places: np.ndarray  # (n,) int64: position of the label in the descending order of scores, from 0
     predicted: np.ndarray  # (n,) int64
     losses: np.ndarray  # (n,) float64
 
@@ -32,7 +32,7 @@ class Outcomes:
         return cls(labels[index], place, predicted, losses)
 
     def confusion(self, classes: int) -> np.ndarray:
-        """(classes, classes) int64: how many images of a class, by row, were taken for each, by column."""
+        """Confusion matrix (classes, classes) int64: images by class (row) and predicted class (column)."""
         codes = self.labels * classes + self.predicted
         return np.bincount(codes, minlength=classes * classes).reshape(classes, classes)
 
@@ -42,7 +42,7 @@ def summary(
 ) -> dict[str, Any]:
     """Counts over all images and by class, and the `confused` most confused pairs.
 
-    `names` are those of the net's outputs, which may be more than the `classes` of the data set.
+    `names` are those of the model's outputs, which may be more than the `classes` of the data set.
     """
     n, correct = len(outcomes.labels), outcomes.places < 1
     top1, top5 = int(correct.sum()), int((outcomes.places < 5).sum())
@@ -95,7 +95,7 @@ def format_report(report: dict[str, Any]) -> str:
     if report["confused"]:
         lines.append("\nmost confused")
     for pair in report["confused"]:
-        lines.append(f"  {pair['images']:5}  {pair['class']} taken for {pair['taken_for']}")
+        lines.append(f"  {pair['images']:5}  {pair['class']} classified as {pair['taken_for']}")
     return without_terminal_codes("\n".join(lines))
 
 

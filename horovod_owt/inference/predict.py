@@ -1,4 +1,4 @@
-"""Classify images with a trained net, in one process."""
+"""Classify images with a trained model, in one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from horovod_owt.data.paths import PathStore
 from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.workers import usable_cores
 from horovod_owt.inference.evaluate import logits_of
-from horovod_owt.inference.weights import TrainedNet
+from horovod_owt.inference.weights import TrainedModel
 from horovod_owt.parallel.device import Device
 
 BATCH = 32
@@ -29,13 +29,13 @@ class Prediction:
     fault: str = ""
 
 
-def predict(net: TrainedNet, paths: Sequence[str], *, top: int, device: Device) -> Iterator[Prediction]:
-    """Classify the centre crop of each image, as `owt evaluate` sees it, in order."""
+def predict(net: TrainedModel, paths: Sequence[str], *, top: int, device: Device) -> Iterator[Prediction]:
+    """Classify the centre crop of each image, the same as in `owt evaluate`, in order."""
     on = torch.device(device.name)
     logits = logits_of(net.build(on), TrainConfig())
     feed = ValidationFeed(PathStore(paths), batch=min(BATCH, len(paths)), bad_images=BadImages())
     with make_pipeline(
-        "torchvision",  # loads faster than DALI, and has the very pixels of torchvision's transforms
+        "torchvision",  # loads faster than DALI
         feed,
         image_size=net.info.image_size,
         device_id=on.index if on.type == "cuda" else None,

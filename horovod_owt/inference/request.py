@@ -24,10 +24,10 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate on, checked as far as one rank can."""
+    """A request to evaluate, validated as far as one rank can by itself."""
 
     cfg: TrainConfig
-    own_size: bool  # whether images have the size that the net was trained with
+    own_size: bool  # whether to use the image size that the model was trained with
     data: Path
     images: Store
     device: Device

@@ -1,7 +1,7 @@
-"""Read the weights of a trained net: a run, a checkpoint, a .safetensors file, or a .pth file of torch.
+"""Read a trained model: from a run, a checkpoint, a .safetensors file, or a .pth file of torch.
 
-A .pth file is a pickle. It is read by torch's weights-only unpickler, which makes tensors and plain
-containers, and nothing else is ever unpickled.
+A .pth file is a pickle. It is read by torch's weights-only unpickler, which creates only tensors and plain
+containers; nothing else is ever unpickled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from horovod_owt.config import CHOICES, TrainConfig
-from horovod_owt.errors import ConfigError, RunError, explained
+from horovod_owt.errors import ConfigError, RunError, as_owt_error
 from horovod_owt.model import build_model
 from horovod_owt.model.alexnet_owt import AlexNetOWT
 from horovod_owt.runs.checkpoints import MODEL, checkpoint_to_use, read_state, step_of
@@ -31,46 +31,46 @@ from horovod_owt.runs.checkpoints import MODEL, checkpoint_to_use, read_state, s
 log = logging.getLogger(__name__)
 
 WANTED = "a state dict of tensors, as `torch.save(model.state_dict(), FILE)` writes it"
-ZIP, PICKLE, SAFETENSORS = b"PK\x03\x04", b"\x80", b"{"  # how files begin, safetensors after 8 bytes
-NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts keep the state dict
+ZIP, PICKLE, SAFETENSORS = b"PK\x03\x04", b"\x80", b"{"  # first bytes of files, of safetensors after 8 bytes
+NESTED = ("state_dict", "model_state_dict", "model")  # keys under which training scripts store the state dict
 
 
 @dataclass(frozen=True)
-class NetInfo:
-    """What is known of a trained net beside its weights."""
+class ModelInfo:
+    """What is known about a trained model besides its weights."""
 
     source: Path  # the checkpoint folder or the file
     model: str
     classes: int  # outputs
     class_names: tuple[str, ...] = ()  # of the first outputs; empty if unknown
-    image_size: int = TrainConfig.image_size  # px, that it was trained with
+    image_size: int = TrainConfig.image_size  # px, used in training
     step: int | None = None
 
     def empty_model(self, device: torch.device) -> AlexNetOWT:
-        """The net in evaluation mode, its weights not set."""
+        """The model in evaluation mode, with uninitialised weights."""
         with torch.device("meta"):
             model = build_model(self.model, self.classes)
         return model.to_empty(device=device).eval()
 
 
 @dataclass(frozen=True)
-class TrainedNet:
-    """A net's weights, whole, by the names of torchvision's `alexnet`."""
+class TrainedModel:
+    """A trained model's whole weights, by the names of torchvision's `alexnet`."""
 
-    info: NetInfo
+    info: ModelInfo
     weights: dict[str, Tensor]
 
     def build(self, device: torch.device) -> AlexNetOWT:
-        """The net in evaluation mode, with fp32 weights."""
+        """The model in evaluation mode, with fp32 weights."""
         model = self.info.empty_model(device)
         model.load_state_dict(self.weights)
         return model
 
 
-def read_net(path: Path, *, newest: bool = False) -> TrainedNet:
+def read_trained_model(path: Path, *, newest: bool = False) -> TrainedModel:
     """Read weights from a run folder (its best checkpoint, or the newest), a checkpoint folder, or a file.
 
-    Raises ConfigError for what holds no weights of one of our nets, RunError for a damaged checkpoint.
+    Raises ConfigError if there are no weights of our models, RunError for a damaged checkpoint.
     """
     if path.is_dir():
         return _read_checkpoint(path, newest=newest)
@@ -82,23 +82,23 @@ def read_net(path: Path, *, newest: bool = False) -> TrainedNet:
     if head[8:] == SAFETENSORS:
         return _read_safetensors(path)
     if head.startswith((ZIP, PICKLE)) and not tarfile.is_tarfile(path):  # torch unpickles tar files unchecked
-        return _net_of(_read_pth(path), path)
-    seen = f"is no file of weights: it begins with {head!r}" if head else "is empty"
+        return _model_from(_read_pth(path), path)
+    seen = f"is not a file of weights: it begins with {head!r}" if head else "is empty"
     raise ConfigError(f"{path} {seen}", wanted=WANTED)
 
 
-def _read_checkpoint(path: Path, *, newest: bool) -> TrainedNet:
+def _read_checkpoint(path: Path, *, newest: bool) -> TrainedModel:
     while True:
         folder = checkpoint_to_use(path, newest=newest)
         try:
             state, weights = read_state(folder), load_file(folder / MODEL)
             break
-        except FileNotFoundError:  # the run has deleted it meanwhile
+        except FileNotFoundError:  # deleted by the run meanwhile
             if folder.exists() or folder == path:
                 raise RunError(f"checkpoint {folder} has vanished") from None
         except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"checkpoint {folder}: {error}", wanted="a whole checkpoint") from error
-    return _net_of(
+    return _model_from(
         weights,
         folder,
         class_names=tuple(state.get("data", {}).get("classes", ())),
@@ -107,18 +107,18 @@ def _read_checkpoint(path: Path, *, newest: bool) -> TrainedNet:
     )
 
 
-def _read_safetensors(path: Path) -> TrainedNet:
+def _read_safetensors(path: Path) -> TrainedModel:
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError) as error:
         raise ConfigError(f"{path}: {error}", wanted="a whole .safetensors file") from None
-    return _net_of(weights, path, **_from_metadata(about))
+    return _model_from(weights, path, **_from_metadata(about))
 
 
-def metadata(info: NetInfo) -> dict[str, str]:
-    """What an exported file says about the net."""
+def metadata(info: ModelInfo) -> dict[str, str]:
+    """The metadata of an exported file."""
     return {
         "model": info.model,
         "image_size": str(info.image_size),
@@ -128,7 +128,7 @@ def metadata(info: NetInfo) -> dict[str, str]:
 
 
 def _from_metadata(about: Mapping[str, str]) -> dict[str, Any]:
-    """The same from a file; of others' files it is ignored."""
+    """`metadata` read from a file; empty for files from other programs."""
     try:
         names = json.loads(about["classes"])
         return {"class_names": tuple(map(str, names)), "image_size": int(about["image_size"])}
@@ -139,23 +139,23 @@ def _from_metadata(about: Mapping[str, str]) -> dict[str, Any]:
 def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unusual pickles; what cannot be read is an error
+            warnings.simplefilter("ignore")  # about unusual pickles; unreadable ones raise
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch may raise anything on malformed bytes
-        if explained(error):
+        if as_owt_error(error):
             raise
         raise ConfigError(f"{path}: {_why_refused(error)}", wanted=WANTED) from None
     for key in NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(each, Tensor) for each in found.values()):
-        raise ConfigError(f"{path} holds a {type(found).__name__} that is no state dict", wanted=WANTED)
-    # DistributedDataParallel and DataParallel wrap modules in one of that name
+        raise ConfigError(f"{path} contains a {type(found).__name__}, not a state dict", wanted=WANTED)
+    # DistributedDataParallel and DataParallel wrap the model in a module of that name
     return {re.sub(r"\bmodule\.", "", str(name)): tensor for name, tensor in found.items()}
 
 
 def _why_refused(error: Exception) -> str:
-    """In our words where torch's advise to load it unchecked."""
+    """The reason, in our words where torch's message advises to load it unchecked."""
     if found := re.search(r"(?:GLOBAL|Unsupported class) (\w+\.[\w.]+)", str(error)):
         return f"contains Python objects ({found[1]}), which are never unpickled"
     if isinstance(error, UnpicklingError):
@@ -163,20 +163,20 @@ def _why_refused(error: Exception) -> str:
     return f"truncated or no file of torch ({' '.join(str(error).split())[:200] or type(error).__name__})"
 
 
-def _net_of(weights: dict[str, Tensor], source: Path, **about: Any) -> TrainedNet:
-    """The net whose names and shapes the weights have; ConfigError if none has, or if they are not finite."""
+def _model_from(weights: dict[str, Tensor], source: Path, **about: Any) -> TrainedModel:
+    """The model that fits the weights' names and shapes; ConfigError if none does, or they are not finite."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     classes = _outputs(shapes)
     candidates = {}
     for model in CHOICES["model"]:
         with torch.device("meta"):
-            net = build_model(model, classes or 1)
-        candidates[model] = {name: tuple(each.shape) for name, each in net.state_dict().items()}
+            built = build_model(model, classes or 1)
+        candidates[model] = {name: tuple(each.shape) for name, each in built.state_dict().items()}
     for model, wanted in candidates.items():
         if shapes == wanted:
             if bad := next((name for name, each in weights.items() if not each.isfinite().all()), None):
                 raise ConfigError(f"{source}: {bad} contains NaN or infinity", wanted="finite weights")
-            return TrainedNet(NetInfo(source, model, classes, **about), weights)
+            return TrainedModel(ModelInfo(source, model, classes, **about), weights)
     model, wanted = max(candidates.items(), key=lambda each: len(each[1].items() & shapes.items()))
     odd = next(name for name in [*wanted, *sorted(shapes)] if wanted.get(name) != shapes.get(name))
     has = f"{odd} of shape {shapes[odd]}" if odd in shapes else f"no {odd}"

@@ -1,4 +1,4 @@
-"""Start ranks on this host or on several: `owt launch local`, `hosts` and `mpirun`."""
+"""Start a job with horovodrun or mpirun: `owt launch local`, `hosts` and `mpirun`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOROVODRUN = ("owt", "launch", "gloo", "--gloo")
 
 @dataclass(frozen=True)
 class Start:
-    """A command line of `owt train`, and the hosts with their numbers of ranks."""
+    """A job to start: the arguments of `owt train`, and the number of ranks on each host."""
 
     launcher: Launcher  # GLOO or MPIRUN
     train: Sequence[str]
@@ -38,13 +38,13 @@ class Start:
         return sum(self.hosts.values())
 
     @property
-    def on_this_box(self) -> bool:
+    def on_one_host(self) -> bool:
         return self.interface == "lo"
 
     def argv(self, env: Mapping[str, str], *, preflight: bool = False) -> list[str]:
-        """The command line; with `preflight`, a check of what the training would use instead."""
+        """The command line of the training; with `preflight`, of a preflight check of it."""
         launcher = self._mpirun(env) if self.launcher is Launcher.MPIRUN else self._horovodrun()
-        owt = preflight_words(self.train) if preflight else ["train", *self.train]
+        owt = preflight_args(self.train) if preflight else ["train", *self.train]
         return [*launcher, "owt", *owt]
 
     def _horovodrun(self) -> list[str]:
@@ -62,11 +62,11 @@ class Start:
 
     def environment(self) -> dict[str, str]:
         """Variables for the launcher and the ranks."""
-        return {UNBOUND: "1", **({} if self.on_this_box else interface_environment(self.interface))}
+        return {UNBOUND: "1", **({} if self.on_one_host else interface_environment(self.interface))}
 
 
-def preflight_words(train: Sequence[str]) -> list[str]:
-    """The preflight command line for the data and run folder of a training command line."""
+def preflight_args(train: Sequence[str]) -> list[str]:
+    """The arguments of `owt` for a preflight of the data and run folder of a training."""
     data, run_dir = train[0], find_run_dir(train)
     if data.startswith("-"):
         raise ConfigError(f"{data} before DATA", wanted="DATA first", fix="-- DATA --run-dir ...")
@@ -86,11 +86,11 @@ def run(
     """Start the job; returns its exit code, from outcome.json if the run wrote one."""
     start = Start(launcher, train, hosts, chosen_interface(interface, list(hosts)))
     command = start.argv(os.environ | start.environment(), preflight=preflight)
-    if launcher is Launcher.GLOO and not start.on_this_box:
+    if launcher is Launcher.GLOO and not start.on_one_host:
         check_folder_for_ssh(os.getcwd())
     if dry_run:
         return show(command, start.environment())
-    if not start.on_this_box:
+    if not start.on_one_host:
         say(f"{start.world_size} ranks on {len(hosts)} hosts, interface {start.interface}")
     os.environ.update(start.environment())
     if preflight:

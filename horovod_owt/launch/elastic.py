@@ -13,40 +13,40 @@ from horovod_owt.launch.command import HOROVODRUN, check_folder_for_ssh, show
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.launch.supervisor import Supervisor, say
 from horovod_owt.parallel.interfaces import chosen_interface
-from horovod_owt.topology import BOX_PLACES, box_hosts
+from horovod_owt.topology import LOOPBACK_SLOTS, loopback_hosts
 
 DISCOVER_HOSTS = Path(__file__).with_name("discover-hosts")
 
 
 @dataclass(frozen=True)
 class ElasticJob:
-    """An elastic job on `places` of this host, or on the hosts that a file lists, which may change."""
+    """An elastic job on `slots` of this host, or on the hosts in a file, which may change."""
 
     train: Sequence[str]  # arguments of `owt train`
     interface: str
-    places: int | None = None
+    slots: int | None = None
     hosts_file: Path | None = None
     min_ranks: int = 1
     max_ranks: int | None = None
     cooldown_s: tuple[int, int] = (10, 600)  # how long a host that lost a rank is not used; doubles
 
     def __post_init__(self) -> None:
-        most = self.max_ranks or self.places
-        if most and self.min_ranks > most:  # Horovod would wait ten minutes
+        limit = self.max_ranks or self.slots
+        if limit and self.min_ranks > limit:  # Horovod would wait ten minutes
             raise ConfigError(
-                f"--min-ranks {self.min_ranks} with at most {most} ranks", fix="lower --min-ranks"
+                f"--min-ranks {self.min_ranks} with at most {limit} ranks", fix="lower --min-ranks"
             )
 
     def argv(self) -> list[str]:
-        if self.places:
-            hosts = ["printf", "%s:1\\n", *box_hosts(self.places)]
+        if self.slots:
+            hosts = ["printf", "%s:1\\n", *loopback_hosts(self.slots)]
         else:
             hosts = ["sh", str(DISCOVER_HOSTS), str(self.hosts_file)]
-        most = self.max_ranks or self.places
+        limit = self.max_ranks or self.slots
         return [
             *HOROVODRUN,
             *("-np", str(self.min_ranks), "--min-np", str(self.min_ranks)),
-            *(("--max-np", str(most)) if most else ()),
+            *(("--max-np", str(limit)) if limit else ()),
             *("--network-interfaces", self.interface),
             *("--blacklist-cooldown-range", *map(str, self.cooldown_s)),
             *("--host-discovery-script", shlex.join(hosts)),
@@ -54,7 +54,7 @@ class ElasticJob:
         ]
 
     def environment(self) -> dict[str, str]:
-        return {BOX_PLACES: str(self.places)} if self.places else {}
+        return {LOOPBACK_SLOTS: str(self.slots)} if self.slots else {}
 
     @classmethod
     def on(

@@ -1,4 +1,4 @@
-"""horovodrun with ssh timeouts, as it waits for ever for a lost host, a `Store`, and cheap host discovery."""
+"""horovodrun with ssh timeouts, an authenticated rendezvous server, and cheaper host discovery."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from collections.abc import MutableMapping, Sequence
 
 from horovod_owt.parallel.interfaces import ipv4_address_of
 
-DISCOVERY_LIMIT_S = 20  # then it is asked again
-ALIVE = "-o ConnectTimeout=20 -o ServerAliveInterval=5 -o ServerAliveCountMax=4"  # 20 s
+DISCOVERY_LIMIT_S = 20  # for the discovery script, which is then run again
+SSH_TIMEOUTS = "-o ConnectTimeout=20 -o ServerAliveInterval=5 -o ServerAliveCountMax=4"  # 20 s
 
 
-def drop_unspeakable(env: MutableMapping[str, str] = os.environ) -> None:
-    """Remove variables whose names a shell would not take: horovodrun passes names unquoted to one.
+def drop_invalid_names(env: MutableMapping[str, str] = os.environ) -> None:
+    """Remove variables whose names a shell rejects, because horovodrun passes names unquoted to a shell.
 
-    Their values, quoted, arrive as they are, of several lines or not UTF-8. Functions that bash exports
-    (BASH_FUNC_module%%) are among those names, and of no use to ranks.
+    Values are quoted and need no change. Functions exported by bash (BASH_FUNC_module%%) have such names, and
+    are of no use to ranks.
     """
     for name in [name for name in env if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name)]:
         del env[name]
 
 
-def _spelled_out(word: str) -> str:
-    """horovodrun reads the options of the command too, and takes this one for the start of its own."""
+def _unabbreviated(word: str) -> str:
+    """horovodrun also parses the command's options, and takes --timeline for an abbreviation of its own."""
     return "--horovod-timeline" if word == "--timeline" else word
 
 
 def discover_without_python() -> None:
-    """Make an elastic job's driver, in this process, start its discovery script as a process of its own.
+    """Make an elastic job's driver, in this process, start its discovery script directly.
 
-    Horovod starts a Python process around it, every second: 0.6 s of a core, as long as the job lasts.
+    Horovod starts it through a Python process, every second, which takes 0.6 s of a core each time.
     """
     from horovod.runner.elastic.discovery import HostDiscoveryScript
 
@@ -59,13 +59,13 @@ def run(words: Sequence[str]) -> None:
 
     from horovod_owt.parallel.store import guard_launcher
 
-    drop_unspeakable()
+    drop_invalid_names()
     discover_without_python()
-    remote.SSH_COMMAND_PREFIX += f" {ALIVE}"
+    remote.SSH_COMMAND_PREFIX += f" {SSH_TIMEOUTS}"
     if "--network-interfaces" in words:
         interface = words[words.index("--network-interfaces") + 1]
-        ipv4_address_of(interface)  # or an error that says what is wanted
+        ipv4_address_of(interface)  # raises a clear error if there is none
         guard_launcher(interface)
-    # Its cache of ssh checks is a pickle in ~/.horovod, and without a writable home it ends.
-    sys.argv = ["horovodrun", "--disable-cache", *map(_spelled_out, words)]
+    # The cache of ssh checks is a pickle in ~/.horovod, and fails without a writable home.
+    sys.argv = ["horovodrun", "--disable-cache", *map(_unabbreviated, words)]
     launch.run_commandline()

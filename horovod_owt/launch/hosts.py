@@ -13,11 +13,11 @@ LOOPBACK = re.compile(r"localhost(\..*)?|localhost[46]|ip6-localhost|127\.[\d.]+
 
 
 def read_hosts(file: Path) -> dict[str, int]:
-    """Read a host file, by the rules of discover-hosts: `HOST:SLOTS` or `HOST slots=SLOTS`, # for comments.
+    """Slots by host, from lines `HOST:SLOTS` or `HOST slots=SLOTS`, with # for comments, as discover-hosts.
 
-    mpirun's `max_slots=` is passed over, as slots are never exceeded. Slots of a host on several lines add
-    up. Raises ConfigError if some names are those of this host to itself: others cannot reach it by them, and
-    it may be there twice.
+    mpirun's `max_slots=` is ignored, as slots are never exceeded. Slots of a host on several lines add up.
+    Raises ConfigError for invalid lines, and if some hosts are loopback names: other hosts cannot reach this
+    one by them, and it may be listed twice.
     """
     lines = read_user_text(file, wanted="a file of HOST:SLOTS lines").splitlines()
     hosts: dict[str, int] = {}
@@ -45,7 +45,7 @@ def read_hosts(file: Path) -> dict[str, int]:
         other = next(host for host in hosts if host not in own)
         raise ConfigError(
             f"{file} has {own[0]} beside {other}",
-            wanted="each host once, by a name that all others reach it by",
-            fix=f"{socket.gethostname()} in place of {own[0]}",
+            wanted="each host once, by a name under which all others reach it",
+            fix=f"{socket.gethostname()} instead of {own[0]}",
         )
     return hosts

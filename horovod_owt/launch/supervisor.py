@@ -17,11 +17,12 @@ from horovod_owt.errors import ConfigError, OwtError, Preempted
 from horovod_owt.runs.attempts import JOB, Attempt, AttemptWatch, append_attempt, run_dir_of
 from horovod_owt.runs.control import STOP
 from horovod_owt.runs.folder import read_config
+from horovod_owt.signals import heeded
 from horovod_owt.topology import LAUNCHERS, Variables
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-GRACE_S = 5.0  # for ranks to exit after the launcher has
-OUTCOME_GRACE_S = 30.0  # for the launcher to exit after the run has ended; an elastic one waits ten minutes
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+GRACE_S = 5.0  # for ranks to exit after the launcher has exited
+OUTCOME_GRACE_S = 30.0  # for the launcher to exit after the run; an elastic one would take ten minutes
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
@@ -30,7 +31,8 @@ def reason_not_to_restart(
 ) -> str:
     """The reason not to restart after the last of these attempts; empty to restart.
 
-    `restarts` overrides their number if some are not recorded; `stop_is_final=False` under a scheduler.
+    `restarts` is the number of restarts so far, if some attempts are not recorded. Under a scheduler a stop
+    by a signal is not final.
     """
     *before, last = attempts
     restarts = len(before) if restarts is None else restarts
@@ -56,17 +58,16 @@ def _limit_reached(max_restarts: int) -> str:
 
 
 class Supervisor:
-    """Runs a command and restarts it after failures; one at a time, with no process left behind.
+    """Runs a command and restarts it after failures; leaves no process behind.
 
-    A second signal kills everything; not with `patient`, under a scheduler that sends several signals.
+    A second signal kills everything, unless `patient`: a scheduler may send several.
     """
 
     def __init__(self, command: Sequence[str], *, max_restarts: int = 0, patient: bool = False) -> None:
         self._command, self._max_restarts, self._patient = list(command), max_restarts, patient
         self._run_dir = run_dir_of(command)
-        self._job_name = os.environ.get(JOB) or secrets.token_hex(
-            8
-        )  # set by the batch process of a Slurm job
+        # set by the batch process of a Slurm job
+        self._job_name = os.environ.get(JOB) or secrets.token_hex(8)
         self._job: subprocess.Popen | None = None
         self._asked_to_stop = False
 
@@ -102,9 +103,8 @@ class Supervisor:
 
     def _set_up_process(self) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt the ranks of a dead launcher
-        for number in PASSED_ON:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self._pass_on)
+        for number in heeded(FORWARDED):
+            signal.signal(number, self._forward)
 
     def _attempt(self) -> Attempt:
         watch = AttemptWatch(self._run_dir)
@@ -116,14 +116,14 @@ class Supervisor:
                 self._command,
                 env={**os.environ, JOB: self._job_name},
                 start_new_session=True,
-                restore_signals=False,  # SIGPIPE stays ignored: mpirun survives if nobody reads the log
+                restore_signals=False,  # SIGPIPE stays ignored: mpirun survives if nobody reads its output
             )
         except OSError as error:
             raise ConfigError(f"{self._command[0]}: {error.strerror}") from None
         if self._asked_to_stop:  # while it was started
             self._job.terminate()
         code = self._wait(watch)
-        end_descendants(GRACE_S)
+        kill_descendants(GRACE_S)
         return watch.attempt(code, asked_to_stop=self._asked_to_stop)
 
     def _wait(self, watch: AttemptWatch) -> int:
@@ -141,21 +141,21 @@ class Supervisor:
                 self._job.kill()
 
     def _hook_s(self) -> float:
-        """How long the run's hook may take at its end."""
+        """Seconds that the run's hook may take at its end."""
         try:
             config = read_config(self._run_dir)
             return 2 * float(config["hook_limit_s"]) if config.get("hook") else 0.0
-        except (OwtError, KeyError, TypeError, ValueError):  # of an older version, damaged, or unreadable now
+        except (OwtError, KeyError, TypeError, ValueError):  # an old, damaged or unreadable config.json
             return 0.0
 
-    def _pass_on(self, number: int, _frame: object) -> None:
+    def _forward(self, number: int, _frame: object) -> None:
         """Forward the first signal to this host's ranks, which stop at a checkpoint; a second one kills all.
 
-        The launcher does not get it: horovodrun would kill its ranks 5 s later.
+        Not to the launcher: horovodrun would kill its ranks 5 s later.
         """
         if self._asked_to_stop:
             if not self._patient:
-                end_descendants(0)
+                kill_descendants(0)
             return
         self._asked_to_stop = True
         if self._job is None or self._job.poll() is not None:
@@ -170,9 +170,10 @@ class Supervisor:
 
 
 def ranks_here() -> list[psutil.Process]:
-    """The descendants of this process that are ranks, without their own children.
+    """The descendants of this process that are ranks, without the ranks' own children.
 
-    Variables that they only inherited make no rank: in a shell of `srun --pty` all processes have some.
+    A rank has a launcher's variables with other values than this process: in a shell of `srun --pty`, all
+    processes inherit some.
     """
     found: dict[int, psutil.Process] = {}
     for process in psutil.Process().children(recursive=True):  # parents before children
@@ -195,8 +196,8 @@ def _is_shell(process: psutil.Process) -> bool:
     return process.name() in ("sh", "bash", "dash")
 
 
-def end_descendants(grace_s: float) -> None:
-    """Wait for all descendants of this process, then KILL them, whatever their group or session."""
+def kill_descendants(grace_s: float) -> None:
+    """Wait for all descendants of this process to exit, then kill them, whatever their group or session."""
     left = psutil.Process().children(recursive=True)
     _, left = psutil.wait_procs(left, timeout=grace_s)
     while left:

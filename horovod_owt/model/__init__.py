@@ -1,4 +1,4 @@
-"""AlexNet-OWT and its dropout."""
+"""AlexNet-OWT, and a dropout that does not depend on the number of ranks."""
 
 from horovod_owt.model.alexnet_owt import AlexNetOWT, build_model
 

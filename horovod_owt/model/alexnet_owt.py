@@ -1,8 +1,8 @@
-"""AlexNet as in "One weird trick" (Krizhevsky 2014, arXiv:1404.5997), plain and batch-normalised.
+"""AlexNet of "One weird trick" (Krizhevsky 2014, arXiv:1404.5997), with or without batch normalisation.
 
-The plain net has the names and shapes of torchvision's `alexnet`. The batch-normalised one is
-`alexnetowtbn` of imagenet-multiGPU.torch: a normalisation after each convolution and each hidden FC layer.
-Shapes in the comments: channels x height x width for a 224 px image.
+Without it, names and shapes are those of torchvision's `alexnet`. With it, the model is `alexnetowtbn` of
+imagenet-multiGPU.torch, with a normalisation after each convolution and each hidden FC layer.
+Shapes in the comments are channels x height x width for a 224 px image.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-CHANNELS = (64, 192, 384, 256, 256)  # of the convolutions
+CHANNELS = (64, 192, 384, 256, 256)  # outputs of the convolutions
 FEATURE_CHANNELS = CHANNELS[-1]
-FEATURE_SIDE = 6  # px; the adaptive pool enlarges smaller feature maps to this
+FEATURE_SIDE = 6  # px; the adaptive pooling resizes other feature maps to this
 FC6_IN = FEATURE_CHANNELS * FEATURE_SIDE * FEATURE_SIDE  # 9216
 HIDDEN = 4096
 BN_EPS = 1e-3  # as in imagenet-multiGPU.torch
@@ -28,7 +28,7 @@ class AlexNetOWT(nn.Module):
             layers: list[nn.Module] = [nn.Conv2d(channels_in, channels, kernel, stride, padding)]
             if batch_norm:
                 layers.append(nn.BatchNorm2d(channels, eps=BN_EPS))
-            # Pool before ReLU: the same values, because both are monotonic, at a quarter of the cost.
+            # Pooling before ReLU gives the same values, because ReLU is monotonic, at a quarter of the cost.
             return [*layers, *([nn.MaxPool2d(kernel_size=3, stride=2)] * pool), nn.ReLU(inplace=True)]
 
         def hidden(units_in: int, units: int):
@@ -47,7 +47,7 @@ class AlexNetOWT(nn.Module):
         )
         self.avgpool = nn.AdaptiveAvgPool2d((FEATURE_SIDE, FEATURE_SIDE))
         self.classifier = nn.Sequential(
-            *hidden(FC6_IN, HIDDEN),  #  37.8 M weights: 62 % of the net
+            *hidden(FC6_IN, HIDDEN),  #  37.8 M weights: 62 % of the model
             *hidden(HIDDEN, HIDDEN),  #  16.8 M
             nn.Linear(HIDDEN, classes),  # 4.1 M for 1000 classes
         )
@@ -56,7 +56,7 @@ class AlexNetOWT(nn.Module):
         return self.classifier(self.convolve(images))
 
     def convolve(self, images: Tensor) -> Tensor:
-        """The input of the fully connected layers: (b, 9216)."""
+        """The features, input of the fully connected layers: (b, 3, side, side) -> (b, 9216)."""
         x = self.features(images)
         if x.shape[-2:] != (FEATURE_SIDE, FEATURE_SIDE):  # not needed at 224 px
             x = self.avgpool(x)
@@ -64,9 +64,9 @@ class AlexNetOWT(nn.Module):
 
 
 def build_model(name: str, classes: int, *, dropout: float = 0.5, seed: int = 0) -> AlexNetOWT:
-    """The net `alexnet-owt` or `alexnet-owt-bn`, its initial weights a function of `seed` alone.
+    """The model `alexnet-owt` or `alexnet-owt-bn`; its initial weights depend only on `seed`.
 
-    The distribution is torch's default, uniform with variance 1 / (3 fan_in), with which torchvision and
+    Their distribution is torch's default, uniform with variance 1 / (3 fan_in), with which torchvision and
     imagenet-multiGPU.torch reached their published errors.
     """
     with torch.random.fork_rng(devices=[]):

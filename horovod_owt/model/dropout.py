@@ -20,7 +20,7 @@ from horovod_owt.data.hashing import hashed
 
 log = logging.getLogger(__name__)
 
-_PURPOSE = 2  # separates these draws from those of order and augmentation
+_PURPOSE = 2  # makes these draws independent of those of order and augmentation
 _LOW = np.uint64(0xFFFFFFFF)
 
 # `_keep_scale_plain` for one element, with the same names: one CUDA kernel instead of 28.
@@ -41,23 +41,22 @@ template <typename T> T keep_scale(T unit, T low, T high, T threshold, T scale_b
 
 
 def sample_keys(seed: int, positions: np.ndarray) -> np.ndarray:
-    """(rows, 2) int32: 64 random bits for each position in the stream of samples."""
+    """64 random bits for each position in the stream of samples: (rows, 2) int32."""
     words = hashed(_PURPOSE, seed, positions)
     halves = np.stack([words >> np.uint64(32), words & _LOW], axis=1)
     return halves.astype(np.uint32).view(np.int32)
 
 
 def keys_on(device: torch.device, seed: int, positions: np.ndarray) -> Tensor:
-    """`sample_keys` on the device."""
+    """`sample_keys`, on the device."""
     return upload(sample_keys(seed, positions), device)
 
 
 def keep_scale(keys: Tensor, layer: int, units: range, dropout: float) -> Tensor:
     """Factors for activations: 0 with probability `dropout`, else 1 / (1 - dropout).
 
-    Shapes    keys (rows, 2) int32 on the device, of `sample_keys` -> (rows, len(units)) float32
-    Source    Ellis' lowbias32 (nullprogram.com/blog/2018/07/31); torch lacks unsigned words on some
-              devices, so shifts of signed words are masked
+    Shapes    keys (rows, 2) int32 on the device, from `sample_keys` -> (rows, len(units)) float32
+    Source    lowbias32 by Wellons (nullprogram.com/blog/2018/07/31)
     """
     kernel = fused_kernel(keys.device) if keys.is_cuda else None
     return (kernel or _keep_scale_plain)(keys, _unit_words(layer, units, keys.device), dropout)
@@ -78,7 +77,7 @@ def _keep_scale_plain(keys: Tensor, unit_words: Tensor, dropout: float) -> Tenso
 
 
 def _mix(words: Tensor) -> Tensor:
-    """Mix 32-bit words in place: a bijection in which every input bit affects every output bit."""
+    """Hash int32 words in place by lowbias32; masks make the arithmetic shifts logical ones."""
     words ^= (words >> 16) & 0xFFFF
     words *= 0x7FEB352D
     words ^= (words >> 15) & 0x1FFFF
@@ -88,15 +87,15 @@ def _mix(words: Tensor) -> Tensor:
 
 
 def _threshold(dropout: float) -> int:
-    """Signed words below it are dropped."""
+    """Units whose hash, as a signed word, is below this are dropped."""
     return round(dropout * 2**32) - 2**31
 
 
 @cache
 def fused_kernel(device: torch.device) -> Callable[[Tensor, Tensor, float], Tensor] | None:
-    """`_keep_scale_plain` as one kernel, compiled by torch's jiterator; None if it fails or differs here.
+    """`_keep_scale_plain` as one kernel, compiled by torch's jiterator; None if it does not work here.
 
-    torch calls the jiterator beta, so its first result is compared.
+    The jiterator is a beta feature of torch, so its first result is checked.
     """
     compiled = torch.cuda.jiterator._create_jit_fn(FUSED_SOURCE, threshold=0, scale_bits=0)
 
@@ -114,8 +113,8 @@ def fused_kernel(device: torch.device) -> Callable[[Tensor, Tensor, float], Tens
     try:
         if torch.equal(fused(keys, unit_words, 0.3), _keep_scale_plain(keys, unit_words, 0.3)):
             return fused
-        fault = "other values than torch's operations"
+        fault = "it computes other values than torch's operations"
     except RuntimeError as error:
         fault = str(error).partition("\n")[0]
-    log.warning("dropout in many small kernels, slower: the fused one fails on this GPU: %s", fault)
+    log.warning("dropout is slower, in many small kernels: the fused one fails on this GPU: %s", fault)
     return None

@@ -1,1 +1,1 @@
-"""What others watch a run by: TensorBoard's files, Prometheus's metrics, alert rules and a dashboard."""
+"""Monitoring of a run: TensorBoard files, Prometheus metrics, alert rules and a dashboard."""

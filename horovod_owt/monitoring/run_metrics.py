@@ -1,4 +1,4 @@
-"""The metrics of a run for Prometheus: a step only leaves its record, a scrape computes the rest."""
+"""Prometheus metrics of a run. A step only stores its record; the metrics are computed when scraped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from horovod_owt.filesystem import free_space
 from horovod_owt.runs.checkpoints import list_checkpoints, step_of
 
 RECENT = 20  # steps whose median predicts the time between checkpoints
-MOST_NAMED = 32  # ranks with a series of their own
+MAX_NAMED = 32  # ranks that have their own series
 SPREAD = ("min", "median", "max")
 PARTS = (
     ("owt_rank_compute_seconds", "compute", "Own work of a rank"),
@@ -48,7 +48,7 @@ class CheckpointOnDisk(NamedTuple):
 
 
 class RunMetrics(Collector):
-    """The state of a run from its records. The thread of a scrape only reads what the others have stored."""
+    """Metrics from the records of a run. Scrapes, in another thread, only read what was stored."""
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class RunMetrics(Collector):
         checkpoint_steps: int = 0,
         silent_ranks: Callable[[], Sequence[Rank]] = lambda: (),
     ) -> None:
-        """`checkpoint_steps` are the steps between two checkpoints, 0 if there is no rule.
+        """`checkpoint_steps` is the number of steps between checkpoints, 0 if unknown.
 
-        `silent_ranks` are asked for in each scrape.
+        `silent_ranks` is called in each scrape.
         """
         self._run_dir, self._attempt = run_dir, attempt
         self._labels = {"run": run_dir.name, "job_id": job_id or "", "attempt": str(attempt)}
@@ -73,17 +73,17 @@ class RunMetrics(Collector):
         self._newest: dict[str, Mapping[str, Any]] = {}  # record by kind
         self._recent_step_s: deque[float] = deque(maxlen=RECENT)
         self._counted: Counter[str] = Counter()
-        self._slow: dict[tuple[int, str], Mapping[str, Any]] = {}  # by rank and what takes long
+        self._slow: dict[tuple[int, str], Mapping[str, Any]] = {}  # by rank and what is slow
         self._times: Times | None = None
         self._loss_finite = True
         self._checkpoint = checkpoint_on_disk(run_dir)
-        self._checkpoint_written = 0.0  # by this attempt, by this host's clock: the file server's may be off
+        self._checkpoint_written = 0.0  # Unix time, by this host's clock: the file server's may be off
         self._measured_interval_s = 0.0
         self._grad_norm: float | None = None  # of the last step in which it was measured
         self._process = psutil.Process()
 
     def record(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Note what is written to the run's records."""
+        """Store a record of the run."""
         self._newest[kind] = values
         if "grad_norm" in values:
             self._grad_norm = values["grad_norm"]
@@ -105,7 +105,7 @@ class RunMetrics(Collector):
             self._loss_finite = self._loss_finite and not values.get("loss_not_finite", False)
 
     def ranks(self, times: Times) -> None:
-        """Note where the time of a step went."""
+        """Store where the time of a step went."""
         self._times = times
 
     def collect(self) -> Iterator[Metric]:
@@ -180,9 +180,9 @@ class RunMetrics(Collector):
             )
 
     def _checkpoint_interval_s(self) -> float:
-        """The steps between two at their recent speed, or the last interval if that was longer; 0: unknown.
+        """The steps between checkpoints at recent speed, or the last interval if longer; 0 if unknown.
 
-        What is between steps, a validation above all, is only in the measured interval.
+        Only the measured interval includes time between steps, such as validation.
         """
         recent = list(self._recent_step_s)
         if not recent or not self._checkpoint_steps:
@@ -190,7 +190,7 @@ class RunMetrics(Collector):
         return max(self._checkpoint_steps * statistics.median(recent), self._measured_interval_s)
 
     def _about_the_host(self) -> Iterator[Metric]:
-        with suppress(OSError):  # the folder's disk may be gone; the rest is worth knowing then
+        with suppress(OSError):  # the disk may be gone, but the other metrics are still useful
             free, _ = free_space(self._run_dir)
             if free is not None:
                 yield self._gauge("owt_disk_free_bytes", "Free for the user, under the run folder.", free)
@@ -201,16 +201,16 @@ class RunMetrics(Collector):
         return self._metric("gauge", name, text, [(labels, value)])
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
-        """Prometheus gets the name with `_total`."""
+        """A counter, exported as NAME_total."""
         return self._metric("counter", name, text, [({}, value)])
 
     def _named(self, name: str, text: str, ranks: Sequence[Mapping[str, str]]) -> Metric:
-        return self._metric("gauge", name, text, [(labels, 1) for labels in ranks[:MOST_NAMED]])
+        return self._metric("gauge", name, text, [(labels, 1) for labels in ranks[:MAX_NAMED]])
 
     def _metric(
         self, kind: str, name: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]]
     ) -> Metric:
-        """A metric whose samples have the labels of the run, and their own."""
+        """A metric whose samples have the labels of the run and their own."""
         metric = Metric(name, text, kind)
         suffix = "_total" if kind == "counter" else ""
         for labels, value in samples:
@@ -219,7 +219,7 @@ class RunMetrics(Collector):
 
 
 def checkpoint_on_disk(run_dir: Path) -> CheckpointOnDisk | None:
-    """The newest checkpoint of a run, if it has one that can be seen."""
+    """The newest checkpoint of a run, if one can be found."""
     with suppress(OSError):
         for folder in list_checkpoints(run_dir):
             with suppress(OSError):  # it is being removed

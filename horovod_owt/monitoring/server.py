@@ -1,4 +1,4 @@
-"""The HTTP server of the metrics: bounded, on one address, in threads of its own."""
+"""The HTTP server of the metrics: on one address, in threads, with limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from horovod_owt.errors import ConfigError, fix_of
 from horovod_owt.parallel.admission import family_of
 from horovod_owt.parallel.interfaces import address_of
 
-MOST_CONNECTIONS = 16  # at a time; a new one displaces the oldest
+MAX_CONNECTIONS = 16  # at a time; a new one displaces the oldest
 REQUEST_S = 5.0  # for the next bytes of a request
 
 
@@ -25,13 +25,13 @@ class _Handler(WSGIRequestHandler):
     timeout = REQUEST_S
 
     def log_message(self, *_: object) -> None:
-        """A scrape is no news."""
+        """Do not log scrapes."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 128  # connections that the kernel keeps for us; the default is 5
+    request_queue_size = 128  # connections that the kernel queues; the default is 5
 
     def __init__(self, address: tuple[str, int]) -> None:
         self.address_family = family_of(address[0])
@@ -40,14 +40,14 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """WSGIServer's, without its look-up of the host's name, which may take seconds."""
+        """Like WSGIServer's, without the lookup of the host name, which may take seconds."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
         self.setup_environ()
 
     def process_request(self, request: socket.socket, client_address: object) -> None:
         with self._one_at_a_time:
-            if len(self._open) >= MOST_CONNECTIONS:
+            if len(self._open) >= MAX_CONNECTIONS:
                 _hang_up(self._open.pop(0))
             self._open.append(request)
         super().process_request(request, client_address)
@@ -59,13 +59,13 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that leaves early or is too slow is no error of ours."""
+        """Ignore clients that disconnect or are too slow."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
 
 def _hang_up(connection: socket.socket) -> None:
-    """End a connection that another thread reads from; that thread closes it."""
+    """Shut down a connection that another thread reads from; that thread closes it."""
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -73,7 +73,7 @@ def _hang_up(connection: socket.socket) -> None:
 
 
 class MetricsServer:
-    """Serves metrics to whoever asks at this address, until `close`."""
+    """Serves metrics at this address until `close`, without authentication."""
 
     def __init__(self, metrics: Collector, *, address: str, port: int) -> None:
         """`address` is one of this host, or an interface's name. Raises ConfigError if it can't listen."""

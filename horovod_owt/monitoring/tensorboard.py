@@ -1,10 +1,11 @@
-"""TensorBoard's files of a run, written by a thread of their own."""
+"""TensorBoard files of a run, written by a separate thread."""
 
 from __future__ import annotations
 
 import logging
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -25,10 +26,10 @@ from horovod_owt.text import valid
 
 log = logging.getLogger(__name__)
 
-IMAGES = 8  # of a batch
-MOST_CURVES = 20  # classes that have a curve each; of more, the worst are listed
-CLOSE_S = 10.0  # for what is left to write at the end: a disk may hang
-MEANS = {  # tag -> key of the records of steps, whose mean is shown
+IMAGES = 8  # shown from a batch
+MAX_CURVES = 20  # up to so many classes have a curve each; of more, the worst are listed
+CLOSE_S = 10.0  # to write the rest at the end: the disk may hang
+MEANS = {  # tag -> key of step records, whose mean is shown
     "train/loss": "loss",
     "speed/images_per_s": "images_per_s",
     "speed/step_ms": "step_ms",
@@ -36,17 +37,16 @@ MEANS = {  # tag -> key of the records of steps, whose mean is shown
     "speed/exposed_comm_ms": "exposed_comm_ms",
 }
 LAST = {"train/lr": "lr", "train/epoch": "epoch", "train/gradient_norm": "grad_norm"}
-VALIDATION = {"validation/loss": "loss", "validation/top1": "top1", "validation/top5": "top5"}
-END = None  # of the queue
+SCORES = ("loss", "top1", "top5", "averaged_loss", "averaged_top1", "averaged_top5")  # of a validation
+END = None  # the last item of the queue
 
 
 class EventFile:
-    """A new file in TensorBoard's folder; what earlier ones have from `first_step` on is no longer shown."""
+    """A new file in TensorBoard's folder; it hides events of earlier files from `first_step` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads files in the order of their names; a time of less than a second keeps it
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{_time_for_name(folder):017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)
         self._add(step=first_step, file_version="brain.Event:2")
@@ -66,14 +66,23 @@ class EventFile:
         self._records.write(Event(wall_time=time.time(), **values).SerializeToString())
 
 
-class TensorBoard:
-    """Writes the records of a run, and what else it is given, to `folder`.
+def _time_for_name(folder: Path) -> float:
+    """The time in seconds, but later than in the names that are there, whatever this host's clock says.
 
-    The callers only queue. An error ends the writing with a warning, never the run.
+    TensorBoard reads files in the order of their names, and never goes back to an earlier one.
+    """
+    found = (re.match(r"events\.out\.tfevents\.(\d+\.\d+)\.", name) for name in os.listdir(folder))
+    return max([time.time(), *(float(each[1]) + 1e-3 for each in found if each)])
+
+
+class TensorBoard:
+    """Writes the records of a run, images and per-class accuracy to `folder`.
+
+    Callers only queue them. An error ends the writing, with a warning, but never the run.
     """
 
     def __init__(self, folder: Path, *, first_step: int, every: int) -> None:
-        """`first_step` is the next step; the steps are shown as means over `every` of them."""
+        """`first_step` is the next step; step records are shown as means over `every` steps."""
         self._folder, self._first_step, self._every = folder, first_step, every
         self._steps: list[Mapping[str, Any]] = []
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -136,8 +145,9 @@ class TensorBoard:
                 self._scalar(tag, found[-1], step)
 
     def _write_validation(self, values: Mapping[str, Any]) -> None:
-        for tag, key in VALIDATION.items():
-            self._scalar(tag, values[key], values["step"])
+        for key in SCORES:
+            if key in values:
+                self._scalar(f"validation/{key}", values[key], values["step"])
 
     def _write_images(self, step: int, batch: Tensor) -> None:
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
@@ -151,10 +161,10 @@ class TensorBoard:
             return
         values = torch.tensor([value for value, _ in known]).numpy()
         self._file.add(step, summary.histogram("validation/top1_of_classes", values, bins="auto"))
-        if len(known) <= MOST_CURVES:
+        if len(known) <= MAX_CURVES:
             for value, name in known:
                 self._scalar(f"class_top1/{name}", value, step)
-        rows = "".join(f"| {name} | {value:.1f} |\n" for value, name in known[:MOST_CURVES])
+        rows = "".join(f"| {name} | {value:.1f} |\n" for value, name in known[:MAX_CURVES])
         worst = f"| class | top-1 in percent |\n|---|---|\n{rows}"
         self._file.add(step, summary.text("validation/worst_classes", worst))
 

@@ -1,4 +1,4 @@
-"""What this rank's main thread is doing, for its other threads to read."""
+"""What this rank's main thread is doing, for the heartbeat and other threads to read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Activity:
     """The current phase, or the collective being waited for; only the main thread writes it."""
 
     what: str = "computing"
-    waiting: bool = False  # for other ranks, in collective `what`
+    waiting: bool = False  # whether `what` is a collective in which this rank waits for others
     since: float = field(default_factory=monotonic)
     step: int = 0  # optimizer updates done
     annotate: Callable[[str], AbstractContextManager] = nullcontext  # a profiler's, around each phase

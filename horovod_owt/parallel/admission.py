@@ -1,12 +1,12 @@
-"""TCP servers that admit only clients that know a key, and clients that trust only such servers.
+"""Mutual authentication over TCP: client and server prove to each other that they know a key.
 
     server: {"challenge": S}
     client: {"challenge": C, "hello": {...}, "proof": HMAC-SHA256(key, ["client", S, C, hello])}
     server: {"proof": HMAC-SHA256(key, ["server", S, C, hello])}
 
-S and C are random: neither the key nor anything that can be used again crosses the network. What follows is
-neither encrypted nor signed. A server never waits for a client: the silent, the slow and those that send
-anything else are dropped, and their number and what is kept of each are bounded.
+S and C are random, so neither the key nor anything that could be replayed crosses the network. The messages
+that follow are neither encrypted nor signed. A server never blocks on a client: it drops clients that are
+silent, slow or send anything else, and limits their number and the bytes that it buffers for each.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any, NamedTuple
 
 from horovod_owt.parallel.lines import Lines, json_line, parsed
 
-HELLO_BYTES = 1000  # of a line of the handshake
-PROVE_S = 5.0  # for a client to prove the key, from accept on
-TRUST_S = 15.0  # for a server to do the same, longer: it may be busy
-MOST_UNPROVEN = 128  # connections at a time, per server that expects no more
-ACCEPTS = 32  # new connections between two looks at the others
-BACKLOG = 1024  # connections that the kernel keeps for us
+MAX_HELLO_BYTES = 1000  # of a line of the handshake
+PROOF_LIMIT_S = 5.0  # for a client to prove the key after it was accepted
+CONNECT_LIMIT_S = 15.0  # for a server to prove the key; longer, since it may be busy
+MAX_PENDING = 128  # unauthenticated connections of a server, unless it expects more clients
+MAX_ACCEPTS = 32  # new connections before the others are served again
+BACKLOG = 1024  # connections that the kernel queues for a listener
 RETRY_S = 0.1
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """An address and port that a server listens on."""
 
     ip: str
@@ -42,21 +42,21 @@ class Place(NamedTuple):
 
 
 class Admitted(NamedTuple):
-    """A client that has proven the key: what it says of itself, and its connection."""
+    """A client that has proven the key: its hello message and its connection."""
 
     hello: dict[str, Any]
     connection: socket.socket
 
 
 @dataclass(eq=False)
-class Unproven:
-    """A connection of somebody who has yet to prove the key."""
+class PendingClient:
+    """A connection whose client has not yet proven the key."""
 
     connection: socket.socket
     ip: str
     challenge: str = field(default_factory=lambda: secrets.token_hex(16))
     since: float = field(default_factory=monotonic)
-    lines: Lines = field(default_factory=lambda: Lines(HELLO_BYTES))
+    lines: Lines = field(default_factory=lambda: Lines(MAX_HELLO_BYTES))
 
 
 def new_key() -> str:
@@ -74,17 +74,17 @@ def is_proof(shown: Any, key: str, role: str, challenges: Sequence[str], hello: 
 
 
 class Listener:
-    """Listens on `ips`; for one thread. `fileno` becomes readable when `admit` has something to do.
+    """Listens on `ips`. Not thread-safe. `fileno` becomes readable when `admit` has something to do.
 
-    `clients` may connect at the same moment: a bound below their number would drop those that answer late,
-    they would connect again, and with thousands of ranks few would ever get through.
+    Up to `clients` may connect at the same moment: with a lower limit, late ones would be dropped and
+    reconnect, and with thousands of ranks few would ever get through.
     """
 
     def __init__(self, ips: Sequence[str], key: str, clients: int = 0) -> None:
-        self.key, self._most_unproven = key, max(MOST_UNPROVEN, clients)
+        self.key, self._max_pending = key, max(MAX_PENDING, clients)
         self._selector = selectors.DefaultSelector()
         self._listeners: list[socket.socket] = []
-        self._unproven: dict[Unproven, None] = {}  # oldest first
+        self._pending: dict[PendingClient, None] = {}  # oldest first
         try:
             self._listeners.extend(listen(ip) for ip in ips)
         except OSError:
@@ -92,7 +92,7 @@ class Listener:
             raise
         for listener in self._listeners:
             self._selector.register(listener, selectors.EVENT_READ)
-        self.places = tuple(Place(*listener.getsockname()[:2]) for listener in self._listeners)
+        self.endpoints = tuple(Endpoint(*listener.getsockname()[:2]) for listener in self._listeners)
 
     def __enter__(self) -> Listener:
         return self
@@ -104,8 +104,8 @@ class Listener:
         return self._selector.fileno()
 
     def descriptors(self) -> set[int]:
-        """Of the connections that are not admitted yet."""
-        return {one.connection.fileno() for one in self._unproven}
+        """File descriptors of the connections that are not admitted yet."""
+        return {one.connection.fileno() for one in self._pending}
 
     def admit(self, wait_s: float = 0.0) -> list[Admitted]:
         """The clients that have proven the key since the last call; waits up to `wait_s` for an event."""
@@ -113,52 +113,52 @@ class Listener:
         for key, _ in self._selector.select(wait_s):
             if key.data is None:
                 self._accept(key.fileobj)
-            elif key.data in self._unproven and (hello := self._judge(key.data)) is not None:
+            elif key.data in self._pending and (hello := self._authenticate(key.data)) is not None:
                 admitted.append(Admitted(hello, key.data.connection))
-        while self._unproven and monotonic() > (oldest := next(iter(self._unproven))).since + PROVE_S:
+        while self._pending and monotonic() > (oldest := next(iter(self._pending))).since + PROOF_LIMIT_S:
             self._drop(oldest)
         return admitted
 
     def close(self) -> None:
-        """Stop listening and drop those who have not proven the key."""
-        for one in self._unproven:
+        """Stop listening, and drop clients that have not proven the key."""
+        for one in self._pending:
             one.connection.close()
-        self._unproven.clear()
+        self._pending.clear()
         for listener in self._listeners:
             listener.close()
         self._selector.close()
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTS):
+        for _ in range(MAX_ACCEPTS):
             try:
                 connection, (ip, *_) = listener.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # gone already, or no descriptor is left
+            except OSError as error:  # the client is gone, or no descriptor is left
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._make_room()
+                    self._drop_one()
                 return
             connection.setblocking(False)
-            one = Unproven(connection, ip)
-            if len(self._unproven) >= self._most_unproven:
-                self._make_room()
-            self._unproven[one] = None
+            one = PendingClient(connection, ip)
+            if len(self._pending) >= self._max_pending:
+                self._drop_one()
+            self._pending[one] = None
             self._selector.register(connection, selectors.EVENT_READ, one)
             try:
                 connection.sendall(json_line({"challenge": one.challenge}))
             except OSError:
                 self._drop(one)
 
-    def _make_room(self) -> None:
-        """Drop the oldest connection of the address that has most of them: a flood displaces itself."""
-        if self._unproven:
-            ((most, _),) = Counter(one.ip for one in self._unproven).most_common(1)
-            self._drop(next(one for one in self._unproven if one.ip == most))
+    def _drop_one(self) -> None:
+        """Drop the oldest connection of the address that has the most, so that a flood displaces itself."""
+        if self._pending:
+            ((busiest, _),) = Counter(one.ip for one in self._pending).most_common(1)
+            self._drop(next(one for one in self._pending if one.ip == busiest))
 
-    def _judge(self, one: Unproven) -> dict[str, Any] | None:
-        """The client's hello, once it has proven the key; whoever can't is dropped."""
+    def _authenticate(self, one: PendingClient) -> dict[str, Any] | None:
+        """The client's hello, once it has proven the key; a client that fails is dropped."""
         try:
-            arrived = one.connection.recv(HELLO_BYTES)
+            arrived = one.connection.recv(MAX_HELLO_BYTES)
             messages = one.lines.feed(arrived)
             if arrived and not messages:
                 return None
@@ -177,11 +177,11 @@ class Listener:
         self._drop(one)
         return None
 
-    def _forget(self, one: Unproven) -> None:
-        del self._unproven[one]
+    def _forget(self, one: PendingClient) -> None:
+        del self._pending[one]
         self._selector.unregister(one.connection)
 
-    def _drop(self, one: Unproven) -> None:
+    def _drop(self, one: PendingClient) -> None:
         self._forget(one)
         one.connection.close()
 
@@ -198,28 +198,30 @@ def family_of(ip: str) -> socket.AddressFamily:
 
 
 def connect(
-    places: Sequence[Place], key: str, hello: dict[str, Any], limit_s: float = TRUST_S
+    endpoints: Sequence[Endpoint], key: str, hello: dict[str, Any], limit_s: float = CONNECT_LIMIT_S
 ) -> socket.socket:
-    """A connection to the server that listens on one of `places` and knows `key`.
+    """A connection to the server that listens on one of `endpoints` and knows `key`.
 
-    Raises OSError if none of them does so within `limit_s`, at once if all refuse.
+    Raises OSError if none answers within `limit_s`, or at once if all refuse.
     """
     deadline = monotonic() + limit_s
     while True:
         errors = []
-        for place in places:
+        for endpoint in endpoints:
             try:
-                return _connect(Place(*place), key, hello, min(deadline, monotonic() + limit_s / len(places)))
+                return _connect(
+                    Endpoint(*endpoint), key, hello, min(deadline, monotonic() + limit_s / len(endpoints))
+                )
             except OSError as error:
                 errors.append(error)
         if monotonic() + RETRY_S > deadline or all(isinstance(e, ConnectionRefusedError) for e in errors):
-            where = ", ".join(f"{place[0]} port {place[1]}" for place in places)
+            where = ", ".join(f"{endpoint[0]} port {endpoint[1]}" for endpoint in endpoints)
             raise OSError(f"no answer at {where}: {errors[-1] if errors else 'no address'}")
         sleep(RETRY_S)
 
 
-def _connect(place: Place, key: str, hello: dict[str, Any], deadline: float) -> socket.socket:
-    connection = socket.create_connection(place, timeout=min(PROVE_S, _left(deadline)))
+def _connect(endpoint: Endpoint, key: str, hello: dict[str, Any], deadline: float) -> socket.socket:
+    connection = socket.create_connection(endpoint, timeout=min(PROOF_LIMIT_S, _left(deadline)))
     try:
         own = secrets.token_hex(16)
         challenges = (_line(connection, deadline)["challenge"], own)
@@ -227,27 +229,27 @@ def _connect(place: Place, key: str, hello: dict[str, Any], deadline: float) -> 
         connection.sendall(json_line(answer))
         if is_proof(_line(connection, deadline)["proof"], key, "server", challenges, hello):
             return connection
-        raise OSError(f"{place.ip} port {place.port} is another server")
+        raise OSError(f"{endpoint.ip} port {endpoint.port} is another server")
     except (ValueError, KeyError, TypeError):
         connection.close()
-        raise OSError(f"{place.ip} port {place.port} is another server") from None
+        raise OSError(f"{endpoint.ip} port {endpoint.port} is another server") from None
     except OSError:
         connection.close()
         raise
 
 
 def _line(connection: socket.socket, deadline: float) -> Any:
-    """The next message, and no byte of what follows; OSError if it is late or too long."""
+    """The next message, without reading beyond it; OSError if it is late or too long."""
     line = bytearray()
     while not line.endswith(b"\n"):
         connection.settimeout(_left(deadline))
         arrived = connection.recv(1)
-        if not arrived or len(line) == HELLO_BYTES:
+        if not arrived or len(line) == MAX_HELLO_BYTES:
             raise ConnectionResetError("connection closed by the other end")
         line += arrived
     return parsed(bytes(line))
 
 
 def _left(deadline: float) -> float:
-    """Seconds left, as a timeout: a socket takes 0 for "do not wait"."""
+    """Seconds left, as a timeout; never 0, which would make the socket non-blocking."""
     return max(0.01, deadline - monotonic())

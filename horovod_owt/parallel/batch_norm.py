@@ -35,7 +35,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms(convolutions: nn.Sequential, group: Group, traffic: Traffic) -> None:
-    """Replace the batch normalisations of `convolutions` with ones synchronised over the group."""
+    """Replace the BatchNorm2d layers of `convolutions` with ones synchronised over the group."""
     for number, module in enumerate(convolutions):
         if isinstance(module, nn.BatchNorm2d):
             convolutions[number] = SyncBatchNorm2d(module, group, traffic, f"sync_bn.features.{number}")
@@ -85,10 +85,10 @@ class UnitNorm:
 
 
 class _NormalizeOverRanks(torch.autograd.Function):
-    """x normalised over all dimensions but 1 and over the ranks, with the mean and unbiased variance.
+    """x normalised over the ranks and all dimensions but 1; also returns the mean and unbiased variance.
 
-    Every rank has the same number of rows. Moments are sent in float64, so that their difference keeps fp32
-    precision.
+    Every rank must have the same number of rows. Moments are summed in float64, so that the variance keeps
+    fp32 precision.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The collectives that training needs; every rank must call each of them."""
+"""Blocking collectives on small tensors and objects; every rank must call each of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from horovod_owt.parallel.objects import from_json, to_json
 
 T = TypeVar("T")
 SHUT_DOWN = "Horovod has been shut down"
-REASON_WITHIN_S = 1.0  # of a shutdown, every collective in flight fails
-in_flight: set[int] = set()  # Horovod's handles of what has been started and not waited for
-LOST_SOMEBODY = "lost contact with another rank: it died, hung or exited"
+REASON_WITHIN_S = 1.0  # after a shutdown, until every collective in flight has failed
+in_flight: set[int] = set()  # Horovod's handles of collectives that were started and not yet waited for
+LOST_A_RANK = "lost contact with another rank: it died, hung or exited"
 
 
 def sum_over_ranks(values: Tensor, name: str) -> Tensor:
@@ -33,7 +33,7 @@ def sum_over_ranks(values: Tensor, name: str) -> Tensor:
 def broadcast_object(value: T | None, name: str, *, kind: type | None = None, root_rank: int = 0) -> T:
     """The root's `value` on every rank; the other ranks' argument is ignored.
 
-    It travels as JSON, see `objects`; `kind` is the class of the dataclasses in it.
+    It is sent as JSON, see `objects`; `kind` is the class of any dataclasses in it.
     """
     with now.waiting_in(name):
         sent = _bytes_of(value) if hvd.rank() == root_rank else torch.empty(0, dtype=torch.uint8)
@@ -45,7 +45,7 @@ def broadcast_object(value: T | None, name: str, *, kind: type | None = None, ro
 
 
 def gather_objects(value: T, name: str, *, kind: type | None = None) -> list[T]:
-    """Every rank's `value`, in rank order, on every rank; as JSON, too."""
+    """Every rank's `value`, in rank order, on every rank; sent as JSON, like `broadcast_object`."""
     with now.waiting_in(name):
         sent = _bytes_of(value)
         lengths = hvd.allgather(torch.tensor([len(sent)]), name=f"{name}.lengths")
@@ -64,7 +64,7 @@ def _object_in(text: Tensor, kind: type | None) -> Any:
 def on_root(action: Callable[[], T] | None, name: str, *, kind: type | None = None) -> T:
     """Run `action` on rank 0 and broadcast its result; an OwtError is raised on every rank.
 
-    The other ranks' argument is ignored. They wait until rank 0 is done. `kind` as above.
+    The other ranks' `action` is ignored; they wait until rank 0 is done. `kind` as in `broadcast_object`.
     """
     outcome = None
     if hvd.rank() == 0:
@@ -80,9 +80,9 @@ def on_root(action: Callable[[], T] | None, name: str, *, kind: type | None = No
 
 
 def bare_collective(name: str, num_bytes: int, ranks: int, device: torch.device) -> Callable[[], object]:
-    """An allreduce, allgather, alltoall or broadcast to be timed, on a buffer of fp32 numbers.
+    """A function that runs an allreduce, allgather, alltoall or broadcast of fp32 numbers, for benchmarks.
 
-    A gather's result has `num_bytes`, so each rank sends a part of them.
+    `num_bytes` is the size of an allgather's result; each rank sends its part.
     """
     part = torch.zeros(max(1, num_bytes // 4 // ranks), device=device)
     whole = torch.zeros(part.numel() * ranks, device=device)
@@ -96,14 +96,14 @@ def bare_collective(name: str, num_bytes: int, ranks: int, device: torch.device)
 
 
 def broadcast_tensor(tensor: Tensor, name: str) -> Tensor:
-    """Rank 0's values on every rank; the other ranks' tensors give shape and dtype."""
+    """Rank 0's values on every rank; the other ranks' `tensor` gives shape and dtype."""
     with now.waiting_in(name):
         return hvd.broadcast(tensor.contiguous(), root_rank=0, name=name)  # Horovod requires it
 
 
 @contextmanager
 def explain_lost_ranks(who: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turn the error of a failed collective into a RunError; `who` may name a peer that is gone."""
+    """Turn the error of a failed collective into a RunError; `who` names the lost ranks, if known."""
     try:
         yield
     except HorovodInternalError as error:
@@ -111,9 +111,10 @@ def explain_lost_ranks(who: Callable[[], str] = lambda: "") -> Iterator[None]:
 
 
 def first_cause(error: HorovodInternalError) -> HorovodInternalError:
-    """The error of the collective that failed first, if `error` is only that of the shutdown after it.
+    """The error of the collective that failed first, if `error` only reports the shutdown that followed.
 
-    That one is among those in flight, but the one that was waited for need not be it.
+    When a collective fails, Horovod fails all others in flight with a generic error; the caller may have
+    waited for one of those.
     """
     waiting, end = set(in_flight), monotonic() + REASON_WITHIN_S
     in_flight.clear()
@@ -129,9 +130,10 @@ def first_cause(error: HorovodInternalError) -> HorovodInternalError:
 
 
 def collective_error(error: HorovodInternalError, lost: str) -> RunError:
-    """NCCL's own reason is quoted, and any other one where no lost rank is known.
+    """The RunError for a failed collective; `lost` names the lost ranks, if known.
 
-    The text that Horovod has for every shutdown is no reason.
+    NCCL's reason is always quoted, other reasons only if no lost rank is known. Horovod's generic text for a
+    shutdown is not a reason.
     """
     reason = str(error).strip().partition("\n")[0]
     if SHUT_DOWN in reason:
@@ -140,7 +142,7 @@ def collective_error(error: HorovodInternalError, lost: str) -> RunError:
     if by_nccl and not lost:
         fix = "set NCCL_DEBUG=INFO and see what NCCL logs; run `owt preflight`"
         return RunError(f"a collective failed: {reason}", fix=fix)
-    saw = f"lost contact with {lost}: it died" if lost else LOST_SOMEBODY
+    saw = f"lost contact with {lost}: it died" if lost else LOST_A_RANK
     quoted = f" ({reason})" if reason and (by_nccl or not lost) else ""
     return RunError(
         saw + quoted,

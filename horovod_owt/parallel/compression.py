@@ -1,10 +1,10 @@
-"""Compressed sums of FC matrices over all ranks, and the state that they keep from step to step.
+"""Compressed sums of FC gradients over all ranks, and their state between steps.
 
-A compressor sends an approximation of its matrix. What that lacks, its error, is added to the next gradient,
-so nothing is lost: the sums of all steps and the errors of all ranks add up to the gradients.
+A compressor sends an approximation of its matrix, and adds the error to the next gradient (error feedback):
+the sums of all steps plus the errors of all ranks equal the sum of the gradients.
 
-Checkpoints have every rank's error, so that a resumed run is the same to the bit. Other ranks than those of
-the checkpoint share the sum of its errors equally.
+Checkpoints hold every rank's error, so that a resumed run is bitwise the same. On another number of ranks,
+each takes an equal share of the sum of the errors.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from horovod_owt.parallel.one_bit import OneBit
 
 # Prefixes of a parameter's name in checkpoints and commits.
 ERROR = "error."  # in a checkpoint every rank's, stacked in rank order; in a commit their sum
-OWNER_ERROR = "owner_error."  # onebit: those of the sums, each row's kept by the rank that owns it
+OWNER_ERROR = "owner_error."  # onebit: errors of the sums, each row's kept by the rank that owns it
 QUERY = "query."  # powersgd: Q of the last step
 PREFIXES = (ERROR, OWNER_ERROR, QUERY)
-MOST_NUMBERS = 2**28  # of all ranks in one transfer: Horovod and MPI count them in 32 bits
+MAX_ELEMENTS = 2**28  # of all ranks in one transfer: Horovod and MPI count in 32 bits
 
 
 class Compressor(Protocol):
-    """Sums one matrix over the ranks. All of them call its methods once a step, in this order."""
+    """Sums one matrix over the ranks. Every rank calls the three methods once a step, in this order."""
 
     error: Tensor  # of this rank, in the shape of the matrix
 
     def start(self, gradient: Tensor) -> None:
-        """Begin to send this rank's gradient."""
+        """Start the first transfer."""
 
-    def turn(self) -> None:
-        """Send on what has arrived."""
+    def advance(self) -> None:
+        """Wait for the first transfer and start the second."""
 
     def finish(self, total: Tensor) -> None:
-        """Write the sum over the ranks to `total`, the tensor that `start` got."""
+        """Write the sum over the ranks to `total`, the tensor that was passed to `start`."""
 
 
-class Alone:
-    """For one rank, which sends nothing: errors of a larger world are added to the first gradient."""
+class SingleRank:
+    """For a job of one rank: nothing is sent, and errors of a larger job are added to the first gradient."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.error = torch.zeros_like(matrix)
@@ -53,7 +53,7 @@ class Alone:
         gradient.add_(self.error)
         self.error.zero_()
 
-    def turn(self) -> None:
+    def advance(self) -> None:
         pass
 
     def finish(self, total: Tensor) -> None:
@@ -63,7 +63,7 @@ class Alone:
 def build_compressors(
     compression: str, named: Mapping[str, nn.Parameter], exchange: Exchange, *, what: str, seed: int
 ) -> dict[str, Compressor]:
-    """One for each matrix of `named` that it makes smaller; empty for compressions without errors."""
+    """A compressor for each matrix of `named` that gets smaller by it; none for lossless settings."""
     found: dict[str, Compressor] = {}
     rank = powersgd_rank(compression)
     for number, (name, parameter) in enumerate(named.items()):
@@ -72,7 +72,7 @@ def build_compressors(
             continue
         like, about = parameter.detach(), {"what": what, "name": f"{what}.{name}"}
         if exchange.group.is_alone:
-            found[name] = Alone(like)
+            found[name] = SingleRank(like)
         elif rank:
             found[name] = LowRank(like, exchange, rank=rank, seed=seed + number, **about)
         else:
@@ -81,13 +81,13 @@ def build_compressors(
 
 
 class CompressionState:
-    """The errors and queries of all compressors, as whole tensors by name."""
+    """The errors and queries of all compressors, as whole tensors by name, for checkpoints and commits."""
 
     def __init__(self, compressors: Mapping[str, Compressor], exchange: Exchange) -> None:
         self._compressors, self._exchange, self._group = compressors, exchange, exchange.group
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of what `gather` returns."""
+        """Shapes of the tensors that `gather` returns."""
         found: dict[str, tuple[int, ...]] = {}
         for name, compressor in self._compressors.items():
             rows, columns = compressor.error.shape
@@ -99,7 +99,7 @@ class CompressionState:
         return found
 
     def gather(self) -> dict[str, Tensor]:
-        """On rank 0 every rank's errors, and the queries; empty on the others. Every rank must call it."""
+        """All ranks' errors, and the queries, on rank 0; empty on the others. Every rank must call it."""
         found = {}
         for name, compressor in self._compressors.items():
             found[ERROR + name] = self._errors_on_root(name, compressor)
@@ -110,9 +110,9 @@ class CompressionState:
         return found if self._group.index == 0 else {}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from what `gather` returned, on these or other ranks. Every rank must call it.
+        """Continue from what `gather` returned, on any number of ranks. Every rank must call it.
 
-        Only rank 0 has `saved`. What is not in it starts from zeros, Q from its random draw.
+        Only rank 0 has `saved`. Errors that it lacks start from zero, Q from its random draw.
         """
         for name, compressor in self._compressors.items():
             shape = compressor.error.shape
@@ -127,13 +127,13 @@ class CompressionState:
                 compressor.query.copy_(self._from_root(query.to(compressor.query), f"{QUERY}{name}"))
 
     def total(self) -> dict[str, Tensor]:
-        """The same for an elastic commit, on every rank: the sum of the errors, because ranks may be lost."""
+        """The state for an elastic commit, on every rank: errors are summed, because ranks may be lost."""
         found = {}
         for name, compressor in self._compressors.items():
-            sent = self._exchange.sum_everywhere(compressor.error, "commit", f"commit.{ERROR}{name}")
+            sent = self._exchange.allreduce(compressor.error, "commit", f"commit.{ERROR}{name}")
             found[ERROR + name] = sent.wait()
             if isinstance(compressor, OneBit):
-                sent = self._exchange.gather_rows(
+                sent = self._exchange.allgather_rows(
                     compressor.owner_error, "commit", f"commit.{OWNER_ERROR}{name}"
                 )
                 found[OWNER_ERROR + name] = sent.wait()
@@ -142,7 +142,7 @@ class CompressionState:
         return found
 
     def restore_total(self, committed: Mapping[str, Tensor]) -> None:
-        """Continue from what `total` returned, on these or other ranks; each one has it."""
+        """Continue from what `total` returned, which every rank has, on any number of ranks."""
         for name, compressor in self._compressors.items():
             compressor.error.copy_(self._shares(name, committed)[self._group.index])
             if isinstance(compressor, OneBit) and OWNER_ERROR + name in committed:
@@ -151,7 +151,7 @@ class CompressionState:
                 compressor.query.copy_(committed[QUERY + name])
 
     def _errors_on_root(self, name: str, compressor: Compressor) -> Tensor:
-        """Every rank's error, one below the other, on rank 0; empty on the others."""
+        """All ranks' errors, stacked in rank order, on rank 0; empty on the others."""
         ranks, shape = self._group.size if self._group.index == 0 else 0, compressor.error.shape
         whole = compressor.error.new_empty(ranks, *shape)
         for start, some in self._pieces(compressor.error):
@@ -160,7 +160,7 @@ class CompressionState:
         return whole.view(-1, shape[1])
 
     def _errors_from_root(self, name: str, compressor: Compressor, saved: Mapping[str, Tensor]) -> None:
-        """To each rank its share of the errors that only rank 0 has."""
+        """Send each rank its share of the errors, which only rank 0 has."""
         is_root, columns = self._group.index == 0, compressor.error.shape[1]
         shares = self._shares(name, saved) if is_root else None
         for start, some in self._pieces(compressor.error):
@@ -169,28 +169,28 @@ class CompressionState:
                 rows = shares[:, start : start + len(some)].reshape(-1, columns).contiguous()
             sizes = [len(some) if is_root else 0] * self._group.size
             some.copy_(
-                self._exchange.to_owners(rows, sizes, "restore", f"restore.{ERROR}{name}.{start}").wait()
+                self._exchange.alltoall_rows(rows, sizes, "restore", f"restore.{ERROR}{name}.{start}").wait()
             )
 
     def _pieces(self, error: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Rows of this rank's error, from their first one on; few enough that all ranks' fit one transfer."""
-        rows = max(1, MOST_NUMBERS // (self._group.size * error.shape[1]))
+        """Blocks of rows of this rank's error with their first row, so that all ranks' fit one transfer."""
+        rows = max(1, MAX_ELEMENTS // (self._group.size * error.shape[1]))
         return ((start, error[start : start + rows]) for start in range(0, len(error), rows))
 
     def _on_root(self, own: Tensor, name: str) -> Tensor:
-        """Every rank's rows, one below the other, on rank 0; none on the others."""
+        """All ranks' rows, stacked in rank order, on rank 0; none on the others."""
         sizes = [len(own), *[0] * (self._group.size - 1)]
-        return self._exchange.to_owners(own, sizes, "checkpoint", f"checkpoint.{name}").wait()
+        return self._exchange.alltoall_rows(own, sizes, "checkpoint", f"checkpoint.{name}").wait()
 
     def _from_root(self, whole: Tensor, name: str) -> Tensor:
-        """Rank 0's tensor on every rank; the others' give shape and dtype."""
-        return self._exchange.lend_rows(whole, 0, f"restore.{name}").wait()
+        """Rank 0's tensor on every rank; the other ranks' `whole` gives shape and dtype."""
+        return self._exchange.broadcast_rows(whole, 0, f"restore.{name}").wait()
 
     def _shares(self, name: str, saved: Mapping[str, Tensor]) -> Tensor:
-        """The error of each rank of this world: (K, m, n).
+        """The error of each of the current ranks: (K, m, n).
 
-        Those saved, if as many ranks saved them; else equal shares of the sum. Owners' errors are added
-        unless this compressor has owners itself.
+        These are the saved ones if as many ranks saved them, else equal shares of their sum. Owners' errors
+        are added to it unless this compressor has owners itself.
         """
         compressor, ranks = self._compressors[name], self._group.size
         shape = compressor.error.shape

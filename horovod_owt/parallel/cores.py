@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from horovod_owt.cgroups import within_quota
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel.device import Device
 from horovod_owt.topology import Topology
@@ -14,16 +15,16 @@ SYSFS = Path("/sys")
 
 
 def use_own_cores(topology: Topology, device: Device) -> int:
-    """Pin this process to its cores; returns the number of compute threads.
+    """Pin this process to its cores; returns the number of compute threads, fewer under a quota of CPU time.
 
-    Memory follows: Linux places a page on the NUMA node of the core that first writes to it, and all large
-    allocations come after this. OMP_NUM_THREADS, if set, still decides the number of threads; raises
-    ConfigError if it is not a number.
+    Call it before large allocations: Linux places a page on the NUMA node of the core that first writes to
+    it. OMP_NUM_THREADS, if set, still decides the number of threads; ConfigError if it is not a number.
     """
     on_host = os.cpu_count() or 1
     cores = own_cores(topology, device, os.sched_getaffinity(0), on_host, SYSFS)
     os.sched_setaffinity(0, cores)
     share = max(1, min(len(cores), on_host // topology.local_size))  # a rank bound to a socket shares it
+    share = within_quota(share, topology.local_size)
     return _asked_threads(os.environ.get("OMP_NUM_THREADS", "")) or share
 
 
@@ -38,7 +39,7 @@ def _asked_threads(setting: str) -> int | None:
     if not (first.isdecimal() and int(first) > 0):
         raise ConfigError(
             f"OMP_NUM_THREADS={setting}",
-            wanted="a number from 1 on",
+            wanted="a positive number",
             fix="unset it: each rank takes its share of the cores",
         ).on_every_rank()
     return int(first)
@@ -47,12 +48,12 @@ def _asked_threads(setting: str) -> int | None:
 def own_cores(
     topology: Topology, device: Device, allowed: Iterable[int], on_host: int, sysfs: Path
 ) -> list[int]:
-    """The cores that this rank uses, out of the `allowed` ones; the host has `on_host`.
+    """The cores for this rank, out of the `allowed` ones; `on_host` is the host's number of cores.
 
-    With a GPU, the cores local to it, shared by the ranks whose GPUs are local to the same cores; on a CPU,
-    or where sysfs has no locality, one `local_size`-th of all. If mpirun or srun has bound the rank already
-    (fewer cores than the host has), it keeps all of those that are local to its GPU. horovodrun, our launch
-    scripts and our jobs bind nothing, so that without this the threads of all ranks would share all cores.
+    With a GPU: the cores local to it, divided among the ranks whose GPUs are local to the same cores. On a
+    CPU, or if sysfs reports no locality: one `local_size`-th of all cores. If mpirun or srun has already
+    bound the rank (it has fewer cores than the host), it keeps all of its cores that are local to its GPU.
+    horovodrun and our own launchers do not bind, so without this all ranks' threads would share all cores.
     """
     cores, turn, ranks = set(allowed), topology.local_rank, topology.local_size
     bound = not topology.unbound and len(cores) < on_host
@@ -63,7 +64,7 @@ def own_cores(
 
 
 def share_of_cores(cores: Sequence[int], turn: int, ranks: int) -> list[int]:
-    """The `turn`-th of `ranks` parts of `cores`; all cores where there are fewer of them than ranks."""
+    """The `turn`-th of `ranks` parts of `cores`; all cores if there are fewer cores than ranks."""
     if len(cores) < ranks:
         return sorted(cores)
     start, end = (len(cores) * r // ranks for r in (turn, turn + 1))
@@ -71,9 +72,9 @@ def share_of_cores(cores: Sequence[int], turn: int, ranks: int) -> list[int]:
 
 
 def _turn(topology: Topology, device: Device, sysfs: Path) -> tuple[int, int]:
-    """This rank's number among the ranks local to the same cores, and how many those are.
+    """This rank's index among the ranks local to the same cores, and the number of these ranks.
 
-    Where the launcher shows each rank only its own GPU, the host's other GPUs stand for the other ranks.
+    If the launcher shows each rank only its own GPU, the host's GPUs are counted instead.
     """
     near = _near(device.gpu.pci, sysfs)
     if device.pci_by_local_rank:
@@ -84,12 +85,12 @@ def _turn(topology: Topology, device: Device, sysfs: Path) -> tuple[int, int]:
 
 
 def _near(pci: str, sysfs: Path) -> list[int]:
-    """CPUs of the socket, or the part of one, that the device is attached to."""
+    """CPUs of the socket, or part of a socket, that the device is attached to."""
     return read_cpu_list(sysfs / "bus/pci/devices" / pci / "local_cpulist")
 
 
 def _nvidia_gpus(sysfs: Path) -> list[str]:
-    """PCI addresses of display (0300) and 3D (0302) controllers; the audio functions are left out."""
+    """PCI addresses of display (0300) and 3D (0302) controllers, but not of their audio functions."""
     found = []
     for folder in (sysfs / "bus/pci/devices").glob("*"):
         vendor, kind = (_read(folder / name) for name in ("vendor", "class"))

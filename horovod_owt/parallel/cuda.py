@@ -1,4 +1,4 @@
-"""Whether CUDA starts in this process."""
+"""Why CUDA does not start in this process."""
 
 from __future__ import annotations
 

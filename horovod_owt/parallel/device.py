@@ -1,4 +1,4 @@
-"""One rank, one device: which GPU, or MIG instance of one, a rank takes. Needs no torch."""
+"""One rank, one device: choose a rank's GPU or MIG instance. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from horovod_owt.topology import Topology
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHARED = "HOROVOD_OWT_SHARED_DEVICES"  # 1: ranks may share a device
-NO_START = (  # what to do where CUDA does not start
+NO_START = (  # the fix if CUDA does not start
     "run `nvidia-smi` there; a machine with NVSwitch needs `nvidia-fabricmanager`, of the driver's version"
 )
 
@@ -42,11 +42,11 @@ CPU = Device("cpu")
 
 
 def claim_device(topology: Topology, env: MutableMapping[str, str] = os.environ) -> Device:
-    """This rank's device. Call it before CUDA starts: CUDA reads once the variables set here.
+    """This rank's device. Call it before CUDA starts, which reads the variables set here only once.
 
-    By default CUDA numbers the fastest GPU first; this sets the order by PCI address, as the driver and
-    Slurm number them. CUDA shows a process one MIG instance, the first visible one, so each rank is shown
-    only its own. Raises DeviceError when there is none for this rank.
+    By default CUDA numbers the fastest GPU first; this selects the order by PCI address, like the driver and
+    Slurm. CUDA uses only the first visible MIG instance, so each rank is shown only its own. Raises
+    DeviceError if there is no device for this rank.
     """
     env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     devices = visible_devices(env)
@@ -70,7 +70,7 @@ def visible_devices(env: Mapping[str, str]) -> list[Device]:
     """
     words = env[VISIBLE].replace(" ", "").split(",") if VISIBLE in env else None
     if words is not None and not _kind(words[0]):
-        return []  # no GPU wanted (empty, -1, Slurm's NoDevFiles): the driver is not needed
+        return []  # no GPU requested (empty, -1, Slurm's NoDevFiles): do not query the driver
     gpus = list_gpus()
     places = [place for gpu in gpus for place in _places(gpu)] if words is None else _named(words, gpus)
     if gpus and not places:
@@ -129,8 +129,8 @@ def _find(name: str, gpus: Sequence[Gpu]) -> list[tuple[Gpu, str]]:
 def assign_device(topology: Topology, devices: Sequence[Device], env: Mapping[str, str]) -> Device:
     """This rank's device among the `devices` that it sees.
 
-    Raises DeviceError when the host has more ranks than visible devices. A rank that sees a single device
-    takes it: if CUDA_VISIBLE_DEVICES is set it may be the rank's own (`srun --gpus-per-task=1`), and only
+    Raises DeviceError if the host has more ranks than visible devices. A rank that sees a single device takes
+    it if CUDA_VISIBLE_DEVICES is set: it may be the rank's own (`srun --gpus-per-task=1`), which only
     `check_not_shared` can tell.
     """
     if not devices:
@@ -157,9 +157,9 @@ def shares_devices(env: Mapping[str, str]) -> bool:
 def check_not_shared(
     everyone: Mapping[int, tuple[str, str, str]], env: Mapping[str, str] = os.environ
 ) -> None:
-    """Raise DeviceError where ranks share a device and sharing is not allowed.
+    """Raise DeviceError if ranks share a device and sharing is not allowed.
 
-    `everyone` is by rank: host, device UUID (empty for a CPU), description of the device.
+    `everyone` maps each rank to its host, device UUID (empty for a CPU) and description of the device.
     """
     if shares_devices(env):
         return
@@ -195,5 +195,5 @@ def can_run(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 def driver_runs(cuda: str, newest: str) -> bool:
-    """Whether a driver whose newest CUDA is `newest` runs programs made with `cuda`: by major versions."""
+    """Whether a driver that supports CUDA `newest` runs programs built with `cuda`, by major version."""
     return int(newest.partition(".")[0] or 0) >= int(cuda.partition(".")[0] or 0)

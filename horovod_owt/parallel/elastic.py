@@ -1,4 +1,4 @@
-"""Horovod's elastic jobs: ranks join and leave; each surviving rank keeps the last commit in memory."""
+"""Elastic jobs: ranks join and leave, and each surviving rank keeps the last commit in memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from horovod.runner.http import http_client
 from torch import Tensor
 
 from horovod_owt.parallel.collectives import broadcast_object, first_cause, gather_objects
+from horovod_owt.parallel.control_channel import NO_PROXY
 from horovod_owt.parallel.interfaces import ipv4_address_of
-from horovod_owt.parallel.meeting import NO_PROXY
 from horovod_owt.parallel.rendezvous import abort_connections
 from horovod_owt.parallel.store import listen_on
 
-RESETS = (HorovodInternalError, HostsUpdatedInterrupt)  # after these the ranks regroup
+RESETS = (HorovodInternalError, HostsUpdatedInterrupt)  # exceptions after which the ranks regroup
 
 
 def is_elastic() -> bool:
@@ -32,23 +32,23 @@ def is_elastic() -> bool:
 
 @dataclass(frozen=True)
 class Commit:
-    """The plain values of a commit; its tensors are in `Committed.tensors`."""
+    """The plain values of a commit; its tensors are in `ElasticState.tensors`."""
 
     step: int
     consumed: int  # samples of the endless stream, over all ranks
-    scaler: dict[str, float]  # loss scale of fp16
+    scaler: dict[str, float]  # fp16 loss scaling
     run_dir: Path
     first_global_batch: int  # of the job's first world
     began_from: str = ""  # the --resume PATH of the run
     attempt: int = 1  # of the run folder
-    checkpoint_due: bool = False  # of this step, by the world that committed or by the next
+    checkpoint_due: bool = False  # for this step, to be written by this world or the next
     validation_due: bool = False
 
 
-class Committed(State):
-    """The last commit of all ranks: plain values, and tensors by name in memory that is reused.
+class ElasticState(State):
+    """The last commit: plain values, and tensors by name in reused memory.
 
-    They stay on the device that computes: 490 MB over a GPU's bus at each commit would delay a step.
+    Tensors stay on the compute device: copying 490 MB to the host at each commit would delay a step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,13 +61,13 @@ class Committed(State):
         ] = {}  # fault record of the last regrouping, for the next world to write
 
     def commit_copy(self, tensors: dict[str, Tensor], commit: Commit) -> bool:
-        """Keep a copy; returns on every rank whether hosts joined or left since the last one.
+        """Copy the tensors; returns, on every rank, whether hosts joined or left since the last commit.
 
-        That is asked of rank 0 first: if it died before, the step is not in its records, and no rank may
-        keep it.
+        Rank 0 broadcasts that before any rank copies: if rank 0 has died, it has not recorded the step, and
+        no rank may keep it.
         """
         hosts_changed = self._hosts_changed()
-        self._forget_all_but(tensors)
+        self._drop_others(tensors)
         for name, tensor in tensors.items():
             if name not in self.tensors:
                 self.tensors[name] = torch.empty_like(tensor)
@@ -85,7 +85,7 @@ class Committed(State):
     def sync(self) -> None:
         """Broadcast the latest commit from a rank that has it; new ranks have none.
 
-        Through the host's memory: in a new world NCCL is not tried yet.
+        Tensors go through host memory: in a new world, NCCL has not been used yet.
         """
         steps = gather_objects(self.last.step if self.last else -1, "elastic.steps")
         root = steps.index(max(steps))
@@ -95,40 +95,40 @@ class Committed(State):
         self.last, layouts, self.regrouped = broadcast_object(
             (self.last, layouts, self.regrouped), "elastic.values", kind=Commit, root_rank=root
         )
-        self._forget_all_but(layouts)
+        self._drop_others(layouts)
         for name, layout in layouts.items():
             if name not in self.tensors:
                 self.tensors[name] = _empty(*layout, self._device)
             own = self.tensors[name].cpu().contiguous()
             self.tensors[name].copy_(hvd.broadcast(own, root, f"elastic.{name}"))
 
-    def _forget_all_but(self, names: Iterable[str]) -> None:
-        """What compressed gradients keep is not the same in worlds of one rank and of several."""
+    def _drop_others(self, names: Iterable[str]) -> None:
+        """Drop other tensors: the state of compressed gradients differs between one rank and several."""
         for name in self.tensors.keys() - set(names):
             del self.tensors[name]
 
     def save(self) -> None:
-        """Horovod's own commit is not used."""
+        """Do nothing: Horovod's own commit is not used."""
 
     def restore(self) -> None:
-        """After a failed collective: let the other ranks know.
+        """After a failed collective, make it fail on the other ranks too.
 
-        Gloo lets only those know that exchange data with the dead one, and while ranks regroup there is no
-        heartbeat to tell the others. The run itself is built again from the last commit.
+        Gloo fails only on ranks that exchange data with the dead one, and while ranks regroup there is no
+        heartbeat to tell the others. The run itself is rebuilt from the last commit.
         """
         abort_connections(keep=set())
-        self._host_messages = queue.Queue()  # the driver chooses the next world's hosts later than this
+        self._host_messages = queue.Queue()  # outdated: the driver has yet to choose the next world's hosts
 
     def on_reset(self) -> None:
-        """Keep what the driver has said of hosts meanwhile; Horovod forgets it.
+        """Keep the driver's messages about hosts, which Horovod's own method drops.
 
-        It chooses a world's hosts before it starts their ranks, and says once that there are others. A host
-        that came back while new ranks loaded torch would be left out until some other host changes.
+        The driver chooses a world's hosts before it starts their ranks, and announces other hosts only once.
+        A host that came back while new ranks loaded torch would be left out until some other host changes.
         """
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """Its shape, strides and dtype, as values that travel between ranks."""
+    """Shape, strides and dtype, as values that can be sent to other ranks."""
     return tuple(tensor.shape), tensor.stride(), str(tensor.dtype).removeprefix("torch.")
 
 
@@ -137,35 +137,35 @@ def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: str, device: 
 
 
 def regroup_reason(reset: HorovodInternalError | HostsUpdatedInterrupt) -> str:
-    """The reason in one line: Horovod's own messages take several, and its interrupts have none."""
+    """Why the ranks regroup, in one line: Horovod's messages take several, and its interrupts have none."""
     if isinstance(reset, HostsUpdatedInterrupt):
         return "hosts joined or left"
     return f"a rank was lost: {str(first_cause(reset)).partition('. ')[0] or 'Horovod gave no reason'}"
 
 
 def regroup() -> NoReturn:
-    """Leave this world for one of the hosts that there are now; every rank must call it.
+    """Leave this world to form a new one with the current hosts; every rank must call it.
 
-    Without Horovod's shortcut of not synchronising after hosts were only removed. A host that joins before
-    the ranks have regrouped starts with a `sync`, in which it would wait for ranks that skip theirs: after a
-    job fell below its minimum, for one, which then waits for hosts.
+    Always synchronises, unlike Horovod when hosts were only removed: a host that joins before the ranks have
+    regrouped starts with a `sync`, in which it would wait for ranks that skip theirs. That happens, for
+    example, when a job falls below its minimum and waits for hosts.
     """
     raise HostsUpdatedInterrupt(skip_sync=False)
 
 
-def regroup_without_newcomers(state: Committed, why: str, world_size: int) -> NoReturn:
-    """Leave a world that ranks have joined which can be no part of it.
+def regroup_without_newcomers(state: ElasticState, why: str, world_size: int) -> NoReturn:
+    """Leave a world that incompatible ranks have joined; every rank that was there before must call it.
 
-    Those end, and the driver takes their exits for failures; every rank that was there before must call it.
+    The newcomers exit, which the driver takes for failures.
     """
     step = state.last.step if state.last else 0
     state.regrouped = {"fault": f"ranks regroup: {why}", "step": step, "world_size": world_size}
     raise HorovodInternalError(why)
 
 
-def run(state: Committed, train: Callable[[Committed], None]) -> None:
+def run(state: ElasticState, train: Callable[[ElasticState], None]) -> None:
     """Call `train` in each world that the ranks form, until it returns. Horovod must be initialised."""
     if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
-        listen_on(ipv4_address_of(interface))  # for the service by which the driver announces new hosts
-    http_client.urlopen = NO_PROXY.open  # it tells the driver where that service is, and its key
+        listen_on(ipv4_address_of(interface))  # the service through which the driver announces new hosts
+    http_client.urlopen = NO_PROXY.open  # sends the driver that service's address and key
     hvd.elastic.run(train)(state)

@@ -1,4 +1,4 @@
-"""Gradients in one flat buffer, summed over ranks in a few large pieces while backward runs."""
+"""Gradients in one flat buffer, summed over ranks in a few large buckets while backward runs."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor, nn
 from horovod_owt.parallel.compression import Compressor
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.traffic import Traffic, Transfer, start_sum
-from horovod_owt.perf.predict import piece_elements
+from horovod_owt.perf.predict import bucket_elements
 
 
 @dataclass
-class _Piece:
+class _Bucket:
     """A range of the flat buffer that is sent in one allreduce, or by a compressor."""
 
     values: Tensor
     name: str
-    compressor: Compressor | None = None  # then the range is a matrix
-    waiting_for: int = 0  # parameters whose gradients are not ready yet in this step
+    compressor: Compressor | None = None  # if set, the range is a matrix
+    pending: int = 0  # parameters whose gradients are not ready yet in this step
     parameters: int = 0
     transfer: Transfer | None = None
 
 
 @dataclass
 class _Layout:
-    """The pieces in which the buffer is sent."""
+    """The buckets in which the buffer is sent."""
 
-    pieces: list[_Piece] = field(default_factory=list)
-    of: dict[nn.Parameter, list[_Piece]] = field(default_factory=dict)
+    buckets: list[_Bucket] = field(default_factory=list)
+    by_parameter: dict[nn.Parameter, list[_Bucket]] = field(default_factory=dict)
 
-    def assign(self, parameter: nn.Parameter, pieces: list[_Piece]) -> None:
-        self.of[parameter] = pieces
-        for piece in pieces:
-            piece.parameters += 1
+    def assign(self, parameter: nn.Parameter, buckets: list[_Bucket]) -> None:
+        self.by_parameter[parameter] = buckets
+        for bucket in buckets:
+            bucket.parameters += 1
 
 
 class FlatGradients:
@@ -47,12 +47,11 @@ class FlatGradients:
     `parameter.grad` is a view of it in the parameter's memory format, so Horovod gets contiguous memory,
     channels_last or not.
 
-    A step: `begin_step`; in each backward pass autograd's hooks (`watch`) or the caller (`add`) deliver each
-    parameter's gradient once; `begin_last` before the last pass; then `finish`. Gradients are sums: for a
-    mean the caller divides the loss beforehand, which saves a pass over the buffer.
+    A step: `begin_step`; in each backward pass autograd hooks (`register_hooks`) or the caller (`add`)
+    deliver each parameter's gradient once; `begin_last_backward` before the last pass; then `finish`.
+    Gradients are sums: for a mean the caller divides the loss beforehand, which saves a pass over the buffer.
 
-    With compression the 16-bit floats, or the `compressors` of some matrices, are used in the steps in which
-    `compresses` is true.
+    fp16 compression, or the `compressors` of some matrices, apply in steps in which `compresses` is true.
     """
 
     def __init__(
@@ -72,13 +71,15 @@ class FlatGradients:
         self._flat = self._parameters[0].new_zeros(sum(p.numel() for p in self._parameters))
         self._views, self._ranges = self._assign_ranges()
         compressors = compressors or {}
-        self._whole = self._in_equal_pieces()
-        self._compressed = self._in_matrices(compressors) if compressors else self._whole
-        self._layout = self._whole
-        self._last = False
-        self._hooked: list[object] = []
+        self._equal_layout = self._equal_buckets()
+        self._compressed_layout = (
+            self._one_bucket_per_parameter(compressors) if compressors else self._equal_layout
+        )
+        self._layout = self._equal_layout
+        self._in_last_backward = False
+        self._hooked_nodes: list[object] = []
 
-    def watch(self) -> None:
+    def register_hooks(self) -> None:
         """Take each gradient from autograd as soon as it is accumulated.
 
         torch 2.0 has no register_post_accumulate_grad_hook: hook the accumulation node and keep it alive.
@@ -86,7 +87,7 @@ class FlatGradients:
         for parameter in self._parameters:
             accumulate = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
             accumulate.register_hook(lambda *_, parameter=parameter: self._take(parameter))
-            self._hooked.append(accumulate)
+            self._hooked_nodes.append(accumulate)
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Deliver a gradient that the caller computed."""
@@ -97,7 +98,7 @@ class FlatGradients:
         self._ready(parameter)
 
     def add_product(self, weight: nn.Parameter, d_out: Tensor, x: Tensor) -> None:
-        """Deliver d_out^T x, a linear layer's gradient; in fp32 it is computed in the buffer itself."""
+        """Deliver d_out^T x, a linear layer's weight gradient; if dtypes match, computed in the buffer."""
         if d_out.dtype != self._flat.dtype:
             return self.add(weight, d_out.t() @ x)
         if weight.grad is None:
@@ -107,45 +108,45 @@ class FlatGradients:
         self._ready(weight)
 
     def add_sum(self, bias: nn.Parameter, d_out: Tensor) -> None:
-        """Deliver the sum over rows, a bias' gradient; in its own dtype it is computed in the buffer."""
+        """Deliver the sum of d_out over rows, a bias gradient; if dtypes match, computed in the buffer."""
         if bias.grad is not None or d_out.dtype != self._flat.dtype:
             return self.add(bias, d_out.sum(dim=0))
         torch.sum(d_out, dim=0, out=self._views[bias])
         self._ready(bias)
 
     def begin_step(self) -> None:
-        """Discard the last step's gradients; the first new ones overwrite them, nothing is zeroed."""
-        self._last = False
+        """Discard the last step's gradients; the first new ones overwrite them without zeroing."""
+        self._in_last_backward = False
         for parameter in self._parameters:
             parameter.grad = None
 
-    def begin_last(self) -> None:
-        """From here on, each piece is sent as soon as its gradients are complete."""
-        self._last = True
-        self._layout = self._compressed if self.compresses else self._whole
-        for piece in self._layout.pieces:
-            piece.waiting_for = piece.parameters
+    def begin_last_backward(self) -> None:
+        """From here on, each bucket is sent as soon as its gradients are complete."""
+        self._in_last_backward = True
+        self._layout = self._compressed_layout if self.compresses else self._equal_layout
+        for bucket in self._layout.buckets:
+            bucket.pending = bucket.parameters
 
     def finish(self) -> None:
         """Wait until every gradient is the group's sum."""
-        compressed = [piece for piece in self._layout.pieces if piece.compressor is not None]
-        for piece in compressed:
-            piece.compressor.turn()
-        for piece in self._layout.pieces:
-            if piece.transfer is not None:
-                summed = piece.transfer.wait()
-                if summed.dtype != piece.values.dtype:
-                    piece.values.copy_(summed)
-                piece.transfer = None
-        for piece in compressed:
-            piece.compressor.finish(piece.values)
+        compressed = [bucket for bucket in self._layout.buckets if bucket.compressor is not None]
+        for bucket in compressed:
+            bucket.compressor.advance()
+        for bucket in self._layout.buckets:
+            if bucket.transfer is not None:
+                summed = bucket.transfer.wait()
+                if summed.dtype != bucket.values.dtype:
+                    bucket.values.copy_(summed)
+                bucket.transfer = None
+        for bucket in compressed:
+            bucket.compressor.finish(bucket.values)
 
     def scale(self, factor: float) -> None:
         """Multiply the gradients, after `finish`."""
         self._flat.mul_(factor)
 
     def _assign_ranges(self) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, range]]:
-        """Each parameter's view of the buffer, and where it is."""
+        """Each parameter's view of the buffer, and its range in it."""
         start, views, ranges = 0, {}, {}
         for parameter in self._parameters:
             end = start + parameter.numel()
@@ -154,26 +155,25 @@ class FlatGradients:
             start = end
         return views, ranges
 
-    def _in_equal_pieces(self) -> _Layout:
+    def _equal_buckets(self) -> _Layout:
         layout, total = _Layout(), 0 if self._group.is_alone else self._flat.numel()
-        length = piece_elements(self._flat.numel())
+        length = bucket_elements(self._flat.numel())
         for start in range(0, total, length):
-            name = f"{self._name}.{len(layout.pieces)}"
-            layout.pieces.append(_Piece(self._flat[start : start + length], name))
+            name = f"{self._name}.{len(layout.buckets)}"
+            layout.buckets.append(_Bucket(self._flat[start : start + length], name))
         for parameter, place in self._ranges.items():
-            layout.assign(parameter, layout.pieces[place.start // length : (place.stop - 1) // length + 1])
+            layout.assign(parameter, layout.buckets[place.start // length : (place.stop - 1) // length + 1])
         return layout
 
-    def _in_matrices(self, compressors: Mapping[nn.Parameter, Compressor]) -> _Layout:
-        """A piece for each parameter."""
+    def _one_bucket_per_parameter(self, compressors: Mapping[nn.Parameter, Compressor]) -> _Layout:
         layout = _Layout()
         for parameter in self._parameters:
             compressor = compressors.get(parameter)
             if compressor is None and self._group.is_alone:
                 continue
-            piece = _Piece(self._views[parameter], f"{self._name}.{len(layout.pieces)}", compressor)
-            layout.pieces.append(piece)
-            layout.assign(parameter, [piece])
+            bucket = _Bucket(self._views[parameter], f"{self._name}.{len(layout.buckets)}", compressor)
+            layout.buckets.append(bucket)
+            layout.assign(parameter, [bucket])
         return layout
 
     def _take(self, parameter: nn.Parameter) -> None:
@@ -184,20 +184,20 @@ class FlatGradients:
 
     def _ready(self, parameter: nn.Parameter) -> None:
         parameter.grad = self._views[parameter]
-        if not self._last:
+        if not self._in_last_backward:
             return
-        for piece in self._layout.of.get(parameter, ()):
-            piece.waiting_for -= 1
-            if piece.waiting_for == 0:
-                self._send(piece)
+        for bucket in self._layout.by_parameter.get(parameter, ()):
+            bucket.pending -= 1
+            if bucket.pending == 0:
+                self._send(bucket)
 
-    def _send(self, piece: _Piece) -> None:
-        if piece.compressor is not None:
-            return piece.compressor.start(piece.values)
+    def _send(self, bucket: _Bucket) -> None:
+        if bucket.compressor is not None:
+            return bucket.compressor.start(bucket.values)
         to_16_bits = self._to_16_bits if self.compresses else None
-        wire = to_16_bits.compress(piece.values)[0] if to_16_bits else piece.values
-        piece.transfer = start_sum(
-            wire, self._group, self._traffic, what=self._name, name=piece.name, in_place=True
+        wire = to_16_bits.compress(bucket.values)[0] if to_16_bits else bucket.values
+        bucket.transfer = start_sum(
+            wire, self._group, self._traffic, what=self._name, name=bucket.name, in_place=True
         )
 
 

@@ -1,4 +1,4 @@
-"""This host's GPUs as the NVIDIA driver reports them, by NVML. The only module that queries the driver.
+"""This host's GPUs as reported by NVML. The only module that queries the driver.
 
 NVML needs neither torch nor CUDA, allocates no GPU memory and ignores CUDA_VISIBLE_DEVICES.
 """
@@ -59,11 +59,11 @@ class GpuHealth:
     persistence_mode: bool | None
     sm_clock_mhz: int | None
     max_sm_clock_mhz: int | None
-    applications_clock_mhz: int | None  # of the SMs, as set by an administrator
+    applications_clock_mhz: int | None  # SM clock set by an administrator
     auto_boost: bool | None
     temperature_c: int | None
-    pcie_generation: int | None  # the link of an idle GPU may run slower
-    max_pcie_generation: int | None  # of GPU and slot together
+    pcie_generation: int | None  # current; an idle GPU may slow down its link
+    max_pcie_generation: int | None  # supported by both GPU and slot
     pcie_width: int | None  # lanes
     max_pcie_width: int | None
 
@@ -115,7 +115,7 @@ def _handle(index: int):
 
 def _gpu(index: int, handle) -> Gpu:
     place = pynvml.nvmlDeviceGetPciInfo(handle)
-    memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    memory = _query(pynvml.nvmlDeviceGetMemoryInfo, handle)
     newest_cuda = pynvml.nvmlSystemGetCudaDriverVersion()  # 11040
     return Gpu(
         index=index,
@@ -132,7 +132,7 @@ def _gpu(index: int, handle) -> Gpu:
 
 def _instances(handle) -> Iterator[str]:
     """UUIDs of a GPU's MIG instances; old drivers format them MIG-GPU-.../GPU INSTANCE/COMPUTE INSTANCE."""
-    mode_and_pending = _ask(pynvml.nvmlDeviceGetMigMode, handle)
+    mode_and_pending = _query(pynvml.nvmlDeviceGetMigMode, handle)
     if not (mode_and_pending and mode_and_pending[0]):
         return
     for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
@@ -145,9 +145,9 @@ def _instances(handle) -> Iterator[str]:
 
 def _health(handle) -> GpuHealth:
     sm = pynvml.NVML_CLOCK_SM
-    boosted = _ask(pynvml.nvmlDeviceGetAutoBoostedClocksEnabled, handle)
+    boosted = _query(pynvml.nvmlDeviceGetAutoBoostedClocksEnabled, handle)
     return GpuHealth(
-        uncorrected_ecc_errors=_ask(
+        uncorrected_ecc_errors=_query(
             pynvml.nvmlDeviceGetTotalEccErrors,
             handle,
             pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
@@ -155,40 +155,40 @@ def _health(handle) -> GpuHealth:
         ),
         retired_pages_pending=_pages_pending(handle),
         throttle_reasons=_throttle_reasons(handle),
-        persistence_mode=_flag(_ask(pynvml.nvmlDeviceGetPersistenceMode, handle)),
-        sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, sm),
-        max_sm_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, sm),
-        applications_clock_mhz=_ask(pynvml.nvmlDeviceGetApplicationsClock, handle, sm),
+        persistence_mode=_flag(_query(pynvml.nvmlDeviceGetPersistenceMode, handle)),
+        sm_clock_mhz=_query(pynvml.nvmlDeviceGetClockInfo, handle, sm),
+        max_sm_clock_mhz=_query(pynvml.nvmlDeviceGetMaxClockInfo, handle, sm),
+        applications_clock_mhz=_query(pynvml.nvmlDeviceGetApplicationsClock, handle, sm),
         auto_boost=_flag(boosted and boosted[0]),
-        temperature_c=_ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
-        pcie_generation=_ask(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),
-        max_pcie_generation=_ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
-        pcie_width=_ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
-        max_pcie_width=_ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
+        temperature_c=_query(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        pcie_generation=_query(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),
+        max_pcie_generation=_query(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+        pcie_width=_query(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
+        max_pcie_width=_query(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
     )
 
 
 def _pages_pending(handle) -> bool | None:
     """GPUs up to Volta retire pages; from Ampere on they remap rows and do not support page retirement."""
-    rows = _ask(pynvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
+    rows = _query(pynvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
     if rows is not None:
         return bool(rows[2])
-    return _flag(_ask(pynvml.nvmlDeviceGetRetiredPagesPendingStatus, handle))
+    return _flag(_query(pynvml.nvmlDeviceGetRetiredPagesPendingStatus, handle))
 
 
 def _throttle_reasons(handle) -> tuple[str, ...] | None:
-    bits = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)  # its name since driver 535
+    bits = _query(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)  # its name since driver 535
     if bits is None:
-        bits = _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+        bits = _query(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
     if bits is None:
         return None
     return tuple(name for bit, name in THROTTLE_REASONS.items() if bits & bit)
 
 
-def _ask(question: Callable[..., Any], *words: Any) -> Any:
-    """The value; None if this GPU or its driver does not report it."""
+def _query(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's value; None if this GPU or its driver does not report it."""
     try:
-        return question(*words)
+        return function(*args)
     except pynvml.NVMLError as error:
         if error.value in NOT_REPORTED:
             return None

@@ -32,12 +32,12 @@ def fc_group_ranks(world_size: int, group_size: int) -> list[tuple[int, ...]]:
 
 
 def shard_group_ranks(world_size: int, group_size: int) -> list[tuple[int, ...]]:
-    """The ranks that hold the same weight shard: one of each fc_group, at the same index."""
+    """The groups of ranks that hold the same weight shard: one rank of each fc_group, at the same index."""
     return [tuple(range(index, world_size, group_size)) for index in range(group_size)]
 
 
 def process_sets(world_size: int, group_size: int) -> list[hvd.ProcessSet]:
-    """The sets to pass to `hvd.init`: it rejects a set of all ranks, and a single rank needs none."""
+    """The process sets for `hvd.init`, which rejects a set of all ranks; a single rank needs none."""
     wanted = fc_group_ranks(world_size, group_size) + shard_group_ranks(world_size, group_size)
     return [hvd.ProcessSet(list(ranks)) for ranks in wanted if 1 < len(ranks) < world_size]
 

@@ -1,9 +1,9 @@
-"""A heartbeat between ranks, independent of Horovod: it names a dead rank at once and a hung rank in time.
+"""A heartbeat between ranks, independent of Horovod, that detects dead and hung ranks.
 
 Rank 0 listens and every other rank keeps a connection to it; twice a second a thread at each end sends what
-its main thread is doing, and less often in jobs of more than 256 ranks: a beat costs rank 0, which trains
-too, some 60 us of Python. The kernel closes the connections of a killed process, and a stopped one sends
-nothing. Messages are one JSON object per line. Rank 0 stops listening once all ranks are connected.
+its main thread is doing (less often in jobs of more than 256 ranks, as each beat takes rank 0 about 60 us).
+The kernel closes the connections of a killed process, and a stopped one sends nothing. Messages are one JSON
+object per line. Rank 0 stops listening once all ranks are connected.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from horovod_owt.parallel.runtime import World
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
-BEATS_PER_S = 512  # from all ranks together; more ranks beat less often
+MAX_BEATS_PER_S = 512  # of all ranks together; with more ranks each beats less often
 SILENT_S = 3.0  # without a beat, at one every BEAT_S: the rank is stopped or its host unreachable
-LOOK_S = 0.2  # between two looks at all peers
-NAMED = 8  # ranks in a message
-SEND_S = 5.0  # for the kernel to take a message
+CHECK_S = 0.2  # between checks of all peers
+MAX_NAMED = 8  # ranks named in a message
+SEND_LIMIT_S = 5.0  # for the kernel to accept a message
 LINE_BYTES = 1 << 16  # of a message
-GOODBYE_S = 2 * SEND_S  # to finish the beat in progress and to send the goodbye
+GOODBYE_LIMIT_S = 2 * SEND_LIMIT_S  # to finish the beat in progress and to send the goodbye
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Peer:
     said_goodbye: bool = False
     lines: Lines = field(default_factory=lambda: Lines(LINE_BYTES))
 
-    def hear(self, beat: dict[str, Any]) -> None:
+    def update(self, beat: dict[str, Any]) -> None:
         self.heard = monotonic()
         if "bye" in beat:
             self.said_goodbye = True
@@ -63,15 +63,18 @@ class Peer:
 
 
 class Heartbeat:
-    """Names dead and hung ranks while it is entered.
+    """Detects dead and hung ranks while it is entered. Every rank must create one at the same time.
 
-    Every rank must create one at the same time. On rank 0 (on rank 1 if rank 0 is silent), `report` gets the
-    ranks that a collective is waiting for, every `report_s` seconds of waiting, and `give_up` gets the same
-    after `give_up_s`. `dump` is called on every reachable rank when a report is made. `on_death` gets the
-    dead ranks, at once, on the ranks that notice: rank 0, or all others if rank 0 died.
-    With `regroup_s` (elastic jobs) all ranks' collectives fail as soon as one rank has died: Gloo fails only
-    those that exchange data with the dead rank, and the others would wait. A host whose kernel acknowledges
-    nothing for that long counts as dead with its ranks (the kernel of a stopped process still does).
+    The callbacks get a description of the ranks concerned:
+
+    report     every `report_s` seconds that a collective waits, on rank 0 (on rank 1 if rank 0 is silent)
+    give_up    after `give_up_s` seconds, on the same rank
+    dump       with each report, on every reachable rank
+    on_death   as soon as a rank dies, on the ranks that notice: rank 0, or all others if rank 0 died
+
+    With `regroup_s` (elastic jobs), the collectives of all ranks fail as soon as one rank has died: Gloo
+    fails only those of ranks that exchange data with the dead one. A host whose kernel acknowledges nothing
+    for that long counts as dead with its ranks (the kernel of a stopped process still acknowledges).
     """
 
     def __init__(
@@ -89,8 +92,8 @@ class Heartbeat:
         self._world, self._report_s, self._give_up_s = world, report_s, give_up_s
         self._report, self._give_up, self._dump, self._on_death = report, give_up, dump, on_death
         self._regroup_s = regroup_s
-        slower = max(1.0, world.size / BEATS_PER_S / BEAT_S)
-        self.beat_s, self._silent_s, self._look_s = BEAT_S * slower, SILENT_S * slower, LOOK_S * slower
+        slower = max(1.0, world.size / MAX_BEATS_PER_S / BEAT_S)
+        self.beat_s, self._silent_s, self._check_s = BEAT_S * slower, SILENT_S * slower, CHECK_S * slower
         self._lost: list[Peer] = []
         self._someone_lost, self._ending = threading.Event(), threading.Event()
         self._peers: dict[int, Peer] = {}
@@ -107,22 +110,19 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Send a goodbye, so that the peers do not report this rank as dead.
-
-        On a busy host the thread may be late; the wait times out only if a peer hangs.
-        """
+        """Send a goodbye, so that the peers do not report this rank as dead."""
         self._ending.set()
-        self._thread.join(timeout=GOODBYE_S)
+        self._thread.join(timeout=GOODBYE_LIMIT_S)  # long, for a busy host; reached only if a peer hangs
 
     def lost(self, wait_s: float = 2.0) -> str:
-        """The ranks known to have died, for a message; waits up to `wait_s` for the first, else empty."""
+        """The ranks known to have died, as text; waits up to `wait_s` for the first, else empty."""
         self._someone_lost.wait(wait_s)
         lost = list(self._lost)
-        named = ", ".join(f"{peer} (last heard from after step {peer.step})" for peer in lost[:NAMED])
-        return named + (f" and {len(lost) - NAMED} more" if lost[NAMED:] else "")
+        named = ", ".join(f"{peer} (last heard from after step {peer.step})" for peer in lost[:MAX_NAMED])
+        return named + _and_more(len(lost))
 
     def silent(self) -> list[Peer]:
-        """On rank 0: the ranks that are silent now or have died. Any thread may ask."""
+        """The ranks that are silent now or have died, on rank 0. Thread-safe."""
         moment = monotonic()
         hung = [peer for peer in list(self._peers.values()) if moment - peer.heard > self._silent_s]
         return [*self._lost, *hung]
@@ -144,21 +144,21 @@ class Heartbeat:
             self._selector.close()
 
     def _watch(self) -> None:
-        # spread over the interval, or the beats of all ranks would hold up rank 0's training thread at once
+        # Ranks' beats are spread over the interval, so that they do not delay rank 0's training all at once.
         next_beat = monotonic() + self.beat_s * self._world.rank / self._world.size
-        next_look, next_report = 0.0, self._report_s
+        next_check, next_report = 0.0, self._report_s
         while not self._ending.is_set():
-            for key, _ in self._selector.select(timeout=LOOK_S):
+            for key, _ in self._selector.select(timeout=CHECK_S):
                 if key.data is not None and self._peers.get(key.data.rank) is key.data:
-                    self._hear(key.data)
+                    self._read(key.data)
             self._admit()
             if monotonic() >= next_beat:
                 next_beat = monotonic() + self.beat_s
                 beat = dict(step=now.step, what=now.what, waiting=now.waiting)
                 self._send_all({**beat, "for_s": round(monotonic() - now.since, 3)})
-            if monotonic() < next_look:
+            if monotonic() < next_check:
                 continue
-            next_look = monotonic() + self._look_s
+            next_check = monotonic() + self._check_s
             waited_s, who = self._longest_wait()
             if waited_s < self._report_s:
                 next_report = self._report_s
@@ -174,7 +174,7 @@ class Heartbeat:
                 self._report(who)
 
     def _longest_wait(self) -> tuple[float, str]:
-        """Seconds of the longest wait in a collective, and, if it is to be reported, who is waited for.
+        """Seconds of the longest wait in a collective, and, if it is long enough to report, a description.
 
         0 if this rank does not report: rank 0 does, or rank 1 while rank 0 is silent.
         """
@@ -197,13 +197,11 @@ class Heartbeat:
             if peer.rank not in silent and not (peer.waiting and peer.what == longest.what):
                 doing = f"waits in {peer.what!r}" if peer.waiting else f"is in {peer.what!r}"
                 missing.append(f"{peer} {doing}, for {moment - peer.since:.0f} s")
-        ranks = ", ".join(map(str, sorted(peer.rank for peer in waiting)[:NAMED]))
-        more = f" and {len(waiting) - NAMED} more" if waiting[NAMED:] else ""
-        for_whom = "; ".join(missing[:NAMED]) or "no rank is missing"
-        for_whom += f" and {len(missing) - NAMED} more" if missing[NAMED:] else ""
-        who = f"ranks {ranks}{more} wait" if waiting[1:] else f"rank {ranks} waits"
-        words = f"{who} in {longest.what!r} for {waited_s:.0f} s"
-        return waited_s, f"{for_whom}; {words}, after step {longest.step}"
+        ranks = ", ".join(map(str, sorted(peer.rank for peer in waiting)[:MAX_NAMED]))
+        who = f"ranks {ranks}{_and_more(len(waiting))} wait" if waiting[1:] else f"rank {ranks} waits"
+        whom = ("; ".join(missing[:MAX_NAMED]) or "no rank is missing") + _and_more(len(missing))
+        wait = f"{who} in {longest.what!r} for {waited_s:.0f} s, after step {longest.step}"
+        return waited_s, f"{whom}; {wait}"
 
     def _dump_everywhere(self, why: str) -> None:
         self._dump(why)
@@ -212,7 +210,7 @@ class Heartbeat:
     def _admit(self) -> None:
         if self._rendezvous:
             for peer in self._rendezvous.admit():
-                self._keep(Peer(*peer))
+                self._add(Peer(*peer))
             if len(self._peers) == self._world.size - 1:
                 self._stop_listening()
 
@@ -227,51 +225,51 @@ class Heartbeat:
             connection = connect_to_root(self._address, self._world.rank, self._world.host)
         except OSError as error:
             raise OSError(f"{error}; if it dies or hangs it cannot be named") from None
-        self._keep(Peer(0, self._address.host, connection))
+        self._add(Peer(0, self._address.host, connection))
 
-    def _keep(self, peer: Peer) -> None:
-        if peer.rank in self._peers:  # it took its first connection for lost
-            self._forget(self._peers[peer.rank])
-        peer.connection.settimeout(SEND_S)
-        if self._regroup_s is not None:  # beats guarantee unacknowledged data
+    def _add(self, peer: Peer) -> None:
+        if peer.rank in self._peers:  # it gave up its first connection and reconnected
+            self._remove(self._peers[peer.rank])
+        peer.connection.settimeout(SEND_LIMIT_S)
+        if self._regroup_s is not None:  # beats make sure that there is data to acknowledge
             limit_ms = int(1e3 * self._regroup_s)
             peer.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
         self._peers[peer.rank] = peer
         self._selector.register(peer.connection, selectors.EVENT_READ, peer)
 
-    def _forget(self, peer: Peer) -> None:
+    def _remove(self, peer: Peer) -> None:
         self._selector.unregister(peer.connection)
         peer.connection.close()
         del self._peers[peer.rank]
 
-    def _hear(self, peer: Peer) -> None:
+    def _read(self, peer: Peer) -> None:
         arrived, died = b"", "its process died"
         try:
             arrived = peer.connection.recv(65536)
             for beat in peer.lines.feed(arrived):
-                self._obey(peer, beat)
+                self._handle(peer, beat)
         except ConnectionError:
             pass
         except OSError as error:
             died = f"its host does not answer ({error.strerror or error})"
         except (ValueError, KeyError, TypeError) as error:
-            arrived, died = b"", f"it sent no heartbeat but {error}"
+            arrived, died = b"", f"it sent an invalid heartbeat: {error}"
         if not arrived:
-            self._forget(peer)
+            self._remove(peer)
             if not peer.said_goodbye:
-                self._lose(peer, died)
+                self._report_death(peer, died)
 
-    def _obey(self, peer: Peer, beat: dict[str, Any]) -> None:
-        peer.hear(beat)
+    def _handle(self, peer: Peer, beat: dict[str, Any]) -> None:
+        peer.update(beat)
         if "dump" in beat:
             self._dump(str(beat["dump"]))
         if "abort" in beat:
             self._abort_collectives()
 
-    def _lose(self, peer: Peer, died: str) -> None:
+    def _report_death(self, peer: Peer, reason: str) -> None:
         self._lost.append(peer)
-        log.error("lost %s: %s, last heard from after step %d", peer, died, peer.step)
-        if len(self._lost) <= NAMED:  # further ones would change no name
+        log.error("lost %s: %s, last heard from after step %d", peer, reason, peer.step)
+        if len(self._lost) <= MAX_NAMED:  # the message would not name further ones
             self._on_death(self.lost(0.0))
         if self._regroup_s is not None:
             self._send_all({"abort": str(peer)})
@@ -279,7 +277,7 @@ class Heartbeat:
         self._someone_lost.set()
 
     def _abort_collectives(self) -> None:
-        """Make this rank's collectives fail; not once it is leaving, perhaps for the job's next world."""
+        """Make this rank's collectives fail, unless it is leaving, perhaps to join the next world."""
         if not self._ending.is_set():
             abort_connections(keep={peer.connection.fileno() for peer in self._peers.values()})
 
@@ -290,3 +288,8 @@ class Heartbeat:
                 peer.connection.sendall(line)
             except OSError:
                 pass  # the next read from it reports why
+
+
+def _and_more(count: int) -> str:
+    """How many of `count` ranks a message does not name."""
+    return f" and {count - MAX_NAMED} more" if count > MAX_NAMED else ""

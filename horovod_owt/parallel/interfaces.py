@@ -13,7 +13,7 @@ from horovod_owt.errors import ConfigError
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)  # in this order, as horovodrun: Horovod's Gloo needs IPv4
 SYSFS_NET = Path("/sys/class/net")
-# Where the interface of a job is set, by horovodrun, by us or by the user.
+# Variables in which horovodrun, this package or the user sets a job's interface.
 INTERFACE_VARIABLES = (
     "HOROVOD_GLOO_IFACE",
     "NCCL_SOCKET_IFNAME",
@@ -23,19 +23,19 @@ INTERFACE_VARIABLES = (
 
 
 def interface_towards(host: str) -> str:
-    """The interface by which this host routes packets to `host`.
+    """The interface through which this host reaches `host`.
 
-    Raises ConfigError when the name does not resolve or there is no route.
+    Raises ConfigError if the name does not resolve or there is no route.
     """
     source = source_address(host)
     for name in psutil.net_if_addrs():
         if source in addresses_of(name):
             return name
-    raise ConfigError(f"no interface has the address {source}, by which {host} is reached")
+    raise ConfigError(f"no interface has the address {source}, through which {host} is reached")
 
 
 def source_address(host: str) -> str:
-    """This host's address on the route to `host`, IPv4 if there is one; raises ConfigError as above.
+    """This host's address on the route to `host`, IPv4 if there is one; ConfigError if there is no route.
 
     Nothing is sent: connecting a UDP socket only looks up the route.
     """
@@ -51,7 +51,7 @@ def source_address(host: str) -> str:
 
 
 def _source(destinations: list[tuple]) -> str:
-    """The source address towards the first destination that has a route; raises the last one's OSError."""
+    """The source address to the first destination that has a route; raises the last one's OSError."""
     for number, (family, _, _, _, address) in enumerate(destinations, start=1):
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -64,24 +64,40 @@ def _source(destinations: list[tuple]) -> str:
 
 
 def interface_between(hosts: list[str]) -> str:
-    """The interface that reaches all of `hosts` other than this one; `lo` when there are none.
+    """The interface that reaches all of `hosts` other than this one; `lo` if there are none.
 
-    Raises ConfigError when they are reached by different interfaces: Gloo uses one.
+    Raises ConfigError if they are reached through different interfaces: Gloo uses only one.
     """
     routes = {host: interface_towards(host) for host in hosts}
     found = sorted(set(routes.values()) - {"lo"})
     if len(found) > 1:
         table = ", ".join(f"{host} by {name}" for host, name in routes.items())
         raise ConfigError(
-            f"hosts are reached by different interfaces: {table}",
+            f"hosts are reached through different interfaces: {table}",
             wanted="one network that connects all hosts",
             fix="--interface NAME",
         )
     return found[0] if found else "lo"
 
 
+def interface_of_lone_rank() -> str:
+    """One with an IPv4 address, loopback if it has one; raises ConfigError.
+
+    Gloo wants one of a single rank too. By itself it looks for the address of the host's name, which need not
+    resolve, or may have IPv6 alone, and ends the process if there is none.
+    """
+    for name in ("lo", *psutil.net_if_addrs()):
+        if any(":" not in address for address in addresses_of(name)):
+            return name
+    raise ConfigError(
+        "no interface of this host has an IPv4 address",
+        wanted="one, loopback at least",
+        fix="ip link set lo up",
+    )
+
+
 def chosen_interface(asked: str | None, hosts: list[str]) -> str:
-    """The interface asked for, which must exist here, else the one between `hosts`."""
+    """The requested interface, else the one between `hosts`; ConfigError if it does not exist here."""
     here = sorted(psutil.net_if_addrs())
     if asked is not None and asked not in here:  # horovodrun would pass it to a shell, then hang
         raise ConfigError(f"--interface {asked}", wanted=f"one of {', '.join(here)}")
@@ -95,22 +111,22 @@ def interface_environment(interface: str) -> dict[str, str]:
 
 
 def nccl_interface(interface: str) -> dict[str, str]:
-    """NCCL takes a name for a prefix: eth1 would be eth10 too. `=` asks for the very name."""
+    """NCCL's variable; without `=`, NCCL takes the name as a prefix: eth1 would also match eth10."""
     return {"NCCL_SOCKET_IFNAME": f"={interface}"}
 
 
 def interface_of_job(env: Mapping[str, str]) -> str | None:
-    """The interface that is set for the job, if it is set by its name and this host has it."""
+    """The interface set for the job, if it is set by name and exists on this host."""
     here = psutil.net_if_addrs()
     names = (env.get(variable, "") for variable in INTERFACE_VARIABLES)
     return next((name for name in names if name in here and addresses_of(name)), None)
 
 
 def listening_addresses(env: Mapping[str, str], *, one_host: bool) -> list[str]:
-    """Where a server for the ranks of this job listens.
+    """The addresses on which a server for the ranks of this job should listen.
 
-    Loopback if all are on this host; the address of the interface that is set, if it is set by its name; else
-    every address of this host that others may reach.
+    Loopback if all ranks are on this host; else the address of the job's interface, if it is set by name;
+    else every address of this host that others may reach.
     """
     if one_host:
         return [address_of("lo")]
@@ -120,7 +136,7 @@ def listening_addresses(env: Mapping[str, str], *, one_host: bool) -> list[str]:
 
 
 def address_of(interface: str) -> str:
-    """Its first address, IPv4 if it has one; raises ConfigError if it has none."""
+    """The interface's first address, IPv4 if it has one; raises ConfigError if it has none."""
     found = addresses_of(interface)
     if not found:
         raise ConfigError(
@@ -130,7 +146,7 @@ def address_of(interface: str) -> str:
 
 
 def ipv4_address_of(interface: str) -> str:
-    """Its first IPv4 address; raises ConfigError if it has none."""
+    """The interface's first IPv4 address; raises ConfigError if it has none."""
     address = address_of(interface)
     if ":" in address:
         raise ConfigError(
@@ -142,14 +158,14 @@ def ipv4_address_of(interface: str) -> str:
 
 
 def addresses_of(interface: str) -> list[str]:
-    """Its addresses that other hosts can use, IPv4 first: IPv6 addresses of one link only are left out."""
+    """The interface's addresses without link-local ones, IPv4 first."""
     found = [a for a in psutil.net_if_addrs().get(interface, []) if a.family in FAMILIES]
     ordered = sorted(found, key=lambda a: FAMILIES.index(a.family))
     return [a.address for a in ordered if not ipaddress.ip_address(a.address).is_link_local]
 
 
 def link(interface: str, net: Path = SYSFS_NET) -> dict[str, int | None]:
-    """Its mtu and its speed; None where the driver reports none, or -1."""
+    """The interface's MTU and speed; None if the driver reports none, or -1."""
     return {"mtu": _number(net / interface / "mtu"), "mbit_per_s": _number(net / interface / "speed")}
 
 
@@ -161,7 +177,7 @@ def _number(file: Path) -> int | None:
 
 
 def usable(addresses: set[str]) -> set[str]:
-    """Those of a host's addresses that we use: IPv4 if there are any, else IPv6 beyond one link."""
+    """The addresses to use for a host: IPv4 if there are any, else IPv6 that are not link-local."""
     beyond = {address for address in addresses if not ipaddress.ip_address(address).is_link_local}
     return {address for address in beyond if ":" not in address} or beyond
 

@@ -7,22 +7,22 @@ from typing import Any
 
 
 def json_line(message: Any) -> bytes:
-    """A message as it is sent: JSON and a newline."""
+    """The message as JSON and a newline."""
     return json.dumps(message).encode() + b"\n"
 
 
 class Lines:
-    """Splits what arrives into messages; keeps at most one line of `most` bytes."""
+    """Splits received bytes into messages; a line may have at most `max_bytes`."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._rest = most, bytearray()
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._rest = max_bytes, bytearray()
 
     def __bool__(self) -> bool:
-        """Whether part of a line has arrived."""
+        """Whether part of a line is buffered."""
         return bool(self._rest)
 
     def feed(self, arrived: bytes) -> list[Any]:
-        """The messages that are complete now; ValueError for a line that is too long or not JSON."""
+        """The messages completed by these bytes; ValueError for a line that is too long or not JSON."""
         *lines, last = arrived.split(b"\n")
         messages = []
         for line in lines:
@@ -33,9 +33,9 @@ class Lines:
         return messages
 
     def _keep(self, part: bytes) -> None:
-        if len(self._rest) + len(part) > self._most:
+        if len(self._rest) + len(part) > self._max_bytes:
             self._rest.clear()
-            raise ValueError(f"a line of more than {self._most} bytes")
+            raise ValueError(f"a line of more than {self._max_bytes} bytes")
         self._rest += part
 
 

@@ -1,4 +1,4 @@
-"""Gradients as products of two thin matrices: PowerSGD."""
+"""PowerSGD: gradients as products of two thin matrices."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from horovod_owt.parallel.exchange import Exchange
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the space of the columns; of as many dimensions if some depend on others."""
+    """An orthonormal basis whose span contains the columns; it has as many vectors as there are columns."""
     return torch.linalg.qr(columns).Q
 
 
 class LowRank:
     """The sum over ranks of one matrix M (m, n), as P Q^T of rank r.
 
-    One step of subspace iteration: P = M Q with the Q of the step before, summed and orthonormalised, then
-    Q = M^T P, summed. Each rank adds the error of its own part of the last sum to its next gradient.
+    One step of subspace iteration: P = M Q with the Q of the last step, summed and orthonormalised, then
+    Q = M^T P, summed. Each rank adds the error of its own contribution to its next gradient.
 
-    Source    Vogels, Karimireddy and Jaggi 2019, arXiv:1905.13727, algorithms 1 and 2; as torch's
-              powerSGD_hook, Q is orthonormalised before use, which leaves the space of P unchanged
+    Source    Vogels, Karimireddy and Jaggi 2019, arXiv:1905.13727, algorithms 1 and 2; like torch's
+              powerSGD_hook it orthonormalises Q before use, which leaves the span of P unchanged
     """
 
     def __init__(
@@ -34,13 +34,11 @@ class LowRank:
 
     def start(self, gradient: Tensor) -> None:
         p = self.error.add_(gradient) @ orthonormal(self.query)
-        self._transfer = self._exchange.sum_everywhere(p, self._what, f"{self._name}.P")
+        self._transfer = self._exchange.allreduce(p, self._what, f"{self._name}.P")
 
-    def turn(self) -> None:
+    def advance(self) -> None:
         self._p = orthonormal(self._transfer.wait())
-        self._transfer = self._exchange.sum_everywhere(
-            self.error.t() @ self._p, self._what, f"{self._name}.Q"
-        )
+        self._transfer = self._exchange.allreduce(self.error.t() @ self._p, self._what, f"{self._name}.Q")
 
     def finish(self, total: Tensor) -> None:
         self.query.copy_(self._transfer.wait())

@@ -1,7 +1,7 @@
-"""What a rank tells MPI before MPI starts: on CPU cores, to give up the core while it waits.
+"""Make MPI yield the core while it waits, for ranks that compute on CPU cores.
 
-MPI polls while it waits, and takes the core from ranks that compute. The setting is made in the rank itself,
-so it holds under mpirun, srun, horovodrun and whatever else starts ranks. Ranks on GPUs keep MPI's default.
+By default MPI polls while it waits, and takes cores from ranks that compute. The setting is made in the rank
+itself, so it applies under any launcher. Ranks on GPUs keep MPI's default.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ YIELD = {
 
 
 def yield_when_idle(env: MutableMapping[str, str] = os.environ) -> None:
-    """Let waiting ranks yield their core, unless the user has decided, by a variable or `mpirun --mca`.
+    """Let waiting ranks yield their core, unless the user has set it by a variable or `mpirun --mca`.
 
-    Call it before MPI starts, which reads the environment once.
+    Call it before MPI starts, which reads the environment only once.
     """
     for name, value in YIELD.items():
         env.setdefault(name, value)

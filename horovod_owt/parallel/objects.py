@@ -1,8 +1,8 @@
-"""Python values as JSON, for other ranks: what arrives is data and nothing else, unlike a pickle.
+"""Python values as JSON, to send to other ranks: unlike a pickle, what arrives cannot run code.
 
-Beside JSON's own types: tuples (named ones become plain), bytes, paths, dicts with any keys, NaN, infinity,
-text with bytes that are not UTF-8, NumPy's numbers (they become Python's), an OwtError, and one dataclass
-that the receiver names.
+Besides JSON's types: tuples (named tuples become plain ones), bytes, paths, dicts with any keys, NaN and
+infinity, text that is not valid UTF-8, NumPy numbers (which become Python's), OwtErrors, and one dataclass,
+given by the receiver.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from horovod_owt import errors
 from horovod_owt.errors import OwtError
 
-TAG = "="  # the only key of a JSON object that stands for something else, or for a dict with such a key
+TAG = "="  # the only key of a JSON object that encodes another type, or a dict that has this key
 
 
 def to_json(value: Any) -> str:
-    """`value` as text; TypeError for a type that does not travel."""
+    """`value` as JSON; TypeError for an unsupported type."""
     return json.dumps(_plain(value))
 
 
 def from_json(text: str, kind: type | None = None) -> Any:
-    """The value again, `kind` being the class of dataclasses in it; ValueError for anything else."""
+    """The value that `to_json` encoded; `kind` is the class of its dataclasses. ValueError if invalid."""
     try:
         return _value(json.loads(text), kind)
     except (TypeError, KeyError, RecursionError) as error:
@@ -57,7 +57,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {TAG: ["dataclass", _plain(fields)]}
-    raise TypeError(f"a {type(value).__name__} does not travel between ranks")
+    raise TypeError(f"a {type(value).__name__} cannot be sent to other ranks")
 
 
 def _value(plain: Any, kind: type | None) -> Any:
@@ -85,7 +85,7 @@ def _value(plain: Any, kind: type | None) -> Any:
 
 
 def _name(error: OwtError) -> str:
-    """The class in `errors` that the error is of, or the nearest."""
+    """The error's class in `errors`, or its nearest base class there."""
     return next(each.__name__ for each in type(error).__mro__ if each in vars(errors).values())
 
 

@@ -1,7 +1,7 @@
-"""Gradients in one bit: signs, and for each row the means of what is positive and what is negative.
+"""One-bit gradients: the sign of each number, and the means of each row's positive and negative numbers.
 
-A row of n numbers travels as n bits, padded to whole bytes, and its two means. What a row loses is kept by
-the one who sent it, and added to the next row that it sends: error feedback.
+A row of n numbers is sent as n bits, padded to whole bytes, and its two means. The sender keeps the
+quantisation error and adds it to the next row that it sends: error feedback.
 
 Source    Seide et al. 2014, Interspeech, "1-bit stochastic gradient descent", sections 2 and 3
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 from horovod_owt.compression import one_bit_row_bytes
 from horovod_owt.parallel.exchange import Exchange, split_sizes
 
-MAX_BLOCK = 2**18  # numbers that are quantised at a time on a CPU: they fit its caches
+MAX_BLOCK = 2**18  # numbers quantised at a time on a CPU, to fit its caches
 # Multiplying eight bytes of 0 or 1, read as one number, by PACK moves byte i to bit i of the highest byte.
 # SPREAD copies a byte eight times, EACH_BIT keeps bit i of copy i.
 PACK, SPREAD, EACH_BIT = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - 2**64
 
 
 def quantise_(values: Tensor) -> Tensor:
-    """Rows for the network (m, bytes of a row), uint8; `values` (m, n) becomes what they lose."""
+    """`values` (m, n) quantised: (m, bytes per row), uint8; `values` is overwritten by the error."""
     rows, columns = values.shape
     row_bytes = one_bit_row_bytes(columns, values.element_size())
     wire = torch.empty(rows, row_bytes, dtype=torch.uint8, device=values.device)
@@ -42,7 +42,7 @@ def quantise_(values: Tensor) -> Tensor:
 
 
 def dequantise(wire: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """Write the numbers (m, n) that the rows stand for to `out`, or add them to it."""
+    """Write the numbers that `wire` encodes to `out` (m, n), or add them to it."""
     columns = out.shape[1]
     num_bytes = -(-columns // 8)
     for part, sent in _in_blocks(out, wire):
@@ -61,7 +61,7 @@ def _in_blocks(values: Tensor, wire: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _numbers(negative: Tensor, means: Tensor) -> Tensor:
-    """The mean of its side in place of each number, by the same arithmetic at both ends."""
+    """Each number replaced by the mean of its sign, with the same arithmetic at both ends."""
     positive_mean, negative_mean = means[:, :1], means[:, 1:]
     return negative.to(means.dtype).mul_(negative_mean - positive_mean).add_(positive_mean)
 
@@ -78,7 +78,7 @@ def _negative(values: Tensor) -> Tensor:
 
 
 def pack(bits: Tensor) -> Tensor:
-    """Eight numbers of 0 or 1 a byte, the first one lowest: uint8 (m, n) -> (m, n / 8, rounded up)."""
+    """Eight 0/1 values per byte, the first in the lowest bit: uint8 (m, n) -> (m, ceil(n / 8))."""
     if not bits.is_cuda:
         return torch.from_numpy(np.packbits(bits.numpy(), axis=1, bitorder="little"))
     return pack_on_gpu(bits)
@@ -102,11 +102,11 @@ def unpack_on_gpu(packed: Tensor, columns: int) -> Tensor:
 
 
 class OneBit:
-    """The sum over ranks of one matrix, in one bit for each number and direction.
+    """The sum over ranks of one matrix, sent in one bit per number in each direction.
 
     Each rank owns a share of the rows: it receives these from all ranks, sums them, and sends the sum to all,
-    again in one bit. So errors are made twice, and kept by who makes them: each rank has one of all rows that
-    it sends, and an owner one of the sums.
+    again quantised. There are two kinds of error: each rank keeps that of the rows it sends (`error`), and
+    each owner that of its sums (`owner_error`).
     """
 
     def __init__(self, matrix: Tensor, exchange: Exchange, *, what: str, name: str) -> None:
@@ -117,14 +117,14 @@ class OneBit:
 
     def start(self, gradient: Tensor) -> None:
         rows = quantise_(self.error.add_(gradient))
-        self._transfer = self._exchange.to_owners(rows, self.sizes, self._what, f"{self._name}.to owners")
+        self._transfer = self._exchange.alltoall_rows(rows, self.sizes, self._what, f"{self._name}.to owners")
 
-    def turn(self) -> None:
+    def advance(self) -> None:
         arrived = self._transfer.wait()
         total = self.owner_error
         for rows in arrived.chunk(self._exchange.group.size) if len(total) else ():
             dequantise(rows, total, add=True)
-        self._transfer = self._exchange.gather_rows(quantise_(total), self._what, f"{self._name}.to all")
+        self._transfer = self._exchange.allgather_rows(quantise_(total), self._what, f"{self._name}.to all")
 
     def finish(self, total: Tensor) -> None:
         dequantise(self._transfer.wait(), total)

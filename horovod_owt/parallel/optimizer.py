@@ -1,4 +1,4 @@
-"""SGD with momentum, and LARS: replicas update their weights with it, and `choose` times it."""
+"""SGD with momentum, and LARS."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_optimizer(parameters: list[nn.Parameter], cfg: TrainConfig) -> torch.o
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it can skip an update, and divide gradients, by tensors on the device."""
+    """Whether the optimizer takes `found_inf` and `grad_scale` tensors, to skip or scale an update."""
     return bool(optimizer.defaults.get("fused"))
 
 
@@ -41,11 +41,11 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
 def scale_by_layer(
     parameters: list[nn.Parameter], norms: Tensor, *, lr: float, weight_decay: float, eta: float
 ) -> None:
-    """Turn each gradient into LARS's step before momentum: lr * layer's rate * (gradient + decay * weight).
+    """Replace each gradient by LARS's step before momentum: lr * rate * (gradient + weight_decay * weight).
 
-    `norms` (n, 2) are those of each whole tensor and its gradient, the rate their quotient times `eta`; it is
-    1 where one of them is 0. SGD then has a learning rate of 1 and no weight decay, so that the learning rate
-    is inside the momentum, as in the paper.
+    `norms` (n, 2) are those of each whole tensor w and its gradient g; rate = eta * |w| / (|g| + weight_decay
+    * |w|), or 1 where a norm is 0. SGD must then have a learning rate of 1 and no weight decay, so that the
+    learning rate goes into the momentum, as in the paper.
 
     Source    You, Gitman and Ginsburg 2017, arXiv:1708.03888, algorithm 1; borisgin/nvcaffe for norms of 0
     """

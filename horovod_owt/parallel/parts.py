@@ -1,4 +1,4 @@
-"""The parts of a training step, measured by all ranks together: what `auto` and `bench ceilings` add up."""
+"""Time the parts of a training step, on all ranks together, for `parallel=auto` and `bench ceilings`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from horovod_owt.parallel.exchange import Exchange
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.optimizer import build_optimizer
 from horovod_owt.parallel.runtime import World
-from horovod_owt.parallel.step import DTYPES, autocast, set_kernels
+from horovod_owt.parallel.step import DTYPES, autocast, configure_backends
 from horovod_owt.parallel.traffic import Traffic, start_sum
 from horovod_owt.perf.network import FC6_IN, HIDDEN, conv_parameters, fc_layers, fc_parameters, share
-from horovod_owt.perf.predict import Parts, Sum, piece_elements
+from horovod_owt.perf.predict import Parts, Sum, bucket_elements
 
 REPEATS = 3  # of each measurement, after one warm-up
-LONG_S = 0.5  # what takes longer is measured once
-PIECES = 4  # of the flat gradients, sent together; the total time is scaled up from them
-CPU_IMAGES = 8  # a sample: on a CPU the time of convolutions is proportional to the number of images
+LONG_S = 0.5  # anything that takes longer is measured once
+BUCKETS = 4  # of gradients, sent together; the total time is scaled up from them
+CPU_IMAGES = 8  # on a CPU a few suffice: convolution time is proportional to the number of images
 
 Seconds = dict[str, float]
 
 
 def measure_parts(cfg: TrainConfig, world: World, group_sizes: dict[str, int]) -> dict[str, Parts]:
-    """The parts of a step with each number of ranks that share the FC layers."""
-    set_kernels(cfg)  # as a step has them, or its convolutions take another time
+    """The parts of a step for each of `group_sizes`, the number of ranks that share the FC layers."""
+    configure_backends(cfg)  # as in training, since they affect the time of convolutions
     convolutions = time_convolutions(cfg, world)
     conv_sum = time_sum_of_gradients(conv_parameters(), world.everyone, cfg, world)
     found = {}
@@ -53,7 +53,7 @@ def measure_parts(cfg: TrainConfig, world: World, group_sizes: dict[str, int]) -
 
 
 def time_convolutions(cfg: TrainConfig, world: World) -> Seconds:
-    """Forward and backward of a micro-batch of this net in this precision."""
+    """Seconds of the convolutions' forward and backward pass of a micro-batch."""
     images = min(cfg.batch, CPU_IMAGES) if world.device.type == "cpu" else cfg.batch
     with torch.device("meta"):  # the classifier's weights need no memory here
         model = AlexNetOWT(1, batch_norm=cfg.model == "alexnet-owt-bn")
@@ -83,7 +83,7 @@ def time_convolutions(cfg: TrainConfig, world: World) -> Seconds:
 
 
 def time_classifier(cfg: TrainConfig, world: World, *, group_size: int) -> Seconds:
-    """Matrix products and weight update of one rank's part of the FC layers; group_size 1 is all of them."""
+    """Seconds of the matrix products and the update of one rank's part of the FC layers."""
     rows, dtype, kept = cfg.batch * group_size, DTYPES[cfg.precision], _kept(cfg)
 
     def filled(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -111,29 +111,29 @@ def time_classifier(cfg: TrainConfig, world: World, *, group_size: int) -> Secon
 
 
 def time_sum_of_gradients(parameters: int, group: Group, cfg: TrainConfig, world: World) -> Sum:
-    """Seconds to sum that many gradients over the group: a few pieces are timed, the total is scaled up.
+    """Seconds to sum that many gradients over the group, scaled up from a few buckets.
 
-    On a CPU the seconds that this rank's threads spend in it are missing from its computation; the rest is
-    waiting for the network, and computation may go on.
+    On a CPU, `busy_s` is the time that this rank's threads spend moving bytes, during which they cannot
+    compute; the rest is waiting for the network, which can overlap with computation.
     """
     if group.is_alone:
         return Sum()
     dtype = torch.float16 if cfg.compression == "fp16" else _kept(cfg)
-    length = piece_elements(parameters)
-    pieces = [torch.zeros(length, device=world.device, dtype=dtype) for _ in range(PIECES)]
+    length = bucket_elements(parameters)
+    buckets = [torch.zeros(length, device=world.device, dtype=dtype) for _ in range(BUCKETS)]
     traffic, busy_s = Traffic(world.device), []
 
     def send() -> None:
         busy_s.append(-process_time())
-        sums = [
-            start_sum(piece, group, traffic, what="auto", name=f"auto.sum.{number}", in_place=True)
-            for number, piece in enumerate(pieces)
+        transfers = [
+            start_sum(bucket, group, traffic, what="auto", name=f"auto.sum.{number}", in_place=True)
+            for number, bucket in enumerate(buckets)
         ]
-        for piece in sums:
-            piece.wait()
+        for transfer in transfers:
+            transfer.wait()
         busy_s[-1] += process_time()
 
-    scale = parameters / (PIECES * length)
+    scale = parameters / (BUCKETS * length)
     total_s = scale * time_together({"sum": send}, world)["sum"]
     if world.device.type == "cuda":
         return Sum(wire_s=total_s)
@@ -155,24 +155,24 @@ def _exchange(cfg: TrainConfig, world: World, group: Group) -> float:
     logits_part = zeros(rows, cfg.classes, dtype=_kept(cfg))
 
     def forward_and_back() -> None:
-        exchange.gather_rows(features, "auto.features").wait()
-        exchange.sum_units(units_part, "auto.units").wait()
-        exchange.sum_everywhere(logits_part, "auto.logits").wait()
-        exchange.gather_units(own_units, "auto.units back").wait()
-        exchange.sum_rows(features_part, "auto.features back").wait()
+        exchange.allgather_rows(features, "auto.features").wait()
+        exchange.reduce_scatter_units(units_part, "auto.units").wait()
+        exchange.allreduce(logits_part, "auto.logits").wait()
+        exchange.allgather_units(own_units, "auto.units back").wait()
+        exchange.reduce_scatter_rows(features_part, "auto.features back").wait()
 
     return time_together({"exchange": forward_and_back}, world)["exchange"]
 
 
 def _kept(cfg: TrainConfig) -> torch.dtype:
-    """The dtype of weights, gradients and logits, whatever the passes compute in."""
+    """The dtype of weights, gradients and logits, independent of autocast."""
     return DTYPES["fp64" if cfg.precision == "fp64" else "fp32"]
 
 
 def time_together(actions: dict[str, Callable[[], object]], world: World) -> Seconds:
-    """Seconds of each action, run in this order by all ranks together: the median of the slowest rank.
+    """Seconds of each action, run in this order by all ranks together: the slowest rank's median.
 
-    Every rank gets the same figures, and so makes the same decision.
+    Every rank gets the same figures, so all make the same decision.
     """
 
     def once() -> list[float]:
@@ -196,7 +196,7 @@ def time_together(actions: dict[str, Callable[[], object]], world: World) -> Sec
 
 
 def time_each(action: Callable[[], object], world: World, *, repeats: int, warmup: int = 2) -> list[float]:
-    """Seconds of each repeat on its slowest rank; a small sum before each lets all ranks start together."""
+    """Seconds of each repeat on its slowest rank; a small allreduce before each aligns the ranks."""
     mine = []
     start_line = torch.zeros(1, device=world.device)
     for _ in range(warmup + repeats):

@@ -1,4 +1,4 @@
-"""Start Horovod once, and describe this rank's place in the job."""
+"""Initialise Horovod, and describe this rank's place in the job."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.cores import use_own_cores
 from horovod_owt.parallel.device import Device, check_not_shared, shares_devices
 from horovod_owt.parallel.groups import Group, fc_group_ranks, group_of, process_sets, shard_group_ranks
+from horovod_owt.parallel.interfaces import interface_of_lone_rank
 from horovod_owt.parallel.mpi import yield_when_idle
 from horovod_owt.parallel.timeline import ENVIRONMENT as TIMELINE
 from horovod_owt.parallel.torchrun import close_server, join_torchrun
-from horovod_owt.topology import Launcher, Topology, place_on_box, read_topology
+from horovod_owt.topology import Launcher, Topology, loopback_place, read_topology
 from horovod_owt.versions import installed_versions
 
 NCCL_SHARES_DEVICES = 23000  # the first NCCL with NCCL_MULTI_RANK_GPU_ENABLE
@@ -27,7 +28,7 @@ NCCL_SHARES_DEVICES = 23000  # the first NCCL with NCCL_MULTI_RANK_GPU_ENABLE
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place in the job: read once, then passed to whatever needs it."""
+    """This rank's place in the job: queried once, then passed on."""
 
     rank: int
     size: int
@@ -60,10 +61,11 @@ def init(
 ) -> World:
     """Join the job with this device, once per process: Gloo does not survive repeated initialisation.
 
-    Groups of `fc_group_size` ranks get their process sets here: sets added later cost a round trip in each
-    cycle. `timeline` allows `start_timeline`. The fusion threshold is 0, because pieces of a flat buffer need
-    no fusion buffer: 0.152 instead of 0.175 s for 244 MB on two ranks. Variables that the user has set are
-    kept.
+    Creates the process sets for groups of `fc_group_size` ranks: sets added later cost a round trip in each
+    cycle. `timeline` allows `start_timeline`. Tensor fusion is off, because buckets of a flat buffer need no
+    fusion buffer: 0.152 instead of 0.175 s for 244 MB on two ranks. Variables set by the user are kept.
+
+    Raises ConfigError if the ranks disagree on `fc_group_size` or Horovod's MPI is not the launcher's.
     """
     topology = read_topology()
     if topology.launcher is Launcher.TORCHRUN:
@@ -72,7 +74,7 @@ def init(
     torch.set_num_threads(use_own_cores(topology, device))
     defaults = {
         "HOROVOD_FUSION_THRESHOLD": "0",
-        # Later than the heartbeat's limit, which reports and ends the job first.
+        # Longer than the heartbeat's limit, so that the heartbeat reports and ends the job first.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(int(stall_limit_s) + 15),
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(int(stall_limit_s) + 30),
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(stall_limit_s) + 60),  # its default of 30 s is too short
@@ -87,14 +89,14 @@ def init(
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if topology.launcher is Launcher.NONE:
-        _describe_lone_rank()
+        _set_single_rank_environment()
     sets = process_sets(topology.world_size, fc_group_size)
     try:
         hvd.init(process_sets=sets)
     except ValueError as error:
         if not sets:
             raise
-        raise ConfigError(  # Horovod compares the sets of all ranks; what differs is in the log above
+        raise ConfigError(  # Horovod compares the sets of all ranks, and has logged the difference
             f"Horovod did not start with fc_group_size={fc_group_size}: {error}",
             wanted="the same fc_group_size on every rank; `node` differs between hosts of different size",
             fix="--set fc_group_size=K with a number",
@@ -109,9 +111,16 @@ def init(
 
 
 def _check_size(topology: Topology) -> None:
-    """Raise ConfigError if Horovod's MPI is not the launcher's: each rank would be a job of its own."""
-    # under Gloo the size may change: the job may be elastic
-    if topology.launcher is not Launcher.GLOO and hvd.size() != topology.world_size:
+    """Raise ConfigError if Horovod does not see the launcher's ranks: each would be a job of its own."""
+    if hvd.size() == topology.world_size or os.environ.get("HOROVOD_ELASTIC") == "1":  # where it may change
+        return
+    if topology.launcher is Launcher.GLOO:
+        raise ConfigError(
+            f"HOROVOD_RANK={topology.rank} HOROVOD_SIZE={topology.world_size}, but Horovod sees {hvd.size()}",
+            wanted="the variables of one job: these may be left from another",
+            fix="unset HOROVOD_RANK HOROVOD_SIZE",
+        )
+    if topology.launcher is not Launcher.NONE:
         raise ConfigError(
             f"{topology.launcher} started {topology.world_size} ranks, Horovod's MPI sees {hvd.size()}",
             wanted="the MPI that Horovod is built with",
@@ -121,7 +130,7 @@ def _check_size(topology: Topology) -> None:
 
 def current_world(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:
     """This rank's current place in the job; in an elastic job it changes whenever the ranks regroup."""
-    local_rank, local_size = place_on_box() or (hvd.local_rank(), hvd.local_size())
+    local_rank, local_size = loopback_place() or (hvd.local_rank(), hvd.local_size())
     return World(
         rank=hvd.rank(),
         size=hvd.size(),
@@ -135,9 +144,9 @@ def current_world(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> Worl
 
 
 def check_devices(device: Device, world: World) -> None:
-    """Raise DeviceError on every rank if some share a device: a launcher may show two ranks the same one.
+    """Raise DeviceError on every rank if ranks share a device, because a launcher shows both the same one.
 
-    Every rank must call it, in each world, before the first step.
+    Every rank must call it, after each (re)initialisation, before the first step.
     """
     everyone = gather_objects((world.host, device.uuid, str(device)), "devices")
     try:
@@ -149,10 +158,10 @@ def check_devices(device: Device, world: World) -> None:
 def _background_thread_sleep(world_size: int, fc_group_size: int, *, on_gpu: bool) -> dict[str, str]:
     """How long Horovod's background thread sleeps between two polls, in ms.
 
-    On CPU cores, at the default of 1 ms it takes 10 to 20 % of a core from compute. Our patch lets it sleep
-    until there is work; but ranks outside a process set delay its collectives while they sleep, and MPI's
-    ranks poll while they wait. With a GPU cores are free, and tensors should not wait for the next poll: at
-    1 ms a small allreduce takes 1.1 ms.
+    On CPU cores, polling at the default of 1 ms takes 10 to 20 % of a core from compute. With our patch it
+    sleeps until there is work, but only over Gloo, and not with process sets, whose collectives would wait
+    for sleeping ranks outside the set. With a GPU, cores are free and latency matters: at 1 ms a small
+    allreduce takes 1.1 ms.
     """
     nested = 1 < fc_group_size < world_size
     until_work = {}
@@ -166,10 +175,10 @@ def _background_thread_sleep(world_size: int, fc_group_size: int, *, on_gpu: boo
 def _nccl_on_shared_device(
     device: Device, topology: Topology, nccl: int, env: Mapping[str, str]
 ) -> dict[str, str]:
-    """NCCL refuses ranks that share a GPU, or MIG instances of one, unless it is told to allow them.
+    """Variables that let ranks share a GPU, or use MIG instances of one, which NCCL refuses by default.
 
-    From 2.30 on it has a variable for that; before, it compares only ranks of one host, and a rank can be
-    declared a host of its own. Then it uses the network between them, which works, and is slow.
+    NCCL 2.30 has a variable for that. Older versions only compare ranks of the same host, so each rank claims
+    to be on a host of its own; NCCL then uses the network between them, which is slow.
     """
     if not (shares_devices(env) or device.mig):
         return {}
@@ -181,7 +190,7 @@ def _nccl_on_shared_device(
 def shutdown() -> None:
     """Leave the job, all ranks together: the first rank to leave would shut Horovod down for the others.
 
-    One that dies now, with its work done, is for the launcher to name.
+    A rank that dies at this point has finished its work, and is left to the launcher to report.
     """
     with suppress(HorovodInternalError):
         hvd.barrier()
@@ -194,13 +203,13 @@ def uses_mpi() -> bool:
 
 
 def versions() -> dict[str, str]:
-    """The versions this rank runs with, for run folders and reports."""
+    """The versions of this rank's software, for run folders and reports."""
     controller = {"horovod_controller": "mpi" if uses_mpi() else "gloo"}
     return {**installed_versions(), **controller, "horovod_operations": operations()}
 
 
 def nccl_version() -> int:
-    """The NCCL that Horovod was built with, 22703 for 2.27.3; 0 if without."""
+    """The NCCL that Horovod was built with: 22703 for 2.27.3, 0 for none."""
     return int(hvd.nccl_built())
 
 
@@ -215,9 +224,10 @@ def operations() -> str:
     return " ".join(name for name, built in names.items() if built)
 
 
-def _describe_lone_rank() -> None:
-    """Plain `owt train` is a job of one rank; under Gloo it needs neither a launcher nor MPI's daemons."""
+def _set_single_rank_environment() -> None:
+    """Make plain `owt train` a Gloo job of one rank, which needs neither a launcher nor MPI's daemons."""
     lone = {"RANK": 0, "SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "CROSS_RANK": 0, "CROSS_SIZE": 1}
     for name, value in lone.items():
         os.environ[f"HOROVOD_{name}"] = str(value)
     os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
+    os.environ["HOROVOD_GLOO_IFACE"] = interface_of_lone_rank()  # one that is set may be another host's

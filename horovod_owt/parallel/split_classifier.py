@@ -1,8 +1,8 @@
-"""The fully connected layers, shared by the ranks of an fc_group: each rank holds a part of every layer.
+"""The fully connected layers, split over the ranks of an fc_group: each rank holds a part of every layer.
 
-    fc6  by output units (columns)   reads every image's features, computes own hidden units
-    fc7  by input units (rows)       reads own hidden units, computes a partial sum of every unit
-    fc8  by input units (rows)       the same; each rank of the group gets all logits
+    fc6  by output units (columns)   reads every image's features, computes its own hidden units
+    fc7  by input units (rows)       reads its own hidden units, computes a partial sum of every unit
+    fc8  by input units (rows)       likewise; each rank of the group gets all logits
 
 So the features are gathered once, and there are two more exchanges: fc7's units and the logits. With K ranks
 of b images, a rank sends (K-1) b (9216 + 4096 + classes) numbers forward and as many back. A group of one
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from horovod_owt.model.dropout import keep_scale
+from horovod_owt.parallel import autograd
 from horovod_owt.parallel.batch_norm import UnitNorm
 from horovod_owt.parallel.exchange import Exchange, Slice, split_sizes
 from horovod_owt.parallel.flat_gradients import FlatGradients
 from horovod_owt.parallel.groups import Group
-from horovod_owt.parallel.traffic import Arrived, Traffic, Transfer
+from horovod_owt.parallel.traffic import Completed, Traffic, Transfer
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class _Part:
 class SplitClassifier:
     """This rank's part of AlexNet-OWT's classifier, with explicit forward and backward passes.
 
-    They are explicit, not left to autograd, to control the order: a transfer starts as soon as its values
-    are ready, and weight gradients, on which nothing waits, are computed while it is in flight.
+    They are not left to autograd in order to control their order: a transfer starts as soon as its values are
+    ready, and weight gradients, for which nothing waits, are computed while it is in flight.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class SplitClassifier:
         self._casts: dict[nn.Parameter, Tensor] = {}
 
     def synchronize_norms(self, group: Group, traffic: Traffic) -> None:
-        """Take batch statistics over all ranks; `group` is the ranks that hold the same units."""
+        """Compute batch statistics over all ranks; `group` is the ranks that hold the same units."""
         for number, norm in enumerate(self.norms, start=6):
             norm.over = (group, traffic, f"sync_bn.fc{number}")
 
     def weights_changed(self) -> None:
-        """Call after each update: the copies in lower precision are out of date."""
+        """Call after each update: cached copies of the weights in lower precision are out of date."""
         self._casts.clear()
 
     def end_micro_batch(self) -> None:
@@ -89,18 +90,19 @@ class SplitClassifier:
         features: Tensor,
         labels: Tensor,
         keys: Tensor,
-        send_back: Callable[[Tensor], Transfer | Arrived],
+        send_back: Callable[[Tensor], Transfer | Completed],
         gradients: FlatGradients,
         *,
         gradient_factor: float,
         gradient_scale: Tensor | None,
         batches: int,
-    ) -> tuple[Tensor, Transfer | Arrived]:
-        """One forward and backward pass over R images (`batches` ranks' batches), by all ranks of the group.
+    ) -> tuple[Tensor, Transfer | Completed]:
+        """One forward and backward pass over R images; every rank of the group must call it.
 
-        Shapes    features (R, 9216), labels (R,), dropout keys (R, 2): the same on every rank of the group
-        Returns   the sum of the losses, the same on all ranks; and the result of `send_back` for this rank's
-                  part of the features' gradient (R, 9216), to be summed over the group
+        Shapes    features (R, 9216), labels (R,), dropout keys (R, 2): the same on every rank of the group;
+                  the rows are the batches of `batches` ranks
+        Returns   the sum of the losses, the same on all ranks; and the result of `send_back`, called with
+                  this rank's contribution to the features' gradient (R, 9216), to be summed over the group
         Gradient  of that sum times `gradient_factor` and, if given, `gradient_scale`, added to `gradients`
         """
         exchange, fc6, fc7, fc8 = self._exchange, self._fc6, self._fc7, self._fc8
@@ -110,18 +112,19 @@ class SplitClassifier:
         z6 = self._times(x, fc6).to(self._kept) + fc6.bias
         h6, inputs6 = self._activate(z6, 0, batches, keep=self._keep(keys))
         x7 = h6.to(self._dtype)
-        z7 = exchange.sum_units(self._times(x7, fc7, units_are_sent=not alone), "fc7 units").wait() + fc7.bias
+        part7 = self._times(x7, fc7, units_first=not alone)
+        z7 = exchange.reduce_scatter_units(part7, "fc7 units").wait() + fc7.bias
         h7, inputs7 = self._activate(z7, 1, batches)
         x8 = h7.to(self._dtype)
         part = self._times(x8, fc8).to(self._kept).contiguous()
         part[:, self._classes.start : self._classes.stop].add_(fc8.bias)
-        logits = exchange.sum_everywhere(part, "logits").wait()
+        logits = exchange.allreduce(part, "logits").wait()
         loss, d_logits = self._loss(logits, labels, gradient_factor, gradient_scale)
 
         d8 = d_logits.to(self._dtype)
         d_h7 = (d8 @ self._cast(fc8.weight)).to(self._kept)
-        d_z7 = self._deactivate(h7, inputs7, d_h7, gradients)
-        units_back = exchange.gather_units(d_z7.to(self._dtype), "fc7 units back")
+        d_z7 = self._backward_of_activate(h7, inputs7, d_h7, gradients)
+        units_back = exchange.allgather_units(d_z7.to(self._dtype), "fc7 units back")
         own_d_logits = d_logits[:, self._classes.start : self._classes.stop]
         gradients.add_sum(fc8.bias, own_d_logits)
         gradients.add_product(fc8.weight, d8, x8)
@@ -129,7 +132,7 @@ class SplitClassifier:
         d7 = units_back.wait()
         d7 = d7 if d7.is_cuda else d7.contiguous()  # cuBLAS takes either order
         d_h6 = (d7 @ self._cast(fc7.weight)).to(self._kept)
-        d_z6 = self._deactivate(h6, inputs6, d_h6, gradients)
+        d_z6 = self._backward_of_activate(h6, inputs6, d_h6, gradients)
         d6 = d_z6.to(self._dtype).contiguous()
         features_back = send_back(d6 @ self._cast(fc6.weight))
         gradients.add_product(fc7.weight, d7, x7)
@@ -137,18 +140,18 @@ class SplitClassifier:
         gradients.add_product(fc6.weight, d6, x)
         return loss, features_back
 
-    def _times(self, x: Tensor, fc: _Part, *, units_are_sent: bool = False) -> Tensor:
-        """x (R, n_in) times the layer's weights: (R, n_out); units first in memory if `units_are_sent`.
+    def _times(self, x: Tensor, fc: _Part, *, units_first: bool = False) -> Tensor:
+        """x (R, n_in) times the layer's weights: (R, n_out); on a GPU, units come first in memory on request.
 
         For small R on a CPU, W x^T takes 0.3 to 0.8 of the time of x W^T, which would repack all the weights.
-        On a GPU its transposition is a kernel more, so units are first only where others are sent some.
+        On a GPU the transposition costs an extra kernel, which is only worth it before units are sent.
         """
-        if x.is_cuda and not units_are_sent:
+        if x.is_cuda and not units_first:
             return x @ self._cast(fc.weight).t()
         return (self._cast(fc.weight) @ x.t().contiguous()).t()
 
     def _cast(self, weight: nn.Parameter) -> Tensor:
-        """The weights in the precision of the pass, converted once an update."""
+        """The weights in the precision of the pass, converted once per update."""
         if weight not in self._casts:
             self._casts[weight] = weight.detach().to(self._dtype)
         return self._casts[weight]
@@ -159,7 +162,7 @@ class SplitClassifier:
     def _activate(
         self, z: Tensor, layer: int, batches: int, keep: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Normalise, rectify, drop out: the activations, and the tensors to take their gradient for."""
+        """Normalisation, ReLU, dropout: the activations, and the tensors to differentiate by."""
         norm = self.norms[layer] if self.norms else None
         with torch.enable_grad():
             inputs = [z.requires_grad_(), *([norm.weight, norm.bias] if norm else [])]
@@ -167,8 +170,10 @@ class SplitClassifier:
             return (h if keep is None else h * keep), inputs
 
     @staticmethod
-    def _deactivate(h: Tensor, inputs: list[Tensor], d_h: Tensor, gradients: FlatGradients) -> Tensor:
-        d_z, *d_parameters = torch.autograd.grad(h, inputs, d_h)
+    def _backward_of_activate(
+        h: Tensor, inputs: list[Tensor], d_h: Tensor, gradients: FlatGradients
+    ) -> Tensor:
+        d_z, *d_parameters = autograd.gradients(h, inputs, d_h)
         for parameter, gradient in zip(inputs[1:], d_parameters, strict=True):
             gradients.add(parameter, gradient)
         return d_z
@@ -180,7 +185,7 @@ class SplitClassifier:
             logits = logits.requires_grad_()
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self._label_smoothing)
         scale = loss.new_full((), factor) if gradient_scale is None else gradient_scale.to(loss) * factor
-        (d_logits,) = torch.autograd.grad(loss, logits, scale)
+        (d_logits,) = autograd.gradients(loss, [logits], scale)
         return loss.detach(), d_logits
 
     def _own(self, units: int) -> range:
@@ -208,7 +213,7 @@ class SplitClassifier:
         self.norms.append(UnitNorm(parameters, buffers, whole))
 
     def _take_parameter(self, name: str, whole: nn.Parameter, part: Slice) -> nn.Parameter:
-        """A copy of this shard's part; a group of one keeps the parameter itself."""
+        """A copy of this rank's part; a group of one keeps the parameter itself."""
         alone = self._exchange.group.is_alone
         shard = whole if alone else nn.Parameter(part.of(whole.detach()).clone())
         self.slices[name], self.parameters[name] = part, shard

@@ -1,10 +1,10 @@
 """One training step: the computation and communication of "One weird trick" (arXiv:1404.5997).
 
-Convolutions have most of the arithmetic and few of the weights, so every rank holds all of them and computes
+Convolutions have most of the arithmetic and few of the weights, so every rank holds all of them and processes
 its own images; their gradients are summed over all ranks. Fully connected layers are the reverse, so the
-ranks of an fc_group split them: each holds a part of every layer and computes all of the group's images; a
-part's gradients are summed over the ranks that hold the same part in other groups. With groups of one this is
-data parallelism.
+ranks of an fc_group split them: each holds a part of every layer and processes all of the group's images; the
+gradients of a part are summed over the ranks that hold it in other groups. With groups of one this is data
+parallelism.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from horovod_owt.config import TrainConfig
 from horovod_owt.model.alexnet_owt import FC6_IN, AlexNetOWT
 from horovod_owt.model.dropout import keep_scale, keys_on
+from horovod_owt.parallel import autograd
 from horovod_owt.parallel.batch_norm import synchronize_batch_norms
 from horovod_owt.parallel.collectives import broadcast_tensor
 from horovod_owt.parallel.compression import CompressionState, Compressor, build_compressors
@@ -29,7 +30,7 @@ from horovod_owt.parallel.flat_gradients import FlatGradients
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.split_classifier import SplitClassifier
-from horovod_owt.parallel.traffic import Arrived, Traffic, Transfer, start_sum
+from horovod_owt.parallel.traffic import Completed, Traffic, Transfer, start_sum
 
 DTYPES = {
     "fp64": torch.float64,
@@ -45,52 +46,52 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=DTYPES[precision] if low else torch.bfloat16, enabled=low)
 
 
-def set_kernels(cfg: TrainConfig) -> None:
-    """How torch's GPU libraries compute from here on, in this process."""
+def configure_backends(cfg: TrainConfig) -> None:
+    """Configure torch's determinism, cuDNN autotuning and TF32 for this process."""
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
         torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not cfg.deterministic  # one image size: cuDNN tunes once
-    use_whole_fp32()
+    disable_tf32()
 
 
-def use_whole_fp32() -> None:
-    """fp32 means it: TF32 keeps 10 of its 23 bits.
+def disable_tf32() -> None:
+    """Compute fp32 in full precision: TF32 keeps 10 of the 23 mantissa bits.
 
-    torch allows it in convolutions; in matrix products too where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as
-    in NVIDIA's containers.
+    torch enables TF32 for convolutions by default, and for matrix products if
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as in NVIDIA's containers.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @dataclass
-class Pass:
-    """One micro-batch in flight through the net."""
+class MicroBatch:
+    """A micro-batch between the passes of a step."""
 
     features: Tensor  # (b, 9216), this rank's, with the autograd graph of the convolutions
-    labels: Transfer | Arrived  # (K*b,), of the whole group
+    labels: Transfer | Completed  # (K*b,), of the whole group
     keys: Tensor  # (K*b, 2), for dropout
     d_features: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """Images that pass through the split layers together, and the transfers of their features."""
+    """Images that pass through the split layers together, and the collectives on their features."""
 
     rows: slice  # of the group's K*b images
-    batches: int  # ranks' batches among them
-    fetch: Callable[[Tensor], Transfer | Arrived]
-    send_back: Callable[[Tensor], Transfer | Arrived]
+    batches: int  # how many ranks' batches these are
+    fetch: Callable[[Tensor], Transfer | Completed]
+    send_back: Callable[[Tensor], Transfer | Completed]
 
 
 class OneWeirdTrick:
-    """A training step's forward and backward, by all ranks together.
+    """Forward and backward of a training step, data-parallel or hybrid. Every rank must make the same calls.
 
     A step: `begin_step`; for each micro-batch `convolve`, `classify`, `backward`; `finish`. Then each
     `parameter.grad` is the mean over the global batch. With fc_batch=local the classifier is updated within
-    the step: after each turn, when its gradients are the mean over the turn's images, `update_classifier` is
-    called with (loss, number of bad ones) and the number of images. Images with a negative label contribute
-    nothing, but the means count them until `exclude_bad_images` gets their number.
+    the step: after each turn its gradients are the mean over the turn's images, and `update_classifier` is
+    called with a tensor (loss, bad images) and the number of images. Images with a negative label contribute
+    nothing, but count in the means until `exclude_bad_images` corrects these.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class OneWeirdTrick:
             dtype=DTYPES[cfg.precision],
         )
         self.model = model
-        self._unfilled = model.classifier  # if the layers are split: their structure without values
+        self._unfilled = model.classifier  # if the layers are split: their structure, without memory
         if fc_group_size > 1:
             self._unfilled.to("meta")
             model.classifier = nn.Sequential()
@@ -129,20 +130,20 @@ class OneWeirdTrick:
         self.conv_parameters = list(model.features.parameters())
         self.fc_parameters = list(self.classifier.parameters.values())
         self._conv_gradients = self._flat(self.conv_parameters, self._everyone, "conv gradients")
-        self._conv_gradients.watch()
-        of_matrices = Exchange(self._shard_group, self.traffic)
+        self._conv_gradients.register_hooks()
+        shard_exchange = Exchange(self._shard_group, self.traffic)
         named = {f"classifier.{name}": p for name, p in self.classifier.parameters.items()}
         compressors = build_compressors(
-            cfg.compression, named, of_matrices, what="fc gradients", seed=cfg.seed
+            cfg.compression, named, shard_exchange, what="fc gradients", seed=cfg.seed
         )
-        self.compression = CompressionState(compressors, of_matrices)
+        self.compression = CompressionState(compressors, shard_exchange)
         self._fc_gradients = self._flat(
             self.fc_parameters,
             self._shard_group,
             "fc gradients",
             {named[name]: each for name, each in compressors.items()},
         )
-        # The images that the classifier's gradients are the mean of, as a share of the global batch.
+        # The batch of a classifier update, as a share of the global batch.
         self.fc_update_share = 1 / (fc_group_size * cfg.accum_steps) if self._local else 1.0
 
     @property
@@ -156,19 +157,22 @@ class OneWeirdTrick:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of weights and gradients, whatever the passes compute in."""
+        """The dtype of weights and gradients, independent of autocast."""
         return self.conv_parameters[0].dtype
 
     def begin_step(self, *, compress: bool = True) -> None:
-        """`compress` is false in steps before compression_start."""
+        """Discard the last step's gradients; `compress` is false before compression_start."""
         self.traffic.reset()
         self._conv_gradients.compresses = self._fc_gradients.compresses = compress
         self._conv_gradients.begin_step()
         self._fc_gradients.begin_step()
 
-    def convolve(self, images: Tensor, labels: Tensor, *, consumed: int, micro_step: int) -> Pass:
-        """Forward through the convolutions; `consumed` samples came before this step."""
-        all_labels = self._exchange.gather_rows(labels, "labels")
+    def convolve(self, images: Tensor, labels: Tensor, *, consumed: int, micro_step: int) -> MicroBatch:
+        """Forward through the convolutions; `consumed` is the number of samples before this step.
+
+        Shapes    images (b, 3, side, side), labels (b,)
+        """
+        all_labels = self._exchange.allgather_rows(labels, "labels")
         cfg, group = self.cfg, self._fc_group
         starts = [consumed + rank * cfg.rank_batch() + micro_step * cfg.batch for rank in group.ranks]
         positions = np.concatenate([np.arange(start, start + len(labels)) for start in starts])
@@ -179,14 +183,14 @@ class OneWeirdTrick:
         if cfg.dropout:
             own = keys[group.index * len(labels) :][: len(labels)]
             features = features * keep_scale(own, 0, range(FC6_IN), cfg.dropout)
-        return Pass(features, all_labels, keys)
+        return MicroBatch(features, all_labels, keys)
 
     @torch.no_grad()
-    def classify(self, batch: Pass, *, last: bool, gradient_scale: Tensor | None = None) -> Tensor:
-        """Forward and backward of the split layers.
+    def classify(self, batch: MicroBatch, *, last: bool, gradient_scale: Tensor | None = None) -> Tensor:
+        """Forward and backward of the FC layers.
 
         Returns this rank's share of the loss: over all ranks and micro-batches the shares add up to the mean
-        over the global batch. `last` starts the sums of the gradients.
+        over the global batch. In the `last` micro-batch, the allreduce of the gradients starts.
         """
         own = batch.features.detach().to(DTYPES[self.cfg.precision])
         turns = self._turns(len(own))
@@ -200,7 +204,7 @@ class OneWeirdTrick:
             if self._local:
                 self._fc_gradients.begin_step()
             if self._local or (last and number + 1 == len(turns)):
-                self._fc_gradients.begin_last()
+                self._fc_gradients.begin_last_backward()
             loss, back = self.classifier.forward_backward(
                 features,
                 labels[turn.rows],
@@ -221,14 +225,14 @@ class OneWeirdTrick:
         share = self.fc_update_share / self._fc_group.size
         return sum(losses[1:], losses[0]) * (share / images)
 
-    def backward(self, batch: Pass, *, last: bool) -> None:
-        """Backward of the convolutions; `last` starts the sum of their gradients, layer by layer."""
+    def backward(self, batch: MicroBatch, *, last: bool) -> None:
+        """Backward of the convolutions; in the `last` micro-batch gradients are sent when ready."""
         if last:
-            self._conv_gradients.begin_last()
-        batch.features.backward(batch.d_features.to(batch.features.dtype))
+            self._conv_gradients.begin_last_backward()
+        autograd.backward(batch.features, batch.d_features.to(batch.features.dtype))
 
-    def start_sum(self, values: Tensor, what: str) -> Transfer | Arrived:
-        """Start a small sum over all ranks, to overlap with the caller's computation."""
+    def start_sum(self, values: Tensor, what: str) -> Transfer | Completed:
+        """Start an allreduce of a few numbers over all ranks, to overlap with the caller's computation."""
         return start_sum(values, self._everyone, self.traffic, what=what, name=what)
 
     def finish(self) -> None:
@@ -237,7 +241,7 @@ class OneWeirdTrick:
         self._conv_gradients.finish()
 
     def exclude_bad_images(self, bad_images: int) -> None:
-        """Rescale the mean over the global batch to its good images. Every rank calls it after `finish`."""
+        """Rescale the gradients to the mean over the good images. Every rank calls it after `finish`."""
         images = self.cfg.global_batch(self.world.size)
         self.scale_gradients(images / (images - bad_images))
 
@@ -246,54 +250,54 @@ class OneWeirdTrick:
         self._fc_gradients.scale(factor)
 
     def scale_gradients(self, factor: float) -> None:
-        """Scale all gradients; with fc_batch=local not the classifier's, which are already applied."""
+        """Scale all gradients, except with fc_batch=local the classifier's, which are already applied."""
         self._conv_gradients.scale(factor)
         if not self._local:
             self._fc_gradients.scale(factor)
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of the whole net's gradient, (1,), on every rank; all call it after `finish`."""
+        """Euclidean norm of the whole model's gradient, (1,). Every rank must call it after `finish`."""
         split, whole = (
             [p.grad for _, p, part in self.named_parameters() if (part is None) == unsplit]
             for unsplit in (False, True)
         )
         total = _sum_of_squares(split, self.world.device)
-        total = self._exchange.sum_everywhere(total, "gradient norm").wait()
+        total = self._exchange.allreduce(total, "gradient norm").wait()
         return (total + _sum_of_squares(whole, self.world.device)).sqrt()
 
     def layer_norms(self) -> Tensor:
         """Euclidean norms of each whole tensor of `named_parameters` and of its gradient: (n, 2), float64.
 
-        Every rank calls it after `finish`.
+        Every rank must call it after `finish`.
         """
         named = list(self.named_parameters())
         norms = [torch.linalg.vector_norm(t.detach()).double() for _, p, _ in named for t in (p, p.grad)]
         squares = torch.stack(norms).square().view(-1, 2)
         split = torch.tensor([[part is not None] for *_, part in named], device=squares.device)
-        over_group = self._exchange.sum_everywhere(squares * split, "layer norms").wait()
+        over_group = self._exchange.allreduce(squares * split, "layer norms").wait()
         return torch.where(split, over_group, squares).sqrt()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Slice | None]]:
-        """What this rank's optimizer updates: (name in the whole net, parameter, the part it is)."""
+        """This rank's parameters: (name in the whole model, parameter, its slice if it is split)."""
         for name, parameter in self.model.features.named_parameters():
             yield f"features.{name}", parameter, None
         for name, parameter in self.classifier.parameters.items():
             yield f"classifier.{name}", parameter, self.classifier.slices[name]
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor, Slice | None]]:
-        """The running statistics, in the same form."""
+        """The running statistics, in the form of `named_parameters`."""
         for name, buffer in self.model.features.named_buffers():
             yield f"features.{name}", buffer, None
         for name, buffer in self.classifier.buffers.items():
             yield f"classifier.{name}", buffer, self.classifier.slices.get(name)
 
     def gather(self, named: Iterable[tuple[str, Tensor, Slice | None]]) -> dict[str, Tensor]:
-        """Whole tensors of parts; all ranks of a group must call it. What is not split is not copied."""
+        """Whole tensors by name; every rank of a group must call it. Unsplit tensors are not copied."""
         return {name: self._exchange.gather_whole(tensor.detach(), part) for name, tensor, part in named}
 
     @contextmanager
     def whole_model(self) -> Iterator[AlexNetOWT]:
-        """The net with whole layers, for as long as the block lasts. All ranks of a group must call it."""
+        """The model with whole layers, within the block. Every rank of a group must enter it."""
         if self.fc_group_size == 1:
             yield self.model
             return
@@ -309,9 +313,9 @@ class OneWeirdTrick:
             self.model.classifier = split
 
     def average_running_statistics(self, averages: Mapping[str, Tensor]) -> None:
-        """Set all ranks' batch norm statistics to their mean, as those of one net.
+        """Set every rank's batch norm statistics to the mean over the ranks.
 
-        `averages` has their moving averages, by the same names, if there are any.
+        `averages` has their moving averages (config key `ema`) by the same names, if there are any.
         """
         for over, prefix, named in (
             (self._everyone, "features", self.model.features.named_buffers()),
@@ -350,29 +354,29 @@ class OneWeirdTrick:
         )
 
     def _turns(self, batch: int) -> list[_Turn]:
-        """Scheme (a): all images at once. Scheme (b): the ranks' batches in turn, each sent to the others."""
+        """Scheme (a): all images at once. Scheme (b): one rank's batch at a time, broadcast to the others."""
         exchange, size = self._exchange, self._fc_group.size
         if self.cfg.owt_scheme == "a":
             return [
                 _Turn(
                     slice(None),
                     size,
-                    lambda own: exchange.gather_rows(own, "features"),
-                    lambda parts: exchange.sum_rows(parts, "features back"),
+                    lambda own: exchange.allgather_rows(own, "features"),
+                    lambda parts: exchange.reduce_scatter_rows(parts, "features back"),
                 )
             ]
         return [
             _Turn(
                 slice(owner * batch, (owner + 1) * batch),
                 1,
-                lambda own, owner=owner: exchange.lend_rows(own, owner, "features"),
-                lambda parts, owner=owner: exchange.return_rows(parts, owner, "features back"),
+                lambda own, owner=owner: exchange.broadcast_rows(own, owner, "features"),
+                lambda parts, owner=owner: exchange.reduce_rows(parts, owner, "features back"),
             )
             for owner in range(size)
         ]
 
     def _update_in_turn(self, loss: Tensor, labels: Tensor, images: int) -> None:
-        """Update the classifier with the mean gradient of one turn of `images`; `labels` are this group's."""
+        """Update the classifier with the mean gradient of a turn of `images`; `labels` are this group's."""
         own_loss = loss / (images * self.world.size)
         facts = torch.stack([own_loss, (labels < 0).sum().to(loss) / self._fc_group.size])
         facts = start_sum(facts, self._everyone, self.traffic, what="loss", name="turn_facts")

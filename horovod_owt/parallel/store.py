@@ -1,8 +1,8 @@
-"""Horovod's servers, for the ranks of one job only.
+"""Horovod's rendezvous server, restricted to the ranks of one job.
 
-Horovod's rendezvous server is a key-value store over HTTP: it has the addresses of all ranks, and in elastic
-jobs it unpickles what ranks put there. It listens on all interfaces and serves anybody. This one listens on
-one address and serves only requests below a random path, which the ranks get as a part of its address.
+Horovod's server is a key-value store over HTTP: it has the addresses of all ranks, and in elastic jobs it
+unpickles what ranks put there. It listens on all interfaces and serves anyone. This one listens on one
+address and serves only requests below a secret path, which the ranks get as part of its address.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from horovod.runner.util.threads import in_thread
 
 from horovod_owt.parallel.gloo import ADDRESS, Node
 
-MOST_UNPROVEN = 128  # connections at a time that have not shown the secret
+MAX_PENDING = 128  # connections that have not sent the secret yet
 HEAD_BYTES = 1 << 16  # of a request
 GET = re.compile(rb"GET /([^/: ]+)[^/ ]*/([^/ ]+)/([^/ ]+) HTTP/1\.(?s:.*)\r\n\r\n")
-SEND_S = 5.0  # for the kernel to take an answer
-VALUE_BYTES = 1 << 20  # of a value; what ranks put is a few kB
+SEND_S = 5.0  # for the kernel to accept a response
+VALUE_BYTES = 1 << 20  # of a value; those of ranks are a few kB
 
 
 class Store(RendezvousServer):
-    """Horovod's rendezvous server on one address, for requests with a secret."""
+    """Horovod's rendezvous server on one address, for requests that carry a secret."""
 
     def __init__(self, ip: str, verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -47,32 +47,32 @@ class Store(RendezvousServer):
         return self._httpd.server_port
 
     def stop(self) -> None:
-        """Stop serving and listening; Horovod's only stops serving."""
+        """Stop serving and listening; Horovod's own method only stops serving."""
         super().stop()
         self._httpd.server_close()
 
     def address(self, ip: str, port: int) -> str:
         """HOROVOD_GLOO_RENDEZVOUS_ADDR for ranks that reach this server at `ip`.
 
-        Horovod makes `http://{address}:{port}/SCOPE/KEY` of it, so that a path can be a part of the address.
+        Horovod requests `http://{address}:{port}/SCOPE/KEY`, so the address may contain a path.
         """
         return f"{ip}:{port}/{self._secret}"
 
 
 class _Server(RendezvousHTTPServer):
-    """Bounds the number of connections that have not shown the secret: the newest displaces the oldest."""
+    """Limits the number of connections that have not sent the secret: the newest displaces the oldest."""
 
     daemon_threads = True  # a connection must not keep the process from ending
     request_queue_size = 1024
 
     def __init__(self, secret: str, *args: Any) -> None:
         self._secret = secret.encode()
-        self._unproven: dict[socket.socket, None] = {}  # oldest first
+        self._pending: dict[socket.socket, None] = {}  # oldest first
         self._lock = threading.Lock()
         super().__init__(*args)
 
     def server_bind(self) -> None:
-        """Without HTTPServer's look-up of the host's name, which may take seconds."""
+        """Skip HTTPServer's lookup of the host name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -80,18 +80,18 @@ class _Server(RendezvousHTTPServer):
         if self._answered(request):
             return
         with self._lock:
-            if len(self._unproven) >= MOST_UNPROVEN:
-                oldest = next(iter(self._unproven))
-                del self._unproven[oldest]
+            if len(self._pending) >= MAX_PENDING:
+                oldest = next(iter(self._pending))
+                del self._pending[oldest]
                 _shut(oldest)
-            self._unproven[request] = None
+            self._pending[request] = None
         super().process_request(request, client_address)
 
     def _answered(self, request: socket.socket) -> bool:
-        """Answer a GET of a rank's address if it has arrived whole; else nothing of it is read.
+        """Answer a GET of a rank's address if it has arrived completely; otherwise read nothing.
 
-        N ranks over Gloo ask 2.5 N^2 times before their first step. A thread for each question, with a look
-        at its headers, takes five times as long.
+        N ranks over Gloo send 2.5 N^2 requests before their first step. A thread for each request, with full
+        parsing of its headers, would take five times as long.
         """
         try:
             head = request.recv(HEAD_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -101,7 +101,7 @@ class _Server(RendezvousHTTPServer):
         if not asked or not hmac.compare_digest(asked[1], self._secret):
             return False
         scope, key = asked[2].decode(errors="replace"), asked[3].decode(errors="replace")
-        if scope not in self.scope_size:  # the driver of an elastic job makes some questions wait
+        if scope not in self.scope_size:  # the driver of an elastic job delays the answer to some requests
             return False
         with self.cache_lock:
             value = self.cache.get(scope, {}).get(key)
@@ -121,21 +121,21 @@ class _Server(RendezvousHTTPServer):
 
     def proven(self, request: socket.socket) -> None:
         with self._lock:
-            self._unproven.pop(request, None)
+            self._pending.pop(request, None)
 
     def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        """Horovod prints a traceback for whatever a stranger sends."""
+        """Print nothing; Horovod's own method prints a traceback for any invalid request."""
 
 
 class _Guarded:
-    """Of a RendezvousHandler: refuses requests without the secret before anything else is read."""
+    """Mixin for a RendezvousHandler: refuses requests without the secret before reading further."""
 
     secret: str
 
     def parse_request(self) -> bool:
         _, _, target = self.raw_requestline.partition(b" /")
         shown, _, _ = target.partition(b"/")
-        # Horovod's clients append the port to the address, and so to the secret
+        # Horovod's clients append the port to the address, hence to the secret
         if not hmac.compare_digest(shown.partition(b":")[0], self.secret.encode()):
             self.close_connection = True
             return False
@@ -152,17 +152,17 @@ class _Guarded:
 
 
 def _shut(connection: socket.socket) -> None:
-    """Wake the thread that reads from it."""
+    """Shut the connection down, which wakes the thread that reads from it."""
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:  # closed meanwhile
         pass
 
 
-def start_store(nodes: Sequence[Node], ip: str) -> tuple[str, int, Callable[[], None]]:
+def start_rendezvous(nodes: Sequence[Node], ip: str) -> tuple[str, int, Callable[[], None]]:
     """Start the rendezvous server on this address of this host.
 
-    Returns its address, with a secret for this job's ranks only, its port, and a function that stops it.
+    Returns its address, which contains the job's secret, its port, and a function that stops it.
     """
     slots = ",".join(f"{node.host}:{node.ranks}" for node in nodes)
     server = Store(ip)
@@ -172,12 +172,13 @@ def start_store(nodes: Sequence[Node], ip: str) -> tuple[str, int, Callable[[], 
 
 
 def guard_launcher(interface: str) -> None:
-    """Make horovodrun, in this process, start a `Store` on this interface, and tell its ranks the secret.
+    """Make horovodrun, in this process, start a `Store` on this interface and pass the secret to its ranks.
 
-    Ranks on this host inherit the secret and the rest of the environment. Horovod puts it all on the command
-    line of their shell, which every user of the host can read; for other hosts it still is on that of ssh.
+    Ranks on this host inherit the secret with the environment. Horovod would put the environment on the
+    command line of their shell, which every user of the host can read; for other hosts it is still on the
+    command line of ssh.
     """
-    ip = gloo_run.network.get_driver_ip([interface])  # which horovodrun tells its ranks
+    ip = gloo_run.network.get_driver_ip([interface])  # the address that horovodrun passes to its ranks
     run_command, rank_command = gloo_run.get_run_command, gloo_run._slot_info_to_command_fn
     stores: list[Store] = []
 
@@ -201,12 +202,12 @@ def guard_launcher(interface: str) -> None:
 
 
 def _is_here(host: str) -> bool:
-    """As horovodrun decides whether to use ssh."""
+    """Whether horovodrun would start the rank without ssh."""
     return gloo_run.network.resolve_host_address(host) in gloo_run.network.get_local_host_addresses()
 
 
 def listen_on(ip: str) -> None:
-    """Make Horovod's services in this process, which prove a key, listen on one address instead of all."""
+    """Make Horovod's authenticated services in this process listen on one address instead of on all."""
 
     def find_port(server_factory: Callable[[tuple[str, int]], socketserver.TCPServer]) -> tuple:
         server = server_factory((ip, 0))

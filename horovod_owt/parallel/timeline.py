@@ -1,4 +1,4 @@
-"""Horovod's timeline: when each collective was negotiated and carried out, on rank 0."""
+"""Horovod's timeline: when each collective was negotiated and executed, on rank 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import horovod.torch as hvd
 
 log = logging.getLogger(__name__)
 
-# Horovod reads it in `init`, on every rank; then a timeline can be started later.
+# Must be set on every rank before `init`, to be able to start a timeline later.
 ENVIRONMENT = {"HOROVOD_TIMELINE": "DYNAMIC"}
 
 
@@ -25,6 +25,6 @@ def start_timeline(file: Path) -> None:
 
 
 def stop_timeline() -> None:
-    """Write what is left and close the file. A Horovod that has shut down has done so."""
+    """Write what is left and close the file; Horovod's shutdown does the same."""
     if hvd.is_initialized():
         hvd.stop_timeline()

@@ -1,4 +1,4 @@
-"""Ranks started by torchrun: they exchange addresses in torchrun's store and become ranks of a Gloo job.
+"""Make ranks started by torchrun the ranks of a Gloo job: they exchange addresses through torchrun's store.
 
 Each node stores its address and number of ranks; rank 0 starts Horovod's rendezvous server and stores its
 address.
@@ -15,33 +15,34 @@ from typing import Protocol
 from torch.distributed import rendezvous
 
 from horovod_owt.errors import RunError
-from horovod_owt.parallel.gloo import Node, place_environment, store_environment, use_interface
+from horovod_owt.parallel.gloo import Node, rank_environment, rendezvous_environment, use_interface
 from horovod_owt.parallel.interfaces import (
     interface_between,
     interface_towards,
     ipv4_address_of,
     source_address,
 )
-from horovod_owt.parallel.store import start_store
+from horovod_owt.parallel.store import start_rendezvous
 from horovod_owt.topology import LAUNCHERS, Launcher, Topology
 
-MEETING_LIMIT_S = 300  # for the slowest rank to load torch
+RENDEZVOUS_LIMIT_S = 300  # for the slowest rank to load torch
 SERVER = "horovod_owt/server"
 _store = None  # kept alive: it may be the server that other ranks read from
 _stop_server: Callable[[], None] | None = None  # on rank 0
 
 
 class Store(Protocol):
-    """The part of torch.distributed.Store that is used; `get` waits for the key."""
+    """The methods of torch.distributed.Store that are used; `get` waits for the key."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
 
 
 def join_torchrun(topology: Topology) -> None:
-    """Set this process's environment as horovodrun would have; raises RunError if the ranks do not meet.
+    """Set this process's environment as horovodrun would; raises RunError if not all ranks connect in time.
 
-    Once per process. torch separates the keys of torchrun's restarts, so no stale address is read.
+    Does nothing after the first call. torch keeps the keys of torchrun's restarts apart, so no stale address
+    is read.
     """
     global _store
     if LAUNCHERS[Launcher.GLOO].are_in(os.environ):
@@ -49,10 +50,10 @@ def join_torchrun(topology: Topology) -> None:
     master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         _store = _torchruns_store(topology)
-        variables, interface = meet(_store, topology, os.environ)
+        variables, interface = exchange_addresses(_store, topology, os.environ)
     except (RuntimeError, TimeoutError) as error:  # DistError is the former; torch 2.0 raises the latter
         raise RunError(
-            f"rank {topology.rank} on {topology.host} cannot meet the others in torchrun's store "
+            f"rank {topology.rank} on {topology.host} cannot reach the others through torchrun's store "
             f"at {master}: {str(error).splitlines()[0]}",
             wanted="all ranks started, and TCP to that address",
             fix="see torchrun's output; use a --master-addr or --rdzv-endpoint that all nodes reach",
@@ -63,13 +64,15 @@ def join_torchrun(topology: Topology) -> None:
 
 def _torchruns_store(topology: Topology) -> Store:
     """The store of torchrun itself, or of rank 0 on the port that torchrun chose."""
-    limit = timedelta(seconds=MEETING_LIMIT_S)
+    limit = timedelta(seconds=RENDEZVOUS_LIMIT_S)
     store, _, _ = next(rendezvous("env://", topology.rank, topology.world_size, timeout=limit))
     store.set_timeout(limit)
     return store
 
 
-def meet(store: Store, topology: Topology, env: Mapping[str, str]) -> tuple[dict[str, str], str]:
+def exchange_addresses(
+    store: Store, topology: Topology, env: Mapping[str, str]
+) -> tuple[dict[str, str], str]:
     """Horovod's variables for this rank, and the interface to the other nodes; waits for all nodes."""
     node, node_count = int(env["GROUP_RANK"]), int(env["GROUP_WORLD_SIZE"])
     if topology.local_rank == 0:
@@ -84,11 +87,11 @@ def meet(store: Store, topology: Topology, env: Mapping[str, str]) -> tuple[dict
     interface = interface_towards(env["MASTER_ADDR"]) if node else interface_between(others)
     if topology.rank == 0:
         global _stop_server
-        *server, _stop_server = start_store(nodes, ipv4_address_of(interface))
+        *server, _stop_server = start_rendezvous(nodes, ipv4_address_of(interface))
         store.set(SERVER, json.dumps(server))
     address, port = json.loads(store.get(SERVER))
-    place = place_environment(nodes, node, topology.local_rank)
-    return {**place, **store_environment(address, port)}, interface
+    place = rank_environment(nodes, node, topology.local_rank)
+    return {**place, **rendezvous_environment(address, port)}, interface
 
 
 def close_server() -> None:
@@ -98,7 +101,7 @@ def close_server() -> None:
 
 
 def _unique_nodes(entries: list[dict]) -> list[Node]:
-    """Nodes with unique host names, by which Horovod identifies hosts; several may run on one host."""
+    """The nodes with unique names, by which Horovod identifies hosts; several nodes may be on one host."""
     hosts = [one["host"] for one in entries]
     return [
         Node(host if hosts.count(host) == 1 else f"{host}-{number}", one["ranks"])

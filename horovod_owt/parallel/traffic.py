@@ -1,4 +1,4 @@
-"""What a rank sends, receives and waits for, counted at each collective from the sizes sent."""
+"""Asynchronous collectives that count a rank's bytes and the time its compute waits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from horovod_owt.parallel.groups import Group
 
 @dataclass
 class Waits:
-    """The seconds that compute waited, for other ranks or for images."""
+    """Seconds that compute waited, for other ranks or for images."""
 
-    device: torch.device  # that computes
-    _waited_s: float = field(default=0.0, init=False)  # of CPU cores
-    # of a GPU
+    device: torch.device
+    _waited_s: float = field(default=0.0, init=False)  # on a CPU
+    # on a GPU: start and end of each idle time
     _idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, init=False)
 
     def reset(self) -> None:
@@ -33,25 +33,26 @@ class Waits:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time in which compute waits for the end of this block.
+        """Count the time that compute waits for the end of this block.
 
-        On a GPU that is less than the host waits: the GPU has work queued before the block. So events mark
-        on its stream where that work ends and where the work after the block begins.
+        A GPU waits for less time than the host, because it still has work queued from before the block. So
+        events on its stream mark where that work ends and where the work after the block begins.
         """
         if self.device.type != "cuda":
             start = perf_counter()
             yield
             self._waited_s += perf_counter() - start
             return
-        queue_empty, goes_on = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        queue_empty, resumed = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         queue_empty.record()
         yield
-        goes_on.record()
-        self._idle.append((queue_empty, goes_on))
+        resumed.record()
+        self._idle.append((queue_empty, resumed))
 
     def waited_s(self) -> float:
-        """Seconds that compute waited since `reset`. On a GPU, call it when the host has waited for the GPU
-        since the last block, or it waits for the end of that block now.
+        """Seconds that compute waited since `reset`.
+
+        On a GPU it blocks until the last block's end, unless the host has synchronised since.
         """
         if self._idle and not (last := self._idle[-1][1]).query():
             last.synchronize()
@@ -60,10 +61,10 @@ class Waits:
 
 @dataclass
 class Traffic(Waits):
-    """Bytes by what they carry, and the seconds that compute waited for them.
+    """Bytes sent and received, by purpose, and the seconds that compute waited for them.
 
-    A collective counts what its algorithm puts on the wire: a ring's share for an allreduce, own rows times
-    peers for a gather. Horovod's own coordination messages, a few bytes, are not counted.
+    A collective counts what its algorithm puts on the wire: 2 (n-1)/n of the buffer for a ring allreduce, own
+    rows times peers for an allgather. Horovod's coordination messages, a few bytes, are not counted.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -80,7 +81,7 @@ class Traffic(Waits):
 
 
 class Transfer:
-    """A collective in flight. `wait` completes it and returns the result, processed by the `then` steps."""
+    """A collective in flight. `wait` completes it and returns the result, after the `then` functions."""
 
     def __init__(
         self, handle: int, traffic: Traffic, name: str, then: Callable[[Any], Tensor] | None = None
@@ -90,7 +91,7 @@ class Transfer:
         in_flight.add(handle)
 
     def then(self, step: Callable[[Any], Tensor]) -> Transfer:
-        """Pass the result through `step` first."""
+        """Have `wait` pass the result through `step`."""
         self._steps.append(step)
         return self
 
@@ -103,8 +104,8 @@ class Transfer:
         return result
 
 
-class Arrived:
-    """The same for a group of one: nothing is sent."""
+class Completed:
+    """A transfer within a group of one: nothing is sent."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -115,13 +116,13 @@ class Arrived:
 
 def start_sum(
     values: Tensor, group: Group, traffic: Traffic, *, what: str, name: str, in_place: bool = False
-) -> Transfer | Arrived:
-    """Start to sum `values` over the group's ranks; `what` is the counter, `name` is Horovod's.
+) -> Transfer | Completed:
+    """Start an allreduce (sum) of `values` over the group; `what` is the byte counter, `name` is Horovod's.
 
     A ring sends and receives 2 (n-1)/n of the buffer (Patarasuk and Yuan 2009).
     """
     if group.is_alone:
-        return Arrived(values)
+        return Completed(values)
     share = 2 * (group.size - 1) * bytes_of(values) // group.size
     traffic.count(what, sent=share, received=share)
     allreduce = hvd.allreduce_async_ if in_place else hvd.allreduce_async

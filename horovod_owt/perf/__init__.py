@@ -1,1 +1,1 @@
-"""A model of a training step: bytes and seconds computed from sizes alone. Needs no torch."""
+"""A performance model of a training step: bytes and seconds in closed form. Needs no torch."""

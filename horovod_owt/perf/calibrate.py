@@ -1,7 +1,8 @@
-"""Turn measurements into a machine's figures: of one rank, or of a whole run.
+"""Fit a machine's figures to measurements.
 
-A measurement is a row of `owt bench step`, `scaling` or `ceilings`, or the steps of a run folder. Rates are
-chosen so that the prediction of what was measured equals it.
+A measurement is a row of `owt bench step` or `scaling` on one rank, the output of `owt bench ceilings`, or
+the steps of a run. Rates are chosen so that the prediction for the measured configuration equals the
+measurement.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from horovod_owt.runs.folder import read_config
 from horovod_owt.runs.records import METRICS, newest_records
 
 BENCHES = "the JSON of owt bench step, scaling or ceilings, or a run folder"
-RATES = {"conv_gflops", "fc_gflops"}  # of arithmetic; a machine file has those in fp32
-RUN_STEPS = 1000  # of a run, the newest
+RATES = {"conv_gflops", "fc_gflops"}  # a machine file gives these for fp32
+RUN_STEPS = 1000  # newest steps of a run that are used
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a step of a configuration on one rank, or its compute alone on several."""
+    """Seconds of a step of a configuration on one rank; of a run on several ranks, only its compute."""
 
     cfg: TrainConfig
     step_s: float
@@ -38,11 +39,11 @@ class Measured:
 
 
 def calibrate(machine: Machine, paths: list[Path], wanted: Net) -> Machine:
-    """`machine` with the figures that these files give; raises ConfigError."""
+    """`machine` with figures from these measurements; raises ConfigError."""
     steps: list[Measured] = []
     for path in paths:
         document = _read(path)
-        if isinstance(document.get("figures"), dict):  # of bench ceilings
+        if isinstance(document.get("figures"), dict):  # owt bench ceilings
             method = document.get("method")
             method = method if isinstance(method, dict) else {}
             _refuse_another_net(method, wanted, path)
@@ -57,11 +58,11 @@ def calibrate(machine: Machine, paths: list[Path], wanted: Net) -> Machine:
 
 
 def fit_steps(machine: Machine, steps: list[Measured], net: Net, *, source: str) -> Machine:
-    """The rate of the convolutions, and with several batches also the fixed time, that explain the steps.
+    """Fit the rate of the convolutions, and with several batch sizes also the fixed time, to the steps.
 
-    Seconds are linear in the batch: a least-squares line, of relative errors, through what is left of each
-    step when the machine's figures for the FC layers and the update are subtracted. A batch in 16 bits counts
-    as the fp32 batch that takes as long.
+    The time of the FC layers and the update, by the machine's figures, is subtracted from each step; the rest
+    is linear in the batch, and fitted by least squares of relative errors. A 16-bit batch counts as the fp32
+    batch that takes as long.
     """
     batches = [step.cfg.rank_batch() / machine.speedup(step.cfg.precision) for step in steps]
     points, several = [], len(set(batches)) > 1
@@ -103,7 +104,7 @@ def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
 
 
 def _without_convolutions(machine: Machine, cfg: TrainConfig, net: Net) -> float:
-    """Seconds of a step on one rank but for the convolutions and the fixed time."""
+    """Seconds of a step on one rank, except the convolutions and the fixed time."""
     fast = machine.with_figures("none", conv_gflops=1e12, fixed_ms=0.0)
     cfg = dataclasses.replace(cfg, parallel="data", owt_scheme="a", fc_batch="global")
     return predict_row(fast, Job(cfg, net, 1, 1, decodes=False)).time.total_s
@@ -166,7 +167,7 @@ def _configuration(row: dict[str, Any], net: Net) -> TrainConfig:
 
 
 def measured(cfg: TrainConfig, row: dict[str, Any]) -> Measured:
-    """What a benchmark's row of one rank says of this configuration."""
+    """The measurement in a benchmark's row of one rank."""
     step_ms = row["step_ms"]
     share = 1 - row.get("data_wait_share", 0.0) - row.get("exposed_comm_share", 0.0)
     jitter = (step_ms["p75"] - step_ms["p25"]) / 1.349 / step_ms["median"]  # of a normal variable
@@ -174,7 +175,7 @@ def measured(cfg: TrainConfig, row: dict[str, Any]) -> Measured:
 
 
 def _refuse_another_net(found: dict[str, Any], wanted: Net, path: Path) -> None:
-    """Raise ConfigError where a measurement is of another net than the plan's."""
+    """Raise ConfigError if a measurement is of another model than the plan's."""
     for key, value in (
         ("model", wanted.name),
         ("image_size", wanted.image_size),
@@ -183,11 +184,11 @@ def _refuse_another_net(found: dict[str, Any], wanted: Net, path: Path) -> None:
         if key in found and found[key] != value:
             raise ConfigError(
                 f"{path} was measured with {key}={found[key]}",
-                wanted=f"{key}={value}, the net of this plan",
+                wanted=f"{key}={value}, as in this plan",
                 fix=f"--set {key}={found[key]}",
             )
 
 
 def net_for(cfg: TrainConfig) -> Net:
-    """The net that a plan is for."""
+    """The network of a plan."""
     return net_of(cfg.model, classes=cfg.classes or 1000, image_size=cfg.image_size)

@@ -37,7 +37,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """So many epochs in so many seconds; maybe how long each is said to take, and an error."""
+    """A claim of `count` epochs (or mini-batches) in `total_s` seconds, perhaps with an error."""
 
     count: float
     total_s: float
@@ -47,12 +47,12 @@ class Claim:
 
     @property
     def per_unit_s(self) -> float:
-        """As stated; else by division."""
+        """Seconds per unit, as stated, else by division."""
         return self.each_s or self.total_s / self.count
 
 
 def parse_claim(text: str, *, error: float | None, machine: Machine) -> Claim:
-    """Raises ConfigError. The time of one is taken from the report of this machine if the claim is its."""
+    """Parse a claim; one that the machine's report makes is completed from it. Raises ConfigError."""
     number = r"(\d+(?:\.\d+)?)"
     found = re.fullmatch(rf"\s*{number}\s+([a-z-]+)\s+in\s+{number}\s+([a-z]+)\s*", text.lower())
     if not found:
@@ -111,7 +111,7 @@ def _verdict(claim: Claim, readings: list[dict[str, Any]]) -> str:
 
 
 def predicted_images_per_s(machine: Machine, net: Net, *, global_batch: int) -> float:
-    """What the planner says of one node of this machine at its best strategy."""
+    """The planner's prediction for one node of this machine with its best strategy."""
     ranks = machine.ranks_per_node
     cfg = TrainConfig(parallel="auto", batch=max(1, global_batch // ranks), classes=net.classes)
     return fastest(plan(machine, Job(cfg, net, 1, ranks)), machine).images_per_s
@@ -209,7 +209,7 @@ def _times(factor: float) -> str:
 
 
 def _is_loss(value: float, loss: float) -> bool:
-    """Equal as far as it is written: to one decimal."""
+    """Whether the values agree to one decimal."""
     return abs(value - loss) < 0.05
 
 

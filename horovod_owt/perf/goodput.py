@@ -1,7 +1,7 @@
-"""What failures cost: the share of time in which training makes progress that is kept.
+"""Goodput under failures: the share of time spent on progress that is not lost.
 
-Failures are independent and as likely at any time (exponential), also during a restart. After one, the work
-since the last checkpoint is done again.
+Failures are independent, with exponentially distributed intervals, and may occur during a restart too. After
+a failure, the work since the last checkpoint is repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DAY_S = 86_400.0
 
 @dataclass(frozen=True)
 class Faults:
-    """A job's failures: seconds."""
+    """A job's failures, and what they cost, in seconds."""
 
     mtbf_s: float  # of the whole job: a node's, divided by the nodes
     checkpoint_s: float  # for which training waits at each checkpoint
@@ -31,14 +31,14 @@ class Faults:
 
     @property
     def daly_s(self) -> float:
-        """The same, higher order (Daly 2006)."""
+        """Best time between checkpoints, higher order (Daly 2006)."""
         if self.checkpoint_s >= 2 * self.mtbf_s:
             return self.mtbf_s
         ratio = self.checkpoint_s / (2 * self.mtbf_s)
         return self.young_s * (1 + math.sqrt(ratio) / 3 + ratio / 9) - self.checkpoint_s
 
     def goodput(self, interval_s: float) -> float:
-        """Progress kept, per second, with a checkpoint after every `interval_s` of work (Daly 2006)."""
+        """Share of time spent on kept progress, with a checkpoint every `interval_s` of work (Daly 2006)."""
         work = (interval_s + self.checkpoint_s) / self.mtbf_s
         # exp(-x) / -expm1(-x) is 1 / expm1(x), which overflows where failures are much more frequent
         kept = math.exp(-work - self.restart_s / self.mtbf_s) / -math.expm1(-work)
@@ -46,7 +46,7 @@ class Faults:
 
 
 def simulate(faults: Faults, interval_s: float, *, periods: int, seed: int = 0) -> float:
-    """The goodput of `periods` intervals played through, failure by failure."""
+    """The goodput over `periods` intervals, by a simulation of each failure."""
     draw = random.Random(seed).expovariate
     clock_s, next_failure_s = 0.0, draw(1 / faults.mtbf_s)
     for _ in range(periods):
@@ -54,7 +54,7 @@ def simulate(faults: Faults, interval_s: float, *, periods: int, seed: int = 0) 
         while next_failure_s < end_s:
             clock_s = next_failure_s
             next_failure_s = clock_s + draw(1 / faults.mtbf_s)
-            while next_failure_s < clock_s + faults.restart_s:  # it fails again while it starts
+            while next_failure_s < clock_s + faults.restart_s:  # another failure during the restart
                 clock_s = next_failure_s
                 next_failure_s = clock_s + draw(1 / faults.mtbf_s)
             clock_s += faults.restart_s
@@ -72,7 +72,7 @@ def of_nodes(machine: Machine, nodes: int) -> Faults:
 
 
 def goodput_report(machine: Machine, nodes: int, *, step_s: float, slow_step_s: float) -> dict[str, Any]:
-    """Failures of a job on so many nodes, and what one node costs with which a step takes `slow_step_s`."""
+    """The cost of failures on `nodes` nodes, and of a slow node with which a step takes `slow_step_s`."""
     faults = of_nodes(machine, nodes)
     interval_s = faults.daly_s
     return {

@@ -1,7 +1,7 @@
-"""Arithmetic, parameters and activations of every layer, forward and backward, in closed form.
+"""FLOPs, parameters and activations of every layer, forward and backward, in closed form.
 
-Convolutions are counted as direct ones, a multiply-add as two operations. Fast algorithms (FFT, Winograd) do
-fewer, so a device's rate in these units may exceed its peak. Tests compare with counts by torch.
+Convolutions are counted as direct ones, a multiply-add as two operations. Fast algorithms (FFT, Winograd)
+need fewer, so a device's rate in these units may exceed its peak. Tests compare with counts by torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from horovod_owt.perf.network import CONVOLUTIONS, FC6_IN, HIDDEN
 
 POOL, POOL_STRIDE = 3, 2
-POOL_INDEX_BYTES = 8  # torch keeps where each maximum was as an int64
+POOL_INDEX_BYTES = 8  # torch stores the index of each maximum as an int64
 FEATURE_SIDE = 6  # px; the adaptive pool enlarges smaller feature maps to this
 
 # stride, padding, whether a pool follows: of each convolution
@@ -20,7 +20,7 @@ GEOMETRY = ((4, 2, True), (1, 2, True), (1, 1, False), (1, 1, False), (1, 1, Tru
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or fully connected layer with what follows it; numbers are per image."""
+    """A convolution or fully connected layer, with its normalisation and pooling; numbers are per image."""
 
     name: str
     kind: str  # conv or fc
@@ -42,11 +42,11 @@ class Layer:
 
     @property
     def backward_flops(self) -> int:
-        """The gradient of the weights, and that of the input where it is needed."""
+        """FLOPs of the weight gradient and, where it is needed, of the input gradient."""
         return 2 * self.macs * (1 + self.input_gradient)
 
     def kept_bytes(self, pass_bytes: int = 4) -> int:
-        """What the backward pass needs of this layer's results. ReLU works in place."""
+        """Bytes of activations stored for the backward pass. ReLU works in place."""
         normed = self.outputs if self.normed else 0
         pool = self.passed_on * (pass_bytes + POOL_INDEX_BYTES) if self.pooled else 0
         return (self.outputs + normed) * pass_bytes + pool
@@ -54,7 +54,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Net:
-    """A net of the AlexNet family: five convolutions, three fully connected layers."""
+    """A network of the AlexNet family: five convolutions, three fully connected layers."""
 
     name: str
     convolutions: tuple[tuple[int, int, int], ...] = CONVOLUTIONS  # channels in, channels out, kernel
@@ -116,7 +116,7 @@ class Net:
         return sum(layer.forward_flops + layer.backward_flops for layer in self._of(kind))
 
     def kept_bytes(self, pass_bytes: int = 4) -> int:
-        """What one image keeps on the device from forward to backward, the image included."""
+        """Bytes per image stored on the device for the backward pass, including the image."""
         layers = self.layers()
         return layers[0].inputs * pass_bytes + sum(layer.kept_bytes(pass_bytes) for layer in layers)
 
@@ -124,7 +124,8 @@ class Net:
         return [layer for layer in self.layers() if kind in (None, layer.kind)]
 
 
-# The net of TensorFlow's benchmark (tf_cnn_benchmarks, alexnet_model.py): wider conv4, 227 px without padding
+# The network of TensorFlow's benchmark (tf_cnn_benchmarks, alexnet_model.py): wider conv4, 227 px without
+# padding
 TF_ALEXNET = Net(
     "tf-alexnet",
     convolutions=((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 384, 3), (384, 256, 3)),
@@ -135,7 +136,7 @@ TF_ALEXNET = Net(
 
 
 def net_of(model: str, *, classes: int = 1000, image_size: int = 224) -> Net:
-    """The net of a configuration's keys."""
+    """The network of a configuration."""
     return Net(model, classes=classes, image_size=image_size, batch_norm=model == "alexnet-owt-bn")
 
 

@@ -1,8 +1,9 @@
 """Seconds of collectives by the alpha-beta model: a latency per message, and bytes over a bandwidth.
 
-A ring-allreduce over n ranks sends 2 (n-1) messages and 2 (n-1)/n of the buffer (Patarasuk and Yuan 2009).
-Ranks are numbered host by host, so a ring over several nodes crosses each node's network adapter once. The
-two-level ring sums inside each node, then each local rank its share between the nodes, then gathers.
+In a ring allreduce over n ranks, each sends 2 (n-1) messages and 2 (n-1)/n of the buffer (Patarasuk and Yuan
+2009). Ranks are numbered host by host, so a ring over several nodes crosses each node's network adapter once.
+The two-level ring reduces inside each node, then each local rank reduces its share between nodes, then
+gathers.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Links:
     core_gb_s: float = 0.0  # of collectives on a CPU rank's own cores; 0: they take none
 
     def allreduce(self, buffer_bytes: float, ranks: int, *, rings: int = 1, two_level: bool = False) -> Sum:
-        """Sum a buffer over `ranks` ranks, on all nodes if they are more than a node's.
+        """Sum a buffer over `ranks` ranks, which are on several nodes if they are more than a node's.
 
-        `rings` sums run at the same time over different ranks of the same nodes (those of weight shards);
-        `ranks` of them are in each, so a node has ranks_per_node / rings of each ring.
+        `rings` such sums run at the same time over different ranks of the same nodes (as for weight shards),
+        so a node has ranks_per_node / rings ranks of each ring.
         """
         if ranks == 1:
             return Sum()
@@ -47,7 +48,7 @@ class Links:
         return Sum(busy_s=self._core_s(sent), wire_s=wire_s)
 
     def exchange(self, sent_bytes: float, messages: int, group_size: int) -> Sum:
-        """What a rank of an fc_group sends to its peers, `messages` messages one after another."""
+        """A rank of an fc_group sends `sent_bytes` to its peers, in `messages` messages one after another."""
         if group_size == 1:
             return Sum()
         away = max(0, group_size - self.ranks_per_node)  # peers on other nodes

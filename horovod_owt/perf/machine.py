@@ -16,9 +16,10 @@ from horovod_owt.errors import ConfigError
 from horovod_owt.files import read_user_text
 from horovod_owt.perf.layers import NETS
 from horovod_owt.perf.links import Links
+from horovod_owt.recipe import parse_yaml
 from horovod_owt.text import nearest
 
-# Every figure that a machine has, with its unit and meaning, and the least value that makes sense.
+# Every figure of a machine, with its unit and meaning, and the smallest sensible value.
 FIGURES = {
     "ranks_per_node": ("devices of a node, one rank each", 1),
     "peak_gflops": ("GFLOP/s of one device by its specification, fp32", 1e-3),
@@ -41,7 +42,7 @@ FIGURES = {
     "restart_s": ("from a failure to the first new step", 0),
     "checkpoint_stall_s": ("for which training waits at a checkpoint", 1e-9),
 }
-MOST = 1e9  # of any figure: far above all machines, and low enough to calculate with
+MAX_FIGURE = 1e9  # far above any machine, and low enough to calculate with
 KEYS = ("about", "device", "shares_cores", "figures", "published", "report")
 PUBLISHED = (
     "one of title, net, batch, overlap, and images/s by number of devices, from 1 on: synthetic and real"
@@ -51,7 +52,7 @@ REPORT = ("s_per_epoch", "epochs", "minutes", "error")
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, where it comes from, and whether it is a guess."""
+    """A number, its source, and whether it is an estimate."""
 
     value: float
     source: str
@@ -60,15 +61,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Machine:
-    """Nodes of one kind."""
+    """A kind of node, with the figures of its devices and links."""
 
     name: str
     about: str
     device: str
     shares_cores: bool  # CPU ranks decode, compute and send on the same cores
     figures: dict[str, Figure]
-    published: tuple[dict[str, Any], ...] = ()  # measured elsewhere, to be held against predictions
-    report: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a report said of this machine
+    published: tuple[dict[str, Any], ...] = ()  # measured elsewhere, to compare with predictions
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of a report on this machine
 
     def __getitem__(self, key: str) -> float:
         return self.figures[key].value
@@ -78,11 +79,11 @@ class Machine:
         return int(self["ranks_per_node"])
 
     def speedup(self, precision: str) -> float:
-        """How many times as fast arithmetic is in this precision as in fp32, in which rates are given."""
+        """Speedup of arithmetic in this precision over fp32, for which rates are given."""
         return self["speedup_16"] if precision in ("bf16", "fp16") else 1.0
 
     def links(self, ranks: int | None = None) -> Links:
-        """Of a job with this many ranks on a node; all devices of it by default."""
+        """The links of a job with this many ranks per node; by default, one per device."""
         names = ("link_gb_s", "link_us", "net_gb_s", "net_us", "core_gb_s")
         return Links(ranks or self.ranks_per_node, *(self[name] for name in names))
 
@@ -124,14 +125,7 @@ def load_machine(name_or_file: str, *, option: str = "--machine") -> Machine:
             wanted=f"one of {', '.join(machine_names())} or a path",
             fix=f"{option} {nearest(name_or_file, machine_names()) or machine_names()[0]}",
         )
-    try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"machine file {name_or_file} is not valid YAML{line}", wanted="key: value lines"
-        ) from None
+    document = parse_yaml(text, f"machine file {name_or_file}")
     return _machine(Path(name_or_file).stem, document, where=name_or_file)
 
 
@@ -164,13 +158,13 @@ def _published(entries: Any, where: str) -> tuple[dict[str, Any], ...]:
         (entry,) = entries
         rates = [entry["synthetic"], entry["real"]]
         numbers = [entry["batch"], *(number for each in rates for pair in each.items() for number in pair)]
-        sound = entry["net"] in NETS and "title" in entry and 0 <= entry["overlap"] <= 1
-        sound = (
-            sound and min(numbers) > 0 and all(1 in each and set(map(type, each)) == {int} for each in rates)
+        valid = entry["net"] in NETS and "title" in entry and 0 <= entry["overlap"] <= 1
+        valid = (
+            valid and min(numbers) > 0 and all(1 in each and set(map(type, each)) == {int} for each in rates)
         )
     except (TypeError, ValueError, KeyError, AttributeError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise ConfigError(f"{where}: published", wanted=PUBLISHED, fix="leave it out")
     return (entry,)
 
@@ -198,14 +192,14 @@ def _figure(key: str, entry: Any, where: str) -> Figure:
 
 
 def checked(key: str, value: Any, where: str) -> float:
-    """`value` as a number that the figure may have; raises ConfigError."""
+    """`value` as a number in the range of the figure `key`; raises ConfigError."""
     _refuse_unknown({key: value}, FIGURES, where)
     meaning, least = FIGURES[key]
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    most = 1.0 if key == "overlap" else MOST
+    most = 1.0 if key == "overlap" else MAX_FIGURE
     if not least <= number <= most or (key == "ranks_per_node" and number % 1):
         raise ConfigError(f"{where}: {key}={value}", wanted=f"{least:g} to {most:g}: {meaning}")
     return number

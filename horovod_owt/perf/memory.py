@@ -1,4 +1,4 @@
-"""Memory of one device in training: weights and their companions, and what a batch leaves for backward."""
+"""Memory of one device in training: weights, gradients, momentum, and stored activations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COPIES = 3  # of the weights: themselves, gradients, momentum
 
 
 def memory_gb(cfg: TrainConfig, net: Net) -> float:
-    """GB (1e9 bytes) of a rank, without the workspace of the libraries and the context of the driver."""
+    """GB (1e9 bytes) per rank, without libraries' workspaces and the driver's context."""
     group_size = cfg.ranks_per_classifier()
     kept, passing = KEPT_BYTES[cfg.precision], PASS_BYTES[cfg.precision]
     weights = net.parameters("conv") + net.parameters("fc") / group_size

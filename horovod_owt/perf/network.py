@@ -20,7 +20,7 @@ def conv_parameters(*, batch_norm: bool = False) -> int:
 
 
 def share(units: int, parts: int, index: int) -> int:
-    """How many of `units` part `index` has: an even split, with the remainder in the first parts."""
+    """Size of part `index` in an even split of `units`; the first parts get the remainder."""
     return units // parts + (index < units % parts)
 
 

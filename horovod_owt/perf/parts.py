@@ -1,4 +1,4 @@
-"""The parts of a step from a machine's figures; `parallel.parts` measures the same."""
+"""Compute the parts of a step from a machine's figures; `parallel.parts` measures the same parts."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.predict import Parts, Sum
 from horovod_owt.perf.traffic import PASS_BYTES, exchanged, fc_gradients
 
+# Passes over memory
 FC_PASSES = 3  # over the classifier's weights: forward, input gradient, weight gradient
 UPDATE_PASSES = 5  # over 4 bytes a weight: read weight, gradient and momentum, write weight and momentum
 WEIGHT_BYTES = 4
-# The same of compressed gradients, from their time on a CPU beside that of an addition; see parallel.one_bit.
+# Of compression, from its time on a CPU relative to that of an addition; see parallel.one_bit.
 QUANTISE_PASSES, DEQUANTISE_PASSES = 21, 10
 LOW_RANK_PASSES = 10  # add the error, two products, the approximation, the new error
 
 
 @dataclass(frozen=True)
 class Job:
-    """A configuration with `parallel` and `fc_group_size` resolved, on so many ranks."""
+    """A configuration with `parallel` and `fc_group_size` resolved, and the ranks that it runs on."""
 
     cfg: TrainConfig
     net: Net
     nodes: int
     ranks_per_node: int
-    decodes: bool = True  # JPEGs, not images that are there already
+    decodes: bool = True  # whether JPEGs are decoded
     two_level: bool = False
 
     @property
@@ -37,7 +38,7 @@ class Job:
 
 
 def parts_of(machine: Machine, job: Job) -> Parts:
-    """The parts of a step by the machine's figures."""
+    """The parts of a step."""
     cfg, net, ranks = job.cfg, job.net, job.ranks
     group_size = cfg.ranks_per_classifier()
     conv_rate, fc_rate = (
@@ -69,7 +70,7 @@ def parts_of(machine: Machine, job: Job) -> Parts:
 
 
 def _passes_s(machine: Machine, passes: float, numbers: float) -> float:
-    """Seconds to move so many fp32 numbers through memory so many times."""
+    """Seconds of `passes` passes over fp32 `numbers` in memory."""
     return passes * WEIGHT_BYTES * numbers / (1e9 * machine["memory_gb_s"])
 
 
@@ -87,9 +88,9 @@ class _FcSums:
 
 
 def _fc_sums(machine: Machine, job: Job, gradients: float) -> _FcSums:
-    """So many gradients of this rank, whole; or compressed, half of the bytes before the other half.
+    """The sum of this rank's FC gradients; if compressed, in two transfers of half the bytes.
 
-    Those halves are rows to their owners and back (onebit), or P and then Q (powersgd).
+    These send rows to their owners and back (onebit), or P and then Q (powersgd).
     """
     cfg, net, ranks = job.cfg, job.net, job.ranks
     links, group_size = machine.links(job.ranks_per_node), cfg.ranks_per_classifier()
@@ -111,8 +112,8 @@ def _fc_sums(machine: Machine, job: Job, gradients: float) -> _FcSums:
 def _exchange_s(machine: Machine, job: Job, *, compute_s: float) -> float:
     """Seconds that a micro-batch waits for transfers inside its fc_group.
 
-    Scheme b sends the features of one rank at a time, behind the `compute_s` of the turn before; the first
-    transfer forward and the last one back stay exposed, and so does what keeps the cores busy.
+    Scheme b sends the features of one rank at a time, overlapping with the `compute_s` of the previous turn;
+    the first transfer forward and the last one back are exposed, and so is time that keeps the cores busy.
     """
     cfg, size = job.cfg, job.cfg.ranks_per_classifier()
     if size == 1:

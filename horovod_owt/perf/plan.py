@@ -1,4 +1,4 @@
-"""Predict a job on a machine: the time of a step under each strategy, and what follows from it."""
+"""Predict a job on a machine: the time of a step under each strategy, throughput, memory, bottleneck."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from horovod_owt.perf.waiting import waiting_s
 
 IMAGENET = 1_281_167  # training images of ILSVRC2012
 INEXACT = ("onebit", "powersgd:4")
-WORTH = 0.99
+WORTH = 0.99  # a simpler strategy is preferred if it reaches this share of the best throughput
 MAX_GROUP = 64  # ranks that share the FC layers, in a plan
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is predicted of a job."""
+    """The prediction for a job."""
 
     job: Job
     time: StepTime
@@ -68,7 +68,7 @@ class Row:
 def plan(machine: Machine, job: Job, *, inexact: bool = False) -> list[Row]:
     """A row for data and for each scheme of hybrid, with 32- and 16-bit gradients, at its best group size.
 
-    With `inexact` also for data with gradients in one bit and of rank 4.
+    With `inexact`, also for data with one-bit and rank-4 gradients.
     """
     best: dict[tuple[str, str, str], Row] = {}
     for cfg in _candidates(job.cfg, job.ranks, inexact=inexact):
@@ -80,9 +80,9 @@ def plan(machine: Machine, job: Job, *, inexact: bool = False) -> list[Row]:
 
 
 def fastest(rows: list[Row], machine: Machine) -> Row:
-    """The row with most images/s among those that fit a device's memory; of all, if none does.
+    """The fastest row of those that fit in a device's memory, or of all if none does.
 
-    Rows go from the simplest to the least simple, and a gain below 1 % is not worth it.
+    Rows go from the simplest strategy to the most complex; a gain below 1 % does not justify complexity.
     """
     fitting = [row for row in rows if row.memory_gb <= machine["memory_gb"]]
     most = max(row.images_per_s for row in fitting or rows)
@@ -90,7 +90,7 @@ def fastest(rows: list[Row], machine: Machine) -> Row:
 
 
 def predict_row(machine: Machine, job: Job) -> Row:
-    """One job as it is."""
+    """Predict one job, with its configuration unchanged."""
     step = _step(machine, job)
     alone_cfg = dataclasses.replace(job.cfg, parallel="data", owt_scheme="a", fc_batch="global")
     alone = _step(machine, dataclasses.replace(job, cfg=alone_cfg, nodes=1, ranks_per_node=1))
@@ -122,7 +122,7 @@ def _step(machine: Machine, job: Job) -> _Step:
     cfg = job.cfg
     parts = parts_of(machine, job)
     time = step_time(parts, job.net, accum_steps=cfg.accum_steps, overlap=machine["overlap"])
-    # a rank alone has the decoders of its whole node, but not its cores
+    # a single rank has all decoders of its node, unless these share the ranks' cores
     decode_s = 0.0
     if job.decodes:
         ranks = machine.ranks_per_node if machine.shares_cores else job.ranks_per_node
@@ -175,7 +175,7 @@ def _candidates(cfg: TrainConfig, ranks: int, *, inexact: bool) -> Iterator[Trai
 
 
 def group_sizes(cfg: TrainConfig, ranks: int) -> list[int]:
-    """The one that the user chose, or all that divide the ranks."""
+    """The group size set by the user, or all that divide the number of ranks."""
     if isinstance(cfg.fc_group_size, int):
         return [cfg.fc_group_size] if ranks % cfg.fc_group_size == 0 and cfg.fc_group_size > 1 else []
     return [size for size in range(2, min(ranks, MAX_GROUP) + 1) if ranks % size == 0]

@@ -1,4 +1,4 @@
-"""Plots of what the planner and the benchmarks found, as SVG. Needs matplotlib."""
+"""Plots of plans and benchmarks, as SVG. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.files import named_file
+from horovod_owt.files import output_file
 from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.text import gradients_name, strategy_name
 from horovod_owt.text import one_line, valid
 
 
 def plot_scaling(document: dict[str, Any], machine: Machine, path: Path) -> None:
-    """images/s by ranks, a line for each strategy, beside the ideal line."""
+    """Plot images/s by ranks, a line for each strategy, and the ideal line."""
     lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in document["rows"]:
         lines[strategy_name(row) + gradients_name(row)].append((row["gpus"], row["images_per_s"]))
@@ -34,7 +34,7 @@ def plot_scaling(document: dict[str, Any], machine: Machine, path: Path) -> None
 
 
 def plot_collectives(report: dict[str, Any], path: Path) -> None:
-    """busbw by size, a line for each collective."""
+    """Plot busbw by size, a line for each collective."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in report["rows"]:
         lines[row["collective"]].append((row["bytes"], row["busbw_gb_s"]))
@@ -66,22 +66,22 @@ def plot_lines(
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
         axes.grid(True, which="major", alpha=0.3)
         axes.legend(fontsize="small")
-        with named_file(path, "--plot") as file:
+        with output_file(path, "--plot") as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def check_lines_plot(path: Path) -> None:
-    """Raise ConfigError if `plot_lines` cannot draw to that file; for callers that measure first."""
+    """Raise ConfigError if `plot_lines` would fail; for callers that measure first."""
     check_plot(path, "--plot", (".svg",))
 
 
 def drawable(text: str) -> str:
-    """A name as matplotlib takes it: it reads what is between two `$` as a formula."""
+    """A name escaped for matplotlib, which takes text between two `$` for a formula."""
     return valid(one_line(text)).replace("$", r"\$")
 
 
 def check_plot(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
-    """Raise ConfigError if a picture cannot be drawn, or not to that file."""
+    """Raise ConfigError if matplotlib is missing or the file name is unsuitable."""
     if importlib.util.find_spec("matplotlib") is None:
         fix = "pip install 'horovod_owt[plots]'"
         raise ConfigError(f"{option} without matplotlib", wanted="matplotlib", fix=fix)

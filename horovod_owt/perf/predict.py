@@ -1,4 +1,4 @@
-"""The time of a step from the times of its parts, however these were found.
+"""The time of a step from the times of its parts.
 
 `owt plan` computes the parts from a machine's figures, `--parallel auto` measures them; both add them up
 here.
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from horovod_owt.perf.layers import Net
 
 FC_BACKWARD = 2 / 3  # of a classifier's arithmetic: the gradients of weights and inputs
-MAX_PIECE_ELEMENTS = 4 * 2**20  # of gradients sent together: 16 MB of fp32 reach a ring's bandwidth
-MIN_PIECES = 4  # of a small buffer, so that most of it is sent before the first layer's gradient is ready
+MAX_BUCKET_ELEMENTS = 4 * 2**20  # gradients sent together: 16 MB of fp32 reach a ring's bandwidth
+MIN_BUCKETS = 4  # for a small buffer, so that most of it is sent before the first layer's gradient is ready
 
 
-def piece_elements(parameters: int) -> int:
-    """How many of that many gradients are sent together."""
-    return min(MAX_PIECE_ELEMENTS, -(-parameters // MIN_PIECES))
+def bucket_elements(parameters: int) -> int:
+    """Gradients per bucket, of `parameters` in all."""
+    return min(MAX_BUCKET_ELEMENTS, -(-parameters // MIN_BUCKETS))
 
 
 @dataclass(frozen=True)
 class Sum:
     """Seconds to sum a buffer of gradients over ranks, with nothing else running."""
 
-    busy_s: float = 0.0  # a CPU rank's own cores move bytes: it cannot compute meanwhile
+    busy_s: float = 0.0  # while a CPU rank's own cores move bytes and cannot compute
     wire_s: float = 0.0  # the rest, which overlaps with the backward pass
 
     @property
@@ -34,7 +34,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a step of one strategy is made of, on the slowest rank."""
+    """Times of the parts of a step under one strategy, on the slowest rank."""
 
     conv_forward_s: float  # of a micro-batch
     conv_backward_s: float  # of a micro-batch
@@ -43,16 +43,16 @@ class Parts:
     update_s: float
     conv_sum: Sum
     fc_sum: Sum
-    fc_reply_s: float = 0.0  # of compressed FC sums: transfers that begin after the backward pass
+    fc_reply_s: float = 0.0  # second transfers of compressed FC sums, after the backward pass
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step: they add up."""
+    """Seconds of a step, in three parts that add up."""
 
     compute_s: float
     exchange_s: float
-    exposed_s: float  # of the sums of gradients: what the backward pass does not hide
+    exposed_s: float  # sums of gradients, as far as the backward pass does not hide them
 
     @property
     def total_s(self) -> float:
@@ -60,16 +60,16 @@ class StepTime:
 
 
 def step_time(parts: Parts, net: Net, *, accum_steps: int = 1, overlap: float = 1.0) -> StepTime:
-    """A step is its compute plus its exposed communication.
+    """The time of a step: compute plus exposed communication.
 
     A layer's gradients are sent as soon as the last backward pass has computed them, one buffer after
     another, so the FC layers' are hidden by the convolutions' backward pass and the first convolution's by
-    nothing. `overlap` is the share of what could be hidden that the software does hide.
+    nothing. `overlap` is the share of the hideable communication that the software does hide.
     """
     micro_batch_s = parts.conv_forward_s + parts.conv_backward_s + parts.classifier_s
     busy_s = parts.conv_sum.busy_s + parts.fc_sum.busy_s
     wire_s = parts.conv_sum.wire_s + parts.fc_sum.wire_s
-    hidden_s = overlap * (wire_s - _left_after_backward(parts, net))
+    hidden_s = overlap * (wire_s - _unsent_after_backward(parts, net))
     return StepTime(
         compute_s=accum_steps * micro_batch_s + parts.update_s,
         exchange_s=accum_steps * parts.exchange_s,
@@ -77,11 +77,11 @@ def step_time(parts: Parts, net: Net, *, accum_steps: int = 1, overlap: float = 
     )
 
 
-def _left_after_backward(parts: Parts, net: Net) -> float:
-    """Seconds of wire time left when the backward pass is done; the layers go last to first.
+def _unsent_after_backward(parts: Parts, net: Net) -> float:
+    """Seconds of wire time left when the backward pass, from the last layer to the first, is done.
 
-    FC layers and convolutions have a buffer each, in equal pieces; a piece is sent when the gradients of the
-    first layer in it are there.
+    FC layers and convolutions have a buffer each, in equal buckets; a bucket is sent when the gradients of
+    the first layer in it are ready.
     """
     computed_s = sent_s = 0.0
     for kind, backward_s, summed in (
@@ -91,11 +91,11 @@ def _left_after_backward(parts: Parts, net: Net) -> float:
         layers = [layer for layer in net.layers() if layer.kind == kind]
         flops = sum(layer.backward_flops for layer in layers)
         total = unsent = ready_from = net.parameters(kind)
-        piece = piece_elements(total)
+        bucket = bucket_elements(total)
         for layer in reversed(layers):
             computed_s += backward_s * layer.backward_flops / flops
             ready_from -= layer.parameters
-            whole_from = -(-ready_from // piece) * piece
+            whole_from = -(-ready_from // bucket) * bucket
             if whole_from < unsent:
                 sent_s = max(sent_s, computed_s) + summed.wire_s * (unsent - whole_from) / total
                 unsent = whole_from

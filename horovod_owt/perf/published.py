@@ -1,4 +1,4 @@
-"""Figures that others published of a machine, beside what is predicted from those of one device."""
+"""Compare predictions with figures that others published for a machine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from horovod_owt.perf.parts import Job
 from horovod_owt.perf.plan import predict_row
 
 
-def held_against(machine: Machine) -> dict[str, Any]:
-    """Rows of measured and predicted images/s; raises ConfigError for a machine without published figures."""
+def compare_published(machine: Machine) -> dict[str, Any]:
+    """Measured and predicted images/s, fitted to one device; ConfigError if nothing was published."""
     if not machine.published:
         raise ConfigError(f"{machine.name} has no published figures", wanted="a machine that has some")
     (published,) = machine.published

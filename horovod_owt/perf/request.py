@@ -1,4 +1,4 @@
-"""What `owt plan` is asked for, checked, and its answer as one document."""
+"""A request of `owt plan`, and its answer as one document."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from horovod_owt.perf.machine import Machine
 from horovod_owt.perf.parts import Job
 from horovod_owt.perf.plan import Row, fastest, group_sizes, plan
 
-MOST_NODES = 100_000
+MAX_NODES = 100_000
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A configuration on one to many nodes of a machine."""
+    """A configuration, and the numbers of nodes of a machine to plan it for."""
 
     machine: Machine
     cfg: TrainConfig
@@ -29,7 +29,7 @@ class PlanRequest:
     images: int
     decodes: bool = True
     two_level: bool = False
-    inexact: bool = False  # also strategies whose gradients are approximations
+    inexact: bool = False  # include lossy compression
     slow: float = 1.25
 
 
@@ -39,13 +39,13 @@ def parse_nodes(text: str) -> list[int]:
         nodes = sorted({int(word) for word in text.split(",")})
     except ValueError:
         nodes = []
-    if not nodes or not 1 <= nodes[0] <= nodes[-1] <= MOST_NODES:
-        raise ConfigError(f"--nodes {text}", wanted=f"numbers from 1 to {MOST_NODES:,}", fix="--nodes 1,2,4")
+    if not nodes or not 1 <= nodes[0] <= nodes[-1] <= MAX_NODES:
+        raise ConfigError(f"--nodes {text}", wanted=f"numbers from 1 to {MAX_NODES:,}", fix="--nodes 1,2,4")
     return nodes
 
 
 def answer(request: PlanRequest) -> dict[str, Any]:
-    """Rows for each number of nodes, the best row of the most nodes, failures, and the method."""
+    """The document: rows for each number of nodes, the best rows, failures, and the method."""
     machine, cfg = request.machine, request.cfg
     rows: list[Row] = []
     best: list[Row] = []
@@ -92,7 +92,7 @@ def answer(request: PlanRequest) -> dict[str, Any]:
 
 
 def _slow_step_s(row: Row, request: PlanRequest) -> float:
-    """All ranks wait for a node that computes longer, unless they wait longer for decoders or copies."""
+    """Step time with a slow node, for which all ranks wait unless they wait longer for decoders or copies."""
     work_s = row.step_s if request.machine.shares_cores else row.time.total_s
     return max(row.step_s, work_s + (request.slow - 1) * row.time.compute_s)
 
@@ -102,7 +102,7 @@ def _document(row: Row, request: PlanRequest) -> dict[str, Any]:
 
 
 def _refuse_groups(cfg: TrainConfig, ranks: int) -> None:
-    """Raise ConfigError where hybrid was asked for with groups that these ranks do not make."""
+    """Raise ConfigError if hybrid is requested with a group size that does not divide the ranks."""
     if cfg.parallel == "hybrid" and ranks > 1 and not group_sizes(cfg, ranks):
         raise ConfigError(
             f"fc_group_size={cfg.fc_group_size} on {ranks} ranks", wanted="a number above 1 that divides them"

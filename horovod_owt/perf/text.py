@@ -14,7 +14,7 @@ BOUND = {"communication": "comm", "host-to-device": "copy"}  # short, for the ta
 
 
 def table(rows: Sequence[Sequence[str]], *, left: frozenset[int] = frozenset({0})) -> list[str]:
-    """Aligned columns, the first row is the head; `left` are the columns of words."""
+    """The rows in aligned columns; `left` are the left-aligned ones."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -26,7 +26,7 @@ def table(rows: Sequence[Sequence[str]], *, left: frozenset[int] = frozenset({0}
 
 
 def duration(seconds: float) -> str:
-    """Such as 41 s, 7.4 min, 11.1 h, 2.3 d."""
+    """A duration such as 41 s, 7.4 min, 11.1 h, 2.3 d."""
     for unit, size, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
         if seconds < most * size:
             return f"{seconds / size:.3g} {unit}"
@@ -38,7 +38,7 @@ def strategy_name(row: dict[str, Any]) -> str:
 
 
 def gradients_name(row: dict[str, Any]) -> str:
-    """Such as ", 16-bit gradients"; empty for those that are sent as they are."""
+    """The kind of gradients, such as ", 16-bit gradients"; empty if uncompressed."""
     if rank := powersgd_rank(row["compression"]):
         return f", gradients of rank {rank}"
     return {16: ", 16-bit gradients", 1: ", gradients in one bit"}.get(row["gradient_bits"], "")
@@ -50,7 +50,7 @@ def _bits(row: dict[str, Any]) -> str:
 
 
 def format_plan(document: dict[str, Any], machine: Machine) -> str:
-    """The table, the best of it, and what it rests on."""
+    """The plan as text: the table, the best rows, failures, and the estimates that it rests on."""
     head = ["nodes", "strategy", "K", "bits", "ms", "compute", "exch.", "exposed", "decode"]
     head += ["images/s", "epoch", "run", "eff.", "GB", "bound by"]
     cells = [head]
@@ -106,7 +106,7 @@ def _best(row: dict[str, Any]) -> str:
 
 
 def format_goodput(reports: list[dict[str, Any]], slow: float) -> list[str]:
-    """Failures, a line for each number of nodes."""
+    """The cost of failures as a table, a line for each number of nodes."""
     head = ["nodes", "failure every", "Young", "Daly", "steps", "goodput", "if hourly"]
     head += ["one slow node", "without it"]
     cells = [head]
@@ -135,7 +135,7 @@ def format_goodput(reports: list[dict[str, Any]], slow: float) -> list[str]:
 
 
 def format_published(document: dict[str, Any]) -> str:
-    """Predictions from one GPU's figure beside what was measured."""
+    """Predictions and published measurements as a table."""
     cells = [["images", "ranks", "measured images/s", "predicted", "difference"]]
     for row in document["rows"]:
         cells.append(

@@ -1,7 +1,7 @@
-"""Bytes that a rank sends per step, by what they carry: a closed form of parallel.traffic's counters.
+"""Bytes that a rank sends per step, by purpose: a closed form of parallel.traffic's counters.
 
-The algorithms are the same: a ring's 2 (n-1)/n of an allreduce (Patarasuk and Yuan 2009), own rows times
-peers for a gather, the peers' shares for a sum by alltoall.
+The algorithms are the same: 2 (n-1)/n of the buffer for a ring allreduce (Patarasuk and Yuan 2009), own rows
+times peers for an allgather, the peers' shares for a sum by alltoall.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ MOMENT_BYTES = 2 * 8  # two float64 sums per channel or unit
 
 
 def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) -> dict[str, int]:
-    """Bytes that the rank at `index` of its fc_group sends in one step, without entries of 0.
+    """Bytes that the rank at `index` of its fc_group sends in one step, by purpose; zeros are omitted.
 
-    `cfg.parallel` and `cfg.fc_group_size` must be resolved. Validation and checkpoints are not included.
+    `cfg.parallel` and `cfg.fc_group_size` must have been resolved. Validation and checkpoints are not
+    included.
     """
     group_size = cfg.ranks_per_classifier()
     groups = world_size // group_size
@@ -59,7 +60,7 @@ def bytes_sent_per_step(cfg: TrainConfig, world_size: int, *, index: int = 0) ->
 
 
 def gradient_bytes(cfg: TrainConfig) -> int:
-    """Bytes of a gradient on the network, if its layer's are not sent as an approximation."""
+    """Bytes of a gradient on the network, without lossy compression."""
     return 2 if cfg.compression == "fp16" else KEPT_BYTES[cfg.precision]
 
 
@@ -96,16 +97,16 @@ def exchanged(
 
 
 def ring(buffer_bytes: int, ranks: int) -> int:
-    """Bytes that each rank sends in a ring-allreduce of a buffer."""
+    """Bytes that each rank sends in a ring allreduce of a buffer."""
     return 2 * (ranks - 1) * buffer_bytes // ranks
 
 
 def break_even_batch(group_size: int, classes: int = 1000, *, pass_bytes: int = 4) -> float:
     """Images per rank at which hybrid and data-parallel send the same bytes; with fewer, hybrid sends less.
 
-    Splitting the layers saves 2 (K-1)/K of their gradients' bytes and costs 2 (K-1) b (9216 + 4096 + classes)
-    numbers. This holds for any number of groups: sums between groups add the same bytes to both. Labels are
-    not counted.
+    Splitting the layers saves 2 (K-1)/K of the bytes of their gradients and costs 2 (K-1) b (9216 + 4096 +
+    classes) numbers. This holds for any number of groups, since sums between groups add the same bytes to
+    both. Labels are not counted.
     """
     per_image = (FC6_IN + HIDDEN) * pass_bytes + classes * 4
     return fc_parameters(classes) * 4 / (group_size * per_image)

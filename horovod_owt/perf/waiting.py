@@ -1,4 +1,4 @@
-"""How long ranks wait for the slowest of them, from how much one rank's step time varies."""
+"""Expected waiting for the slowest rank, from the variation of one rank's step time."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from horovod_owt.perf.predict import Parts, StepTime
 
 EXCHANGES = 5  # of a classifier pass: features, units and logits forward, units and features back
 
-Stretch = tuple[float, int, int]  # seconds of one rank's work, the ranks that meet at its end, how often
+Stretch = tuple[float, int, int]  # seconds of work, ranks that synchronise after it, how often
 
 
 def waiting_s(time: StepTime, parts: Parts, cfg: TrainConfig, ranks: int, jitter: float) -> float:
-    """Seconds of a step that the ranks wait for each other, expected.
+    """Expected seconds of a step that the ranks wait for each other.
 
-    `jitter` is the standard deviation of one rank's step, as a share of it. Disturbances are taken to be
-    short and independent, so that their variance grows with time: a stretch of t seconds of a step of T has
-    a deviation of jitter sqrt(t T). Ranks that meet inside a step, as those of an fc_group do, therefore
-    wait longer in all than ranks that meet once.
+    `jitter` is the standard deviation of one rank's step time, as a share of it. Disturbances are assumed to
+    be short and independent, so that their variance grows with time: t seconds of a step of T have a
+    deviation of jitter sqrt(t T). Ranks that synchronise within a step, as in an fc_group, therefore wait
+    longer in total than ranks that synchronise once.
     """
     return sum(
-        often * jitter * sqrt(seconds * time.total_s) * slowest_of(meeting)
-        for seconds, meeting, often in _stretches(time, parts, cfg, ranks)
+        often * jitter * sqrt(seconds * time.total_s) * slowest_of(together)
+        for seconds, together, often in _stretches(time, parts, cfg, ranks)
     )
 
 
@@ -34,7 +34,7 @@ def slowest_of(ranks: int) -> float:
 
 
 def _stretches(time: StepTime, parts: Parts, cfg: TrainConfig, ranks: int) -> Iterator[Stretch]:
-    """A step's stretches of work; their seconds add up to the step."""
+    """A step's stretches of work between synchronisations; their seconds add up to the step."""
     group, left_s = cfg.ranks_per_classifier(), time.total_s
     if group > 1:
         turns = group if cfg.owt_scheme == "b" else 1

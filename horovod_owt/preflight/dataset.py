@@ -1,4 +1,4 @@
-"""Checks of what all hosts read and write: the data set and the run folder."""
+"""Checks of the data set and the run folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least,
 READ_S = 2.0  # duration of the read test
 READERS = 4
 CACHED_SIDE = TrainConfig(cache="ram").cached_side()
-VISIBLE_S = 5.0  # a network file system may show a new file this late on other hosts
+VISIBLE_S = 5.0  # delay after which a network file system shows a new file on other hosts
 KEPT = TrainConfig.keep_checkpoints + 2  # the newest ones, the best, and the one being written
 CHECKPOINT_BYTES = 2 * 4 * (conv_parameters() + fc_parameters(1000))  # weights and momentum, in fp32
 
@@ -75,7 +75,7 @@ def judge_data(answers: Sequence[Answer]) -> list[Finding]:
 
 
 def _cache_finding(answers: Sequence[Answer]) -> Finding:
-    """Whether decoded images fit in memory. Never bad: most runs ask for no cache."""
+    """Whether decoded images fit in memory. Never bad, because most runs use no cache."""
     least = min(answers, key=lambda a: a.value["cache_room"] - a.value["cache_bytes"])
     needed, room = least.value["cache_bytes"], least.value["cache_room"]
     fits = "fits" if needed <= room else "does not fit"
@@ -96,7 +96,7 @@ def nearest_folder(run_dir: Path) -> Path:
 
 
 def leave_token(run_dir: Path, token: str) -> str:
-    """Create a file for the other hosts to look for; `take_token` removes it. Raises OSError."""
+    """Create a file that other hosts should see; `take_token` removes it. Raises OSError."""
     folder = nearest_folder(run_dir)
     (folder / f".owt-preflight-{token}").write_text(token, encoding="utf-8")
     return str(folder)

@@ -18,7 +18,7 @@ from horovod_owt.preflight.findings import Answer, Finding, agreement, differing
 
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 # PCI Express Base Specification, "Access Control Services extended capability": its id, the offset of its
-# control register, and the bits of that which redirect peer-to-peer packets through the root complex.
+# control register, and the bits of the register that redirect peer-to-peer packets through the root complex.
 EXTENDED_CAPABILITIES, ACS, ACS_CONTROL = 0x100, 0x000D, 6
 REDIRECTS = 0b11100  # request, completion, upstream forwarding
 
@@ -48,7 +48,7 @@ def look(device: Device) -> dict[str, Any]:
 
 
 def judge(answers: Sequence[Answer]) -> list[Finding]:
-    """Every rank has a device of its own; GPUs are also checked for compatibility and health."""
+    """Every rank has its own device; GPUs are also checked for compatibility and health."""
     gpus = [answer for answer in answers if "gpu" in answer.value]
     findings = [_judge_kinds(answers), _judge_sharing(answers)]
     if gpus:
@@ -104,7 +104,7 @@ def _judge_architecture(gpus: Sequence[Answer]) -> Finding:
 
 
 def _judge_driver(gpus: Sequence[Answer]) -> Finding:
-    """A driver supports CUDA up to the major version it was made for."""
+    """The driver supports torch's major version of CUDA."""
     return _judge_fit(
         "driver",
         gpus,
@@ -118,7 +118,7 @@ def _judge_driver(gpus: Sequence[Answer]) -> Finding:
 
 
 def _judge_start(gpus: Sequence[Answer]) -> Finding:
-    """CUDA may not start with a driver that is new enough."""
+    """CUDA starts; it may fail even if the driver is new enough."""
     failed = [answer for answer in gpus if _does_not_start(answer.value)]
     saw = f"does not start: {failed[0].value['cuda_fault']}; {who(failed)}" if failed else "starts"
     fix = NO_START if failed else ""
@@ -126,7 +126,7 @@ def _judge_start(gpus: Sequence[Answer]) -> Finding:
 
 
 def _does_not_start(value: dict) -> bool:
-    """Though the driver is new enough. Then torch does not tell what GPUs it is built for."""
+    """Whether CUDA fails although the driver is new enough; torch then does not list its architectures."""
     built_for = value["cuda"]
     return bool(value["cuda_fault"] and built_for) and driver_runs(built_for, value["gpu"]["cuda_driver"])
 
@@ -181,7 +181,7 @@ def _judge_health(gpus: Sequence[Answer]) -> list[Finding]:
 
 
 def _judge_persistence(gpus: Sequence[Answer]) -> Finding:
-    """Never a failure: without it the driver resets clocks between jobs, and jobs start seconds later."""
+    """Never bad: without persistence the driver resets clocks between jobs, and jobs start seconds later."""
     off = [answer for answer in gpus if answer.value["health"]["persistence_mode"] is False]
     saw = f"off on {who(off)}" if off else f"on, or not reported, on {len(gpus)} GPUs"
     return Finding("GPU persistence", True, saw, "", "`nvidia-smi -pm 1`" if off else "")
@@ -208,7 +208,7 @@ def _judge_clocks(gpus: Sequence[Answer]) -> list[Finding]:
 def redirecting_bridges(pci: str, sysfs: Path = Path("/sys")) -> list[str] | None:
     """Bridges above a GPU that redirect peer-to-peer traffic to the root complex; None if not readable.
 
-    Only root may read that part of a bridge's configuration space.
+    Only root can read that part of a bridge's configuration space.
     """
     device = (sysfs / "bus/pci/devices" / pci).resolve()
     found, seen = [], False

@@ -1,4 +1,4 @@
-"""Findings of the checks, and the answers that they are made from."""
+"""Findings of the checks, and helpers to make them from the ranks' answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hosts_of(answers: Iterable[Answer]) -> tuple[str, ...]:
 
 
 def who(answers: Iterable[Answer]) -> str:
-    """`n1 (ranks 0-3), n2 (rank 4)`; at most the first four hosts."""
+    """Hosts and ranks as `n1 (ranks 0-3), n2 (rank 4)`; at most the first four hosts."""
     ranks: dict[str, list[int]] = {}
     for answer in answers:
         ranks.setdefault(answer.host, []).append(answer.rank)
@@ -49,7 +49,7 @@ def who(answers: Iterable[Answer]) -> str:
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """`0-3, 7`."""
+    """Numbers as `0-3, 7`."""
     found = []
     for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0]):
         first, *_, last = [number for _, number in run] * 2
@@ -105,12 +105,12 @@ def at_least(
     """Each answer's value is at least `least`; the report divides values by `scale`."""
     low = [answer for answer in answers if answer.value < least]
     shown = [answer.value / scale for answer in low or answers]
-    least_shown, most_shown = (f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in (min(shown), max(shown)))
-    span = least_shown + (f" to {most_shown}" if most_shown != least_shown else "")
+    least_shown, max_shown = (f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in (min(shown), max(shown)))
+    span = least_shown + (f" to {max_shown}" if max_shown != least_shown else "")
     saw = f"{span} {unit}" + (f" on {who(low)}" if low else "")
     return Finding(check, not low, saw, wanted, fix if low else "", hosts_of(low))
 
 
 def or_inf(free_bytes: int | None) -> float:
-    """None: the file system does not say, so it is no reason to refuse the job."""
+    """Free bytes, infinite if the file system does not report them, so that no check fails."""
     return float("inf") if free_bytes is None else free_bytes

@@ -1,15 +1,17 @@
-"""Checks of single hosts: installed versions, resource limits, and whether names lead to their hosts."""
+"""Checks of hosts: installed versions, resource limits, host names."""
 
 from __future__ import annotations
 
 import os
 import resource
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from horovod_owt.cgroups import cpu_quota
 from horovod_owt.filesystem import free_space
 from horovod_owt.parallel.interfaces import is_loopback, usable
 from horovod_owt.preflight.findings import Answer, Finding, agreement, at_least, hosts_of, or_inf, who
@@ -18,13 +20,13 @@ from horovod_owt.versions import code_digest, installed_versions
 
 SHM_BYTES_PER_RANK = 256e6  # used by NCCL, Open MPI and torch's workers; Docker's default is 64 MB
 FILES = 512  # open files of a rank: images, libraries, pipes
-FILES_PER_PEER = 3  # one connection of Gloo, one of the heartbeat, one to spare
+FILES_PER_PEER = 3  # a connection of Gloo, one of the heartbeat, and one in reserve
 INFINIBAND = Path("/dev/infiniband")
 RESOLVERS = 16  # parallel lookups, in case a name server is dead
 
 
 def environment() -> dict[str, str]:
-    """The versions this rank would run with; loads torch and Horovod, and raises what they raise."""
+    """This rank's versions; loads torch and Horovod, and raises whatever they raise."""
     import torch
 
     from horovod_owt.parallel import runtime
@@ -51,12 +53,13 @@ def limits(topology: Topology) -> dict[str, Any]:
         "infiniband": any(INFINIBAND.glob("uverbs*")),  # rdma_cm is there without a card, too
         "shm_bytes": _shm_bytes(),
         "cores": sorted(os.sched_getaffinity(0)),
+        "cpu_quota": cpu_quota(),
         "local_size": topology.local_size,
     }
 
 
 def _shm_bytes() -> int | None:
-    """None without a limit, as with podman's --shm-size=0."""
+    """Free bytes of /dev/shm; None if it has no limit, as with podman's --shm-size=0."""
     try:
         return free_space(Path("/dev/shm"))[0]
     except FileNotFoundError:
@@ -94,7 +97,7 @@ def _bounded(limit: int) -> float:
 
 
 def _judge_locked_memory(answers: Sequence[Answer]) -> Finding:
-    """InfiniBand verbs pin memory: if they may not, NCCL and MPI fall back to TCP or fail."""
+    """InfiniBand verbs pin memory; if that is limited, NCCL and MPI fall back to TCP or fail."""
     bounded = [a for a in answers if a.value["infiniband"] and _bounded(a.value["locked_bytes"]) < 2**40]
     if bounded:
         saw = f"{bounded[0].value['locked_bytes'] / 1e6:.4g} MB, with InfiniBand, on {who(bounded)}"
@@ -106,14 +109,19 @@ def _judge_locked_memory(answers: Sequence[Answer]) -> Finding:
 
 
 def _judge_cores(answers: Sequence[Answer]) -> Finding:
-    """Each host has a core for each of its ranks, whether the launcher bound them singly or together."""
-    cores: dict[str, set[int]] = {}
+    """Each host has a core for each of its ranks, whether the launcher bound them singly or together.
+
+    A container's quota of CPU time counts as so many cores.
+    """
+    own: dict[str, set[int]] = {}
     for answer in answers:
-        cores.setdefault(answer.host, set()).update(answer.value["cores"])
+        own.setdefault(answer.host, set()).update(answer.value["cores"])
+    quotas = {a.host: int(a.value["cpu_quota"] or sys.maxsize) for a in answers}
+    cores = {host: min(len(found), quotas[host]) for host, found in own.items()}
     ranks = {answer.host: answer.value["local_size"] for answer in answers}
-    short = [a for a in answers if len(cores[a.host]) < a.value["local_size"]]
+    short = [a for a in answers if cores[a.host] < a.value["local_size"]]
     shown = [
-        f"{host} {_count(len(cores[host]), 'core')} for {_count(ranks[host], 'rank')}"
+        f"{host} {_count(cores[host], 'core')} for {_count(ranks[host], 'rank')}"
         for host in (hosts_of(short) or cores)
     ]
     return Finding(
@@ -121,7 +129,7 @@ def _judge_cores(answers: Sequence[Answer]) -> Finding:
         not short,
         ", ".join(shown[:8]) + (f" and {len(shown) - 8} more hosts" if shown[8:] else ""),
         "a core for each rank",
-        "--cpus-per-task, --cpus-per-gpu or --exclusive; mpirun --bind-to none; fewer ranks" if short else "",
+        "--cpus-per-task, --cpus-per-gpu, --exclusive; mpirun --bind-to none; docker --cpus" if short else "",
         hosts_of(short),
     )
 
@@ -131,7 +139,7 @@ def _count(number: int, what: str) -> str:
 
 
 def judge_addresses(answers: Sequence[Answer]) -> list[Finding]:
-    """Host names are unique (those of clones may not be); all other checks rely on it."""
+    """Host names are unique, on which all other checks rely; those of cloned hosts may not be."""
     seen: dict[str, set[tuple[str, ...]]] = {}
     for answer in answers:
         seen.setdefault(answer.host, set()).add(tuple(answer.value))
@@ -150,7 +158,7 @@ def judge_addresses(answers: Sequence[Answer]) -> list[Finding]:
 
 
 def names(table: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
-    """Errors of resolving, on the host `own`, the names in `table` (host -> its addresses): host -> error."""
+    """Errors when resolving the names in `table` (host -> addresses) on the host `own`: host -> error."""
     with ThreadPoolExecutor(RESOLVERS) as resolvers:
         errors = resolvers.map(lambda host: _resolution_error(host, table[host], own), table)
         return {host: error for host, error in zip(table, errors, strict=True) if error}
@@ -163,14 +171,14 @@ def _resolution_error(host: str, addresses: Sequence[str], own: str) -> str:
         return f"does not resolve: {error.strerror or error}"
     beyond = {address for address in found if not is_loopback(address)}
     if beyond <= set(addresses) and (beyond or host in (own, "localhost")):
-        return ""  # its own host may have it as 127.0.1.1, as Debian does; horovodrun's may be `localhost`
+        return ""  # on its own host it may be 127.0.1.1, as on Debian; horovodrun's name may be `localhost`
     if found and not beyond:
-        return f"resolves to {', '.join(sorted(found))}, which is the host that asks"
-    return f"resolves to {', '.join(sorted(beyond - set(addresses)))}, which is none of its addresses"
+        return f"resolves to the loopback address {', '.join(sorted(found))}"
+    return f"resolves to {', '.join(sorted(beyond - set(addresses)))}, which is not its address"
 
 
 def judge_names(answers: Sequence[Answer]) -> list[Finding]:
-    """Each host's name resolves to it from every host. Nothing asks for the names of addresses."""
+    """Each host's name resolves to its address on every host. Reverse lookups are not needed."""
     seen_from: dict[tuple[str, str], list[Answer]] = {}
     for answer in answers:
         for host, error in answer.value.items():
@@ -182,7 +190,7 @@ def judge_names(answers: Sequence[Answer]) -> list[Finding]:
             "host names",
             False,
             f"{host} {error}, seen from {', '.join(hosts_of(seen))}",
-            "names that lead to their hosts",
+            "a name that resolves to its host's address",
             f"fix DNS, or /etc/hosts on {', '.join(hosts_of(seen))}",
             (host,),
         )

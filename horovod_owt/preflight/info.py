@@ -1,7 +1,7 @@
-"""What a bug report needs to know of this host: versions, Horovod, devices, limits, network. Runs no check.
+"""Information for a bug report: versions, Horovod, devices, host, limits, network. Runs no checks.
 
-Whatever is missing or broken is a `fault` in its field; nothing here may end the report. No secret is read:
-of the environment only the names in SHOWN_VARIABLES, and home folders are written as ~.
+Anything missing or broken is a `fault` in its field; no failure may end the report. It contains no secrets:
+of the environment only SHOWN_VARIABLES are read, and home folders are written as ~.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from horovod_owt.filesystem import free_space
 from horovod_owt.topology import read_topology
 from horovod_owt.versions import code_digest, installed_versions, package_versions
 
-PROGRAM_S = 10.0  # for a program to tell its version
+PROGRAM_S = 10.0  # for a program to print its version
 LOAD_S = 120.0  # for torch and Horovod to load, from a slow file system
 ALSO_PACKAGES = ("click", "jinja2", "nvidia-ml-py", "pillow", "psutil", "pyyaml", "safetensors", "scipy")
 PROGRAMS = {
@@ -32,14 +32,14 @@ PROGRAMS = {
     "compiler": ("c++", "--version"),
     "cmake": ("cmake", "--version"),
 }
-# Variables that change how ranks start, compute or talk. By name: a prefix would take keys along, such as
-# _HOROVOD_SECRET_KEY and the rendezvous address, whose path is one.
+# Variables that affect how ranks start, compute or communicate. Listed by name, because prefixes would match
+# secrets too, such as _HOROVOD_SECRET_KEY and the rendezvous address, which contains one.
 SHOWN_VARIABLES = (
     *("CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"),
     *("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_PROC_BIND"),
     *("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "HOROVOD_CYCLE_TIME", "HOROVOD_ELASTIC"),
     *("HOROVOD_FUSION_THRESHOLD", "HOROVOD_GLOO_IFACE", "HOROVOD_GLOO_TIMEOUT_SECONDS"),
-    *("HOROVOD_GPU_OPERATIONS", "HOROVOD_HIERARCHICAL_ALLREDUCE", "HOROVOD_OWT_BOX_PLACES"),
+    *("HOROVOD_GPU_OPERATIONS", "HOROVOD_HIERARCHICAL_ALLREDUCE", "HOROVOD_OWT_LOOPBACK_SLOTS"),
     *("HOROVOD_OWT_SHARED_DEVICES", "HOROVOD_OWT_UNBOUND", "HOROVOD_RANK", "HOROVOD_SIZE"),
     *("HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE", "HOROVOD_THREAD_AFFINITY", "HOROVOD_TIMELINE"),
     *("NCCL_ALGO", "NCCL_DEBUG", "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_PROTO"),
@@ -79,7 +79,7 @@ def information(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 
 def _guarded(look: Callable[[], Any]) -> Any:
-    """What `look` returns, or its error: a report of a broken host must not break too."""
+    """What `look` returns, or its error: the report must not fail on a broken host."""
     try:
         return look()
     except Exception as error:
@@ -104,7 +104,7 @@ def _versions(torch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _told(argv: tuple[str, ...]) -> str:
-    """The first line that a program prints of its version."""
+    """The first line that a program prints."""
     if not shutil.which(argv[0]):
         return "not on PATH"
     try:
@@ -123,9 +123,10 @@ def _told(argv: tuple[str, ...]) -> str:
 
 
 def _loaded() -> dict[str, dict[str, Any]]:
-    """What torch and Horovod say once they are loaded: in a process of its own, which they may crash.
+    """The output of `libraries`, run in another process, which broken libraries may crash.
 
-    It looks for modules where this one does, and not in the folder of the user, who may have a random.py.
+    It searches for modules where this process does, but not in the current folder, which may have a
+    random.py.
     """
     path = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     code = f"import sys; sys.path[:] = {path!r}; from horovod_owt.preflight.libraries import main; main()"
@@ -197,7 +198,7 @@ def _system() -> str:
 
 
 def _container(env: Mapping[str, str]) -> str:
-    """The kind of container that leaves its usual mark; empty if none does."""
+    """The kind of container, by the file that it creates; empty outside of one."""
     marks = {"docker": "/.dockerenv", "podman": "/run/.containerenv", "apptainer": "/.singularity.d"}
     return next((kind for kind, mark in marks.items() if os.path.exists(mark)), env.get("container", ""))
 
@@ -219,7 +220,7 @@ def _free(place: str) -> int | None:
 
 
 def _cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> dict[str, str]:
-    """This process's limits under cgroups v2, from its group up: the nearest of each name."""
+    """This process's limits under cgroups v2: for each name, the nearest group that sets it."""
     try:
         groups = [line[3:] for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::")]
     except OSError:
@@ -250,7 +251,7 @@ def _network() -> dict[str, Any]:
 
 
 def _without_homes(found: Any, env: Mapping[str, str]) -> Any:
-    """The same with home folders as ~: they name people."""
+    """`found` with home folders as ~, because they contain user names."""
     if isinstance(found, dict):
         return {key: _without_homes(value, env) for key, value in found.items()}
     if isinstance(found, (list, tuple)):

@@ -1,6 +1,6 @@
-"""A program that loads torch and Horovod and prints what they say of themselves, as JSON.
+"""Load torch and Horovod and print their properties as JSON.
 
-A process of its own: broken libraries may crash or hang it.
+Run as a separate process, because broken libraries may crash or hang it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main() -> None:
 def _tried(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return look()
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return {"fault": f"{type(error).__name__}: {error}"}
 
 

@@ -1,4 +1,4 @@
-"""Checks of the network: interfaces, pairs of hosts, clocks, and allreduce against plain TCP."""
+"""Checks of the network: interfaces, pairs of hosts, clocks, and an allreduce compared with plain TCP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from horovod_owt.preflight.wire import Pair
 
 CLOCK_LIMIT_S = 1.0  # logs with larger offsets are hard to compare; munge and NFS tolerate more
 LATENCY_FLOOR_S = 5e-4  # latencies below this are never reported
-RING_SHARE = 0.1  # of plain TCP around the ring: less means the wrong network or too few cores
+RING_SHARE = 0.1  # of plain TCP around the ring; less indicates the wrong network or too few cores
 ALLREDUCE_BYTES = 32 << 20
 ALLREDUCE_S = 1.0  # approximate duration of the test
 
@@ -36,10 +36,10 @@ Pairs = Mapping[tuple[str, str], Pair]
 def interface(
     table: Mapping[str, Sequence[str]], env: Mapping[str, str] = os.environ, net: Path = SYSFS_NET
 ) -> dict[str, Any]:
-    """The interface set for the job, else the one by which this host reaches all of `table`.
+    """The interface set for the job, else the one through which this host reaches all of `table`.
 
-    Raises ConfigError if there is none. Names are resolved, as launchers do; a name that does not resolve is
-    reported by another check and replaced by its host's first address.
+    Raises ConfigError if there is none. Names are resolved, as by launchers; a name that does not resolve is
+    reported by another check, and replaced by its host's first address.
     """
     asked = env.get("HOROVOD_GLOO_IFACE") or interface_of_job(env)
     hosts = [host if _resolves(host) else addresses[0] for host, addresses in table.items()]
@@ -89,10 +89,10 @@ def rounds(hosts: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
 
 
 def slow_pairs(pairs: Pairs) -> list[tuple[str, str]]:
-    """Pairs below half the usual bandwidth in one direction, or above twice the usual latency.
+    """Pairs with less than half the usual bandwidth in one direction, or more than twice the usual latency.
 
-    Usual is the median over hosts of each one's best pair; a median over pairs would be dominated by a slow
-    host if there are only three.
+    "Usual" is the median over hosts of each host's best pair; with only three hosts, a median over pairs
+    would be dominated by a slow host.
     """
     if not pairs:
         return []
@@ -128,7 +128,7 @@ def measure(peer: str, place: Sequence[Any], key: str) -> tuple[str, dict[str, f
 
 
 def better(one: Pair | None, other: Pair) -> Pair:
-    """The best of two measurements, per number: other traffic on a link only makes them worse."""
+    """The better of two measurements, number by number: other traffic can only make them worse."""
     if one is None:
         return other
     return Pair(
@@ -174,8 +174,8 @@ def judge_clocks(answers: Sequence[Answer], root: str) -> list[Finding]:
 def judge_ring(answers: Sequence[Answer], seconds: Sequence[Answer]) -> Finding:
     """Horovod's allreduce reaches RING_SHARE of the bandwidth of plain TCP around the same ring.
 
-    `answers` are the bytes per second that each rank received; `seconds`, the time of an allreduce on each.
-    Bus bandwidth as nccl-tests defines it: 2 (n-1)/n of the bytes, divided by the time.
+    `answers` are the bytes per second that each rank received, `seconds` the time of an allreduce on each.
+    Bus bandwidth is defined as in nccl-tests: 2 (n-1)/n of the bytes, divided by the time.
     """
     ranks = len(answers)
     slowest = min(answers, key=lambda answer: answer.value)

@@ -1,6 +1,6 @@
-"""Plain TCP between two ranks: latency, bandwidth, clock offset.
+"""Measurements over plain TCP between ranks: latency, bandwidth, clock offset.
 
-`key` is known to the ranks of the job only; a server serves no others.
+`key` is a secret of the job's ranks; a server serves no other clients.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic, perf_counter, time
 
-from horovod_owt.parallel.admission import Listener, Place, connect
+from horovod_owt.parallel.admission import Endpoint, Listener, connect
 
 PINGS = 40
 STREAM_S = 0.3  # duration of the bandwidth test in each direction
@@ -37,13 +37,13 @@ class Pair:
 
 @contextmanager
 def answering(address: str, key: str) -> Iterator[int]:
-    """A port at `address` that serves `measure`, for as long as the block lasts."""
+    """Serve `measure` on a port at `address` during the block; yields the port."""
     stop = threading.Event()
     with Listener([address], key) as listener:
         server = threading.Thread(target=_serve, args=(listener, stop), daemon=True, name="wire")
         server.start()
         try:
-            yield listener.places[0].port
+            yield listener.endpoints[0].port
         finally:
             stop.set()
             server.join(LIMIT_S)
@@ -61,9 +61,9 @@ def measure(address: str, port: int, key: str) -> Pair:
 
 
 def ping(address: str, port: int, key: str) -> tuple[float, float]:
-    """Half the round trip of the fastest ping, and the other host's clock minus ours from that ping.
+    """Latency (half the fastest round trip), and the other host's clock minus ours at that ping.
 
-    Computed as NTP does; the offset's error is at most that half. Raises OSError.
+    Computed as in NTP; the error of the offset is at most that latency. Raises OSError.
     """
     best = (float("inf"), 0.0)
     with _connect(address, port, key, PING) as connection:
@@ -79,8 +79,8 @@ def ping(address: str, port: int, key: str) -> tuple[float, float]:
 def ring_rate(listener: Listener, following: tuple[str, int]) -> float:
     """Bytes per second received from the previous rank while sending to the next one at full speed.
 
-    The previous rank connects to `listener`. With all ranks at once, this is the bandwidth of a ring on these
-    links and cores; Horovod's allreduce sends the same way.
+    The previous rank connects to `listener`. With all ranks at once, this is the bandwidth available to a
+    ring allreduce on these links and cores.
     """
     with ThreadPoolExecutor(1) as sender:
         sending = sender.submit(_send_along, *following, listener.key)
@@ -128,7 +128,7 @@ def _answer(connection: socket.socket, purpose: object) -> None:
 
 
 def _connect(address: str, port: int, key: str, purpose: str) -> socket.socket:
-    connection = connect([Place(address, port)], key, {"for": purpose}, LIMIT_S)
+    connection = connect([Endpoint(address, port)], key, {"for": purpose}, LIMIT_S)
     connection.settimeout(LIMIT_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection

@@ -1,1 +1,1 @@
-"""A page about runs, and figures for papers, made from the run folders alone. Needs no torch."""
+"""`owt report` and `owt plot`: an HTML page about runs, and figures for papers. Needs no torch."""

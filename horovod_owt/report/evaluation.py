@@ -1,4 +1,4 @@
-"""What `owt evaluate` found about a run, for its page: the most confused pairs, and the worst classes."""
+"""The results of `owt evaluate` on a run's page: the most confused pairs and the worst classes."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from horovod_owt.files import read_user_json
 from horovod_owt.report.timeline import list_of
 from horovod_owt.runs.folder import evaluation_file
 
-MOST_PAIRS = 12
-MOST_CLASSES = 10
+MAX_PAIRS = 12
+MAX_CLASSES = 10
 SIDE = 96  # px of a thumbnail, shown in 64
 QUALITY = 78
 WANTED = "the output of `owt evaluate --json`"
 
 
 def evaluation_of(run_dir: Path, file: Path | None) -> dict[str, Any] | None:
-    """The evaluation in `file`, by default that in the run folder; None if there is none there.
+    """The evaluation in `file`, by default the one in the run folder; None if that has none.
 
-    Raises ConfigError if the file is something else.
+    Raises ConfigError if the file contains something else.
     """
     path = file or evaluation_file(run_dir)
     if file is None and not path.exists():
         return None
     document = _read(path)
     classes = {str(row.get("class")): row for row in list_of(document["per_class"]) if isinstance(row, dict)}
-    pairs = [pair for pair in list_of(document.get("confused")) if isinstance(pair, dict)][:MOST_PAIRS]
+    pairs = [pair for pair in list_of(document.get("confused")) if isinstance(pair, dict)][:MAX_PAIRS]
     confused = [_pair(pair, classes) for pair in pairs]
     wrong = [row for row in map(_class, classes.values()) if row and row["share"] < 1]
     found = {
         **{key: document.get(key) for key in ("images", "correct_top1", "correct_top5", "top1", "top5")},
         **{key: document.get(key) for key in ("loss", "crops", "checkpoint", "step", "data")},
         "confused": confused,
-        "worst": sorted(wrong, key=lambda row: row["share"])[:MOST_CLASSES],
+        "worst": sorted(wrong, key=lambda row: row["share"])[:MAX_CLASSES],
     }
     if confused:
         found["no_thumbnails"] = _add_thumbnails(confused, document.get("data"))
@@ -52,7 +52,7 @@ def _read(path: Path) -> dict[str, Any]:
         or "per_class" not in document
         or not all(isinstance(document.get(key), (int, float)) for key in numbers)
     ):
-        raise ConfigError(f"{path} holds no evaluation", wanted=WANTED)
+        raise ConfigError(f"{path} is not an evaluation", wanted=WANTED)
     return document
 
 
@@ -65,7 +65,7 @@ def _pair(pair: Mapping[str, Any], classes: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _class(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Its share of correct images; None for a class without any."""
+    """A class's row with its share of correct images; None for a class without images."""
     images, correct = row.get("images"), row.get("correct_top1")
     if not isinstance(images, int) or not isinstance(correct, int) or not images:
         return None
@@ -73,7 +73,7 @@ def _class(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _add_thumbnails(pairs: list[dict[str, Any]], data: Any) -> str:
-    """Add a validation image of each class to the pairs; returns why there are none, empty if there are."""
+    """Add a validation image of each class to the pairs. Returns why there are none, or an empty string."""
     try:
         pictures = _Pictures(Path(str(data)))
     except OwtError as error:
@@ -89,7 +89,7 @@ class _Pictures:
     """The first good validation image of each class, small, as a data URI."""
 
     def __init__(self, root: Path) -> None:
-        """Raises DataError if the data set is not here, ImportError without numpy."""
+        """Raises DataError if the data set is not on this host, ImportError without numpy."""
         from horovod_owt.data.store import open_validation_set
 
         self._store = open_validation_set(root)

@@ -1,4 +1,4 @@
-"""Numbers as the page shows them."""
+"""Format numbers, durations, sizes and times for the page. UNKNOWN stands for what is missing or invalid."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from datetime import datetime
 from typing import Any
 
 UNKNOWN = "–"
-MOST = 1e300  # of a number; NaN is not less
+MAX_NUMBER = 1e300  # also excludes NaN, which compares false
 SPACE = "\N{NO-BREAK SPACE}"
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one that can be shown: a damaged record may hold anything."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST < value < MOST
+    """Whether `value` can be shown as a number: a damaged record may contain anything."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def integer(value: Any) -> int | None:
@@ -22,7 +22,7 @@ def integer(value: Any) -> int | None:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """With thousands separated, and so many significant digits; whole numbers in full."""
+    """With thousands separators and `digits` significant digits; integers in full."""
     if not is_number(value):
         return UNKNOWN
     if isinstance(value, int) or abs(value) >= 10**digits:
@@ -34,23 +34,23 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def plain(value: Any, digits: int = 4) -> str:
-    """The same without zeros at its end: for settings, as they were written."""
+    """`number` without trailing zeros: settings as they were written."""
     text = number(value, digits)
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def places(value: Any, places: int) -> str:
-    """With so many decimal places."""
+    """With `places` decimal places."""
     return UNKNOWN if not is_number(value) else f"{value:,.{places}f}"
 
 
 def percent(share: Any, places: int = 1) -> str:
-    """A share of 1 in percent."""
+    """A share from 0 to 1 in percent."""
     return UNKNOWN if not is_number(share) else f"{100 * share:.{places}f}{SPACE}%"
 
 
 def duration(seconds: Any) -> str:
-    """In the two largest units: 2 d 3 h, 14 min 5 s."""
+    """Seconds in the two largest units: 2 d 3 h, 14 min 5 s."""
     if not is_number(seconds):
         return UNKNOWN
     if seconds < 60:
@@ -64,7 +64,7 @@ def duration(seconds: Any) -> str:
 
 
 def size(count: Any) -> str:
-    """Bytes in the unit that leaves 1 to 999."""
+    """Bytes in the unit that gives 1 to 999, from B to TB (powers of 1000)."""
     if not is_number(count):
         return UNKNOWN
     for unit in ("B", "kB", "MB", "GB", "TB"):
@@ -75,7 +75,7 @@ def size(count: Any) -> str:
 
 
 def moment(utc: str | None) -> str:
-    """A time in UTC to the second."""
+    """An ISO 8601 UTC time, to the second."""
     if utc is None:
         return UNKNOWN
     return datetime.fromisoformat(utc.replace("Z", "+00:00")).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,4 +1,4 @@
-"""Curves of runs for papers: vector graphics by matplotlib."""
+"""Figures of runs for papers, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.files import named_file
+from horovod_owt.files import output_file
 from horovod_owt.perf.plot import check_plot, drawable
 from horovod_owt.report.formats import is_number
 from horovod_owt.report.series import clock_of, curves
 from horovod_owt.report.summary import history_of, names_of, validations_of
 
 SUFFIXES = (".svg", ".pdf", ".png")
-CURVES = {  # a column, what its axis says, whether it may be logarithmic
+CURVES = {  # the records' column, the axis label, whether --log applies
     "loss": ("loss", "training loss", True),
     "accuracy": ("", "validation accuracy, %", False),
     "lr": ("lr", "learning rate", False),
@@ -21,7 +21,7 @@ CURVES = {  # a column, what its axis says, whether it may be logarithmic
     "gradient": ("grad_norm", "gradient norm", True),
 }
 AXES = {"step": "step", "epoch": "epoch", "time": "hours"}
-MOST_POINTS = 2000
+MAX_POINTS = 2000
 PANEL = (3.4, 2.6)  # inches; one is as wide as a column of a paper
 COLOURS = ("#1f5fbf", "#c05a12", "#1c7a55", "#7a45c2", "#b3263a", "#0c7487", "#7d6608", "#5b616b")
 STYLE = {
@@ -62,7 +62,7 @@ def plot_runs(
             axes.set_yscale("log") if log and may_be_log else axes.set_ylim(bottom=0)
             if axes.lines and (len(found) > 1 or name == "accuracy"):
                 axes.legend()
-        with named_file(path, "--out") as file:
+        with output_file(path, "--out") as file:
             metadata = {"Date": None} if path.suffix == ".svg" else {}
             figure.savefig(file, format=path.suffix[1:], dpi=200, metadata=metadata)
 
@@ -70,19 +70,19 @@ def plot_runs(
 def _curves(run_dir: Path) -> dict[str, Any]:
     history = history_of(run_dir)
     scores = validations_of(history, clock_of(history))
-    segments = curves(history, MOST_POINTS)["segments"]
+    segments = curves(history, MAX_POINTS)["segments"]
     kept = [segment for segment in segments if segment["kept"]]
     return {"segments": kept, "validations": scores}
 
 
 def _label(name: str) -> str:
-    """As matplotlib shows it: it leaves out of legends what begins with `_`."""
+    """The name for a legend: matplotlib leaves out labels that begin with `_`."""
     name = drawable(name)
     return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
 
 
 def _draw(axes: Any, run: dict[str, Any], column: str, x: str, colour: str) -> None:
-    """The means, and the range that they are the means of."""
+    """A line through the buckets' means, and their ranges as a band."""
     rows = [
         (_place(at, x), y, low, high)
         for segment in run["segments"]

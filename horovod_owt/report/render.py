@@ -1,4 +1,4 @@
-"""The page: summaries of runs put into the template. Whatever comes from a run folder is escaped."""
+"""Render summaries of runs as an HTML page. Whatever comes from a run folder is escaped."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from horovod_owt.report import formats
 from horovod_owt.runs.records import utc
 
 PAGE = "horovod_owt.report.page"
-MOST_ROWS = 200  # of a table
-MOST_RANKS = 32  # with a bar
-MOST_LINKS = 24
-MOST_SETTING = 60  # characters
+MAX_ROWS = 200  # of a table
+MAX_RANKS = 32  # with a bar
+MAX_LINKS = 24
+MAX_SETTING = 60  # characters
 STATES = {
     "done": "Done",
-    "running": "Under way",
+    "running": "Running",
     "stopped": "Stopped",
     "failed": "Failed",
-    "ended": "Ended without an outcome",
+    "ended": "Ended without recording an outcome",
 }
 PARTS = (("compute_ms", "compute"), ("data_wait_ms", "wait"), ("exposed_comm_ms", "comm"))
 GOODPUT = {  # parts of the wall time: their names here, and their colours' classes
@@ -56,7 +56,7 @@ GLYPHS = {  # of events: an outline in a square of 12, and a name
 }
 
 
-def page(runs: Sequence[dict[str, Any]], *, most_points: int, folder: Path) -> str:
+def page(runs: Sequence[dict[str, Any]], *, max_points: int, folder: Path) -> str:
     """The whole HTML document, to be written to `folder`: links to traces are relative to it."""
     per_point = max(run["curves"]["steps_per_point"] for run in runs)
     happened = {event["what"] for run in runs for event in run["events"]}
@@ -88,9 +88,9 @@ def page(runs: Sequence[dict[str, Any]], *, most_points: int, folder: Path) -> s
         bars=[_bars(run["step_shares"]) for run in runs],
         links=[_links(run["traces"], folder) for run in runs],
         bucketed=f"{per_point:,} steps" if per_point > 1 else "",
-        most_points=most_points,
-        most_rows=MOST_ROWS,
-        most_ranks=MOST_RANKS,
+        max_points=max_points,
+        max_rows=MAX_ROWS,
+        max_ranks=MAX_RANKS,
         all_times=all(run["has_times"] for run in runs),
         has_gradient=any("grad_norm" in segment for run in runs for segment in run["curves"]["segments"]),
         any_checkpoints=any(run["checkpoints"] for run in runs),
@@ -127,7 +127,7 @@ def _file(name: str) -> str:
 
 
 def _policy(script: str) -> str:
-    """No network, and no script but our own: a second wall behind the escaping."""
+    """A Content-Security-Policy without network or foreign scripts, should the escaping have a hole."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
@@ -155,7 +155,7 @@ def _drawn(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures at the top, by name: a value, its unit, and a remark."""
+    """The figures at the top of the page: name, value, unit and a remark (`more`)."""
     figures, number = run["figures"], formats.number
     rate, step_ms, best = figures["images_per_s"] or {}, figures["step_ms"] or {}, figures["best"] or {}
     lost = figures["lost_steps"]
@@ -169,7 +169,7 @@ def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
         ("Training loss", formats.number(figures["loss"]), "", "last step"),
         ("Images per second", number(rate.get("median")), "", _middle(rate)),
         ("Step", number(step_ms.get("median")), "ms", shares if step_ms else ""),
-        ("Steps", number(figures["steps"]), "", f"{number(lost)} done again" if lost else ""),
+        ("Steps", number(figures["steps"]), "", f"{number(lost)} repeated" if lost else ""),
         ("Wall time", formats.duration(run["wall_s"]), "", "" if run["has_times"] else "of the steps only"),
         (
             "Starts",
@@ -213,7 +213,7 @@ def _sections(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _differing(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Settings, and the number of ranks, that are not the same in all runs."""
+    """Settings, number of ranks and data set that differ between the runs, with each run's value."""
     settings = [{"ranks": run["world_size"], "data": run["data"], **run["config"]} for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each)
     rows = [(key, [_setting(each.get(key)) for each in settings]) for key in keys]
@@ -221,10 +221,10 @@ def _differing(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]
 
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with their sum, and the width of each part in percent; of many ranks those that are slow alone."""
-    if len(rows) > MOST_RANKS:
+    """Rows with their sum, and the width of each part in percent; of many ranks the MAX_RANKS slowest."""
+    if len(rows) > MAX_RANKS:
         own_ms = {row["rank"]: row["compute_ms"] + row["data_wait_ms"] for row in rows}
-        rows = sorted(rows, key=lambda row: -own_ms[row["rank"]])[:MOST_RANKS]
+        rows = sorted(rows, key=lambda row: -own_ms[row["rank"]])[:MAX_RANKS]
     sums = [sum(row[name] for name, _ in PARTS) for row in rows]
     longest = max(sums, default=0) or 1
     return [
@@ -234,9 +234,9 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _links(files: Sequence[str], folder: Path) -> list[tuple[str, str]]:
-    """Address and name of the first MOST_LINKS files."""
+    """Address and name of the first MAX_LINKS files."""
     found = []
-    for file in files[:MOST_LINKS]:
+    for file in files[:MAX_LINKS]:
         address = quote(os.path.relpath(file, folder), errors="surrogateescape")
         found.append((f"./{address}", "/".join(Path(file).parts[-2:])))  # ./: a colon is no scheme
     return found
@@ -246,17 +246,17 @@ def _setting(value: Any) -> str:
     if value is None:
         return formats.UNKNOWN
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
-    return text if len(text) <= MOST_SETTING else f"{text[:MOST_SETTING]}…"
+    return text if len(text) <= MAX_SETTING else f"{text[:MAX_SETTING]}…"
 
 
-def _hosts(ranks: Mapping[str, int], most: int = 4) -> str:
+def _hosts(ranks: Mapping[str, int], limit: int = 4) -> str:
     """`node1 × 4, node2 × 4`."""
-    shown = [f"{host} × {count}" for host, count in list(ranks.items())[:most]]
-    return ", ".join(shown) + (f" and {len(ranks) - most} more hosts" if len(ranks) > most else "")
+    shown = [f"{host} × {count}" for host, count in list(ranks.items())[:limit]]
+    return ", ".join(shown) + (f" and {len(ranks) - limit} more hosts" if len(ranks) > limit else "")
 
 
 def _difference(sent_and_expected: tuple[float | None, float | None]) -> Markup | str:
-    """Less than a byte for each part of a ring is rounding."""
+    """Sent minus expected bytes. Up to 8 bytes are rounding of the ring's chunks."""
     sent, expected = sent_and_expected
     if sent is None or expected is None:
         return formats.UNKNOWN

@@ -1,8 +1,8 @@
-"""Curves of a run in a bounded number of points.
+"""Curves of a run, reduced to a bounded number of points.
 
-Steps are put into buckets of equal length. A bucket has the mean of its steps, and for what scatters their
-least and greatest value, so that a spike of one step in a million stays visible. A run with few steps has
-one per bucket: then all points are those of the records.
+Steps are grouped into buckets of equal length. A bucket has the mean of its steps and, for the columns of
+WITH_RANGE, their minimum and maximum, so that a spike of one step in a million stays visible. In a short run
+each bucket is one step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from horovod_owt.runs.history import History
 
-MOST_POINTS = 1200  # per run; a chart is some 900 pixels wide
+MAX_POINTS = 1200  # per run; a chart is some 900 pixels wide
 WITH_RANGE = ("loss", "images_per_s", "step_ms", "grad_norm")
 MEAN_ONLY = ("lr",)
 DIGITS = 9  # significant: float32 keeps 7
@@ -23,7 +23,7 @@ DIGITS = 9  # significant: float32 keeps 7
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive rows of one start, all kept or all lost."""
+    """Consecutive rows [first, end) of one start, all kept or all lost."""
 
     start: int
     first: int
@@ -31,10 +31,10 @@ class Stretch:
     kept: bool
 
 
-def curves(history: History, most_points: int = MOST_POINTS) -> dict[str, Any]:
-    """`segments` of columns, one for each stretch, and `steps_per_point`."""
+def curves(history: History, max_points: int = MAX_POINTS) -> dict[str, Any]:
+    """`segments`, the columns of each stretch, and `steps_per_point`."""
     stretches = list(_stretches(history))
-    per_point = max(1, math.ceil(len(history.steps) / most_points))
+    per_point = max(1, math.ceil(len(history.steps) / max_points))
     clock = clock_of(history)
     segments = [_segment(history, clock, stretch, per_point) for stretch in stretches]
     return {"steps_per_point": per_point, "segments": segments}
@@ -55,7 +55,7 @@ def _stretches(history: History) -> Iterator[Stretch]:
 
 
 def clock_of(history: History) -> Sequence[float]:
-    """Seconds since the run began at the end of each step; without times in the records, of its steps."""
+    """Seconds from the run's start to the end of each step; the sum of the steps if records have no times."""
     steps = history.steps
     if history.has_times():
         began = history.began_at()
@@ -96,7 +96,7 @@ def finite(values: Sequence[float]) -> list[float]:
 
 
 def rounded(value: float) -> float | int | None:
-    """For JSON: NaN and infinity, which it lacks, are null; no more digits than mean something."""
+    """Rounded to DIGITS for JSON; None for NaN and infinity, which JSON lacks."""
     if not math.isfinite(value):
         return None
     short = float(f"{value:.{DIGITS}g}")

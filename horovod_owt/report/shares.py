@@ -1,4 +1,4 @@
-"""Where the mean step goes on each rank: computing, waiting for images, communication that nothing hides."""
+"""The mean step of each rank: compute, waiting for images, exposed communication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run folder says, as one JSON document: the figures of the page and of `owt report --json`."""
+"""Summarize a run folder as one JSON document: the content of the page and of `owt report --json`."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ from horovod_owt.runs.records import METRICS, utc
 from horovod_owt.text import without_nan
 
 DEFAULTS = TrainConfig().to_dict()
-MOST_IMAGES = 100  # bad images listed by name
+MAX_IMAGES = 100  # bad images listed by name
 SCORES = ("epoch", "step", "images", "correct_top1", "correct_top5", "top1", "top5", "loss")
 
 
 def summarize_all(
-    run_dirs: Sequence[Path], *, most_points: int, evaluation: Path | None = None
+    run_dirs: Sequence[Path], *, max_points: int, evaluation: Path | None = None
 ) -> list[dict[str, Any]]:
-    """The same of several runs, with names that tell them apart. `evaluation` is a file about a lone one."""
+    """`summarize` each run, with unique names. `evaluation`, a file, needs a single run."""
     if evaluation and len(run_dirs) > 1:
         raise ConfigError(
             "--evaluation with several runs",
             wanted="one run",
             fix=f"copy each to its run folder: cp {evaluation} {evaluation_file(run_dirs[0])}",
         )
-    found = [summarize(run_dir, most_points=most_points, evaluation=evaluation) for run_dir in run_dirs]
+    found = [summarize(run_dir, max_points=max_points, evaluation=evaluation) for run_dir in run_dirs]
     return [run | {"name": name} for run, name in zip(found, names_of(run_dirs), strict=True)]
 
 
 def names_of(run_dirs: Sequence[Path]) -> list[str]:
-    """The folders' names; of those that have the same one, their paths."""
+    """The folders' names; for folders with equal names, their paths."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
     counts = Counter(names)
     return [
@@ -66,8 +66,8 @@ def names_of(run_dirs: Sequence[Path]) -> list[str]:
     ]
 
 
-def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None) -> dict[str, Any]:
-    """The facts and curves of a run; raises ConfigError for a folder that is no run's, or has no records."""
+def summarize(run_dir: Path, *, max_points: int, evaluation: Path | None = None) -> dict[str, Any]:
+    """Facts and curves of a run; raises ConfigError if the folder is not a run's or has no records."""
     history = history_of(run_dir)
     clock = clock_of(history)
     last = history.starts[-1].record if history.starts else {}
@@ -107,13 +107,13 @@ def summarize(run_dir: Path, *, most_points: int, evaluation: Path | None = None
         "bad_images": _bad_images(history, outcome),
         "evaluation": _evaluation(run_dir, evaluation, notes),
         "traces": [str(file) for file in [*profile_files(run_dir), *timeline_files(run_dir)]],
-        "curves": curves(history, most_points),
+        "curves": curves(history, max_points),
     }
     return without_nan(found)
 
 
 def validations_of(history: History, clock: Sequence[float]) -> list[dict[str, Any]]:
-    """The scores of validations, without those of lost steps, and their times."""
+    """Scores and times of the validations, without those of lost steps."""
     return [
         {
             **{name: event.record.get(name) for name in SCORES},
@@ -138,7 +138,7 @@ def history_of(run_dir: Path) -> History:
 
 
 def _outcome(run_dir: Path, history: History) -> tuple[dict[str, Any], list[str]]:
-    """The outcome of the newest start, empty if there is none, and what is wrong with it."""
+    """The outcome of the newest start, empty if there is none, and notes about a damaged one."""
     try:
         outcome, notes = read_outcome(run_dir), []
     except FileNotFoundError:
@@ -148,13 +148,14 @@ def _outcome(run_dir: Path, history: History) -> tuple[dict[str, Any], list[str]
     own = [event for event in history.of_kind("outcome") if event.start == len(history.starts) - 1]
     if own:
         return own[-1].record | outcome, notes
-    # A rank that gives up writes the file only; one that starts afterwards goes on with the records.
+    # A rank that aborts writes the file only. A later start appends to the records, so the file is then
+    # older.
     written = outcome_stamp(run_dir)[1]
     return (outcome, notes) if written >= (run_dir / METRICS).stat().st_mtime_ns else ({}, notes)
 
 
 def _state(run_dir: Path, history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """How the run stands in a word, why, and the exit code of an outcome."""
+    """The run's state in a word, its reason, and the exit code if it has ended."""
     if outcome:
         code = integer(outcome.get("exit_code"))
         word = {0: "done", 75: "stopped"}.get(code, "failed")
@@ -180,7 +181,7 @@ def _is_changed(key: str, value: Any) -> bool:
 
 
 def _goodput(run_dir: Path, notes: list[str]) -> dict[str, Any] | None:
-    """By runs.goodput; None for records without times."""
+    """From runs.goodput; None for records without times."""
     try:
         found = goodput(run_dir)
     except (TypeError, ValueError, ArithmeticError) as error:  # a value of another type in a damaged record
@@ -190,7 +191,7 @@ def _goodput(run_dir: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _evaluation(run_dir: Path, file: Path | None, notes: list[str]) -> dict[str, Any] | None:
-    """That in the run folder may be damaged; one that was asked for raises ConfigError."""
+    """The evaluation; a damaged one becomes a note, unless `file` was asked for: then ConfigError."""
     try:
         return evaluation_of(run_dir, file)
     except ConfigError as error:
@@ -207,7 +208,7 @@ def _wall_s(history: History, clock: Any) -> float | None:
 
 
 def _figures(history: History) -> dict[str, Any]:
-    """The run in a few numbers; steps whose work was lost count as lost only."""
+    """The run in a few numbers; lost steps count only in `lost_steps`."""
     steps = history.steps
     kept = [row for row, is_kept in enumerate(steps.kept) if is_kept]
     last = kept[-1] if kept else None
@@ -254,7 +255,7 @@ def _quartiles(values: list[float]) -> dict[str, Any] | None:
 
 
 def _bad_images(history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """The images that were skipped or ended the run: how many, of which faults, and the first by name."""
+    """Images that were skipped or ended the run: their number, their faults, and the first by name."""
     images: dict[str, dict[str, Any]] = {}
     for event in history.events:
         if is_image(event):
@@ -265,7 +266,7 @@ def _bad_images(history: History, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "faults": dict(Counter(str(image.get("fault")) for image in images.values()).most_common()),
         "images": [
             {"path": path, **{key: image.get(key) for key in ("fault", "rank", "step")}}
-            for path, image in list(images.items())[:MOST_IMAGES]
+            for path, image in list(images.items())[:MAX_IMAGES]
         ],
     }
 

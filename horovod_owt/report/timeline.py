@@ -1,4 +1,4 @@
-"""When a run started, regrouped, failed and ended: its starts and its events, oldest first."""
+"""A run's starts and events (regroupings, faults, ends), oldest first."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from horovod_owt.runs.attempts import ATTEMPTS
 from horovod_owt.runs.history import Event, History, moment_of
 from horovod_owt.runs.records import newest_records, utc
 
-REGROUP = "ranks regroup"  # how the fault of an elastic job's regrouping begins
+REGROUP = "ranks regroup"  # prefix of the fault that an elastic job's regrouping records
 MARKED = ("run", "fault", "outcome", "straggler")
-MOST_EVENTS = 300  # listed and marked; the first and the last ones
+MAX_EVENTS = 300  # listed and marked; the first and the last ones
 
 
 def starts_of(run_dir: Path, history: History, clock: Sequence[float]) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def _is_regrouping(event: Event) -> bool:
 
 
 def _end_of(own: list[Event], superseded: bool, reason: str | None) -> str:
-    """How a start ended, in the run's words, or else the supervisor's; empty if nobody wrote it down."""
+    """How a start ended according to the run, else to its supervisor; empty if neither recorded it."""
     for event in reversed(own):
         if event.kind == "outcome":
             return str(event.record.get("reason", ""))
@@ -76,23 +76,23 @@ def _end_of(own: list[Event], superseded: bool, reason: str | None) -> str:
 
 
 def _reasons(run_dir: Path) -> dict[Any, str]:
-    """Why attempts ended according to who restarts them, by number."""
+    """Why each attempt ended, by its number, as recorded by the supervisor or the batch script."""
     records = [record for record in newest_records(run_dir / ATTEMPTS) if integer(record.get("attempt"))]
     return {record["attempt"]: str(record.get("reason", "")) for record in reversed(records)}
 
 
 def events_of(history: History, clock: Sequence[float]) -> tuple[list[dict[str, Any]], int]:
-    """Starts, faults, stops and ends, and how many are left out in the middle. Bad images are elsewhere."""
+    """Starts, faults, stops and ends without bad images, and how many are left out in the middle."""
     chosen = [event for event in history.events if event.kind in MARKED and not is_image(event)]
-    half = MOST_EVENTS // 2
-    left_out = max(0, len(chosen) - MOST_EVENTS)
+    half = MAX_EVENTS // 2
+    left_out = max(0, len(chosen) - MAX_EVENTS)
     if left_out:
         chosen = [*chosen[:half], *chosen[-half:]]
     return [_event(history, event, clock) for event in chosen], left_out
 
 
 def is_image(event: Event) -> bool:
-    """Whether a fault is a bad image's."""
+    """Whether an event is the fault of a bad image."""
     return event.kind == "fault" and "path" in event.record
 
 
@@ -124,7 +124,7 @@ def _event(history: History, event: Event, clock: Sequence[float]) -> dict[str, 
 
 
 def _straggler(record: dict[str, Any]) -> str:
-    """A rank that is slow by itself, or no longer."""
+    """The text of a record about a straggler: slow, or recovered."""
     who = f"rank {record.get('rank')} on {record.get('host')}"
     if record.get("recovered"):
         return f"{who} is no longer slow ({record.get('what')})"
@@ -133,7 +133,7 @@ def _straggler(record: dict[str, Any]) -> str:
 
 
 def checkpoints_of(history: History, clock: Sequence[float]) -> list[dict[str, Any]]:
-    """Step, time and cost of each checkpoint that was written."""
+    """Step, time and cost of each checkpoint written."""
     return [
         {
             "step": event.record.get("step"),
@@ -146,7 +146,7 @@ def checkpoints_of(history: History, clock: Sequence[float]) -> list[dict[str, A
 
 
 def since_begin(history: History, moment: float, row: int, clock: Sequence[float]) -> float | None:
-    """Seconds since the run began; of a record without a time, that of the step before it."""
+    """Seconds since the run began; for a record without a time, those of the step before it."""
     if not math.isnan(moment):
         return rounded(moment - history.began_at())
     return rounded(clock[row - 1]) if row else 0

@@ -1,4 +1,4 @@
-"""Bytes that rank 0 sent in a step, as counted, beside the closed form."""
+"""Bytes that rank 0 sent per step: counted, and expected by the closed form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from horovod_owt.runs.history import History, Start
 
 
 def bytes_on_the_wire(history: History) -> list[dict[str, Any]]:
-    """For each size of the job, mean bytes per step by what they carry, as sent and as expected."""
+    """For each world size, the mean bytes per step by what they carry, sent and expected."""
     groups: dict[tuple[int | None, str], list[Start]] = {}
     for start in history.starts:
         if start.sent_steps:
@@ -42,7 +42,7 @@ def _group(starts: list[Start]) -> dict[str, Any]:
 
 
 def _expected(start: Start) -> dict[str, int]:
-    """By perf.traffic, as the run recorded it; computed here for runs that did not."""
+    """The closed form of perf.traffic as the run recorded it; computed here for runs that did not."""
     recorded = start.record.get("bytes_sent_per_step_expected")
     if isinstance(recorded, dict):
         return {str(what): number for what, number in recorded.items() if isinstance(number, int)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.errors import ConfigError, OwtError
+from horovod_owt.files import users_path
 from horovod_owt.runs.checkpoints import list_checkpoints
 from horovod_owt.runs.folder import outcome_stamp, read_outcome
 from horovod_owt.runs.owner import elastic_driver
@@ -37,7 +38,7 @@ def job_name(env: Mapping[str, str]) -> str:
 
 
 def scheduler_job_id(env: Mapping[str, str]) -> str | None:
-    """The scheduler's id of this job, in the notation of its own commands; None outside of a job."""
+    """The scheduler's id of this job, as its own commands write it; None outside a job."""
     if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
@@ -53,10 +54,10 @@ def next_start(run_dir: Path, env: Mapping[str, str]) -> Start:
 def is_same_job(name: str, env: Mapping[str, str]) -> bool:
     """Whether this is a restart of the job named `name`.
 
-    In an salloc shell all commands have the same SLURM_JOB_ID; only a requeue makes one a restart.
+    In an salloc shell all commands have the same SLURM_JOB_ID, and are not restarts unless it was requeued.
     """
-    lone = JOB not in env and not elastic_driver(env) and not int(env.get("SLURM_RESTART_COUNT", 0))
-    return bool(name) and name == job_name(env) and not lone
+    restartable = JOB in env or elastic_driver(env) or int(env.get("SLURM_RESTART_COUNT", 0))
+    return bool(name) and name == job_name(env) and bool(restartable)
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,17 @@ class Attempt:
 
 
 def find_run_dir(command: Sequence[str]) -> Path | None:
-    """The command's --run-dir; of several the last one, as `owt train` takes it."""
+    """The command's --run-dir; of several the last one, which `owt train` uses."""
     found = None
     for word, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = word.partition("=")
-        if name == "--run-dir" and (value or following):
-            found = Path(value if equals else following)
+        if name == "--run-dir" and (text := value if equals else following):
+            found = users_path(text)
     return found
 
 
 def run_dir_of(command: Sequence[str]) -> Path:
-    """The command's --run-dir; raises ConfigError without one: each start would make a new folder."""
+    """The command's --run-dir; ConfigError if there is none, as each attempt would create a new folder."""
     run_dir = find_run_dir(command)
     if run_dir is None:
         raise ConfigError(
@@ -107,9 +108,9 @@ class AttemptWatch:
         outcome = {"exit_code": exit_code, "reason": _launcher_reason(launcher_code)}
         if self.has_ended():
             outcome |= self._own_outcome()
-        if launcher_code and not outcome["exit_code"]:  # done, but a rank failed at exit
+        if launcher_code and not outcome["exit_code"]:  # the run succeeded, but a rank failed at exit
             outcome |= {"exit_code": exit_code}
-        complete_timelines(self._run_dir)  # nobody writes them now
+        complete_timelines(self._run_dir)
         newest = self._newest_checkpoint()
         step, _ = last_step(self._run_dir, start=self._records_before)
         return Attempt(
@@ -123,24 +124,24 @@ class AttemptWatch:
         )
 
     def has_ended(self) -> bool:
-        """Whether this attempt has written an outcome, as far as that can be seen now."""
+        """Whether this attempt has written an outcome; False if the file server does not answer."""
         try:
             stamp = outcome_stamp(self._run_dir)
-        except OSError:  # of a file server; this is asked every second, and must not end who asks
+        except OSError:  # called every second, it must not end the supervisor
             return False
         return stamp not in (None, self._outcome_before)
 
     def _own_outcome(self) -> dict[str, Any]:
-        """The run's outcome; if it is damaged, the launcher's exit code stays."""
+        """The run's outcome; if it is damaged, the launcher's exit code is kept."""
         try:
             return read_outcome(self._run_dir)
         except OwtError as error:
             return {"reason": error.saw}
 
     def _newest_checkpoint(self) -> tuple[str, int] | None:
-        """Its name, and a time that changes when that of a step is written again; None if none is seen.
+        """Its name and modification time, which changes if a step's checkpoint is rewritten; None if none.
 
-        Not verified: the run does that when it resumes.
+        It is not verified: the run does that when it resumes.
         """
         with suppress(OSError):
             for folder in list_checkpoints(self._run_dir):
@@ -153,7 +154,7 @@ def _launcher_reason(code: int) -> str:
 
 
 def append_attempt(run_dir: Path, attempt: Attempt, *, start: Start, restarts: int) -> None:
-    """Record it for the job's next start; raises OSError."""
+    """Append the attempt to attempts.jsonl; raises OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
     record = {**start.stamp(), "restarts": restarts, **dataclasses.asdict(attempt)}
     append_record(run_dir / ATTEMPTS, record)

@@ -1,10 +1,10 @@
-"""Checkpoint folders, complete or absent: names, manifest, listing, finding the newest valid one.
+"""Checkpoint folders: names, manifest, listing, finding the newest intact one.
 
     RUN/checkpoints/step-00001234/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
                                     average.safetensors, with a moving average of the weights
 
 Each is written under a temporary name, fsynced and renamed; the manifest has the sha256 of each file.
-`checkpoints/best.json` names the step with the best validation, which is kept however old. The tensors
+`checkpoints/best.json` names the step with the best validation, which is never deleted. The tensors
 themselves are read and written by `train.checkpoint`.
 
 A run folder has a linear history, so the largest step is the newest checkpoint: a run that resumes from
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from horovod_owt.errors import ConfigError, RunError, explained
+from horovod_owt.errors import ConfigError, RunError, as_owt_error
 from horovod_owt.files import atomic_folder, remove_folder, write_text
 from horovod_owt.filesystem import PARTIAL, rename_folder
 from horovod_owt.runs.folder import CONFIG
@@ -42,15 +42,14 @@ ASIDE = ".damaged"  # suffix of folders that are no longer checkpoints
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` is, or would be."""
+    """The path of the checkpoint after `step`, whether it exists or not."""
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoint folders, newest first; other names are ignored.
 
-    Raises OSError if they cannot be listed. Path.glob would hide that, and a run with an unreadable folder
-    would start anew.
+    Raises OSError if they cannot be listed; Path.glob would hide that, and the run would start from scratch.
     """
     try:
         with os.scandir(run_dir / CHECKPOINTS) as entries:
@@ -72,12 +71,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
-    """The fault of a checkpoint in a few words; empty if every one of its `files` matches the manifest.
+    """What is wrong with a checkpoint; empty if each of its `files` (by default all) matches the manifest.
 
-    By default all of them.
-
-    Raises RunError for errors of the machine: a file that a disk or a file server does not give now is
-    not damaged, and a run that took it for that would lose the steps since an older one.
+    Raises RunError for system errors: a file that cannot be read now is not damaged, and a run that took it
+    for damaged would go back to an older checkpoint.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
@@ -88,7 +85,7 @@ def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        if machine := explained(error):
+        if machine := as_owt_error(error):
             raise machine from error
         return f"unreadable: {error}"
     except (ValueError, KeyError, TypeError) as error:
@@ -96,23 +93,51 @@ def find_fault(folder: Path, files: Sequence[str] = FILES) -> str:
     return ""
 
 
-def sound_checkpoint(folder: Path) -> Path:
-    """This checkpoint, if valid; raises RunError if it is damaged or not a checkpoint."""
+def intact_checkpoint(folder: Path) -> Path:
+    """This checkpoint, if intact; raises ConfigError if it is not a checkpoint, RunError if it is damaged."""
     if fault := find_fault(folder):
-        raise RunError(f"checkpoint {folder}: {fault}", wanted="an intact checkpoint", fix="--resume auto")
+        _check_is_checkpoint(folder)
+        run = folder.parent.parent
+        raise RunError(
+            f"checkpoint {folder}: {fault}",
+            wanted="an intact checkpoint",
+            fix=f"--resume another one; `owt checkpoint verify {run}` tells which are whole",
+        )
     return folder
 
 
-def newest_sound(run_dir: Path) -> Path | None:
-    """The newest valid checkpoint; damaged ones are logged and skipped.
+def _check_is_checkpoint(folder: Path) -> None:
+    run = folder.parent if folder.name == CHECKPOINTS else folder
+    if found := list_checkpoints(run):
+        raise ConfigError(
+            f"{folder} has {len(found)} checkpoint{'s'[: len(found) > 1]}",
+            wanted="one of them",
+            fix=f"--resume {found[0]} for the newest",
+        )
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} {'is a file' if folder.exists() else 'does not exist'}",
+            wanted="the folder of a checkpoint, such as RUN/checkpoints/step-00001234",
+        )
 
-    None if there are no checkpoints. Raises RunError if all are damaged, or the machine does not list them:
+
+def newest_intact(run_dir: Path) -> Path | None:
+    """The newest intact checkpoint; damaged ones are logged and skipped.
+
+    None if there are no checkpoints. Raises RunError if all are damaged, or if they cannot be listed:
     starting from scratch would hide that.
     """
     try:
         folders = list_checkpoints(run_dir)
     except OSError as error:
-        raise (explained(error) or error) from error
+        raise (as_owt_error(error) or error) from error
+    place = run_dir / CHECKPOINTS
+    if place.is_symlink() and not place.exists():
+        raise RunError(
+            f"{place} is a link to {os.readlink(place)}, which does not exist",
+            wanted="the folder of the run's checkpoints",
+            fix="mount its disk, or make that folder",
+        )
     for folder in folders:
         fault = find_fault(folder)
         if not fault:
@@ -130,8 +155,8 @@ def newest_sound(run_dir: Path) -> Path | None:
 def checkpoint_to_use(path: Path, *, newest: bool = False) -> Path:
     """A checkpoint folder, or a run's best checkpoint by validation, else its newest, with intact weights.
 
-    A run may write at the same time: a checkpoint that it deletes meanwhile is passed over. Its files may
-    be gone when they are read, too. Raises ConfigError if there is none, RunError if all are damaged.
+    If the run is active and deletes a checkpoint meanwhile, it is skipped; the caller must expect that too
+    when it reads the files. Raises ConfigError if there is no checkpoint, RunError if all are damaged.
     """
     if (path / MANIFEST).exists() or path.name.startswith("step-"):
         if fault := find_fault(path, (MODEL, STATE)):
@@ -158,9 +183,9 @@ def checkpoint_to_use(path: Path, *, newest: bool = False) -> Path:
 
 
 def resume_at(run_dir: Path, step: int) -> None:
-    """Make `step` the newest checkpoint of the run; later ones are damaged.
+    """Make `step` the newest checkpoint of the run, and repair best.json.
 
-    They are moved aside, each with a log line. Afterwards best.json names an existing checkpoint.
+    Later ones, which are damaged, are moved aside, each with a log line.
     """
     for folder in list_checkpoints(run_dir):
         if step_of(folder) > step:
@@ -172,7 +197,7 @@ def resume_at(run_dir: Path, step: int) -> None:
                 log.warning("checkpoint %s moved to %s", folder, aside.name)
             except OSError as error:
                 log.warning("checkpoint %s could not be moved aside: %s", folder, error.strerror)
-    _elect_best(run_dir, upto=step)
+    _repair_best(run_dir, upto=step)
 
 
 def read_best(run_dir: Path) -> dict[str, Any]:
@@ -195,7 +220,7 @@ def _load_best(run_dir: Path) -> dict[str, Any]:
     return {"step": int(best["step"]), "epoch": float(best["epoch"]), "top1": float(best["top1"])}
 
 
-def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
+def record_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
     """Record the checkpoint of `step` as the best one if it is; raises OSError."""
     if top1 <= read_best(run_dir).get("top1", -1.0):
         return False
@@ -204,10 +229,10 @@ def note_score(run_dir: Path, *, step: int, epoch: float, top1: float) -> bool:
     return True
 
 
-def _elect_best(run_dir: Path, *, upto: int) -> None:
+def _repair_best(run_dir: Path, *, upto: int) -> None:
     """Make best.json name the best existing checkpoint up to a step.
 
-    It may be damaged, its checkpoint may be missing, and a kill may have come between a validation and it.
+    It may be damaged or name a missing checkpoint, or the run may have been killed before it wrote it.
     """
     file = run_dir / CHECKPOINTS / BEST
     steps = {step_of(folder) for folder in list_checkpoints(run_dir) if step_of(folder) <= upto}
@@ -217,11 +242,11 @@ def _elect_best(run_dir: Path, *, upto: int) -> None:
         if lost:
             file.unlink()
             best = {}
-        not_noted = {step for step in steps if step > best.get("step", -1)}
-        for _, score in sorted(validations(run_dir, not_noted).items()):
-            told = {key: score.get(key) for key in ("step", "epoch", "top1")}
-            if all(isinstance(value, (int, float)) for value in told.values()):  # not damaged
-                note_score(run_dir, **told)
+        later = {step for step in steps if step > best.get("step", -1)}
+        for _, record in sorted(validations(run_dir, later).items()):
+            score = {key: record.get(key) for key in ("step", "epoch", "top1")}
+            if all(isinstance(value, (int, float)) for value in score.values()):  # not damaged
+                record_score(run_dir, **score)
         if lost:
             log.warning("%s named no existing checkpoint: now %s", file, read_best(run_dir) or "none")
     except OSError as error:
@@ -230,14 +255,14 @@ def _elect_best(run_dir: Path, *, upto: int) -> None:
 
 @contextmanager
 def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
-    """A folder to write FILES to, and maybe AVERAGED.
+    """A temporary folder for FILES and perhaps AVERAGED.
 
-    Manifest and final name are added if the block succeeds.
+    If the block succeeds, it gets a manifest and its final name.
     """
     folder = checkpoint_folder(run_dir, step)
     folder.parent.mkdir(exist_ok=True)  # not its parents: a lost mount must not be replaced by a folder
-    for killed in folder.parent.glob(PARTIAL):  # interrupted writes of any step
-        shutil.rmtree(killed, ignore_errors=True)
+    for partial in folder.parent.glob(PARTIAL):  # interrupted writes of any step
+        shutil.rmtree(partial, ignore_errors=True)
     with atomic_folder(folder, durable=True, replace=True, last=MANIFEST) as scratch:
         yield scratch
         names = (*FILES, *([AVERAGED] if (scratch / AVERAGED).exists() else []))
@@ -252,7 +277,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 def drop_old(run_dir: Path, *, keep: int, newest: int) -> list[str]:
     """Delete all checkpoints up to step `newest` except the last `keep` and the best.
 
-    Returns messages about those that could not be deleted, which must not end a run.
+    Returns messages about those that could not be deleted.
     """
     try:
         best, faults = _load_best(run_dir).get("step"), []

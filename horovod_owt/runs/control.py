@@ -1,8 +1,9 @@
-"""Control of a run by files in its folder, for which no scheduler is needed.
+"""Control of a run by files in its folder, without the scheduler.
 
     RUN/STOP   stop at a checkpoint         RUN/SAVE   write a checkpoint and continue
 
-Rank 0 looks for them and removes them when it has obeyed. Those left from before a start are removed by it.
+Rank 0 checks for the files, and removes each once it has done as requested. Files from before the start of a
+run are removed at the start.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from horovod_owt.errors import ConfigError, Preempted, RunError
 from horovod_owt.filesystem import unlink_quietly
@@ -22,13 +24,14 @@ from horovod_owt.runs.records import METRICS, last_attempt
 log = logging.getLogger(__name__)
 
 STOP, SAVE = "STOP", "SAVE"
-POLL_S = 0.5  # of a command that waits
+POLL_S = 0.5  # interval of a command that waits
+REGROUP_S = 60.0  # how long an elastic job that has lost its rank 0 may be without an owner
 
 
-def ask(run_dir: Path, request: str) -> Owner:
-    """Leave a request for the run in this folder; returns the process that will see it.
+def send_request(run_dir: Path, request: str) -> Owner:
+    """Send a request to the run in this folder; returns the process that owns the folder.
 
-    Raises ConfigError if no run is under way there, or the file cannot be written.
+    Raises ConfigError if no run is active there, or the file cannot be written.
     """
     owner = _owner(run_dir)
     try:
@@ -38,23 +41,23 @@ def ask(run_dir: Path, request: str) -> Owner:
     return owner
 
 
-def requests(run_dir: Path) -> set[str]:
-    """The requests that are there; raises OSError.
+def pending_requests(run_dir: Path) -> set[str]:
+    """The requests in the folder; raises OSError.
 
-    The folder is listed, because opening it makes an NFS client ask the server: for a name that was missing
-    a moment ago it would use its cache for up to a minute.
+    The folder is listed, because that makes an NFS client ask the server; a lookup of a name that was missing
+    a moment ago would be answered from its cache for up to a minute.
     """
     return {STOP, SAVE}.intersection(os.listdir(run_dir))
 
 
 def withdraw(run_dir: Path, request: str) -> None:
-    """Remove a request that was obeyed."""
+    """Remove a request."""
     unlink_quietly(run_dir / request)
 
 
-def withdraw_older(run_dir: Path, since: float) -> None:
-    """Remove requests for an earlier start: those made before `since`, by the file system's clock."""
-    for request in requests(run_dir):
+def withdraw_stale(run_dir: Path, since: float) -> None:
+    """Remove requests made before `since`, by the file system's clock, which are for an earlier start."""
+    for request in pending_requests(run_dir):
         file = run_dir / request
         if file.stat().st_mtime < since:
             log.warning("%s is from before this start: removed", file)
@@ -62,34 +65,57 @@ def withdraw_older(run_dir: Path, since: float) -> None:
 
 
 def wait_for_end(run_dir: Path, owner: Owner, limit_s: float) -> str:
-    """Wait until the owner has left the folder; returns how its run ended. RunError after `limit_s`.
+    """Wait until the owner has released the folder; returns how its run ended. RunError after `limit_s`.
 
-    A rank that is killed leaves the outcome of an earlier attempt, which is not this run's.
+    If rank 0 was killed, the outcome in the folder is that of an earlier attempt.
     """
-    _wait(lambda: active_owner(run_dir) != owner, limit_s, f"{run_dir} is still in use by {owner}")
-    try:
-        outcome, attempt = read_outcome(run_dir), last_attempt(run_dir / METRICS)
-    except FileNotFoundError:
-        outcome, attempt = None, 0
-    if outcome is None or outcome.get("attempt", attempt) != attempt:
+    _wait(_End(run_dir, owner).has_come, limit_s, f"{run_dir} is still in use by {owner}")
+    outcome = _outcome_of_last_attempt(run_dir)
+    if outcome is None:
         return "the process has ended without an outcome: it was killed, or its host went down"
     return outcome["reason"]
 
 
 def wait_for_checkpoint(run_dir: Path, owner: Owner, limit_s: float) -> Path:
-    """Wait until the request to save is obeyed; returns the newest checkpoint.
+    """Wait for the requested checkpoint; returns the newest one.
 
     Raises RunError after `limit_s`, or if the run ends before.
     """
-
-    def done() -> bool:
-        return not (run_dir / SAVE).exists() or active_owner(run_dir) != owner
-
-    _wait(done, limit_s, f"{run_dir} has no new checkpoint yet")
+    end = _End(run_dir, owner)
+    _wait(
+        lambda: not (run_dir / SAVE).exists() or end.has_come(),
+        limit_s,
+        f"{run_dir} has no new checkpoint yet",
+    )
     found = list_checkpoints(run_dir)
     if (run_dir / SAVE).exists() or not found or _has_failed(run_dir):  # at its end a run withdraws requests
         raise RunError(f"the run in {run_dir} has ended without writing a checkpoint", fix="see outcome.json")
     return found[0]
+
+
+class _End:
+    """Detects the end of the owner's run. After a regrouping an elastic job continues under another owner."""
+
+    def __init__(self, run_dir: Path, owner: Owner) -> None:
+        self._run_dir, self._owner = run_dir, owner
+        self._seen = time.monotonic()  # when an owner of the job was last seen
+
+    def has_come(self) -> bool:
+        current, first = active_owner(self._run_dir), self._owner
+        if current == first or (current and current.driver and current.driver == first.driver):
+            self._seen = time.monotonic()
+            return False
+        if current or not first.driver or _outcome_of_last_attempt(self._run_dir):
+            return True
+        return time.monotonic() > self._seen + REGROUP_S
+
+
+def _outcome_of_last_attempt(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        outcome, attempt = read_outcome(run_dir), last_attempt(run_dir / METRICS)
+    except FileNotFoundError:
+        return None
+    return outcome if outcome.get("attempt", attempt) == attempt else None
 
 
 def _has_failed(run_dir: Path) -> bool:
@@ -104,12 +130,12 @@ def _has_failed(run_dir: Path) -> bool:
 
 def _owner(run_dir: Path) -> Owner:
     if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir} does not exist", wanted="the --run-dir of a run under way")
+        raise ConfigError(f"{run_dir} does not exist", wanted="the --run-dir of an active run")
     owner = active_owner(run_dir)
     if owner is None:
         raise ConfigError(
-            f"nothing runs in {run_dir}",
-            wanted="a run under way",
+            f"no run is active in {run_dir}",
+            wanted="an active run",
             fix="`owt job cancel JOB` for a job that waits in the queue",
         )
     return owner

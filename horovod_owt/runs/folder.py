@@ -16,8 +16,9 @@ import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from horovod_owt.errors import ConfigError, explained
+from horovod_owt.errors import ConfigError, as_owt_error
 from horovod_owt.files import write_text
+from horovod_owt.filesystem import unlink_quietly
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ KEPT_LOGS = 10  # attempts
 
 
 def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
-    """The object in a JSON file; raises FileNotFoundError if it is missing, ConfigError if it is damaged."""
+    """The object in a JSON file; FileNotFoundError if it is missing, ConfigError if it is damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -36,8 +37,8 @@ def _read_object(file: Path, *, what: str, fix: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        if machine := explained(error):  # the file may be all right
-            raise machine from error
+        if system_error := as_owt_error(error):  # the file may be intact
+            raise system_error from error
         fault = f"is unreadable: {error}"
     raise ConfigError(f"{file} {fault}", wanted=what, fix=fix)
 
@@ -57,17 +58,22 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def write_outcome(run_dir: Path, outcome: dict[str, Any]) -> None:
-    """Record how the run ended: mpirun and horovodrun may return exit codes of their own."""
+    """Record how the run ended, because mpirun and horovodrun may return their own exit codes."""
     try:
         write_text(run_dir / OUTCOME, json.dumps(outcome) + "\n")
     except OSError as error:
         log.warning("%s not written: %s", OUTCOME, error.strerror)
 
 
-def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """The last outcome of the run, with at least `exit_code` and `reason`.
+def forget_outcome(run_dir: Path) -> None:
+    """Remove that of an earlier attempt, "done" perhaps: this one may be killed, and then leaves none."""
+    unlink_quietly(run_dir / OUTCOME)
 
-    Raises FileNotFoundError if there is none yet, ConfigError if the file is damaged.
+
+def read_outcome(run_dir: Path) -> dict[str, Any]:
+    """The outcome of the run's last attempt, with at least `exit_code` and `reason`.
+
+    Raises FileNotFoundError if it is under way or was killed, ConfigError if the file is damaged.
     """
     outcome = _read_object(run_dir / OUTCOME, what="how the run ended", fix="see the logs of its ranks")
     if not isinstance(outcome.get("exit_code"), int):
@@ -76,7 +82,7 @@ def read_outcome(run_dir: Path) -> dict[str, Any]:
 
 
 def outcome_stamp(run_dir: Path) -> tuple[int, int] | None:
-    """A key that changes with each outcome, because each is a new file; None if there is none."""
+    """A value that changes with each outcome (each is a new file); None if there is none."""
     try:
         stat = (run_dir / OUTCOME).stat()
     except FileNotFoundError:
@@ -90,12 +96,12 @@ def evaluation_file(run_dir: Path) -> Path:
 
 
 def report_file(folder: Path) -> Path:
-    """The page about a run, in its folder; about several, in a folder of the user's."""
+    """The report page of a run, in its folder; of several runs, in a folder chosen by the user."""
     return folder / "report.html"
 
 
 def stacks_folder(run_dir: Path) -> Path:
-    """The folder of the stack dumps of hung ranks."""
+    """The folder of stack dumps."""
     return run_dir / STACKS
 
 
@@ -104,10 +110,10 @@ def stacks_file(run_dir: Path, rank: int) -> Path:
 
 
 def new_rank_log(run_dir: Path, attempt: int, rank: int) -> BinaryIO:
-    """A log file of this process alone; raises OSError.
+    """A new log file for this process; raises OSError.
 
-    In an elastic job several processes may be the same rank, one after the other: the second one's file is
-    rank-0001.2.log.
+    In an elastic job several processes may have the same rank, one after the other: the file of the second
+    one is rank-0001.2.log.
     """
     folder = run_dir / LOGS
     folder.mkdir(exist_ok=True)
@@ -141,7 +147,7 @@ def profile_table(run_dir: Path, rank: int) -> Path:
 
 
 def profile_files(run_dir: Path) -> list[Path]:
-    """The traces and tables that there are, by rank."""
+    """The existing traces and tables, by rank."""
     return sorted((run_dir / PROFILE).glob("rank-*"))
 
 
@@ -151,5 +157,5 @@ def timeline_file(run_dir: Path, step: int) -> Path:
 
 
 def timeline_files(run_dir: Path) -> list[Path]:
-    """Those that there are, oldest first."""
+    """The existing timelines, oldest first."""
     return sorted((run_dir / TIMELINE).glob("step-*.json"))

@@ -1,7 +1,7 @@
-"""Where the wall time of a run went, over all its attempts, from the records in its folder alone.
+"""Where the wall time of a run went, over all attempts, from the records in its folder.
 
-Goodput is the share of steps that counted: those that no later attempt did again. A span is the time from a
-`run` record's `started` to the end of its attempt, or of its world of ranks in an elastic job:
+Goodput is the share spent on steps that counted: those that no later attempt repeated. A span is the time
+from a `run` record's `started` to the end of its attempt, or in an elastic job until the ranks regroup:
 
     started ........ first step ..................... last step that counts ..... end ..... next started
     start-up         steps, validation, checkpoints   lost work                   queue
@@ -35,7 +35,7 @@ class Goodput:
     seconds: dict[str, float]
     attempts: int
     steps: int  # that counted
-    steps_lost: int  # done again, or to be done again
+    steps_lost: int  # repeated, or to be repeated
 
     @property
     def wall_s(self) -> float:
@@ -63,10 +63,10 @@ class Goodput:
 
 
 def goodput(run_dir: Path) -> Goodput | None:
-    """The goodput of a run so far; None if its records have no times, as those of older versions.
+    """The goodput of a run so far; None if its records have no times, as in older versions.
 
-    Raises ConfigError if they cannot be read. Of a run that failed, the steps after its last checkpoint do
-    not count; of one that is under way they do, for now.
+    Raises ConfigError if the records cannot be read. Steps after the last checkpoint do not count if the run
+    has failed; they do, for now, if it is active.
     """
     spans = _spans(records(run_dir / METRICS), _ends_of_attempts(run_dir))
     if not spans:
@@ -85,7 +85,7 @@ def goodput(run_dir: Path) -> Goodput | None:
 
 
 class _Steps:
-    """The steps of a span in ascending order, a column for each of their numbers: a run may have millions."""
+    """The steps of a span in ascending order, in columns, because a run may have millions."""
 
     def __init__(self) -> None:
         self.number = array("q")
@@ -101,19 +101,19 @@ class _Steps:
             column.append(value)
 
     def upto(self, step: int) -> int:
-        """How many of them are not after `step`."""
+        """How many steps are not after `step`."""
         return bisect_right(self.number, step)
 
 
 @dataclass
 class _Span:
-    """An attempt, or one world of an elastic one."""
+    """An attempt, or in an elastic job the time of one set of ranks."""
 
     started: float
     attempt: int
     first_step: int
     end: float
-    exit_code: int | None = None  # None if it was killed, or is under way
+    exit_code: int | None = None  # None if it was killed, or is active
     steps: _Steps = field(default_factory=_Steps)
     validations: list[tuple[int, float, float]] = field(default_factory=list)  # step, end, seconds
     stalls: dict[int, float] = field(default_factory=dict)  # for checkpoints: seconds by step
@@ -150,7 +150,7 @@ class _Span:
             kept_until = max(kept_until, steps.end[counted] - steps.step_s[counted])
         gracefully = self.exit_code in (0, Preempted.exit_code)
         under_way = last and self.exit_code is None
-        # A run that stops or ends waits for its last checkpoint; after any other end the rest was in vain.
+        # A run that stops or ends waits for its last checkpoint; after any other end the rest is lost.
         tail = "checkpoint" if gracefully and not redone else "other" if under_way else "lost work"
         found["start-up"] = at_work - self.started
         found["other"] = max(0.0, kept_until - self.started - sum(found.values()))
@@ -158,14 +158,14 @@ class _Span:
         return found
 
     def _start_of_work(self) -> float:
-        """When the first step or validation began."""
+        """Unix time at which the first step or validation began."""
         begins = [self.steps.end[0] - self.steps.step_s[0]] if self.steps else []
         begins += [end - seconds for _, end, seconds in self.validations[:1]]
         return max(self.started, min(begins, default=self.end))
 
 
 def _kept(spans: list[_Span]) -> list[int]:
-    """For each span, the last step that no later span did again."""
+    """For each span, the last step that no later span repeated."""
     kept = [spans[-1].kept_step()]
     for following in reversed(spans[1:]):
         kept.append(min(kept[-1], following.first_step))
@@ -210,6 +210,6 @@ def _note(span: _Span, kind: str | None, time: float, record: dict[str, Any]) ->
 
 
 def _ends_of_attempts(run_dir: Path) -> dict[int, float]:
-    """When the launcher of an attempt had ended, by attempt; none without a supervisor or a batch process."""
+    """When each attempt's launcher had ended; empty without a supervisor or a batch process."""
     found = ((record.get("attempt"), time_of(record)) for record in newest_records(run_dir / ATTEMPTS))
     return {attempt: time for attempt, time in found if time is not None}

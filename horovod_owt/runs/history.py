@@ -1,6 +1,6 @@
-"""The whole history of a run, read once from its oldest record on, for reports.
+"""The whole history of a run, for reports, read in one pass over its records.
 
-A step is a row in columns of numbers, 100 bytes: a million steps fit in 100 MB.
+Steps are stored in columns of numbers, 100 bytes a step: a million steps fit in 100 MB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from horovod_owt.runs.records import METRICS, lacks_step, records, shown, time_of
 
-NUMBERS = (  # of a step record, each a column; NaN where a record has none
+NUMBERS = (  # columns, from the numbers of a step record; NaN where it has none
     "epoch",
     "loss",
     "lr",
@@ -26,13 +26,13 @@ NUMBERS = (  # of a step record, each a column; NaN where a record has none
     "exposed_comm_ms",
     "grad_norm",
 )
-MOST_FAULTS = 10_000  # kept with their text; further ones are counted
+MAX_FAULTS = 10_000  # kept with their text; more are only counted
 
 
 class Steps:
-    """The step records, a column for each number, in the order of the file.
+    """The step records in the order of the file, in columns.
 
-    `kept` is 0 for a step whose work was lost: a later start of the run resumed before it.
+    `kept` is 0 for a step whose work was lost because the run later resumed before it.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Steps:
         self.kept.append(1)
 
     def lose_after(self, step: int, first: int, end: int) -> int:
-        """Mark rows of one start, `first` to `end`, with a larger step as lost; returns how many were not."""
+        """Mark rows `first` to `end` with a step after `step` as lost; returns how many are new."""
         row = bisect_right(self.step, step, first, end)
         lost = self.kept.count(1, row, end)
         self.kept[row:end] = bytes(end - row)
@@ -68,24 +68,24 @@ class Start:
 
     record: dict[str, Any]
     first_row: int  # of its steps
-    first_step: int  # the step that it resumed after
-    lost_before: int = 0  # steps that the earlier ones had done beyond first_step
-    sent: Counter[str] = field(default_factory=Counter)  # bytes, by what they carry
+    first_step: int  # the step after which it resumed
+    lost_before: int = 0  # steps of earlier starts beyond first_step
+    sent: Counter[str] = field(default_factory=Counter)  # bytes, by purpose
     sent_steps: int = 0
 
     def began_at(self) -> float:
-        """When its process was started, or else when it had gathered its ranks; NaN in old records."""
+        """When its process was started, or else when its ranks had connected; NaN in old records."""
         started = time_of(self.record, "started")
         return moment_of(self.record) if started is None else started
 
 
 @dataclass(frozen=True)
 class Event:
-    """A record that is no step."""
+    """A record other than of a step."""
 
     record: dict[str, Any]
-    row: int  # how many step records came before it
-    start: int  # index of the start that it belongs to, -1 before the first
+    row: int  # number of step records before it
+    start: int  # index of its start, -1 before the first
 
     @property
     def kind(self) -> str:
@@ -94,16 +94,16 @@ class Event:
 
 @dataclass
 class History:
-    """What a run's metrics.jsonl says."""
+    """The content of a run's metrics.jsonl."""
 
     steps: Steps = field(default_factory=Steps)
     starts: list[Start] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    validations: list[Event] = field(default_factory=list)  # without those of lost steps
+    validations: list[Event] = field(default_factory=list)  # except those of lost steps
     lines: int = 0
     damaged: int = 0
     first_damaged: str = ""
-    more_faults: int = 0  # beyond MOST_FAULTS
+    more_faults: int = 0  # beyond MAX_FAULTS
 
     def note_damage(self, line: bytes) -> None:
         self.lines += 1
@@ -146,7 +146,7 @@ def read_history(run_dir: Path) -> History:
             _add_step(history, record)
         elif kind == "run":
             _add_start(history, record)
-        elif kind == "fault" and faults == MOST_FAULTS:
+        elif kind == "fault" and faults == MAX_FAULTS:
             history.more_faults += 1
         else:
             faults += kind == "fault"
@@ -178,7 +178,7 @@ def _add_start(history: History, record: dict[str, Any]) -> None:
     end = len(steps)
     for earlier in reversed(history.starts):
         start.lost_before += steps.lose_after(first_step, earlier.first_row, end)
-        if earlier.first_step <= first_step:  # what is kept of the starts before it ended there
+        if earlier.first_step <= first_step:  # steps kept of the starts before that end there
             break
         end = earlier.first_row
     history.validations = [event for event in history.validations if event.record["step"] <= first_step]

@@ -5,8 +5,9 @@
     PATH       PATH                              the same, if the run started from PATH; else refused
     never      initial weights                   the same, if this job wrote it; else refused
 
-So a requeued or restarted job resumes where it stopped, whatever its command line; and the history of a
-folder is linear: to go back, start from the earlier checkpoint in another folder.
+A folder whose records mention checkpoints that are gone is refused, except with `never`.
+So a requeued or restarted job resumes where it stopped, whatever its --resume option. The history of a folder
+is linear: to go back, start from the earlier checkpoint in another folder.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from horovod_owt.config import TrainConfig
-from horovod_owt.errors import ConfigError
-from horovod_owt.files import real_path
+from horovod_owt.errors import ConfigError, RunError
+from horovod_owt.files import real_path, users_path
 from horovod_owt.runs.attempts import is_same_job, next_start
-from horovod_owt.runs.checkpoints import newest_sound, read_state, resume_at, sound_checkpoint, step_of
-from horovod_owt.runs.control import withdraw_older
-from horovod_owt.runs.folder import read_config, write_config
+from horovod_owt.runs.checkpoints import intact_checkpoint, newest_intact, read_state, resume_at, step_of
+from horovod_owt.runs.control import withdraw_stale
+from horovod_owt.runs.folder import forget_outcome, write_config
 from horovod_owt.runs.owner import Ownership
-from horovod_owt.runs.records import Start
+from horovod_owt.runs.records import Start, checkpoint_recorded
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +48,14 @@ class Resume:
 
 @dataclass(frozen=True)
 class Opened:
-    """A run folder that this process owns."""
+    """A run folder that was opened, with what the run needs to know about it."""
 
     run_dir: Path
     checkpoint: Path | None = None  # to resume from, verified by sha256; None: initial weights
     began_from: str = ""  # the --resume PATH that the run in this folder started from
     attempt: int = 1
     job_id: str | None = None
-    kept_global_batch: int = 0  # of an elastic run: its own checkpoint's or its first world's; 0: not known
+    kept_global_batch: int = 0  # elastic_batch=keep: of the checkpoint or the first world; 0: unknown
 
     @property
     def start(self) -> Start:
@@ -71,7 +72,7 @@ def open_run_folder(
     """Create or reopen the run folder and take ownership; `None` creates a new one.
 
     `data` is the data set's identity. Raises ConfigError if another process owns the folder, or if its run
-    must not be resumed, or not with `cfg` or `data`; RunError if its checkpoints are damaged.
+    cannot be resumed as asked, or with `cfg` or `data`; RunError if all its checkpoints are damaged.
     """
     try:
         return _open(run_dir, cfg, data, resume, ownership)
@@ -91,16 +92,17 @@ def _open(
     run_dir = real_path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     ownership.take(run_dir)
-    withdraw_older(run_dir, ownership.since)
+    withdraw_stale(run_dir, ownership.since)
     opened = _choose_checkpoint(run_dir, resume)
     checkpoint = opened.checkpoint
     own = checkpoint is not None and checkpoint.parent.parent == run_dir
     if own:
-        _check_config(run_dir, cfg)
+        _check_config(checkpoint, cfg)
     if checkpoint is not None:
         _check_data(checkpoint, data, other_data=resume.other_data)
     resume_at(run_dir, step_of(checkpoint) if own else 0)
     write_config(run_dir, cfg.to_dict())
+    forget_outcome(run_dir)
     return dataclasses.replace(opened, **dataclasses.asdict(next_start(run_dir, os.environ)))
 
 
@@ -116,10 +118,12 @@ def _new_folder(path: Path) -> Path:
 
 
 def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
-    path = "" if resume.how in ("auto", "never") else str(real_path(resume.how))
-    own = newest_sound(run_dir)
+    path = "" if resume.how in ("auto", "never") else str(real_path(users_path(resume.how)))
+    own = newest_intact(run_dir)
     if own is None:
-        return Opened(run_dir, sound_checkpoint(Path(path)) if path else None, path)
+        if resume.how != "never":
+            _check_never_saved(run_dir)
+        return Opened(run_dir, intact_checkpoint(Path(path)) if path else None, path)
     state = read_state(own)
     began_from = state.get("began_from", "")
     if resume.how == "never" and not is_same_job(state.get("job", ""), os.environ):
@@ -142,12 +146,22 @@ def _choose_checkpoint(run_dir: Path, resume: Resume) -> Opened:
     return Opened(run_dir, own, path or began_from, kept_global_batch=kept_global_batch)
 
 
-def _check_config(run_dir: Path, cfg: TrainConfig) -> None:
-    before, now = read_config(run_dir), cfg.to_dict()
+def _check_never_saved(run_dir: Path) -> None:
+    """Refuse to start anew where a disk has lost what a run did: a purged scratch, a folder not mounted."""
+    if step := checkpoint_recorded(run_dir):
+        raise RunError(
+            f"run folder {run_dir} has records of a checkpoint after step {step}, but no checkpoints",
+            wanted="the checkpoints, to resume",
+            fix="restore them, or --resume never to start from initial weights",
+        )
+
+
+def _check_config(checkpoint: Path, cfg: TrainConfig) -> None:
+    before, now = read_state(checkpoint).get("config", {}), cfg.to_dict()
     for key in FIXED_KEYS:
         if key in before and before[key] != now[key]:
             raise ConfigError(
-                f"run folder {run_dir} was trained with {key}={before[key]}, now {key}={now[key]}",
+                f"checkpoint {checkpoint} was trained with {key}={before[key]}, now {key}={now[key]}",
                 wanted="the same value to resume",
                 fix=f"--set {key}={before[key]}, or another --run-dir",
             )
@@ -167,7 +181,7 @@ def _check_data(checkpoint: Path, data: Mapping[str, Any], *, other_data: bool) 
 
 
 def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """A description of the differences of two data sets; keys missing in `before` are not compared."""
+    """How two data sets differ, as text; keys missing in `before` are not compared."""
     found = []
     for key, what in (("train_images", "training images"), ("val_images", "validation images")):
         if before.get(key, now[key]) != now[key]:

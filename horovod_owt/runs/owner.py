@@ -1,11 +1,11 @@
-"""One run at a time in a run folder: a lock that works on network file systems and expires with its owner.
+"""The lock of a run folder, which works on network file systems and expires when its owner dies.
 
     RUN/owner/00000003.json     the third owner; it renews the file's mtime every few seconds
 
-Each owner creates a file with the next number, which only one process can do (O_EXCL, also on NFS and Lustre,
-where flock may be missing or local to a host). The highest number owns the folder. An owner that leaves marks
-its file, which the next one removes: numbers are never reused, so that no process can remove a lock that
-another has just taken over, as with a single stale lock file.
+Each owner creates a file with the next number, which only one process can do (O_EXCL works on NFS and Lustre,
+where flock may be missing or local to a host). The highest number owns the folder. An owner that releases it
+marks its file, which the next owner removes. Numbers are never reused, so no process can remove a lock that
+another has just taken over, as can happen with a single lock file.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from types import TracebackType
 
 from horovod_owt.errors import ConfigError
 from horovod_owt.files import atomic_file
-from horovod_owt.filesystem import partial_file, renew, unlink_quietly
+from horovod_owt.filesystem import partial_file, touch, unlink_quietly
 
 log = logging.getLogger(__name__)
 
 OWNER = "owner"
 RENEW_S = 5.0  # between renewals of an owner's file
-WATCH_S = 10.0  # how long an existing owner is observed: it may be leaving, or alive
+WATCH_S = 10.0  # how long an existing owner is observed, which may be exiting
 STALE_S = 30.0  # an owner on another host that has not renewed its file for this long is dead
 POLL_S = 0.25
 
@@ -64,7 +64,7 @@ def this_process(env: Mapping[str, str]) -> Owner:
 
 
 def elastic_driver(env: Mapping[str, str]) -> str:
-    """The address of an elastic job's driver, the same on all its ranks; else empty."""
+    """The address of an elastic job's driver, the same on all its ranks; empty for other jobs."""
     if env.get("HOROVOD_ELASTIC") != "1":
         return ""
     address = env.get("HOROVOD_GLOO_RENDEZVOUS_ADDR", "").partition("/")[0]  # what follows is secret
@@ -72,9 +72,9 @@ def elastic_driver(env: Mapping[str, str]) -> str:
 
 
 def active_owner(run_dir: Path) -> Owner | None:
-    """The process that owns a run folder and is alive, as far as that can be told without waiting.
+    """The process that owns a run folder and is alive, as far as can be told without waiting.
 
-    One on another host is, if it has renewed its file a moment ago.
+    A process on another host counts as alive if it has renewed its file recently.
     """
     folder = run_dir / OWNER
     try:
@@ -87,17 +87,17 @@ def active_owner(run_dir: Path) -> Owner | None:
     if owner.kernel == _kernel():
         return owner if _start_ticks(owner.pid) == owner.start_ticks else None
     silent_s = time.time() - renewed
-    if not 0 <= silent_s < STALE_S:  # or this host's clock is off
-        with suppress(OSError):  # a folder that this user may only read
+    if not 0 <= silent_s < STALE_S:  # this host's clock may be off
+        with suppress(OSError):  # the user may have no write permission
             silent_s = _now(folder) - renewed
     return owner if silent_s < STALE_S else None
 
 
 class Ownership:
-    """This process's right to write to a run folder, from `take` to the end of the `with` block.
+    """This process's ownership of a run folder, from `take` to the end of the `with` block.
 
-    `on_loss` is called in a thread if another process has taken over the folder: it took this one for dead,
-    because the host or its file system access hung for more than STALE_S.
+    `on_loss` is called in a thread if another process has taken over the folder, because this host or its
+    access to the file system hung for more than STALE_S.
     """
 
     def __init__(self, on_loss: Callable[[str], None] | None = None) -> None:
@@ -153,7 +153,7 @@ class Ownership:
             left = {**json.loads(file.read_text(encoding="utf-8")), "left": True}
             with atomic_file(file) as scratch:
                 scratch.write(json.dumps(left).encode())
-        except (OSError, ValueError) as error:  # disk error; the next owner sees that this process has ended
+        except (OSError, ValueError) as error:  # the next owner will notice that this process has ended
             log.warning("cannot release %s: %s", file, error)
 
     def _renew(self, run_dir: Path, file: Path) -> None:
@@ -164,7 +164,7 @@ class Ownership:
                 if last > _number(file):
                     self._on_loss(f"run folder {run_dir} was taken over by {_read(folder, last)}")
                     return
-                renew(file)
+                touch(file)
             except OSError:  # a lost mount may come back; write errors are reported elsewhere
                 continue
 
@@ -172,7 +172,7 @@ class Ownership:
 def _wait_for_turn(run_dir: Path, me: Owner) -> int:
     """The number of the last owner once it is gone, 0 if there is none; ConfigError if it is alive."""
     folder = run_dir / OWNER
-    watched, since, at_first = 0, 0.0, 0.0  # the observed owner, since when, and its renewal time then
+    watched, since, at_first = 0, 0.0, 0.0  # the observed owner, since when, and its renewal time at first
     while True:
         number = max(_numbers(folder), default=0)
         owner, renewed = _read(folder, number), _renewed(folder, number)
@@ -201,7 +201,7 @@ def _wait_for_turn(run_dir: Path, me: Owner) -> int:
 
 
 def _why_released(owner: Owner, me: Owner) -> str:
-    """The reason why an owner is known to be gone; empty if it may be alive."""
+    """Why an owner is known to have released the folder; empty if it may be alive."""
     if owner.kernel == me.kernel and _start_ticks(owner.pid) != owner.start_ticks:
         return "it has ended"
     return "another rank of this job is rank 0 now" if me.driver and owner.driver == me.driver else ""
@@ -239,7 +239,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _read(folder: Path, number: int) -> Owner | None:
-    """The content of an owner file; None if it is not written yet, or was lost in a crash."""
+    """The content of an owner file; None if it is not yet written, or was lost in a crash."""
     try:
         return Owner(**json.loads(_path(folder, number).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -247,9 +247,9 @@ def _read(folder: Path, number: int) -> Owner | None:
 
 
 def _renewed(folder: Path, number: int) -> float | None:
-    """When an owner's file was renewed last, by the file system's clock; None if it is gone.
+    """When an owner's file was last renewed, by the file system's clock; None if it is gone.
 
-    The file is opened, so that an NFS client asks the server instead of using its cache.
+    Opening the file makes an NFS client ask the server instead of using its cache.
     """
     try:
         with _path(folder, number).open("rb") as file:
@@ -259,12 +259,12 @@ def _renewed(folder: Path, number: int) -> float | None:
 
 
 def _now(folder: Path) -> float:
-    """The file system's clock."""
+    """The current time by the file system's clock."""
     probe = partial_file(folder)
     try:
         with open(probe, "xb") as file:
             file.write(b"x")
-        renew(probe)
+        touch(probe)
         return probe.stat().st_mtime
     finally:
         unlink_quietly(probe)
@@ -276,7 +276,7 @@ def _kernel() -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Start time of a process in clock ticks after boot; None if it has ended, reaped or not."""
+    """Start time of a process in clock ticks after boot; None if it has ended (even if not yet reaped)."""
     try:
         state, *fields = (
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -1,7 +1,8 @@
 """The records of a run: metrics.jsonl, one JSON object per line with a `kind`.
 
 Each line here, in attempts.jsonl and in outcome.json has a `time` (UTC), the number of the `attempt` in its
-run folder, and the scheduler's `job_id`, null without one: records of several sources can be joined by them.
+run folder, and the scheduler's `job_id` (null without one), by which records of several sources can be
+joined.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 STEP_KINDS = ("step", "validation", "checkpoint")  # records that name a step
-MOST_STEPS = 1 << 62
+MAX_STEPS = 1 << 62
 BLOCK_BYTES = 1 << 16  # per read, from the end of the file
 
 
 def time_of(record: Mapping[str, Any], key: str = "time") -> float | None:
-    """A record's time in seconds since 1970; None if it has none, as those of older versions."""
+    """A record's Unix time; None if it has none, as in older versions."""
     try:
         return datetime.fromisoformat(record[key].replace("Z", "+00:00")).timestamp()
     except (KeyError, ValueError, AttributeError):
@@ -38,13 +39,13 @@ def time_of(record: Mapping[str, Any], key: str = "time") -> float | None:
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a run, as its records name it."""
+    """The start of an attempt, as identified in its records."""
 
     attempt: int = 1  # of the run folder, counted from 1
     job_id: str | None = None  # the scheduler's
 
     def stamp(self) -> dict[str, Any]:
-        """The keys that each record of this start has, with the current time."""
+        """The keys common to all records of this attempt, with the current time."""
         return {"time": utc(), "attempt": self.attempt, "job_id": self.job_id}
 
 
@@ -52,9 +53,9 @@ FIRST = Start()
 
 
 class MetricsLog:
-    """Writes `metrics.jsonl`: one JSON object per line with a `kind`, unbuffered.
+    """Writes `metrics.jsonl`, one JSON object per line with a `kind`, unbuffered. Thread-safe.
 
-    Lines that cannot be written are kept in memory until they can.
+    Lines that cannot be written now are kept in memory.
     """
 
     def __init__(self, run_dir: Path, start: Start = FIRST) -> None:
@@ -62,7 +63,7 @@ class MetricsLog:
         self._start = start
         path = run_dir / METRICS
         try:
-            drop_half_a_line(path)
+            drop_incomplete_line(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             fix = "make it writable, or use another --run-dir"
@@ -96,7 +97,7 @@ class MetricsLog:
 
 
 def records_size(run_dir: Path) -> int:
-    """Bytes of the complete lines of metrics.jsonl, 0 if there are none: a `start` for `last_step`."""
+    """Bytes of the complete lines of metrics.jsonl, to pass to `last_step` as `start`."""
     try:
         with (run_dir / METRICS).open("rb") as file:
             return _end_of_lines(file, file.seek(0, os.SEEK_END))
@@ -105,9 +106,9 @@ def records_size(run_dir: Path) -> int:
 
 
 def validations(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
-    """The validations of the states after `steps`, by step, if there are any.
+    """The validation records after these `steps`, by step, as far as there are any.
 
-    Records of later steps from before a run resumed at an earlier step do not count.
+    Records of steps that were discarded when the run resumed from an earlier step do not count.
     """
     found: dict[int, dict[str, Any]] = {}
     wanted = set(steps)
@@ -118,11 +119,21 @@ def validations(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
         elif record.get("kind") == "run":
             wanted = {step for step in wanted if step <= record.get("first_step", step)}
         elif record.get("kind") == "step" and not lacks_step(record):
-            # all that is older in this start is of earlier steps, and it resumed before this one
+            # all older records of this attempt are of earlier steps, and it resumed before this one
             wanted = {step for step in wanted if step <= record["step"]}
         if not wanted:
             break
     return found
+
+
+def checkpoint_recorded(run_dir: Path) -> int:
+    """The step of the last checkpoint since the run began at initial weights, by its records; 0 if none."""
+    for record in newest_records(run_dir / METRICS):
+        if record.get("kind") == "checkpoint" and not lacks_step(record):
+            return record["step"]
+        if record.get("kind") == "run" and record.get("first_step") == 0:
+            break
+    return 0
 
 
 def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | None]:
@@ -134,19 +145,19 @@ def last_step(run_dir: Path, *, start: int = 0) -> tuple[int | None, float | Non
 
 
 def lacks_step(record: Mapping[str, Any]) -> bool:
-    """Whether a record of a step, a validation or a checkpoint does not say of which step: it is damaged."""
+    """Whether a step, validation or checkpoint record lacks a valid step number, so is damaged."""
     step = record.get("step")
-    return record.get("kind") in STEP_KINDS and not (isinstance(step, int) and 0 <= step < MOST_STEPS)
+    return record.get("kind") in STEP_KINDS and not (isinstance(step, int) and 0 <= step < MAX_STEPS)
 
 
 def last_attempt(file: Path) -> int:
-    """The number of the attempt that wrote the last record of a file; 0 if there is none with a number."""
+    """The newest attempt number in a file of records; 0 if there is none."""
     numbers = (record.get("attempt") for record in newest_records(file))
     return next((number for number in numbers if isinstance(number, int)), 0)
 
 
 def records(file: Path, on_damage: Callable[[bytes], None] | None = None) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines, first one first; otherwise like `newest_records`.
+    """The objects in a file of JSON lines, oldest first; otherwise like `newest_records`.
 
     `on_damage` is called with each damaged line, instead of the warning.
     """
@@ -156,8 +167,8 @@ def records(file: Path, on_damage: Callable[[bytes], None] | None = None) -> Ite
 def newest_records(file: Path, *, start: int = 0) -> Iterator[dict[str, Any]]:
     """The objects in a file of JSON lines, from its end back to byte `start`; none if there is no file.
 
-    Damaged lines are skipped, with one warning. Zeros left by a power cut and an incomplete last line, which
-    may be being written, are skipped silently. Raises ConfigError if the file cannot be read.
+    Damaged lines are skipped, with one warning. Zeros left by a power cut, and an incomplete last line that
+    may still be being written, are skipped silently. Raises ConfigError if the file cannot be read.
     """
     yield from _parsed_lines(file, _lines_backwards(file, start))
 
@@ -185,12 +196,12 @@ def _parsed_lines(
 
 def append_record(file: Path, record: dict[str, Any]) -> None:
     """Append a line, after removing an incomplete one left by a crash; raises OSError."""
-    drop_half_a_line(file)
+    drop_incomplete_line(file)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json_text(record) + "\n")
 
 
-def drop_half_a_line(path: Path) -> None:
+def drop_incomplete_line(path: Path) -> None:
     """Truncate an incomplete last line, which a killed writer may have left."""
     if not path.exists():
         return
@@ -217,7 +228,7 @@ def _lines_backwards(path: Path, start: int) -> Iterator[bytes]:
     """The complete, non-empty lines of a file from byte `start` on, last one first."""
     with path.open("rb") as file:
         end = _end_of_lines(file, file.seek(0, os.SEEK_END))
-        rest = b""  # of a line whose start is not read yet
+        rest = b""  # the end of a line whose start has not been read yet
         while end > start:
             begin = max(start, end - BLOCK_BYTES)
             file.seek(begin)
@@ -245,5 +256,5 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def shown(line: bytes) -> str:
-    """The beginning of a damaged line."""
+    """The beginning of a damaged line, for a message."""
     return repr(line[:40])[1:] + (f" and {len(line) - 40} bytes more" if len(line) > 40 else "")

@@ -1,4 +1,4 @@
-"""Horovod's timelines in a run folder: JSON arrays, also where their writer was killed."""
+"""Make Horovod's timelines valid JSON arrays even if their writer was killed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from horovod_owt.runs.folder import timeline_files
 
 log = logging.getLogger(__name__)
 
-TAIL_BYTES = 1 << 20  # more than what Horovod has in its buffer
+TAIL_BYTES = 1 << 20  # more than Horovod's buffer
 NEXT_EVENT = re.compile(rb',\s*(?=\{"(?:ph|name)")')
 
 
 def complete_timelines(run_dir: Path) -> list[Path]:
-    """The timelines of a run, oldest first, after `complete_timeline`. For when no rank of it writes."""
+    """Complete the timelines of a run that no rank is writing; returns them, oldest first."""
     files = timeline_files(run_dir)
     for file in files:
         try:
@@ -27,9 +27,9 @@ def complete_timelines(run_dir: Path) -> list[Path]:
 
 
 def complete_timeline(file: Path) -> None:
-    """End the array of a writer that was killed: without an event that is incomplete, with a bracket.
+    """Remove an incomplete last event, and add the closing bracket if it is missing.
 
-    Horovod closes the array after each event, and opens it again for the next one.
+    Horovod closes the array after each event, and reopens it for the next one.
     """
     with file.open("rb+") as stream:
         size = stream.seek(0, 2)
@@ -45,7 +45,7 @@ def complete_timeline(file: Path) -> None:
 
 
 def complete_end(tail: bytes) -> int | None:
-    """Where in the end of a file its closing bracket belongs; None if it is there."""
+    """Where in the end of a file the closing bracket belongs; None if it is there."""
     text = tail.rstrip()
     starts = [match.end() for match in NEXT_EVENT.finditer(text)]
     first = starts[-1] if starts else len(text) - len(text.lstrip(b"[\n"))

@@ -20,6 +20,7 @@ from horovod_owt.runs.attempts import JOB, AttemptWatch, append_attempt, earlier
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
 from horovod_owt.slurm.client import ask, find_job, find_jobs, mpi_types, start_ranks
 from horovod_owt.slurm.commands import comment_argv, hostnames_argv, requeue_argv
+from horovod_owt.slurm.container import NO_CONTAINER, Container
 from horovod_owt.slurm.launchers import (
     choose_launcher,
     horovod_has_mpi,
@@ -44,8 +45,7 @@ def run_job(
     max_restarts: int = JobSpec.max_restarts,
     elastic: bool = False,
     min_ranks: int = 0,
-    container_image: str = "",
-    apptainer: str = "",
+    container: Container = NO_CONTAINER,
 ) -> int:
     """Run `owt` with this command line on the job's ranks; returns the job's exit code."""
     forget_array_of_submitter(os.environ)
@@ -59,10 +59,10 @@ def run_job(
         srun_mpi=mpi_types(),
         mpirun=shutil.which("mpirun"),
         # a container's contents are not visible from here
-        horovod_mpi=bool(container_image or apptainer) or horovod_has_mpi(),
+        horovod_mpi=bool(container) or horovod_has_mpi(),
     )
     log_start(allocation, chosen, why, interface)
-    job = Ranks(allocation, chosen, interface, container_image, apptainer)
+    job = Ranks(allocation, chosen, interface, container)
     if command[1] == "train":
         return train(job, command, max_restarts)
     code = job.run(command)
@@ -122,15 +122,10 @@ class Ranks:
     """Runs the ranks, and forwards Slurm's signals to end the job."""
 
     def __init__(
-        self,
-        allocation: Allocation,
-        launcher: Launcher,
-        interface: str,
-        container_image: str,
-        apptainer: str,
+        self, allocation: Allocation, launcher: Launcher, interface: str, container: Container
     ) -> None:
         self.allocation, self._launcher, self._interface = allocation, launcher, interface
-        self._container = {"container_image": container_image, "apptainer": apptainer}
+        self._container = container
         self._ranks: subprocess.Popen | None = None
         self.asked_to_stop = False
         for number in WARNINGS:
@@ -138,9 +133,9 @@ class Ranks:
 
     def run(self, command: list[str]) -> int:
         """Run to the end; returns the launcher's exit code, negative for a signal."""
-        argv = ranks_argv(self._launcher, self.allocation, command, **self._container)
+        argv = ranks_argv(self._launcher, self.allocation, command, self._container)
         with launcher_environment(self._launcher, self.allocation, self._interface) as env:
-            self._ranks = start_ranks(argv, env)
+            self._ranks = start_ranks(argv, {**env, **self._container.environment(os.environ)})
             if self.asked_to_stop:  # while it was started
                 self._ranks.terminate()
             return self._ranks.wait()

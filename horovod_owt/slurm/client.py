@@ -26,7 +26,13 @@ def submit(script: str) -> str:
         file = folder / "job.sbatch"  # sbatch copies it
         file.write_bytes(encode(script))
         said = ask(sbatch_argv(file), env=_outside_of_jobs(os.environ), limited=False)
-        return said.strip().partition(";")[0]  # ID, or ID;CLUSTER
+    # ID, or ID;CLUSTER; the sbatch of some sites prints lines of its own, too, or does not know --parsable
+    ids = re.findall(r"^(?:Submitted batch job )?(\d+)(?:;.*| on cluster .*)?$", said, re.MULTILINE)
+    if not ids:
+        raise RunError(
+            f"sbatch printed no job id: {' '.join(said.split())!r}", fix="look for it: `squeue --me`"
+        )
+    return ids[-1]
 
 
 def _outside_of_jobs(env: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.parallel.gloo import Node, place_environment, store_host, use_interface
+from horovod_owt.parallel.gloo import Node, rank_environment, rendezvous_host, use_interface
 from horovod_owt.parallel.interfaces import interface_towards
 from horovod_owt.topology import expand_counts
 
@@ -19,13 +19,13 @@ def horovod_environment(env: Mapping[str, str]) -> dict[str, str]:
     node = int(env["SLURM_NODEID"])
     ranks = expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])
     nodes = [Node(env["SLURMD_NODENAME"] if number == node else "", n) for number, n in enumerate(ranks)]
-    return place_environment(nodes, node, int(env["SLURM_LOCALID"]))
+    return rank_environment(nodes, node, int(env["SLURM_LOCALID"]))
 
 
 def become_rank(command: Sequence[str]) -> None:
     """Exec `command`. Each host finds its own interface, because names differ between hosts."""
     try:
-        interface = interface_towards(store_host(os.environ))
+        interface = interface_towards(rendezvous_host(os.environ))
         os.environ.update(horovod_environment(os.environ))
     except KeyError as error:
         raise ConfigError(

@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.parallel.gloo import Node, store_environment
+from horovod_owt.parallel.gloo import Node, rendezvous_environment
 from horovod_owt.parallel.interfaces import interface_environment, ipv4_address_of
 from horovod_owt.slurm.allocation import Allocation
+from horovod_owt.slurm.container import NO_CONTAINER, Container
 from horovod_owt.slurm.spec import AUTO
 from horovod_owt.topology import UNBOUND, Launcher
 
@@ -56,9 +57,7 @@ def ranks_argv(
     launcher: Launcher,
     allocation: Allocation,
     command: Sequence[str],
-    *,
-    container_image: str = "",
-    apptainer: str = "",
+    container: Container = NO_CONTAINER,
 ) -> list[str]:
     """The command line that starts `command` on every rank, in a container if one is given.
 
@@ -66,14 +65,13 @@ def ranks_argv(
     """
     if launcher is Launcher.GLOO:
         command = ["owt", "job", "rank", *command]
-    if not (container_image or apptainer):
+    if not container:
         command = [shutil.which(command[0]) or command[0], *command[1:]]
-    if apptainer:
-        command = ["apptainer", "exec", "--nv", apptainer, *command]
+    command = container.wrapped(command)
     if launcher is Launcher.MPIRUN:
         return [*mpirun_argv(allocation), *command]
-    image = [f"--container-image={container_image}"] if container_image else []
-    return [*srun_argv(allocation, mpi="pmix" if launcher is Launcher.PMIX else "none"), *image, *command]
+    mpi = "pmix" if launcher is Launcher.PMIX else "none"
+    return [*srun_argv(allocation, mpi=mpi), *container.srun_options(), *command]
 
 
 def srun_argv(allocation: Allocation, *, mpi: str) -> list[str]:
@@ -126,11 +124,11 @@ def launcher_environment(
 @contextmanager
 def rendezvous(allocation: Allocation, interface: str) -> Iterator[dict[str, str]]:
     """Run Horovod's rendezvous server for ranks without MPI, on this host."""
-    from horovod_owt.parallel.store import start_store  # loads Horovod
+    from horovod_owt.parallel.store import start_rendezvous  # loads Horovod
 
     nodes = [Node(host, allocation.ranks_per_node) for host in allocation.hosts]
-    address, port, stop = start_store(nodes, ipv4_address_of(interface))
+    address, port, stop = start_rendezvous(nodes, ipv4_address_of(interface))
     try:
-        yield store_environment(address, port)
+        yield rendezvous_environment(address, port)
     finally:
         stop()

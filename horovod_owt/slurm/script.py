@@ -45,6 +45,8 @@ def launch_argv(spec: JobSpec) -> list[str]:
         argv += ["--container-image", spec.container_image]
     if spec.apptainer:
         argv += ["--apptainer", spec.apptainer]
+    if spec.container_mounts:
+        argv += ["--container-mounts", spec.container_mounts]
     return [*argv, "--", *KINDS[spec.kind], *spec.owt_args]
 
 

@@ -57,6 +57,7 @@ class JobSpec:
     venv: str = ""
     container_image: str = ""  # Pyxis
     apptainer: str = ""  # image
+    container_mounts: str = ""  # SRC:DST,..., for either
     launcher: str = "auto"
     interface: str = ""  # of all nodes; empty: the one that reaches them
     max_restarts: int = 20
@@ -134,6 +135,8 @@ def _check(spec: JobSpec) -> None:
         )
     if spec.container_image and spec.apptainer:
         raise ConfigError("--container-image and --apptainer", wanted="one of them")
+    if spec.container_mounts and not (spec.container_image or spec.apptainer):
+        raise ConfigError("--container-mounts without a container", fix="--container-image or --apptainer")
     if spec.container_image and spec.launcher == "mpirun":
         raise ConfigError(
             "--container-image with --launcher mpirun",

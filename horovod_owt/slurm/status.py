@@ -81,7 +81,10 @@ def _from_run_folder(job_id: str, run_dir: Path) -> JobStatus:
     try:
         exit_code = read_outcome(run_dir)["exit_code"]
     except FileNotFoundError:
-        raise ConfigError(f"{run_dir} has no {OUTCOME}", wanted="the --run-dir of a run that ended") from None
+        raise ConfigError(
+            f"{run_dir} has no {OUTCOME}: its run has not ended, or was killed",
+            wanted="the --run-dir of a run that ended",
+        ) from None
     step, images_per_s = last_step(run_dir)
     return JobStatus(
         job_id=job_id,

@@ -1,1 +1,1 @@
-"""The training run: configuration checks, the loop, validation, checkpoints."""
+"""A training run: checks before it, the loop, validation, checkpoints."""

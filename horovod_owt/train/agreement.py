@@ -24,10 +24,10 @@ FIX = {  # by the first word of what differs
 def check_agreement(cfg: TrainConfig, fingerprint: str, device: Device, world: World) -> None:
     """Raise ConfigError on every rank, with a table of values and ranks, if ranks differ.
 
-    `fingerprint` is the data set's. Raises DeviceError if ranks share a device.
+    `fingerprint` is that of the data set. Raises DeviceError if ranks share a device.
     """
     own = facts(cfg, fingerprint, device)
-    # All facts of all ranks, on each of them, only if somebody has others than rank 0: 12 MB of 4096 ranks.
+    # Facts are gathered (12 MB for 4096 ranks) only if some rank differs from rank 0.
     differs = own != broadcast_object(own, "facts of rank 0")
     if not sum_over_ranks(torch.tensor([float(differs)]), "ranks that differ").item():
         return runtime.check_devices(device, world)
@@ -44,7 +44,7 @@ def check_agreement(cfg: TrainConfig, fingerprint: str, device: Device, world: W
 
 
 def facts(cfg: TrainConfig, fingerprint: str, device: Device) -> dict[str, str]:
-    """What must be equal on every rank, by a two-word name."""
+    """What must be equal on every rank: values by two-word names."""
     versions = {f"version {name}": value for name, value in runtime.versions().items()}
     config = {f"config {key}": str(value) for key, value in cfg.to_dict().items()}
     return {

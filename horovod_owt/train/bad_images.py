@@ -1,4 +1,4 @@
-"""Bad images in a run: each is reported once, by the rank that read it, and announced to all ranks."""
+"""Bad images of a run: each is reported once, by the rank that read it, and announced to all ranks."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ class BadImageLog:
             self._record_fault(image, step)
 
     def fatal_error(self, step: int | None = None, *, none_is_good: bool = False) -> RunError:
-        """The error that reports them and ends the run; every rank must call it and raise the result."""
+        """The error that names the new bad images; every rank must call this and raise the result."""
         images = self._gather()
         for image in images:
             self._record_fault(image, step)
-        such = f"{images[0]}" if images else "all were reported before"
-        of_step = "" if step is None else f" in step {step}"
+        first = f"{images[0]}" if images else "all were reported before"
+        in_step = "" if step is None else f" in step {step}"
         if none_is_good:
             error = RunError(
-                f"no good image{of_step}: {such}",
+                f"no good image{in_step}: {first}",
                 wanted="at least one",
                 fix="check that the file system is mounted; `owt data verify` lists bad images",
             )
         else:
-            more = f" (and {len(images) - 1} more{of_step})" if images[1:] else ""
+            more = f" (and {len(images) - 1} more{in_step})" if images[1:] else ""
             fix = "replace or remove it, or --set bad_images=skip; `owt data verify` lists all bad images"
-            error = RunError(f"{such}{more}", fix=fix)
+            error = RunError(f"{first}{more}", fix=fix)
         return error.on_every_rank()
 
     def _record_fault(self, image: BadImage, step: int | None) -> None:
@@ -81,7 +81,7 @@ class BadImageLog:
             self._record("fault", path=image.path, fault=image.fault, rank=image.rank, step=step)
 
     def _gather(self) -> list[BadImage]:
-        """The bad images that any rank has read since the last call, in file order; equal on all ranks."""
+        """The bad images that any rank has read since the last call, in file order; the same on all ranks."""
         own = {index: (self._store.path(index), fault) for index, fault in self._unnamed.items()}
         found: dict[int, BadImage] = {}
         for rank, theirs in enumerate(gather_objects(own, "bad images")):

@@ -1,6 +1,6 @@
-"""Read and write the content of a checkpoint: tensors and plain numbers.
+"""Read and write checkpoints: tensors and plain values.
 
-Tensors are whole, under the names of the state dict, so a checkpoint resumes on any number of ranks.
+Tensors are whole and named as in the state dict, so a checkpoint resumes on any number of ranks.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class DiskError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to resume: tensors by name, and its position in plain numbers."""
+    """What a run needs to resume: tensors by name, and plain values such as its position."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]  # step, samples_consumed, epoch, validation_due, seed, config, versions, ...
-    averaged: dict[str, Tensor] = field(default_factory=dict)  # of the whole net; empty without ema
+    averaged: dict[str, Tensor] = field(default_factory=dict)  # moving averages; empty without ema
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The content of a checkpoint that `runs.checkpoints` has verified: its 490 MB are not hashed again.
+    """Read a checkpoint that `runs.checkpoints` has verified; hashes are not checked again.
 
     Raises RunError if it cannot be read.
     """
@@ -76,6 +76,6 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
 
 
 def _about(state: dict[str, Any]) -> dict[str, str]:
-    """What `inference.weights` needs to know of a file that is used alone."""
+    """Metadata that `inference.weights` needs if the file is used without its checkpoint."""
     classes = state.get("data", {}).get("classes", [])
     return {"image_size": str(state["config"]["image_size"]), "classes": json.dumps(classes)}

@@ -13,12 +13,12 @@ from time import perf_counter
 import torch
 
 from horovod_owt.errors import RunError
-from horovod_owt.runs.checkpoints import checkpoint_folder, drop_old, note_score, step_of
+from horovod_owt.runs.checkpoints import checkpoint_folder, drop_old, record_score, step_of
 from horovod_owt.train.checkpoint import Checkpoint, DiskError, write_checkpoint
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 5.0  # between tries at the end of a run, when there is no next checkpoint to wait for
+RETRY_S = 5.0  # between attempts at the end of a run, when there is no next checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Written:
 
     folder: Path
     seconds: float
-    left_over: list[str]  # messages about old ones that could not be deleted
+    left_over: list[str]  # messages about old checkpoints that could not be deleted
 
 
 class CheckpointWriter:
@@ -43,7 +43,7 @@ class CheckpointWriter:
         self._last: Checkpoint | None = None  # until it is on disk
         self._stall_s = 0.0
         self._failures = 0  # in a row
-        self._left_over: set[str] = set()  # already reported
+        self._left_over: set[str] = set()  # messages already logged
         self._score: dict[str, float] = {}  # of a checkpoint that may not be on disk yet
         self._fatal: RunError | None = None
 
@@ -57,19 +57,19 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, checkpoint)
 
     def poll(self) -> None:
-        """Record a write that has ended, without waiting and without raising."""
+        """Record a completed write, without waiting and without raising."""
         if self._pending is not None and self._pending.done():
             self._finish_write(self._pending)
 
     def score(self, *, step: int, epoch: float, top1: float) -> None:
-        """Record the checkpoint of `step` as the best one if it is, once it is on disk."""
+        """Once the checkpoint of `step` is on disk, record it as the best one if it is."""
         self._score = {"step": step, "epoch": epoch, "top1": top1}
         self._note_score()
 
     def settle(self) -> None:
-        """Wait until nothing is being written.
+        """Wait for a write in progress.
 
-        Raises RunError after more than `retries` failures in a row, or if the weights were not finite.
+        Raises RunError after more than `retries` failures in a row, or if the weights are not finite.
         """
         if self._pending is not None:
             self._finish_write(self._pending)
@@ -103,7 +103,7 @@ class CheckpointWriter:
         return Written(folder, seconds, drop_old(self._run_dir, keep=self._keep, newest=step_of(folder)))
 
     def _finish_write(self, pending: Future[Written]) -> None:
-        self._pending = None  # first: another error, as of memory, is raised once and not again by `close`
+        self._pending = None  # first, so that `close` does not raise the same error (of memory, say) again
         try:
             written = pending.result()
         except DiskError as error:
@@ -127,7 +127,7 @@ class CheckpointWriter:
         if not self._score or not checkpoint_folder(self._run_dir, self._score["step"]).is_dir():
             return
         try:
-            note_score(self._run_dir, **self._score)
+            record_score(self._run_dir, **self._score)
             self._score = {}
         except OSError as error:
             log.warning("the best checkpoint was not recorded: %s", error.strerror)

@@ -1,4 +1,4 @@
-"""Elastic training: each world of ranks is a `Run`, started from the last commit."""
+"""Elastic training: each set of ranks (a world) is a `Run`, started from the last commit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from horovod_owt.config import TrainConfig
 from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.parallel import elastic, runtime
 from horovod_owt.parallel.collectives import broadcast_object, on_root
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import ElasticState
 from horovod_owt.runs.attempts import scheduler_job_id
 from horovod_owt.runs.opening import Opened, Resume
 from horovod_owt.runs.owner import Ownership
@@ -42,11 +42,11 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
     opened: Opened | None = None
     with StopRequest() as stop, Ownership() as ownership:
 
-        def train(state: Committed) -> None:
+        def train(state: ElasticState) -> None:
             nonlocal opened
             world = runtime.current_world(request.device)
             if not world.is_root:
-                ownership.hand_over()  # before the next collective, so before the new rank 0 takes it
+                ownership.hand_over()  # before the next collective, after which the new rank 0 takes it
             try:
                 check_agreement(request.cfg, request.folder.fingerprint(), request.device, world)
             except OwtError as error:
@@ -61,12 +61,12 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
             opened = on_root(lambda: _open(where, cfg, state), "run_dir", kind=Opened)
             kept = state.last.first_global_batch if state.last else opened.kept_global_batch
             if kept:
-                cfg = in_world_of(world.size, cfg, kept)
-            else:  # also if ranks are lost before the first commit
+                cfg = config_for_world(world.size, cfg, kept)
+            else:  # remembered even if ranks are lost before the first commit
                 opened = dataclasses.replace(opened, kept_global_batch=cfg.global_batch(world.size))
-            Run(cfg, request, world, opened, stop, committed=state).train()
+            Run(cfg, request, world, opened, stop, elastic_state=state).train()
 
-        def _open(where: Path | None, cfg: TrainConfig, state: Committed) -> Opened:
+        def _open(where: Path | None, cfg: TrainConfig, state: ElasticState) -> Opened:
             if not state.last:
                 found = open_run(where, cfg, request.folder.identity(), resume, ownership)
                 if opened is None:
@@ -81,17 +81,17 @@ def train_elastic(request: Request, *, run_dir: Path | None, resume: Resume) -> 
                 job_id=scheduler_job_id(os.environ),
             )
 
-        elastic.run(Committed(torch.device(request.device.name)), train)
+        elastic.run(ElasticState(torch.device(request.device.name)), train)
     runtime.shutdown()
 
 
-def in_world_of(ranks: int, cfg: TrainConfig, first_global_batch: int) -> TrainConfig:
+def config_for_world(ranks: int, cfg: TrainConfig, first_global_batch: int) -> TrainConfig:
     """The configuration for `ranks`; `first_global_batch` is that of the run's first elastic world.
 
-    With elastic_batch=scale it is unchanged: the global batch, and with it the learning rate, follows the
+    With elastic_batch=scale it is unchanged: the global batch, and with it the learning rate, scales with the
     number of ranks. With keep, each rank takes its share of the first global batch, in micro-batches of at
-    most `batch` images; a share that is not a whole number is rounded, with a warning. With batch
-    normalisation it is at least two images, which have a variance.
+    most `batch` images; the share is rounded, with a warning, and with batch normalisation it is at least two
+    images.
     """
     if cfg.elastic_batch == "scale":
         return cfg

@@ -66,22 +66,22 @@ class Score:
 def validate(
     replica: Replica, batches: Iterable[Batch], *, stop_asked: Callable[[], bool] = lambda: False
 ) -> Score | None:
-    """Score the net on this rank's slice of the validation set and sum over ranks; every rank must call it.
+    """Validate on this rank's slice of the validation set and sum over ranks; every rank must call it.
 
-    The averaged weights, if there are any, are scored on the same images. Returns None on every rank if any
-    rank was asked to stop before it was done. The last batch of a slice is padded; padding and bad images are
-    not counted. Sums are float64, exact for the counts.
+    The averaged weights, if there are any, are validated on the same images. Returns None on every rank if
+    any rank was asked to stop meanwhile. The last batch of a slice is padded; padding and bad images are not
+    counted. Sums are float64, hence exact for the counts.
     """
     bad_and_stopped = torch.zeros(2, dtype=torch.float64)
     with replica.evaluating() as logits_of:
-        averaged = replica.averaged_net()
-        nets = [logits_of] if averaged is None else [logits_of, averaged]
-        counts = torch.zeros(len(nets), 4 + 2 * replica.cfg.classes, dtype=torch.float64)
+        averaged = replica.averaged_model()
+        models = [logits_of] if averaged is None else [logits_of, averaged]
+        counts = torch.zeros(len(models), 4 + 2 * replica.cfg.classes, dtype=torch.float64)
         for batch in batches:
             if stop_asked():
                 bad_and_stopped[1] = 1
                 break
-            counts += torch.stack([_count(net(batch.images), batch) for net in nets]).cpu()
+            counts += torch.stack([_count(model(batch.images), batch) for model in models]).cpu()
             bad_and_stopped[0] += len(batch.faults)
     totals = sum_over_ranks(torch.cat([bad_and_stopped, counts.flatten()]), "validation")
     bad, stopped = totals[:2].tolist()
@@ -92,7 +92,7 @@ def validate(
 
 
 def _score(totals: list[float], bad_images: int) -> Score:
-    """From the sums of `_count` over all images."""
+    """The score, from the sums of `_count` over all images."""
     images, top1, top5, loss, *of_classes = totals
     of_classes = tuple(map(int, of_classes))
     classes = len(of_classes) // 2
@@ -108,10 +108,10 @@ def _score(totals: list[float], bad_images: int) -> Score:
 
 
 def places(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The place of each label among its row's scores (b, classes), from 0; negative labels have any place.
+    """Position (b,) of each label in the descending order of its row's scores (b, classes), from 0.
 
-    Of equal scores, which 16-bit numbers often are, the first one is the best, as in a stable sort. A NaN
-    score has the last place.
+    Ties, frequent in 16-bit precision, are broken by class index, as in a stable sort. A NaN score comes
+    last. The result for a negative label is arbitrary.
     """
     labels = labels[:, None].clamp(min=0)
     own = scores.gather(1, labels)
@@ -121,8 +121,9 @@ def places(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _count(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Of the valid images: number, correct in top 1, correct in top 5, sum of losses; then of each class the
-    number, and of each class those correct in top 1.
+    """Counts over the valid images, (4 + 2 * classes,) float64.
+
+    Images, correct in top 1, correct in top 5, sum of losses; then per class images and correct in top 1.
     """
     valid = batch.valid.double()
     losses = F.cross_entropy(logits, batch.labels, reduction="none").double()  # 0 for a negative label

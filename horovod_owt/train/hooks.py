@@ -1,8 +1,8 @@
-"""A command of the user that rank 0 runs on events: `--set hook="notify --channel training"`.
+"""A user's command that rank 0 runs on events: `--set hook="notify --channel training"`.
 
 It gets two more arguments, the event (checkpoint, fault or end) and the run folder, and the event's record as
-one line of JSON on stdin. It runs outside of the training thread, without a shell and without the variables
-by which launchers tell ranks their place, one event at a time; what it does never ends the run.
+one line of JSON on stdin. It runs outside the training thread, one event at a time, without a shell and
+without launchers' rank variables. Its failure never ends the run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from horovod_owt.topology import LAUNCHERS, UNKNOWN_LAUNCHERS
 
 log = logging.getLogger(__name__)
 
-EVENTS = {"checkpoint": "checkpoint", "fault": "fault", "outcome": "end"}  # by the kind of record
-WAITING = 16  # events; more are dropped
-OUTPUT_BYTES = 4096  # of the end of its output, for a failure's message
-OF_LAUNCHERS = {name for names in LAUNCHERS.values() for name in names if name}
-OF_LAUNCHERS |= {name for rank, sizes in UNKNOWN_LAUNCHERS.items() for name in (rank, *sizes)}
-OF_LAUNCHERS_TOO = ("HOROVOD_", "OMPI_", "PMI", "PRTE_")  # what such names begin with
+EVENTS = {"checkpoint": "checkpoint", "fault": "fault", "outcome": "end"}  # by kind of record
+MAX_QUEUED = 16  # events; more are dropped
+OUTPUT_BYTES = 4096  # read from the end of the output, for the message about a failure
+LAUNCHER_VARIABLES = {name for names in LAUNCHERS.values() for name in names if name}
+LAUNCHER_VARIABLES |= {name for rank, sizes in UNKNOWN_LAUNCHERS.items() for name in (rank, *sizes)}
+LAUNCHER_PREFIXES = ("HOROVOD_", "OMPI_", "PMI", "PRTE_")
 
 
 def check_hook(command: str) -> None:
@@ -48,11 +48,11 @@ def check_hook(command: str) -> None:
 
 
 class Hook:
-    """Runs the command, in a thread."""
+    """Runs the command in a thread."""
 
     def __init__(self, words: list[str], run_dir: Path, limit_s: float) -> None:
         self._words, self._run_dir, self._limit_s = words, run_dir, limit_s
-        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING)
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_QUEUED)
         self._process: subprocess.Popen | None = None
         self._thread = Thread(target=self._run, name="hook", daemon=True)
         self._thread.start()
@@ -64,10 +64,10 @@ class Hook:
         try:
             self._events.put_nowait(dict(record))
         except queue.Full:
-            log.warning("hook: %d events are waiting; not run for another one", WAITING)
+            log.warning("hook: %d events are waiting; not run for another one", MAX_QUEUED)
 
     def close(self) -> None:
-        """Wait for the events told so far, for two time limits at most; may be called again."""
+        """Wait for the queued events, at most two time limits; may be called again."""
         if not self._thread.is_alive():
             return
         end = time.monotonic() + 2 * self._limit_s
@@ -81,7 +81,7 @@ class Hook:
             self._kill()
 
     def leave(self) -> None:
-        """End after the events told so far, without waiting for that."""
+        """End after the queued events, without waiting for them."""
         with suppress(queue.Full):
             self._events.put_nowait(None)
 
@@ -90,7 +90,7 @@ class Hook:
             event = EVENTS[record["kind"]]
             try:
                 fault = self._call(event, record)
-            except Exception as error:  # whatever it is, the run goes on
+            except Exception as error:  # no failure of the hook may end the run
                 fault = str(error)
             if fault:
                 log.warning("hook %s %s: %s", self._words[0], event, fault)
@@ -119,7 +119,7 @@ class Hook:
             return f"exit code {code}" + (f": {said[-1]}" if said else "")
 
     def _kill(self) -> None:
-        """End the command and all that is in its process group."""
+        """Kill the command's process group."""
         process = self._process
         if process is None:
             return
@@ -131,9 +131,9 @@ class Hook:
 
 
 def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is no rank: `owt` and mpirun in a hook must not take it for one."""
+    """The environment without launchers' variables: `owt` or mpirun in a hook is not a rank of the job."""
     return {
         name: value
         for name, value in env.items()
-        if name not in OF_LAUNCHERS and not name.startswith(OF_LAUNCHERS_TOO)
+        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }

@@ -1,4 +1,4 @@
-"""What rank 0 writes while a run is under way, and the requests that it gets meanwhile."""
+"""The records that rank 0 writes during a run, and the requests that it receives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from horovod_owt.train.stop import StopRequest
 def open_run(
     run_dir: Path | None, cfg: TrainConfig, data: Mapping[str, Any], resume: Resume, ownership: Ownership
 ) -> Opened:
-    """Open the run folder, after a check of what else rank 0 needs; raises OwtError."""
+    """Check the hook and open the run folder, on rank 0; raises OwtError."""
     if cfg.hook:
         check_hook(cfg.hook)
     return open_run_folder(run_dir, cfg, data, resume, ownership)
@@ -42,7 +42,7 @@ class Journal:
             self.requests.saved(values["step"])
         if self._hook is not None:
             self._hook.tell(record)
-            if kind == "outcome":  # after it, the process may exit at once
+            if kind == "outcome":  # the process may exit immediately afterwards
                 self._hook.close()
 
     def end(self, outcome: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Journal:
         self.requests.withdraw_all()
 
     def close(self) -> None:
-        """Close the records; if ranks regroup, the hook goes on with what it was told."""
+        """Close the records; the hook still runs for queued events, if the ranks regroup."""
         if self._hook is not None:
             self._hook.leave()
         self._metrics.close()

@@ -16,12 +16,12 @@ import psutil
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.order import SampleOrder
 from horovod_owt.data.prefetch import FetchedEarly
-from horovod_owt.errors import OwtError, Preempted, RunError, explained
+from horovod_owt.errors import OwtError, Preempted, RunError, as_owt_error
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.activity import now
 from horovod_owt.parallel.choose import choose_parallel
 from horovod_owt.parallel.collectives import broadcast_object, explain_lost_ranks, gather_objects, on_root
-from horovod_owt.parallel.elastic import RESETS, Committed, regroup, regroup_reason
+from horovod_owt.parallel.elastic import RESETS, ElasticState, regroup, regroup_reason
 from horovod_owt.parallel.heartbeat import Heartbeat
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.timeline import start_timeline, stop_timeline
@@ -43,22 +43,23 @@ from horovod_owt.train.prepare import Request
 from horovod_owt.train.profile import Profile
 from horovod_owt.train.rank_log import RankLog
 from horovod_owt.train.replica import BadBatch, Replica
-from horovod_owt.train.slow_steps import place
+from horovod_owt.train.slow_steps import placement
 from horovod_owt.train.start_record import log_start, start_record
-from horovod_owt.train.state import Position, commit, restore, restore_commit, room_for_copies, snapshot
+from horovod_owt.train.state import Position, allocate_snapshot, commit, restore, restore_commit, snapshot
 from horovod_owt.train.step_records import StepRecords
 from horovod_owt.train.stop import StopRequest
 from horovod_owt.train.watch import watched
 
 log = logging.getLogger(__name__)
 
-SHOWN_INDICES = 4096  # of the images of a step whose loss is NaN: a global batch may have a million
+SHOWN_INDICES = 4096  # image indices in the message about a NaN loss: a global batch may have a million
 
 
 def train_rank(request: Request, *, run_dir: Path | None = None, resume: Resume) -> None:
     """Run one rank of training to its end.
 
-    Raises OwtError for failures that a message explains; Preempted (exit 75) after a stop signal.
+    Raises OwtError for failures that a message explains, among them Preempted (exit code 75) after a stop
+    request.
     """
     world = runtime.init(
         request.device,
@@ -85,14 +86,14 @@ class Run:
         world: World,
         opened: Opened,
         stop: StopRequest,
-        committed: Committed | None = None,
+        elastic_state: ElasticState | None = None,
     ) -> None:
-        """`committed` is the state of an elastic job; a commit in it has precedence over checkpoints."""
+        """`elastic_state` is given in an elastic job; its commit has precedence over checkpoints."""
         self.cfg, self.world, self.run_dir = cfg, world, opened.run_dir
         self.data, self.folder = request.data, request.folder
         self.global_batch = cfg.global_batch(world.size)
         self.position = Position(num_samples=len(self.folder.train))
-        self._opened, self._committed = opened, committed
+        self._opened, self._elastic_state = opened, elastic_state
         self.start, self._began = opened.start, time.time()
         self.journal = Journal(self.run_dir, self.start, cfg, stop) if world.is_root else None
         self._stop, self._stopped_by = stop, ""
@@ -102,12 +103,12 @@ class Run:
         self.bad_validation_images = BadImageLog(self.folder.val, world, self._record)
 
     def train(self) -> None:
-        """Train to the end; the run folder records the outcome, unless training could not begin."""
+        """Train to the end. The outcome is recorded in the run folder, unless training could not begin."""
         reason, exit_code, now.step = "done", 0, 0
         bug: BaseException | None = None
         rank_log = RankLog(self.run_dir, self.start, self.world)
-        elastic = self._committed is not None
-        explained_losses = nullcontext if elastic else explain_lost_ranks
+        elastic = self._elastic_state is not None
+        explain_losses = nullcontext if elastic else explain_lost_ranks
         watch = watched(
             self.world,
             self.run_dir,
@@ -120,31 +121,31 @@ class Run:
             requests = self.journal.requests if self.journal else nullcontext()
             with (
                 requests,
-                explained_losses(),  # before there is a heartbeat
+                explain_losses(),  # while the heartbeat starts
                 watch as heartbeat,
-                explained_losses(heartbeat.lost),
+                explain_losses(heartbeat.lost),
             ):
                 self._begin(heartbeat)
-                places = gather_objects(place(self.world), "places")
+                placements = gather_objects(placement(self.world), "placements")
                 if self.world.is_root:
-                    self._record_start([host for host, *_ in places])
+                    self._record_start([host for host, *_ in placements])
                 if self._due.checkpoint:
                     self._checkpoint(validation_due=self._due.validation)
                 if self._due.validation:
                     self._validate()
-                with self._step_records(places) as records:
+                with self._step_records(placements) as records:
                     self._run_steps(records)
         except RESETS as error:
             exit_code = None
-            self._committed.regrouped = {
+            self._elastic_state.regrouped = {
                 "fault": f"ranks regroup: {regroup_reason(error)}",
                 "step": self.position.step,
                 "world_size": self.world.size,
             }
-            reason = self._committed.regrouped["fault"]
+            reason = self._elastic_state.regrouped["fault"]
             raise
         except BaseException as error:
-            known = explained(error)
+            known = as_owt_error(error)
             reason = str(known) if known else f"a bug: {type(error).__name__}, see the traceback in the log"
             exit_code = known.exit_code if known else 1
             bug = None if known else error
@@ -156,31 +157,31 @@ class Run:
             self._close(exit_code, reason)
 
     def _begin(self, heartbeat: Heartbeat) -> None:
-        """Build the replica and restore its state: the first collectives on the devices, already watched."""
+        """Build the replica and restore its state, with the first collectives on the devices."""
         cfg, self.predicted_step_ms = choose_parallel(self.cfg, self.world)
         if cfg != self.cfg:
             self.cfg = cfg
             on_root(lambda: write_config(self.run_dir, cfg.to_dict()), "chosen strategy")
         self.replica = Replica(cfg, self.world)
-        if self._committed is not None and self._committed.last:
-            self._due = restore_commit(self.replica, self.position, self._committed)
+        if self._elastic_state is not None and self._elastic_state.last:
+            self._due = restore_commit(self.replica, self.position, self._elastic_state)
         else:
             self._due = restore(self.replica, self.position, self.run_dir, self._opened.checkpoint)
         now.step = self.position.step
-        self._copies = room_for_copies(self.replica)  # of the state, made for checkpoints
+        self._copies = allocate_snapshot(self.replica)
         self.total_steps = cfg.total_steps(
             self.position.num_samples,
             self.world.size,
             step=self.position.step,
             consumed=self.position.consumed,
         )
-        on_root(lambda: self._show(heartbeat), "observers")
+        on_root(lambda: self._open_observers(heartbeat), "observers")
         self.writer = self._make_writer() if self.world.is_root else None
 
-    def _show(self, heartbeat: Heartbeat) -> None:
-        """Start what shows the run to others, on rank 0."""
+    def _open_observers(self, heartbeat: Heartbeat) -> None:
+        """Start the timeline, TensorBoard and metrics, on rank 0."""
         if self.cfg.timeline:
-            complete_timelines(self.run_dir)  # of an attempt that was killed
+            complete_timelines(self.run_dir)  # left by an attempt that was killed
             start_timeline(timeline_file(self.run_dir, self.position.step))
         epoch = math.ceil(self.position.num_samples / self.global_batch)
         self.observers.open(
@@ -194,14 +195,14 @@ class Run:
             resumes=self.position.step > 0,
         )
 
-    def _step_records(self, places: list[list]) -> AbstractContextManager[StepRecords | None]:
-        """On rank 0."""
+    def _step_records(self, placements: list[list]) -> AbstractContextManager[StepRecords | None]:
+        """The records of steps, on rank 0; None on other ranks."""
         if not self.world.is_root:
             return nullcontext()
         return StepRecords(
             self.cfg,
             self.world,
-            places,
+            placements,
             self.observers,
             self._record,
             total_steps=self.total_steps,
@@ -214,10 +215,10 @@ class Run:
             cfg, self.folder, self.world, position=position.consumed, bad_images=bad_images.known
         )
         with batches, Profile(cfg.profile, self.world, self.run_dir) as profile:
-            # CPU cores have no time to spare within a step
+            # On CPU ranks, fetching within a step would take cores from compute.
             early = FetchedEarly(batches, early=self.world.device.type == "cuda")
             collected = bad_images.collect(early)
-            next_batch = self.observers.looking_at(collected, position.step + 1).__next__
+            next_batch = self.observers.show_first(collected, position.step + 1).__next__
             every = cfg.grad_norm_every
             while position.step < self.total_steps:
                 began, lr = position.epoch, self._learning_rate()
@@ -229,7 +230,7 @@ class Run:
                         weight_decay=weight_decay(cfg.schedule, epoch=began, otherwise=cfg.weight_decay),
                         stop=self._stop.asked,
                         save=self.journal is not None and self.journal.requests.save_asked,
-                        named=bad_images.known.named,
+                        announced=bad_images.known.named,
                         measure_norm=bool(every) and (position.step + 1) % every == 0,
                         compress=position.step >= cfg.compression_start,
                         fetch_next=early.fetch,
@@ -245,10 +246,10 @@ class Run:
                     self.writer.poll()
                 position.consumed += self.global_batch
                 if cfg.momentum_reset and new_row(cfg.schedule, began, position.epoch):
-                    self.replica.reset_momentum()  # before a checkpoint: a resumed run can't see the change
+                    self.replica.reset_momentum()  # before a checkpoint, since a resumed run would not do it
                 if records is not None:
                     records.step(position, lr, report)
-                if report.any_unnamed:
+                if report.any_unannounced:
                     bad_images.announce(position.step)
                 profile.step()
 
@@ -256,13 +257,13 @@ class Run:
                 last = position.step == self.total_steps
                 due = cfg.checkpoint_every and position.step % cfg.checkpoint_every == 0
                 validate = epoch_over or last
-                keep = validate or due or report.stop_asked or report.save_asked
-                if keep:
+                save = validate or due or report.stop_asked or report.save_asked
+                if save:
                     if records is not None:
                         records.checkpoint(position.step)
                     self.replica.average_running_statistics()
-                hosts_changed = self._commit(checkpoint_due=keep, validation_due=validate)
-                if keep:
+                hosts_changed = self._commit(checkpoint_due=save, validation_due=validate)
+                if save:
                     self._checkpoint(validation_due=validate)
                 if report.stop_asked:
                     raise self._stopped()
@@ -299,7 +300,7 @@ class Run:
         ).on_every_rank()
 
     def _validate(self) -> None:
-        """Validate the net. After a stop signal the state is on disk, and the resumed run validates first."""
+        """Validate the model. A stop request ends it: the checkpoint is written, a resumed run validates."""
         position, bad_images, start = self.position, self.bad_validation_images, perf_counter()
         images = self.folder.val
         with validation_pipeline(self.cfg, images, self.world, bad_images=bad_images.known) as batches:
@@ -323,14 +324,16 @@ class Run:
             self.writer.score(step=position.step, epoch=position.epoch, top1=score.top1)
 
     def _commit(self, *, checkpoint_due: bool, validation_due: bool) -> bool:
-        """In an elastic job, if it is time; returns on every rank whether hosts joined or left."""
-        if self._committed is None or not (checkpoint_due or self.position.step % self.cfg.commit_every == 0):
+        """Commit, in an elastic job, if one is due; returns, on every rank, whether hosts joined or left."""
+        if self._elastic_state is None or not (
+            checkpoint_due or self.position.step % self.cfg.commit_every == 0
+        ):
             return False
         due = {"checkpoint_due": checkpoint_due, "validation_due": validation_due}
-        return commit(self.replica, self.position, self._committed, self._opened, **due)
+        return commit(self.replica, self.position, self._elastic_state, self._opened, **due)
 
     def _checkpoint(self, *, validation_due: bool) -> None:
-        """Copy the state; it is written while training continues."""
+        """Copy the state, to be written while training continues."""
         start = perf_counter()
         on_root(self.writer.settle if self.writer else None, "checkpoint")
         state = snapshot(
@@ -348,16 +351,16 @@ class Run:
             self.writer.write(state, stall_s=perf_counter() - start)
 
     def _kept_global_batch(self) -> dict[str, int]:
-        """For a checkpoint: a job that resumes from it may begin with fewer ranks."""
-        if self._committed is None or self.cfg.elastic_batch != "keep":
+        """The global batch to store with a checkpoint: a job may resume with fewer ranks."""
+        if self._elastic_state is None or self.cfg.elastic_batch != "keep":
             return {}
-        return {"kept_global_batch": self._committed.last.first_global_batch}
+        return {"kept_global_batch": self._elastic_state.last.first_global_batch}
 
     def _finish_writing(self) -> None:
         on_root(self.writer.finish if self.writer else None, "written")
 
     def _stopped(self) -> Preempted:
-        """The error to raise on every rank: the signal, and how to resume."""
+        """The error to raise on every rank after a stop request, once the checkpoint is on disk."""
         self._finish_writing()
         asked = gather_objects((self._stop.by, self.world.host), "signals")
         named = [f"{by} to rank {rank} on {host}" for rank, (by, host) in enumerate(asked) if by]
@@ -377,8 +380,8 @@ class Run:
         )
 
     def _record_start(self, hosts: list[str]) -> None:
-        if self._committed is not None and self._committed.regrouped:
-            self._record("fault", **self._committed.regrouped)
+        if self._elastic_state is not None and self._elastic_state.regrouped:
+            self._record("fault", **self._elastic_state.regrouped)
         record = start_record(
             self.cfg,
             self.world,
@@ -393,14 +396,14 @@ class Run:
         log_start(record, self.world, self.folder, self.run_dir, total_steps=self.total_steps)
 
     def _started(self) -> float:
-        """When this process was started; in an elastic job's later worlds, when they began."""
-        regrouped = self._committed is not None and self._committed.regrouped
+        """When this process was started; in later worlds of an elastic job, when the world began."""
+        regrouped = self._elastic_state is not None and self._elastic_state.regrouped
         return self._began if regrouped else psutil.Process().create_time()
 
     @property
     def _bad_images(self) -> int:
         """Number of bad files that any rank has read so far."""
-        return sum(len(met.known.named) for met in (self.bad_training_images, self.bad_validation_images))
+        return sum(len(each.known.named) for each in (self.bad_training_images, self.bad_validation_images))
 
     def _record(self, kind: str, **values) -> None:
         if self.journal is not None:
@@ -420,7 +423,7 @@ class Run:
             self.observers.close()
             self.journal.close()
         if self.cfg.hook and exit_code in (0, Preempted.exit_code):
-            # A launcher ends rank 0, and the hook with it, soon after the first rank has exited.
+            # Wait for rank 0's hook: once a rank has exited, the launcher soon ends rank 0 and the hook.
             with suppress(*RESETS):
                 on_root(lambda: None, "hook")
 

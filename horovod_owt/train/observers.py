@@ -1,4 +1,4 @@
-"""What shows a run to others, on rank 0: TensorBoard's files, and metrics for Prometheus."""
+"""TensorBoard files and Prometheus metrics of a run, on rank 0."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class Observers:
-    """They get what is written to the run's records. Empty on ranks other than 0, and until `open`."""
+    """Pass the run's records to TensorBoard and metrics. Inactive until `open`, which rank 0 calls."""
 
     def __init__(self) -> None:
-        self._all: list[Any] = []  # with `record`
+        self._all: list[Any] = []  # objects with a method `record`
         self._server: MetricsServer | None = None
         self._metrics: RunMetrics | None = None
         self._tensorboard: TensorBoard | None = None
@@ -45,10 +45,10 @@ class Observers:
         heartbeat: Heartbeat,
         resumes: bool,
     ) -> None:
-        """Open those of the configuration, `step` steps into the run.
+        """Open the observers that the configuration asks for, after `step` steps of the run.
 
-        Raises ConfigError if one can't be opened. A port in use only costs the metrics of a run that
-        `resumes`: it may be on another host now, where nobody watches its start.
+        Raises ConfigError if one can't be opened. If the port is in use, a run that `resumes` only warns: it
+        may have moved to another host, unattended.
         """
         if cfg.tensorboard == "always" and not find_spec("tensorboard"):
             raise missing("tensorboard", "tensorboard=always", instead="tensorboard=never")
@@ -80,12 +80,12 @@ class Observers:
             observer.record(kind, values)
 
     def ranks(self, times: RankTimes | None) -> None:
-        """Show where the time of a step went on all ranks."""
+        """Export where the time of a step went on all ranks."""
         if self._metrics is not None and times is not None:
             self._metrics.ranks(times)
 
-    def looking_at(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
-        """Pass batches through; the first one, of `step`, is shown."""
+    def show_first(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
+        """Yield the batches; the first one, of `step`, is also written to TensorBoard."""
         shown = self._tensorboard is None
         for batch in batches:
             if not shown:
@@ -94,7 +94,7 @@ class Observers:
             yield batch
 
     def per_class(self, step: int, accuracy: Sequence[float], names: Sequence[str]) -> None:
-        """Show the accuracy of each class in percent; outputs beyond the data set's classes have no name."""
+        """Write the accuracy of each class, in percent, for the outputs that have a class name."""
         if self._tensorboard is not None:
             self._tensorboard.per_class(step, accuracy[: len(names)], names)
 

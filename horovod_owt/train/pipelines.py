@@ -1,4 +1,4 @@
-"""One rank's batches: of the endless training stream, and of its slice of the validation set."""
+"""One rank's batches: from the endless training stream, and from its slice of the validation set."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def training_pipeline(
     position: int = 0,
     bad_images: BadImages | None = None,
 ) -> Pipeline:
-    """Endless micro-batches from `position` (samples consumed by all ranks so far) on.
+    """Endless micro-batches, starting at `position` (samples consumed by all ranks so far).
 
-    Without `bad_images`, here and below, a bad image raises RunError.
+    Without `bad_images`, a bad image raises RunError.
     """
 
     def open_at(position: int, side: int) -> Pipeline:
@@ -48,9 +48,9 @@ def training_pipeline(
 
 
 class GrowingImages:
-    """Training batches whose size follows cfg.image_sizes: that of the epoch in which their step begins.
+    """Training batches whose image size follows cfg.image_sizes, by the epoch in which their step begins.
 
-    A step's size depends on the samples consumed alone, so a resumed run has the same.
+    The size depends only on the number of samples consumed, so a resumed run uses the same.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class GrowingImages:
         num_samples: int,
         world_size: int,
     ) -> None:
-        """`open_at` makes a pipeline from a position and a size on."""
+        """`open_at` makes a pipeline that starts at a position, with an image size."""
         self._cfg, self._open_at, self._num_samples = cfg, open_at, num_samples
         self._global_batch = cfg.global_batch(world_size)
         self._position, self._micro_step = position, 0
@@ -104,7 +104,10 @@ def validation_pipeline(
     bad_images: BadImages | None = None,
     view: View = centre_crop,
 ) -> Pipeline:
-    """This rank's share of the validation images, each once, with the last batch padded."""
+    """This rank's share of the validation images, each once; the last batch is padded.
+
+    Without `bad_images`, a bad image raises RunError.
+    """
     feed = ValidationFeed(
         images,
         batch=cfg.batch,

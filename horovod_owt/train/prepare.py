@@ -1,4 +1,4 @@
-"""Checks before ranks connect, while no peer waits in a collective."""
+"""Checks of each rank before the ranks connect, while no peer waits in a collective."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from horovod_owt.parallel.gpus import Gpu
 from horovod_owt.topology import Topology, rank_topology, resolve_group_size
 
 # The first compute capability with arithmetic in that precision.
-NEEDED = {"bf16": (8, 0), "fp16": (5, 3)}
+MIN_CAPABILITY = {"bf16": (8, 0), "fp16": (5, 3)}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A validated request to train, as far as one rank can check it."""
+    """A request to train, validated as far as one rank can by itself."""
 
     cfg: TrainConfig  # with the number of classes filled in
     data: Path
@@ -33,7 +33,7 @@ class Request:
     device: Device
 
 
-def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> Request:
+def prepare_request(data: Path, recipe: str | None, settings: tuple[str, ...]) -> Request:
     """Resolve the configuration, open the data set, choose the device; raises OwtError if one is invalid."""
     topology = rank_topology()
     try:
@@ -61,7 +61,7 @@ def prepare_alone(data: Path, recipe: str | None, settings: tuple[str, ...]) -> 
 
 @contextmanager
 def with_cache(request: Request) -> Iterator[Request]:
-    """The request with its images read through the cache that it asks for; raises ConfigError."""
+    """The request with its images read through the configured cache; raises ConfigError."""
     cfg, speaks = request.cfg, rank_topology().local_rank == 0
     with ExitStack() as stack:
         try:
@@ -73,14 +73,14 @@ def with_cache(request: Request) -> Iterator[Request]:
 
 
 def _group_size(cfg: TrainConfig, topology: Topology) -> int:
-    """Ranks that share the FC layers. With parallel=data each has its own, and hosts may differ in size."""
+    """How many ranks share the FC layers; 1 with parallel=data, for which hosts may differ in size."""
     return 1 if cfg.parallel == "data" else resolve_group_size(cfg.fc_group_size, topology)
 
 
 def choose_device(cfg: TrainConfig, topology: Topology, *, alone: bool = False) -> Device:
-    """This rank's device; raises OwtError if there is none for it, or it cannot run the configuration.
+    """This rank's device; raises OwtError if there is none, or if it cannot run the configuration.
 
-    A process that is `alone` needs no Horovod.
+    A process that runs `alone` does not need Horovod's GPU support.
     """
     device = claim_device(topology)
     if device.gpu is not None:
@@ -96,20 +96,24 @@ def choose_device(cfg: TrainConfig, topology: Topology, *, alone: bool = False) 
 
 
 def _check_precision(cfg: TrainConfig, gpu: Gpu) -> None:
-    """Raise ConfigError for a precision that the GPU has no arithmetic for."""
-    if gpu.compute_capability >= NEEDED.get(cfg.precision, (0, 0)):
+    """Raise ConfigError for a precision that the GPU does not support."""
+    if gpu.compute_capability >= MIN_CAPABILITY.get(cfg.precision, (0, 0)):
         return
-    wanted = [name for name in ("bf16", "fp16", "fp32") if gpu.compute_capability >= NEEDED.get(name, (0, 0))]
-    major, minor = NEEDED[cfg.precision]
+    supported = (
+        name
+        for name in ("bf16", "fp16", "fp32")
+        if gpu.compute_capability >= MIN_CAPABILITY.get(name, (0, 0))
+    )
+    major, minor = MIN_CAPABILITY[cfg.precision]
     raise ConfigError(
         f"precision={cfg.precision} on {gpu.name}, which is {_architecture(gpu)}",
         wanted=f"sm_{major}{minor} or newer for it",
-        fix=f"--set precision={wanted[0]}",
+        fix=f"--set precision={next(supported)}",
     )
 
 
 def _check_torch_can_use(device: Device, topology: Topology) -> None:
-    """Raise DeviceError for a GPU that torch cannot use: training would fail later or run on the CPU."""
+    """Raise DeviceError for a GPU that torch cannot use: training would fail later, or run on the CPU."""
     import torch  # not needed before there is a GPU
 
     from horovod_owt.parallel.cuda import cuda_fault
@@ -141,7 +145,7 @@ def _check_torch_can_use(device: Device, topology: Topology) -> None:
 
 
 def _check_horovod_can_use(device: Device, topology: Topology) -> None:
-    """Raise DeviceError for a Horovod without NCCL: its first collective on a GPU would hang in silence."""
+    """Raise DeviceError for a Horovod without NCCL, whose first collective on a GPU would hang silently."""
     from horovod_owt.parallel.runtime import nccl_version  # loads torch
 
     if not nccl_version():

@@ -1,4 +1,4 @@
-"""A profile of some steps: a trace of each rank that Perfetto opens, and its most expensive operations."""
+"""Profile some steps with torch's profiler: a trace for Perfetto and a table of operations, for each rank."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from horovod_owt.runs.folder import profile_table, profile_trace
 
 log = logging.getLogger(__name__)
 
-SKIP = 4  # steps that warm up; the profiler warms up in the next one
+SKIP = 4  # warm-up steps; the profiler itself warms up in the next one
 OPERATIONS = 10  # in the table
-PIECE = re.compile(r"\.\d+$")  # of the flat gradients, each with a collective of its own
-MOST_LETTERS = 100  # of the name of a kernel, which has those of its template's arguments
+BUCKET_NUMBER = re.compile(r"\.\d+$")  # in the names of the collectives on gradient buckets
+MAX_LETTERS = 100  # of a kernel's name, which may have long template arguments
 
 
 class Profile:
@@ -58,7 +58,7 @@ class Profile:
             self._stop()
 
     def __exit__(self, *_: object) -> None:
-        """End it early if the steps are fewer."""
+        """Stop early if there are fewer steps."""
         if self._profiler is not None:
             if self._done <= SKIP + 1 and self._world.is_root:
                 log.warning("no profile: it begins after %d steps, and there were %d", SKIP + 1, self._done)
@@ -98,14 +98,12 @@ def write_trace(profiler: profile, file: Path) -> None:
 
 
 def table_of(operations: Iterable, *, steps: int, on_gpu: bool) -> str:
-    """The most expensive operations by their own time, without that of those they call; on a GPU, the kernels
-    and copies.
-    """
+    """A table of the most expensive operations by self time; on a GPU, of kernels and copies."""
     own_us: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for each in _on_gpu(list(operations)) if on_gpu else operations:
         if not each.key.startswith("ProfilerStep"):
-            name = PIECE.sub("", each.key)[:MOST_LETTERS]
+            name = BUCKET_NUMBER.sub("", each.key)[:MAX_LETTERS]
             own_us[name] += _own_us(each, on_gpu)
             calls[name] += each.count
     total = own_us.total() or 1
@@ -116,9 +114,9 @@ def table_of(operations: Iterable, *, steps: int, on_gpu: bool) -> str:
 
 
 def _on_gpu(operations: Sequence) -> list:
-    """What ran on the GPU.
+    """The kernels and copies that ran on the GPU.
 
-    Its time is listed again with the operations that launched it. Annotations are listed with both.
+    The profiler also lists their time under the operations that launched them, and annotations under both.
     """
     of_host = {each.key for each in operations if each.device_type == DeviceType.CPU}
     return [each for each in operations if each.device_type != DeviceType.CPU and each.key not in of_host]

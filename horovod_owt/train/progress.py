@@ -25,7 +25,7 @@ class Progress:
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if on_terminal else None
 
     def step(self, step: int, epoch: float, lr: float, report: StepReport) -> None:
-        """Note the end of step number `step` (the first is 1)."""
+        """Report the end of step number `step` (the first is 1)."""
         self._since.append(report)
         if self._bar is not None:
             self._bar.update()

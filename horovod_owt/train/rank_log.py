@@ -1,6 +1,7 @@
 """A log file for each rank: RUN/logs/attempt-0003/rank-0001.log.
 
-It has all that the rank logs, and how it ended, with the traceback of a bug: what launchers mix or cut off.
+It has everything that the rank logs and how it ended, with the traceback of a bug: launchers mix the output
+of ranks, and may cut it off.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ FULL = "this file is full: see stderr for the rest"
 
 
 class RankLog(logging.Handler):
-    """Appends this process's log to a file of its own until it is closed.
+    """Appends this process's log to its own file until closed.
 
-    A rank that cannot write to the run folder, which only rank 0 needs, has none.
+    A rank that cannot write to the run folder has no file: only rank 0 must be able to.
     """
 
     def __init__(self, run_dir: Path, start: Start, world: World) -> None:
@@ -40,7 +41,7 @@ class RankLog(logging.Handler):
         self.note(logging.INFO, f"{place}, attempt {start.attempt}{job}")
 
     def note(self, level: int, text: str, *, error: BaseException | None = None) -> None:
-        """A line in the file alone; `error` adds its traceback."""
+        """Write a line to the file only; `error` adds its traceback."""
         exc_info = (type(error), error, error.__traceback__) if error else None
         self.handle(logging.LogRecord(PACKAGE, level, __file__, 0, text, None, exc_info))
 

@@ -1,6 +1,7 @@
-"""Where each rank's time goes in a step; an allreduce makes all ranks take equally long in sum.
+"""Where each rank's time goes in a step.
 
-The three numbers of the step before travel with the loss: no collective of their own.
+The total is the same on all ranks, because collectives make each wait for the slowest. The three numbers of a
+step are summed along with the next step's loss, and need no collective of their own.
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ from typing import Any
 import numpy as np
 
 PARTS = ("compute", "data", "communication")
-FIRST, EVERY = 10, 50  # steps whose means are a record, at first and later
+FIRST, EVERY = 10, 50  # steps that a record averages over, at first and later
 
 
 def spent(*, step_s: float, data_wait_s: float, exposed_comm_s: float) -> tuple[float, float, float]:
-    """A step of this rank in seconds, by PARTS."""
+    """This rank's seconds in a step, by PARTS."""
     return max(0.0, step_s - data_wait_s - exposed_comm_s), data_wait_s, exposed_comm_s
 
 
 @dataclass(frozen=True)
 class RankTimes:
-    """A step of all ranks in seconds: a row per rank, a column per part."""
+    """All ranks' seconds in a step: a row per rank, a column per part."""
 
     seconds: np.ndarray  # (ranks, 3)
 
     @classmethod
     def from_flat(cls, values: Sequence[float] | np.ndarray) -> RankTimes | None:
-        """From all ranks' `spent`, one after the other; None before the first step."""
+        """From the concatenated `spent` of all ranks; None before the first step."""
         seconds = np.array(values, np.float64).reshape(-1, len(PARTS))
         return cls(seconds) if seconds.any() else None
 
@@ -43,7 +44,7 @@ class RankTimes:
 
 
 class MeanRankTimes:
-    """The mean times of all ranks since the last record of them, for the run's records."""
+    """Mean times of all ranks since the last `ranks` record."""
 
     def __init__(self, record: Callable[..., Any]) -> None:
         """`record` writes a line to the run's metrics."""

@@ -1,4 +1,4 @@
-"""Requests to a run that come as files in its folder, see `runs.control`."""
+"""Watch for requests to the run, which are files in its folder: see `runs.control`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import logging
 from pathlib import Path
 from threading import Event, Thread
 
-from horovod_owt.runs.control import SAVE, STOP, requests, withdraw
+from horovod_owt.runs.control import SAVE, STOP, pending_requests, withdraw
 from horovod_owt.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 2.0  # between looks, in a thread: none at all within a step
+CHECK_S = 2.0
 
 
 class FileRequests:
-    """Looks for requests on rank 0 while it is entered; STOP is passed on to `stop`."""
+    """Checks for requests in a thread of rank 0, while it is entered; STOP is passed on to `stop`."""
 
     def __init__(self, run_dir: Path, stop: StopRequest) -> None:
         self._run_dir, self._stop = run_dir, stop
         self.save_asked = False
-        self._saving: int | None = None  # after this step, not on disk yet
+        self._saving: int | None = None  # step of the requested checkpoint, until it is on disk
         self._ending = Event()
         self._thread = Thread(target=self._run, name="requests", daemon=True)
 
@@ -44,15 +44,15 @@ class FileRequests:
             self._saving = None
 
     def withdraw_all(self) -> None:
-        """At the end of the run: its state is on disk, if it can be."""
+        """Remove all requests, at the end of the run."""
         for request in (STOP, SAVE):
             withdraw(self._run_dir, request)
 
     def _run(self) -> None:
-        while not self._ending.wait(LOOK_S):
+        while not self._ending.wait(CHECK_S):
             try:
-                found = requests(self._run_dir)
-            except OSError:  # a lost mount is reported by those who write
+                found = pending_requests(self._run_dir)
+            except OSError:  # a lost mount is reported when something is written
                 continue
             if STOP in found and not self._stop.by_file:
                 log.info("%s: stopping at a checkpoint", self._run_dir / STOP)

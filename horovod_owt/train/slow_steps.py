@@ -1,4 +1,4 @@
-"""Say once why steps take more than ten times as long as they should."""
+"""Warn once if steps take more than ten times as long as expected, and name the cause."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from horovod_owt.train.replica import StepReport
 
 log = logging.getLogger(__name__)
 
-SLOW = 10  # times the expected time
-LOOK_AT = 3  # steps; the first one warms up and is not counted
+SLOW = 10  # times the expected step time
+STEPS = 3  # that are watched; the first one warms up and does not count
 LARGE_SHARE = 0.5  # of a step
 GPU_FLOPS_PER_S = 1e12  # below a Tesla K80's
-MATRIX = 384  # rows and columns of the calibration: some ms
+MATRIX = 384  # rows and columns of the calibration product, which takes a few ms
 
 
-def place(world: World) -> list:
+def placement(world: World) -> list:
     """Host, cores and compute threads of this rank, to be gathered from all."""
     return [world.host, sorted(os.sched_getaffinity(0)), world.threads]
 
 
 class SlowSteps:
-    """Watches the first steps on rank 0; `places` are those of all ranks."""
+    """Watches the first steps on rank 0; `placements` are those of all ranks."""
 
-    def __init__(self, cfg: TrainConfig, world: World, places: Sequence[list]) -> None:
-        self._places, self._on_cpu = places, world.device.type == "cpu"
+    def __init__(self, cfg: TrainConfig, world: World, placements: Sequence[list]) -> None:
+        self._placements, self._on_cpu = placements, world.device.type == "cpu"
         self._steps: list[StepReport] = []
         self.expected_s = generous_step_s(
             cfg,
@@ -43,24 +43,28 @@ class SlowSteps:
         )
 
     def step(self, report: StepReport) -> None:
-        """Note a step; after LOOK_AT of them, warn if even the fastest was slow."""
-        if len(self._steps) == LOOK_AT:
+        """Add a step; after STEPS of them, warn if even the fastest was slow."""
+        if len(self._steps) == STEPS:
             return
         self._steps.append(report)
-        if len(self._steps) < LOOK_AT:
+        if len(self._steps) < STEPS:
             return
         fastest = min(self._steps[1:], key=lambda one: one.step_s)
         if fastest.step_s > SLOW * self.expected_s:
-            why = reasons(fastest, self._places if self._on_cpu else (), os.environ, runtime.uses_mpi())
+            why = reasons(fastest, self._placements if self._on_cpu else (), os.environ, runtime.uses_mpi())
             log.warning(
                 "steps take %.1f s, more than %d times the %.1f s expected of a rank with its own cores: %s",
                 fastest.step_s, SLOW, self.expected_s, "; ".join(why) or _load(),
             )  # fmt: skip
 
 
-def reasons(report: StepReport, places: Sequence[list], env: Mapping[str, str], uses_mpi: bool) -> list[str]:
-    """What holds up the ranks at `places` (none: ranks on GPUs), the likeliest cause first."""
-    found = [reason for host in dict.fromkeys(p[0] for p in places) if (reason := _crowded(host, places))]
+def reasons(
+    report: StepReport, placements: Sequence[list], env: Mapping[str, str], uses_mpi: bool
+) -> list[str]:
+    """Why the ranks are slow, the likeliest cause first; `placements` is empty for ranks on GPUs."""
+    found = [
+        reason for host in dict.fromkeys(p[0] for p in placements) if (reason := _crowded(host, placements))
+    ]
     choice = {name: env[name] for name, value in YIELD.items() if env.get(name, value) != value}
     if found and uses_mpi and choice:
         shown = " ".join(f"{name}={value}" for name, value in choice.items())
@@ -74,11 +78,11 @@ def reasons(report: StepReport, places: Sequence[list], env: Mapping[str, str], 
     return found
 
 
-def _crowded(host: str, places: Sequence[list]) -> str:
-    """How the ranks of a host are short of cores; empty if they are not."""
-    ranks = [rank for rank, place in enumerate(places) if place[0] == host]
-    union = set().union(*(places[rank][1] for rank in ranks))
-    threads = sum(places[rank][2] for rank in ranks)
+def _crowded(host: str, placements: Sequence[list]) -> str:
+    """In what way the ranks of a host lack cores; empty if they do not."""
+    ranks = [rank for rank, placement in enumerate(placements) if placement[0] == host]
+    union = set().union(*(placements[rank][1] for rank in ranks))
+    threads = sum(placements[rank][2] for rank in ranks)
     if len(ranks) > len(union):
         have = f"{len(union)} core{'s'[: len(union) > 1]}"
         return f"{len(ranks)} ranks on {host} have {have}: start fewer, or give the job more cores"
@@ -86,9 +90,9 @@ def _crowded(host: str, places: Sequence[list]) -> str:
         have = f"{threads} threads of {len(ranks)} ranks on {host} have {len(union)} cores"
         return f"{have}: unset OMP_NUM_THREADS"
     for core in sorted(union):
-        sharing = [rank for rank in ranks if core in places[rank][1]]
-        reachable = set().union(*(places[rank][1] for rank in sharing))
-        if sum(places[rank][2] for rank in sharing) > len(reachable):
+        sharing = [rank for rank in ranks if core in placements[rank][1]]
+        reachable = set().union(*(placements[rank][1] for rank in sharing))
+        if sum(placements[rank][2] for rank in sharing) > len(reachable):
             named = ", ".join(map(str, sharing))
             return f"ranks {named} on {host} are bound to the same cores: `mpirun --bind-to none`"
     return ""
@@ -102,7 +106,7 @@ def _load() -> str:
 
 
 def _flops_per_s() -> float:
-    """Operations in a second of CPU time, which does not count waiting for a core."""
+    """FLOPs per second of CPU time (which excludes waiting for a core)."""
     a, b = torch.rand(MATRIX, MATRIX), torch.rand(MATRIX, MATRIX)
     fastest_s = float("inf")
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The record and the log lines with which a run starts, or goes on with other ranks."""
+"""The `run` record and the log lines at the start of a run, or after its ranks have regrouped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start_record(
     first_step: int,
     predicted_step_ms: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The `run` record; `hosts` by rank, `started` in seconds since 1970."""
+    """The `run` record; `hosts` is by rank, `started` a Unix time."""
     return {
         "started": utc(started),
         "config": cfg.to_dict(),
@@ -51,7 +51,7 @@ def start_record(
 def log_start(
     record: Mapping[str, Any], world: World, folder: DataSet, run_dir: Path, *, total_steps: int
 ) -> None:
-    """The same for people."""
+    """Log the main values of the `run` record."""
     cfg = record["config"]
     ranks = f"{world.size} rank{'s'[: world.size > 1]} on {', '.join(dict.fromkeys(record['hosts']))}"
     log.info(

@@ -1,4 +1,4 @@
-"""The state that a run resumes from: weights, momentum, and its position in the stream of samples."""
+"""The state from which a run resumes: weights, momentum, and its position in the stream of samples."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from horovod_owt.data.copies import host_buffer, upload
 from horovod_owt.errors import ConfigError
 from horovod_owt.parallel import compression, runtime
 from horovod_owt.parallel.collectives import broadcast_tensor, on_root
-from horovod_owt.parallel.elastic import Commit, Committed
+from horovod_owt.parallel.elastic import Commit, ElasticState
 from horovod_owt.runs.checkpoints import checkpoint_folder, resume_at
 from horovod_owt.runs.opening import Opened
 from horovod_owt.runs.records import validations
+from horovod_owt.train.changes import changed_settings
 from horovod_owt.train.checkpoint import Checkpoint, read_checkpoint
 from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
 
 log = logging.getLogger(__name__)
-BESIDE_WEIGHTS = (MOMENTUM, *compression.PREFIXES)  # what a checkpoint has in its optimizer file
+OPTIMIZER_PREFIXES = (MOMENTUM, *compression.PREFIXES)  # of tensors in a checkpoint's optimizer file
 
 
 class Due(NamedTuple):
-    """What a run that resumes at a step does before the next one."""
+    """What a resumed run must do before its next step."""
 
     checkpoint: bool = False
     validation: bool = False
@@ -34,7 +35,7 @@ class Due(NamedTuple):
 
 @dataclass
 class Position:
-    """A run's position."""
+    """A run's position in the stream of samples."""
 
     num_samples: int  # training images, the length of an epoch
     step: int = 0  # optimizer updates done
@@ -46,16 +47,16 @@ class Position:
         return self.consumed / self.num_samples
 
 
-def room_for_copies(replica: Replica) -> dict[str, Tensor]:
-    """Memory for `snapshot` on rank 0, empty on others.
+def allocate_snapshot(replica: Replica) -> dict[str, Tensor]:
+    """Host memory for `snapshot`, on rank 0; empty on others.
 
-    It is touched now: page faults on first use would take most of a second for 490 MB. With a GPU it is
-    pinned, for copies at the full speed of its bus.
+    It is zeroed now: page faults on first use would take most of a second for 490 MB. With a GPU it is
+    pinned, to copy at full bus speed.
     """
     if not replica.world.is_root:
         return {}
     shapes, device = replica.whole_shapes(), replica.world.device
-    dtypes = {name: tensor.dtype for name, tensor, _ in replica.parts()}
+    dtypes = {name: tensor.dtype for name, tensor, _ in replica.state_tensors()}
     weights = replica.strategy.weight_dtype
     return {
         name: host_buffer(shape, dtypes.get(name, weights), device).zero_() for name, shape in shapes.items()
@@ -65,10 +66,10 @@ def room_for_copies(replica: Replica) -> dict[str, Tensor]:
 def snapshot(
     replica: Replica, position: Position, copies: dict[str, Tensor], *, validation_due: bool, **run: Any
 ) -> Checkpoint | None:
-    """A copy of the run's state on rank 0, None on others. Every rank must call it.
+    """A copy of the run's state in `copies` (see `allocate_snapshot`), on rank 0; None on others.
 
-    It is written to `copies`, from `room_for_copies`; `validation_due` tells a resumed run to validate first.
-    `run` has the further values that `runs.opening` needs to resume.
+    Every rank must call it. `validation_due` tells a resumed run to validate first; `run` has further values
+    that `runs.opening` needs to resume.
     """
     whole = replica.gather()
     if not replica.world.is_root:
@@ -78,13 +79,13 @@ def snapshot(
     if replica.world.device.type == "cuda":
         torch.cuda.synchronize()  # once, not for each tensor
     model = {
-        name: tensor for name, tensor in copies.items() if not name.startswith((*BESIDE_WEIGHTS, AVERAGE))
+        name: tensor for name, tensor in copies.items() if not name.startswith((*OPTIMIZER_PREFIXES, AVERAGE))
     }
     average = {name.removeprefix(AVERAGE): t for name, t in copies.items() if name.startswith(AVERAGE)}
     return Checkpoint(
         model=model,
         averaged=model | average if average else {},
-        optimizer={name: tensor for name, tensor in copies.items() if name.startswith(BESIDE_WEIGHTS)},
+        optimizer={name: tensor for name, tensor in copies.items() if name.startswith(OPTIMIZER_PREFIXES)},
         state={
             "step": position.step,
             "epoch": position.epoch,
@@ -102,10 +103,7 @@ def snapshot(
 
 
 def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Path | None) -> Due:
-    """Resume from a checkpoint, if there is one: rank 0 reads and broadcasts it. Every rank must call it.
-
-    Returns whether that state is still to be validated.
-    """
+    """Resume from a checkpoint, if there is one: rank 0 reads it and broadcasts. Every rank must call it."""
     if checkpoint is None:
         return Due()
     found: list[Checkpoint] = []
@@ -116,17 +114,19 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
         log.info("resuming from %s", checkpoint)
         _warn_of_dropped_errors(found[0], replica)
         state = found[0].state
+        if changed := changed_settings(state, replica.cfg, replica.world.size):
+            log.warning("other settings than the checkpoint's: %s", changed)
         if replica.average and not found[0].averaged:
-            log.info("the checkpoint has no average of the weights: it begins at these")
+            log.info("the checkpoint has no average of the weights: it starts from the checkpoint's weights")
         if _optimizer_of(state) != replica.cfg.optimizer:
-            log.info("the checkpoint's momentum is of optimizer=%s: it begins at 0", _optimizer_of(state))
+            log.info("the checkpoint's momentum is that of optimizer=%s: reset to 0", _optimizer_of(state))
         owed = state.get("validation_due", False) and not validations(run_dir, {state["step"]})
         return state | {"validation_due": owed, "averaged": bool(found[0].averaged)}
 
     state = on_root(read_on_root, "resume")
-    saved = _by_part(found[0]) if found else {}  # on rank 0
+    saved = _named_tensors(found[0]) if found else {}  # on rank 0
     shapes = replica.whole_shapes()
-    for name, tensor, part in replica.parts():
+    for name, tensor, part in replica.state_tensors():
         if name.startswith(AVERAGE) and not state["averaged"]:
             continue
         whole = upload(saved.pop(name), tensor.device).to(tensor) if found else tensor.new_empty(shapes[name])
@@ -146,18 +146,18 @@ def restore(replica: Replica, position: Position, run_dir: Path, checkpoint: Pat
 def commit(
     replica: Replica,
     position: Position,
-    committed: Committed,
+    elastic_state: ElasticState,
     opened: Opened,
     *,
     checkpoint_due: bool = False,
     validation_due: bool = False,
 ) -> bool:
-    """Keep this state in the memory of every rank's device; returns on each whether hosts changed.
+    """Copy this state in every rank's device memory; returns, on every rank, whether hosts changed.
 
-    A checkpoint or a validation that is due at this step comes after it, so that no checkpoint is ahead of
-    the commit that ranks go back to; if rank 0 is lost meanwhile, the next world does both.
+    It must precede a checkpoint and a validation of the same step, so that no checkpoint is ahead of the last
+    commit; if rank 0 is lost meanwhile, the next world does both.
     """
-    last = committed.last
+    last = elastic_state.last
     first_global_batch = last.first_global_batch if last else opened.kept_global_batch
     state = Commit(
         step=position.step,
@@ -170,24 +170,24 @@ def commit(
         checkpoint_due=checkpoint_due,
         validation_due=validation_due,
     )
-    tensors = {name: tensor for name, tensor, _ in replica.parts()}
-    return committed.commit_copy(tensors | replica.strategy.compression.total(), state)
+    tensors = {name: tensor for name, tensor, _ in replica.state_tensors()}
+    return elastic_state.commit_copy(tensors | replica.strategy.compression.total(), state)
 
 
-def restore_commit(replica: Replica, position: Position, committed: Committed) -> Due:
-    """Go back to the last commit, on every rank. Returns what of its step is still to be done."""
-    for name, tensor, _ in replica.parts():
-        tensor.copy_(committed.tensors[name])
-    replica.strategy.compression.restore_total(committed.tensors)
+def restore_commit(replica: Replica, position: Position, elastic_state: ElasticState) -> Due:
+    """Go back to the last commit, on every rank. Returns what is still due for its step."""
+    for name, tensor, _ in replica.state_tensors():
+        tensor.copy_(elastic_state.tensors[name])
+    replica.strategy.compression.restore_total(elastic_state.tensors)
     replica.weights_changed()
-    replica.load_scaler_state(committed.last.scaler)
-    position.step, position.consumed = committed.last.step, committed.last.consumed
-    return Due(*on_root(lambda: _still_due(committed.last), "due"))
+    replica.load_scaler_state(elastic_state.last.scaler)
+    position.step, position.consumed = elastic_state.last.step, elastic_state.last.consumed
+    return Due(*on_root(lambda: _still_due(elastic_state.last), "due"))
 
 
 def _still_due(last: Commit) -> Due:
-    """By what rank 0 of the world that committed has left on disk."""
-    resume_at(last.run_dir, last.step)  # it may have been alone in keeping a later commit
+    """What is still due for the commit's step, judged by what the committing world's rank 0 left on disk."""
+    resume_at(last.run_dir, last.step)  # there may be a later checkpoint, of a commit that only it had
     return Due(
         checkpoint=last.checkpoint_due and not checkpoint_folder(last.run_dir, last.step).is_dir(),
         validation=last.validation_due and not validations(last.run_dir, {last.step}),
@@ -195,18 +195,18 @@ def _still_due(last: Commit) -> Due:
 
 
 def _optimizer_of(state: dict[str, Any]) -> str:
-    """Whose momentum a checkpoint has: that of LARS has the learning rate in it, SGD's has not."""
+    """The optimizer of a checkpoint's momentum: LARS's includes the learning rate, SGD's does not."""
     return state.get("config", {}).get("optimizer", "sgd")
 
 
-def _by_part(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Its tensors by the names of `Replica.parts`."""
+def _named_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's tensors by the names of `Replica.state_tensors`."""
     averaged = {f"{AVERAGE}{name}": tensor for name, tensor in checkpoint.averaged.items()}
     return checkpoint.model | checkpoint.optimizer | averaged
 
 
 def _warn_of_dropped_errors(checkpoint: Checkpoint, replica: Replica) -> None:
-    """A run without compression has no use for what compressed gradients lacked."""
+    """Warn if this run cannot use the checkpoint's compression errors."""
     errors = {name for name in checkpoint.optimizer if name.startswith(compression.ERROR)}
     if errors - replica.whole_shapes().keys():
         log.warning(

@@ -1,4 +1,4 @@
-"""What rank 0 does with the report of each step: show it, record it, and look for what is slow."""
+"""Rank 0's handling of each step's report: progress, records, and detection of slow steps and ranks."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class StepRecords:
         self,
         cfg: TrainConfig,
         world: World,
-        places: Sequence[list],
+        placements: Sequence[list],
         observers: Observers,
         record: Callable[..., Any],
         *,
         total_steps: int,
         first_step: int,
     ) -> None:
-        """`places` are those of all ranks, from `slow_steps.place`; `record` writes a line to the metrics."""
+        """`placements`: `slow_steps.placement` of all ranks; `record` writes a line to the metrics."""
         self._global_batch = cfg.global_batch(world.size)
         self._observers, self._record = observers, record
         self._rank_times = MeanRankTimes(record)
-        self._slow_steps = SlowSteps(cfg, world, places)
-        self._stragglers = Stragglers([host for host, *_ in places], record)
+        self._slow_steps = SlowSteps(cfg, world, placements)
+        self._stragglers = Stragglers([host for host, *_ in placements], record)
         self._progress = Progress(
             total_steps=total_steps,
             first_step=first_step,
@@ -51,7 +51,7 @@ class StepRecords:
         self._progress.__exit__(*error)
 
     def step(self, position: Position, lr: float, report: StepReport) -> None:
-        """Note the step that led to `position`."""
+        """Process the report of the step that led to `position`."""
         self._progress.step(position.step, position.epoch, lr, report)
         self._slow_steps.step(report)
         self._stragglers.step(position.step, report.ranks)

@@ -1,24 +1,26 @@
-"""What stops a run at a checkpoint: signals, and the file STOP in its folder."""
+"""Stop requests: signals, and the file STOP in the run folder."""
 
 from __future__ import annotations
 
 import signal
 
 from horovod_owt.runs.control import STOP
+from horovod_owt.signals import heeded
 
-# Slurm sends TERM at a time limit or preemption, and the signal that --signal selects.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Slurm sends TERM at a time limit or preemption, and the signal that --signal selects. A terminal that closes
+# sends HUP.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Records the first stop signal while it is entered, so that the current step can finish.
+    """Records stop signals while it is entered, so that the current step can finish.
 
     A second SIGINT ends the process at once, as a user who presses Ctrl-C twice expects.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.by_file = False  # set by the thread that looks for it
+        self.by_file = False  # set by the thread that checks for the file
         self._before: dict[signal.Signals, object] = {}
 
     @property
@@ -27,11 +29,11 @@ class StopRequest:
 
     @property
     def by(self) -> str:
-        """What asked: STOP for the file, which has precedence, or the name of the signal; else empty."""
+        """The source: STOP for the file, which has precedence, or the name of the signal; else empty."""
         return STOP if self.by_file else self.signal.name if self.signal else ""
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in heeded(STOP_SIGNALS)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,4 +42,5 @@ class StopRequest:
 
     def _note(self, number: int, _frame: object) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

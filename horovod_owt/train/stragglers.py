@@ -1,11 +1,11 @@
-"""Name ranks that are slow by themselves.
+"""Detect stragglers: ranks that slow down the job.
 
 All ranks take equally long for a step, since each waits for the slowest in the collectives. So ranks are
-compared by what they do alone: compute, and waiting for data. A rank is slow if over a window of steps
+compared by what they do alone: compute, and waiting for data. A rank is a straggler if over a window of steps
 
 - it computes longer than the other ranks' median: by MARGIN in half of the steps, and by half of that in
-  three quarters of them. Single slow steps do not count, however slow. Where the first of these varies much
-  from window to window, as on hosts with other work, MARGIN is raised accordingly;
+  three quarters of them. A few slow steps do not count, however slow. If the excess varies much from window
+  to window, as on hosts with other work, MARGIN is raised accordingly;
 - or it waits longer for data than the others' median, on average by MARGIN of a step. A wait counts as one
   step at most, so that a few long ones are not taken for a slow disk.
 """
@@ -22,20 +22,20 @@ from horovod_owt.train.rank_times import RankTimes
 
 log = logging.getLogger(__name__)
 
-SKIP = 3  # first steps of a world, which warm up
-WINDOW = 40  # steps that are looked at
-EVERY = 5  # steps between looks, and more with more ranks:
-RANKS = 1024  # a look takes rank 0 some 4 ms for so many
+SKIP = 3  # warm-up steps at the start of a world
+WINDOW = 40  # steps that a check considers
+EVERY = 5  # steps between checks; more with more than RANKS ranks
+RANKS = 1024  # a check of so many takes rank 0 about 4 ms
 MARGIN = 0.12  # of the others' time
-LOOKS = 100  # whose variation is remembered, once there are
-ENOUGH = 20  # of them
-DEVIATIONS = 3  # of that variation, which are no noise
+CHECKS = 100  # over which the variation is estimated
+MIN_CHECKS = 20  # before it is used
+DEVIATIONS = 3  # a larger excess, in deviations of that variation, is not noise
 SHOWN = 4  # ranks in a warning
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that is slow by itself, over the last WINDOW steps."""
+    """A slow rank, with its times over the last WINDOW steps."""
 
     rank: int
     host: str
@@ -51,7 +51,7 @@ class Straggler:
 
 
 class Stragglers:
-    """Watches all ranks' times, on rank 0. A slow rank is reported once, and again when it has recovered.
+    """Watches all ranks' times, on rank 0. A straggler is reported once, and again when it has recovered.
 
     `record` gets lines of kind `straggler`.
     """
@@ -60,12 +60,12 @@ class Stragglers:
         self._hosts, self._record = hosts, record
         self._compute, self._excess, self._data = (np.zeros((WINDOW, len(hosts))) for _ in range(3))
         self._step_s = np.zeros(WINDOW)
-        self._medians = np.zeros((LOOKS, len(hosts)))  # of the excess, at each look
-        self._seen, self._looks, self._every = -SKIP, 0, EVERY * (1 + len(hosts) // RANKS)
-        self.slow: dict[tuple[int, str], Straggler] = {}  # now, by rank and what
+        self._medians = np.zeros((CHECKS, len(hosts)))  # of the excess, at each check
+        self._seen, self._checks, self._every = -SKIP, 0, EVERY * (1 + len(hosts) // RANKS)
+        self.slow: dict[tuple[int, str], Straggler] = {}  # current stragglers, by rank and what
 
     def step(self, step: int, times: RankTimes | None) -> None:
-        """Note the times of a step."""
+        """Add the times of a step."""
         if times is None or len(self._hosts) == 1:
             return
         self._seen += 1
@@ -76,14 +76,14 @@ class Stragglers:
         self._excess[row] = compute / np.maximum(median_of_others(compute), 1e-9) - 1
         self._step_s[row] = times.seconds[0].sum()
         if self._seen >= WINDOW and self._seen % self._every == 0:
-            self._look(step)
+            self._check(step)
 
-    def _look(self, step: int) -> None:
+    def _check(self, step: int) -> None:
         quartiles = np.partition(self._excess, (WINDOW // 4, WINDOW // 2), axis=0)
         lower, median = quartiles[WINDOW // 4], quartiles[WINDOW // 2]
         margin = max(MARGIN, DEVIATIONS * self._variation())
-        self._medians[self._looks % LOOKS] = median
-        self._looks += 1
+        self._medians[self._checks % CHECKS] = median
+        self._checks += 1
         found = self._find(lower, median, margin, MARGIN)
         new = {key: each for key, each in found.items() if key not in self.slow}
         for each in new.values():
@@ -119,10 +119,10 @@ class Stragglers:
         return Straggler(int(rank), self._hosts[rank], what, own_ms, others_ms)
 
     def _variation(self) -> float:
-        """The usual deviation of a rank's median from look to look, which long slow spells do not change."""
-        if self._looks < ENOUGH:
+        """The standard deviation of a rank's median between checks, robust against long slow spells."""
+        if self._checks < MIN_CHECKS:
             return 0.0
-        medians = self._medians[: self._looks, :: 1 + len(self._hosts) // RANKS]  # enough to tell noise
+        medians = self._medians[: self._checks, :: 1 + len(self._hosts) // RANKS]  # a sample of the ranks
         return 1.4826 * float(np.median(np.abs(medians - np.median(medians, axis=0))))
 
 

@@ -1,7 +1,7 @@
-"""An update that the GPU itself skips if the step's loss is not finite, so that it is queued at once.
+"""Optimizer updates that the GPU skips by itself if the loss is not finite.
 
-If the host read the loss before, the GPU would be idle meanwhile, in each step. So the facts of the step go
-to the host beside the update, and what they forbid has not happened when the host reads them.
+If the host read the loss before it queued the update, the GPU would be idle meanwhile, in each step. So the
+update is queued at once, with a flag on the device that cancels it.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ import torch
 from torch import Tensor
 
 
-def skip_flag(loss: Tensor, bad_images: Tensor, *, most_bad: int, norm: Tensor | None = None) -> Tensor:
-    """1.0 if loss or norm is NaN or infinite, or more than `most_bad` images are bad; else 0.0."""
+def skip_flag(loss: Tensor, bad_images: Tensor, *, max_bad: int, norm: Tensor | None = None) -> Tensor:
+    """1.0 if loss or norm is NaN or infinite, or more than `max_bad` images are bad; else 0.0."""
     checked = loss if norm is None else loss + norm.float()[0]
     bad_or_nan = torch.add(bad_images, checked, alpha=0)  # 0 * inf is NaN, and NaN compares false
-    return (bad_or_nan <= most_bad).logical_not().float()
+    return (bad_or_nan <= max_bad).logical_not().float()
 
 
 def divisor(bad_images: Tensor, images: int, *, norm: Tensor | None = None, clip_norm: float = 0.0) -> Tensor:
-    """What to divide gradients by for the mean over the good images, clipped to `clip_norm`.
+    """The number by which to divide gradients to get the mean over the good images, clipped to `clip_norm`.
 
-    `norm` is that of the mean over all images.
+    `norm` is the norm of the mean over all images.
     """
     share = (images - bad_images) / images
     return share if norm is None else torch.maximum(share, norm.float()[0] / clip_norm)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor, divide_by: Tensor | None) -> None:
-    """Update by gradients over `divide_by`, unless `skip`. The optimizer is a fused one: these are its own
-    arguments for a gradient scaler.
+    """Update with the gradients divided by `divide_by`, unless `skip` is 1.
+
+    The optimizer must be a fused one: these are the tensors that it takes from a gradient scaler.
     """
     optimizer.found_inf, optimizer.grad_scale = skip, divide_by
     try:

@@ -1,4 +1,4 @@
-"""Monitoring of a run: dead ranks, stalled collectives, and stack dumps of every rank."""
+"""Watch for dead ranks and stalled collectives, and dump every rank's stacks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from horovod_owt.runs.timeline import complete_timelines
 
 log = logging.getLogger(__name__)
 
-HOST_GONE_S = 20.0  # in an elastic job, a host that does not respond for this long is dead
+HOST_LIMIT_S = 20.0  # in an elastic job, a host that does not respond for this long counts as dead
 REPORT_S = 60.0  # a collective that waits this long, or half the stall limit, is reported
 
 
 class Stacks:
-    """RUN/stacks/rank-0001.txt: stacks of a rank's threads, on SIGQUIT and when ranks wait too long.
+    """Stacks of a rank's threads, on SIGQUIT and when ranks wait too long: RUN/stacks/rank-0001.txt.
 
-    They go to stderr if the rank cannot write to the run folder, which only rank 0 needs for its work.
+    They go to stderr if the rank cannot write to the run folder: only rank 0 must be able to.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
@@ -95,7 +95,7 @@ def watched(
             outcome = {"exit_code": 1, "reason": f"lost contact with {who}: it died", "step": now.step}
             write_outcome(run_dir, {**start.stamp(), **outcome})
 
-        if world.rank == 1:  # which is told of the death of rank 0 alone
+        if world.rank == 1:  # it only notices the death of rank 0
             complete_timelines(run_dir)
 
     stacks = Stacks(run_dir, world.rank)
@@ -108,7 +108,7 @@ def watched(
             give_up=give_up,
             dump=stacks.dump,
             on_death=on_death,
-            regroup_s=min(HOST_GONE_S, stall_limit_s / 2) if elastic else None,
+            regroup_s=min(HOST_LIMIT_S, stall_limit_s / 2) if elastic else None,
         ) as heartbeat:
             yield heartbeat
     finally:
@@ -118,7 +118,7 @@ def watched(
 def _how_to_resume(run_dir: Path) -> str:
     try:
         checkpoints = list_checkpoints(run_dir)
-    except OSError:  # the file server, of which the ranks may be waiting
+    except OSError:  # the file server fails, which may be why the ranks hang
         return f"the same command with --run-dir {run_dir} resumes"
     if not checkpoints:
         return "there is no checkpoint yet: the same command starts again"

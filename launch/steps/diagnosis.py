@@ -40,6 +40,11 @@ FIXES = (  # (pattern in the error line, fix)
         "use an older compiler: CXX=g++-14 launch/setup",
     ),
     (
+        "GLIBCXX_|CXXABI_",
+        "the compiler is newer than the libstdc++ that is loaded, as conda's may be: take the system's, "
+        "CC= CXX= launch/setup",
+    ),
+    (
         "NOT find CUDAToolkit|find cudart",
         "the CUDA toolkit is not whole: launch/setup --lane cuda --cuda-from-pip, or another CUDA_HOME",
     ),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -88,6 +89,7 @@ def all_ingredients(
         "patches": {patch.name: patch_digest(patch) for patch in PATCHES},
         "torch": torch,
         "python": abi,
+        "libc": " ".join(platform.libc_ver()),  # hosts that share a home may differ
         "mpi": [mpi.source, mpi.version, os.path.realpath(mpi.mpicc) if mpi.source == "site" else ""],
         "lane": lane.name,
         "compiler": tools.cxx.version,
@@ -144,7 +146,7 @@ def build_wheel(
     kept.parent.mkdir(exist_ok=True)
     shutil.move(out, beside)  # the scratch folder may be on another file system
     beside.replace(kept)
-    shutil.rmtree(source, ignore_errors=True)  # what stays, the next set-up deletes
+    shutil.rmtree(source, ignore_errors=True)  # what stays, the next setup deletes
     return next(kept.glob("*.whl"))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steps.compiler import GccRange
-from steps.machine import Gpu
+from steps.machine import Gpu, driver_fault
 from steps.place import LAUNCH
 from steps.process import Missing, say
 
@@ -119,12 +119,14 @@ def _chosen(asked: str | None, kept: str | None, gpus: Sequence[Gpu]) -> tuple[L
     if fitting is not None and fitting.name != kept:
         name = fitting.name
         say(f"the default for this machine is the {name} lane ({why}): `--lane {name}` selects it")
-    return LANES[kept], "chosen by an earlier set-up of this virtual environment"
+    return LANES[kept], "chosen by an earlier setup of this virtual environment"
 
 
 def fitting_lane(gpus: Sequence[Gpu]) -> tuple[Lane, str]:
     """The first lane that all GPUs of the machine and their driver can run; else raises Missing."""
     if not gpus:
+        if fault := driver_fault():
+            raise Missing(f"{fault}: reboot after a driver update, or use the CPU: `launch/setup --lane cpu`")
         return LANES["cpu"], "nvidia-smi lists no GPU here"
     oldest = min(gpus, key=lambda gpu: gpu.capability)
     seen = f"{len(gpus)} GPU(s), the oldest {oldest}"

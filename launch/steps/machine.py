@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from steps.process import Missing, ask
+from steps.process import Missing, ask, outcome
 
 # Measured for the cpu lane with Python 3.11: docs/setup.md
 VENV_GB = 8  # 6.3 installed, the rest temporary
 CACHE_GB = 5  # pip's own copies of the wheels, where the index is a remote one, and the build
 BUILD_GB = 1
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 OLDEST_PYTHON = 10  # minor version; launch/setup itself rejects older ones
 
 
@@ -53,6 +54,27 @@ def list_gpus() -> list[Gpu]:
             known = re.fullmatch(r"\d+\.\d+", capability)
             gpus.append(Gpu(words[0], words[1], float(capability) if known else None))
     return gpus
+
+
+def driver_fault() -> str:
+    """That nvidia-smi lists none of this machine's GPUs, and what it says; empty without GPUs or nvidia-smi.
+
+    A container sees its host's PCI bus even if it was given no GPU; it has no nvidia-smi then.
+    """
+    count = sum(map(_is_nvidia_gpu, PCI_DEVICES.glob("*")))
+    if not count or shutil.which("nvidia-smi") is None or list_gpus():
+        return ""
+    _, said = outcome(["nvidia-smi", "-L"])
+    said = " ".join(said.split())[:200] or "nothing"
+    return f"{count} NVIDIA GPU(s) on the PCI bus, but nvidia-smi lists none; it says: {said}"
+
+
+def _is_nvidia_gpu(device: Path) -> bool:
+    try:
+        vendor, kind = ((device / name).read_text(encoding="utf-8").strip() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return vendor == "0x10de" and kind.startswith("0x03")  # a display controller; 0x04 is a GPU's sound
 
 
 def check_python(lane) -> None:

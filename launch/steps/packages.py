@@ -118,7 +118,7 @@ def pip(place: Place, log_name: str, *words: str | Path) -> None:
     """Run pip; what it installs is not compiled to bytecode.
 
     Compiling their four million lines is a good part of pip's time. Most modules are never imported; the rest
-    are compiled at their first import, those that every rank needs by the proof at the end of set-up.
+    are compiled at their first import, those that every rank needs by the proof at the end of setup.
     """
     words = (words[0], *(["--no-compile"] if words[0] == "install" else []), *words[1:])
     run(

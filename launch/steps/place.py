@@ -1,4 +1,4 @@
-"""The folders that set-up writes to, virtual environment and cache, and the stamp of finished steps."""
+"""The folders that setup writes to, virtual environment and cache, and the stamp of finished steps."""
 
 import fcntl
 import hashlib
@@ -29,7 +29,7 @@ GPU_SETTINGS = (  # ignored by the cpu lane: a `module load cuda` must not rebui
 )
 # Prefixes removed from a child's environment: variables of another job's ranks or another Python. In a job of
 # LSF (LSB_) horovodrun looks for IBM's CSM, in one of PBS mpirun takes its slots from the job. Horovod's
-# build passes options of make on, which Ninja refuses.
+# build passes options of make on, which Ninja refuses. Of pip's options only those below stay.
 FOREIGN = (
     "CMAKE_GENERATOR",
     "HOROVOD_",
@@ -42,9 +42,15 @@ FOREIGN = (
     "SLURM_",
     "PYTHON",
     "VIRTUAL_ENV",
-    "PIP_PREFIX",
-    "PIP_TARGET",
-    "PIP_USER",
+    "PIP_",
+)
+# How pip reaches an index, and its cache. Others would change what is installed, or where: NVIDIA's
+# containers pin their own packages by PIP_CONSTRAINT.
+PIP_OPTIONS = (
+    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_TRUSTED_HOST"),
+    *("PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT", "PIP_RETRIES"),
+    *("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR", "PIP_CONFIG_FILE", "PIP_KEYRING_PROVIDER"),
+    *("PIP_USE_FEATURE", "PIP_USE_DEPRECATED", "PIP_RESUME_RETRIES"),
 )
 
 
@@ -192,23 +198,23 @@ class Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One set-up per user at a time: a second one waits, then finds the first one's wheel."""
+        """One setup per user at a time: a second one waits, then finds the first one's wheel."""
         self._own_cache()
         lock_file = os.open(self.cache / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with open(lock_file, "r+b") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"another set-up is using {self.cache}; waiting for it to end")
+                say(f"another setup is using {self.cache}; waiting for it to end")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:  # a file system without locks, such as NFS without lockd
-                say(f"{self.cache} cannot be locked: run one set-up at a time")
-            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed set-up
+                say(f"{self.cache} cannot be locked: run one setup at a time")
+            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed setup
             self.stamp = self._read_stamp()
             yield
 
     def _own_cache(self) -> None:
-        """Create the cache for this user alone: set-up installs the wheels that it finds there."""
+        """Create the cache for this user alone: setup installs the wheels that it finds there."""
         try:
             self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.cache.stat()
@@ -265,7 +271,11 @@ class Place:
 
     def child_env(self) -> dict[str, str]:
         """The caller's environment, cleaned, with the virtual environment active."""
-        env = {name: value for name, value in self.environ.items() if not name.startswith(FOREIGN)}
+        env = {
+            name: value
+            for name, value in self.environ.items()
+            if name in PIP_OPTIONS or not name.startswith(FOREIGN)
+        }
         env["PATH"] = os.pathsep.join([str(self.bin), env.get("PATH", os.defpath)])
         env["VIRTUAL_ENV"] = str(self.venv)
         return env
@@ -278,6 +288,8 @@ class Place:
             **self.settings(),
             "TMPDIR": str(self.scratch),
             "PIP_NO_INPUT": "1",
-            "PIP_USER": "0",  # whatever pip.conf says: a virtual environment has no user's packages
+            # whatever pip.conf says: packages go into the virtual environment, in the lane's versions
+            "PIP_USER": "0",
+            "PIP_CONSTRAINT": os.devnull,
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }

@@ -17,7 +17,7 @@ STOP_GRACE_S = 10  # horovodrun ends its ranks on SIGTERM; SIGKILL follows after
 
 
 class Stopped(Exception):
-    """Set-up cannot continue; the message has what was seen, what was wanted and the fix."""
+    """Setup cannot continue; the message has what was seen, what was wanted and the fix."""
 
     exit_code = 1
 
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 class Missing(Stopped):
-    """The machine lacks something that set-up cannot install."""
+    """The machine lacks something that setup cannot install."""
 
     exit_code = 2
 
@@ -56,6 +56,14 @@ def ask(
     argv: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout_s: float = 30
 ) -> str | None:
     """The output of a command, or None if it is missing, fails or times out."""
+    succeeded, output = outcome(argv, env, timeout_s)
+    return output if succeeded else None
+
+
+def outcome(
+    argv: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout_s: float = 30
+) -> tuple[bool, str]:
+    """Whether a command succeeded, and its output; none if it is missing or times out."""
     try:
         done = subprocess.run(
             [str(word) for word in argv],
@@ -69,8 +77,8 @@ def ask(
             stderr=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        return False, ""
+    return done.returncode == 0, done.stdout.strip()
 
 
 def run(

@@ -1,4 +1,4 @@
-"""The table that set-up prints at the end."""
+"""The table that setup prints at the end."""
 
 import json
 import os

@@ -27,7 +27,7 @@ from horovod_owt.parallel.collectives import broadcast_object  # noqa: E402
 from horovod_owt.parallel.device import CPU  # noqa: E402
 from horovod_owt.runs.opening import Opened  # noqa: E402
 from horovod_owt.train.loop import Run  # noqa: E402
-from horovod_owt.train.prepare import prepare_alone  # noqa: E402
+from horovod_owt.train.prepare import prepare_request  # noqa: E402
 from horovod_owt.train.stop import StopRequest  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def main(folder: Path, until: float, cells: list[Cell]) -> None:
             break
         start = time.time()
         settings = tuple(f"{key}={value}" for key, value in cell.settings().items())
-        request = prepare_alone(folder / "data" / cell.data, None, settings)
+        request = prepare_request(folder / "data" / cell.data, None, settings)
         if WAYS[cell.way].plain:
             losses, top1 = plain.train(request)
         else:

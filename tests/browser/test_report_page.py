@@ -50,7 +50,7 @@ def opened(browser, tmp_path):
 
     def opened(*folders, points=1200):
         file = tmp_path / "report.html"
-        file.write_text(page(summarize_all(folders, most_points=points), most_points=points, folder=tmp_path))
+        file.write_text(page(summarize_all(folders, max_points=points), max_points=points, folder=tmp_path))
         browser.faults.clear()
         browser.show_as(DESKTOP)
         browser.open(file)

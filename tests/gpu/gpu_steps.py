@@ -45,7 +45,7 @@ def train(replica: Replica, steps: int, lr: float = 0.01) -> list[float]:
 
 
 def weights(replica: Replica) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor, _ in replica.parts()}
+    return {name: tensor.detach().cpu().clone() for name, tensor, _ in replica.state_tensors()}
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

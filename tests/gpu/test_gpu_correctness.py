@@ -100,7 +100,7 @@ def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(gpu, monkeypatch, tmp_path):
     train(replica, 2)
     for device in (CPU, gpu):
         saved = state.snapshot(
-            replica, state.Position(100), state.room_for_copies(replica), validation_due=False
+            replica, state.Position(100), state.allocate_snapshot(replica), validation_due=False
         )
         monkeypatch.setattr(state, "read_checkpoint", lambda path, saved=saved: saved)
         resumed = make_replica(device, seed=1)

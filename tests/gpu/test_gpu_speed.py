@@ -97,7 +97,7 @@ def test_copies_to_the_gpu(gpu, report, pinned):
 def test_stall_of_a_checkpoint(gpu, report, monkeypatch):
     monkeypatch.setattr(state.runtime, "versions", dict)
     replica = make_replica(gpu, **IMAGENET)
-    copies, times = state.room_for_copies(replica), []
+    copies, times = state.allocate_snapshot(replica), []
     for _ in range(5):
         torch.cuda.synchronize()
         start = perf_counter()

@@ -39,7 +39,7 @@ from horovod_owt.data.synthetic import write_synthetic  # noqa: E402
 from horovod_owt.model import dropout  # noqa: E402
 from horovod_owt.parallel import groups, runtime  # noqa: E402
 from horovod_owt.parallel.choose import choose_parallel  # noqa: E402
-from horovod_owt.parallel.elastic import Committed  # noqa: E402
+from horovod_owt.parallel.elastic import ElasticState  # noqa: E402
 from horovod_owt.parallel.runtime import World  # noqa: E402
 from horovod_owt.runs.opening import Opened  # noqa: E402
 from horovod_owt.train import state  # noqa: E402
@@ -156,7 +156,7 @@ class Rehearsal:
 
     def _save_and_restore(self, replica: Replica, patch) -> None:
         """A checkpoint of rank 0, and a run that resumes from it."""
-        copies = state.room_for_copies(replica)
+        copies = state.allocate_snapshot(replica)
         position = state.Position(10_000, 2, 2 * self.images)
         with self._phase("checkpoint"):
             taken = state.snapshot(replica, position, copies, validation_due=True)
@@ -169,7 +169,7 @@ class Rehearsal:
 
     def _commit_and_restore(self, replica: Replica) -> None:
         """A commit of an elastic job, the survivors' restore, and a newcomer's."""
-        committed = Committed(GPU)
+        committed = ElasticState(GPU)
         committed.check_host_updates = lambda: None
         position = state.Position(10_000, 2, 2 * self.images)
         with self._phase("first commit"):

@@ -1,1 +1,1 @@
-"""Set-up proved on other machines: fresh Debian roots, in which a new user's first commands are run."""
+"""Setup proved on other machines: fresh Debian roots, in which a new user's first commands are run."""

@@ -1,4 +1,4 @@
-"""Prove set-up on other machines: fresh Debian roots, used as a new user would.
+"""Prove setup on other machines: fresh Debian roots, used as a new user would.
 
 A cell is one machine, one way to use it, and how that ought to end: a quickstart that learns, or one line
 that names the fix. Each runs in namespaces of its own and is thrown away; Debian's roots, packages, logs and

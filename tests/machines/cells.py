@@ -40,7 +40,7 @@ class Cell:
     mounts: tuple[Mount, ...] = ()
     checkout: str = ""  # absolute; default: horovod_owt in the home
     venv: str = ""  # absolute; default: .venv in the checkout
-    refused: str | None = None  # a part of the one line that set-up ends with, exit 2; None: all succeeds
+    refused: str | None = None  # a part of the one line that setup ends with, exit 2; None: all succeeds
 
     @property
     def home(self) -> str:
@@ -65,7 +65,7 @@ def documented_packages(setup_md: Path = REPO / "docs" / "setup.md") -> tuple[st
 
 def whole_systems() -> Iterable[Cell]:
     yield Cell("debian-13", "trixie", "as it comes", ("quickstart",))
-    yield Cell("debian-13-tests", "trixie", "unit and set-up tests", ("tests",), start="debian-13")
+    yield Cell("debian-13-tests", "trixie", "unit and setup tests", ("tests",), start="debian-13")
     yield Cell("debian-13-root", "trixie", "as root", ("quickstart",), user="root")
     yield Cell("debian-12", "bookworm", "as it comes", ("quickstart",))
     yield Cell("debian-sid", "sid", "as it comes", ("quickstart",))

@@ -62,13 +62,13 @@ def exit_code_in(said: str, code: int) -> int:
 
 
 def ending(said: str) -> str:
-    """The last line that set-up or the program said, without make's and without the progress."""
+    """The last line that setup or the program said, without make's and without the progress."""
     lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("make: ")]
     return lines[-1] if lines else ""
 
 
 def seconds_in(said: str, stages: Mapping[str, int]) -> dict[str, int]:
-    """What set-up and quickstart say that their parts took, and the stages as they were timed."""
+    """What setup and quickstart say that their parts took, and the stages as they were timed."""
     found = dict(stages)
     for name, pattern in {
         "pip": r"^setup: pip .*: done in (\d+) s",
@@ -82,7 +82,7 @@ def seconds_in(said: str, stages: Mapping[str, int]) -> dict[str, int]:
 
 
 def versions_in(said: str, seen: str) -> dict[str, str]:
-    """Versions as set-up says that it used them, else as the machine's tools give them."""
+    """Versions as setup says that it used them, else as the machine's tools give them."""
     found = dict(re.findall(r"^(\w+): (.+)$", seen, re.MULTILINE))
     for name, title in {"compiler": "compiler", "python": "Python", "mpi": "MPI, mpi4py"}.items():
         used = re.findall(rf"^{title}  +(\S.*)$", said, re.MULTILINE)

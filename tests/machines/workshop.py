@@ -15,7 +15,7 @@ from machines.cells import CELLS, REPO, Cell, documented_packages
 from machines.machine import Bind, Ended, Machine, must, run, say, user_environ
 
 KEPT_DAYS = 7  # a Debian's root and packages are made anew after this long
-ROOM_GB = 20  # for a root, its packages, pip's cache, and the 13 GB that set-up checks for inside
+ROOM_GB = 20  # for a root, its packages, pip's cache, and the 13 GB that setup checks for inside
 
 
 class Workshop:
@@ -43,7 +43,7 @@ class Workshop:
             yield
 
     def check_room(self) -> None:
-        """Before anything is made: else set-up inside would fail, through no fault of its own."""
+        """Before anything is made: else setup inside would fail, through no fault of its own."""
         free_gb = shutil.disk_usage(self.folder).free / 1e9
         if free_gb < ROOM_GB:
             raise Ended(f"{free_gb:.1f} GB free for {self.folder}, wanted {ROOM_GB} GB: free some space")

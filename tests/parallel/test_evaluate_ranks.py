@@ -13,7 +13,7 @@ from real_ranks import NARROW, SMALL, launch, outcome, settings, wait_for
 from torchvision.transforms import CenterCrop, Normalize, Resize, TenCrop, ToTensor
 
 from horovod_owt.data.batch import MEAN, STD
-from horovod_owt.inference.weights import read_net
+from horovod_owt.inference.weights import read_trained_model
 from horovod_owt.runs.checkpoints import list_checkpoints, read_best
 
 pytestmark = pytest.mark.timeout(400)
@@ -44,7 +44,7 @@ def plain_loop(run_dir: Path, images: Path, crops: int, monkeypatch) -> dict:
     from horovod_owt.model import alexnet_owt
 
     monkeypatch.setattr(alexnet_owt, "HIDDEN", 98)
-    model = read_net(run_dir).build(torch.device("cpu"))
+    model = read_trained_model(run_dir).build(torch.device("cpu"))
     normalise, to_tensor, hits = Normalize(MEAN, STD), ToTensor(), {}
     for label, folder in enumerate(sorted((images / "val").iterdir())):
         hits[folder.name] = 0
@@ -89,7 +89,7 @@ def test_a_net_of_other_classes_is_one_line_on_all_ranks(run, trained, tmp_path)
     done = run([*NARROW, "evaluate", tmp_path / "set", trained[0]], exit_code=None)
     assert done.exit_code == 2
     lines = [line for line in done.stderr.splitlines() if "owt: " in line]
-    assert len(lines) == 1 and "is of other classes: 2 of 2 labels changed class, first 0" in lines[0]
+    assert len(lines) == 1 and "has other classes: 2 of 2 labels changed class, first 0" in lines[0]
     assert "Traceback" not in done.stderr
 
 

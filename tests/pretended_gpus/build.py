@@ -2,7 +2,7 @@
 
 usage: build.py      prints both folders; exits with 2 and a line that says why where it cannot
 
-The wheel is cached as those of set-up are, and unpacked in the virtual environment beside the installed one.
+The wheel is cached as those of setup are, and unpacked in the virtual environment beside the installed one.
 """
 
 import sys

@@ -51,7 +51,7 @@ def set_up(tmp_path):
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory) -> Path:
-    """Horovod's source archive: the one that set-up left in the cache, else a download checked by hash."""
+    """Horovod's source archive: the one that setup left in the cache, else a download checked by hash."""
     cached = place.Place(Path(sys.prefix)).cache / "sdist" / horovod.SDIST
     if cached.exists() and place.file_digest(cached) == horovod.SHA256:
         return cached

@@ -1,4 +1,4 @@
-"""What set-up shows of a long child: true shares of the time, and what pip is at."""
+"""What setup shows of a long child: true shares of the time, and what pip is at."""
 
 import re
 

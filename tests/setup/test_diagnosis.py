@@ -103,6 +103,10 @@ def test_the_error_line_of_a_log(log, line):
         ("gloo/types.h:66:11: error: 'uint8_t' does not name a type", "newer than any tested version"),
         ("x.cc:1:10: fatal error: Python.h: No such file or directory", "python3-dev"),
         ("Could NOT find CUDAToolkit (missing: CUDAToolkit_INCLUDE_DIR CUDA_CUDART)", "--cuda-from-pip"),
+        (
+            "ImportError: /usr/lib/x86_64-linux-gnu/libstdc++.so.6: version `GLIBCXX_3.4.32' not found",
+            "CXX= launch/setup",
+        ),
         ("ERROR: No matching distribution found for torch==2.14.1", "pip config list"),
         ("something nobody has seen", ""),
     ],

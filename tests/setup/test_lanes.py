@@ -37,6 +37,23 @@ def test_an_nvidia_smi_without_a_driver_gets_the_cpu_lane(tool, tmp_path, monkey
     assert fitting() == "cpu"
 
 
+def test_gpus_whose_driver_fails_are_not_passed_over(tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(machine, "PCI_DEVICES", tmp_path / "devices")
+    for name, kind in ("17:00.0", "0x030200"), ("17:00.1", "0x040300"), ("65:00.0", "0x030200"):
+        device = tmp_path / "devices" / f"0000:{name}"
+        device.mkdir(parents=True)
+        (device / "vendor").write_text("0x10de\n")
+        (device / "class").write_text(f"{kind}\n")
+    assert fitting() == "cpu"  # a container that was given no GPU
+    tool("nvidia-smi", 'echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18')
+    with pytest.raises(Missing, match=r"2 NVIDIA GPU\(s\).*version mismatch: reboot .*setup --lane cpu`"):
+        fitting()
+    assert lanes.choose("cpu", None, machine.list_gpus())[0].name == "cpu"
+    tool("nvidia-smi", 'echo "NVIDIA H100, 580.65.06, 9.0"')
+    assert fitting() == "cuda"
+
+
 @pytest.mark.parametrize(
     "gpu, lane",
     [

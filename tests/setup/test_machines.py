@@ -1,4 +1,4 @@
-"""The harness that tries set-up on other machines: its cells, its commands, how it reads a log, its table."""
+"""The harness that tries setup on other machines: its cells, its commands, how it reads a log, its table."""
 
 import os
 import re
@@ -214,7 +214,7 @@ def test_a_finished_cell_is_read_from_its_log():
     assert result.seconds == {"pip": 100, "build": 70, "quickstart": 121}
     assert result.versions == {
         "debian": "13.8",
-        "compiler": "g++ 13.3.0",  # what set-up says that it used, not the machine's c++
+        "compiler": "g++ 13.3.0",  # what setup says that it used, not the machine's c++
         "cmake": "3.31.6",
         "python": "3.13.5",
         "mpi": "Open MPI 5.0.11 from pip",

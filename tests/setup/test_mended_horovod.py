@@ -261,7 +261,7 @@ def built_mpi() -> mpi.Mpi:
 
 @pytest.fixture
 def proofs_cache(monkeypatch, tmp_path):
-    """Where the proof logs: not over the logs of a set-up."""
+    """Where the proof logs: not over the logs of a setup."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "horovod_owt").mkdir()
 

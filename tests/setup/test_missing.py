@@ -18,7 +18,7 @@ GOOD = {
 
 
 def refused(done: subprocess.CompletedProcess) -> str:
-    """The one line that set-up stopped with."""
+    """The one line that setup stopped with."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     said = [line for line in done.stderr.splitlines() if "lane cpu" not in line]

@@ -1,4 +1,4 @@
-"""Which MPI set-up takes: the site's if it answers, else pip's, else none."""
+"""Which MPI setup takes: the site's if it answers, else pip's, else none."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""Children of set-up: what a failure says, and that none of them is left behind."""
+"""Children of setup: what a failure says, and that none of them is left behind."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ def test_the_end_of_a_terminal_ends_set_up_unless_it_is_to_be_ignored(here, tmp_
             text=True,
         )
         try:
-            while "another set-up is using" not in (line := child.stderr.readline()):
+            while "another setup is using" not in (line := child.stderr.readline()):
                 assert line, "it did not wait for the lock"
             child.send_signal(signal.SIGHUP)
             if ends:

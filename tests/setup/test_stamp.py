@@ -13,7 +13,7 @@ from set_up_support import REPO, installed, packages, place, process
 
 @pytest.fixture
 def done(here, tool, monkeypatch, tmp_path) -> place.Place:
-    """A finished set-up as the stamp sees it, over a small checkout of its own."""
+    """A finished setup as the stamp sees it, over a small checkout of its own."""
     launch = tmp_path / "checkout" / "launch"
     for file, text in {
         "setup": "",
@@ -39,7 +39,7 @@ def done(here, tool, monkeypatch, tmp_path) -> place.Place:
 
 
 def again(here: place.Place, **environ: str) -> place.Place:
-    """The next run of set-up, with only the files to go by."""
+    """The next run of setup, with only the files to go by."""
     return place.Place(here.venv, {**here.environ, **environ})
 
 
@@ -192,7 +192,7 @@ def test_a_second_set_up_waits_for_the_first(here, tool, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert "another set-up is using" in second.stderr.readline()
+        assert "another setup is using" in second.stderr.readline()
         assert second.poll() is None
     _, said = second.communicate(timeout=30)  # then its turn comes: this PATH has no compiler
     assert second.returncode == 2 and "no C++ compiler" in said
@@ -223,6 +223,8 @@ def test_children_see_neither_another_job_nor_another_python(tmp_path):
         "PBS_JOBID": "1",
         "PYTHONPATH": "/elsewhere",
         "PIP_PREFIX": "/elsewhere",
+        "PIP_NO_DEPS": "1",
+        "PIP_INDEX_URL": "https://mirror/simple",
         "CMAKE_GENERATOR": "Ninja",  # with which Horovod's build ends: unknown target 'VERBOSE=1'
         "LD_LIBRARY_PATH": "/opt/mpi/lib",
     }
@@ -231,15 +233,21 @@ def test_children_see_neither_another_job_nor_another_python(tmp_path):
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}/usr/bin",
         "HOME": "/h",
         "LD_LIBRARY_PATH": "/opt/mpi/lib",
+        "PIP_INDEX_URL": "https://mirror/simple",
         "VIRTUAL_ENV": str(Path(tmp_path)),
     }
 
 
 def test_pip_installs_into_the_virtual_environment_whatever_its_own_settings_say(tmp_path):
-    """`user = true`, as clusters advise who has no virtual environment, would end each of its calls."""
+    """`user = true`, as clusters advise who has no virtual environment, would end each of its calls.
+
+    So would constraints of a site, or of NVIDIA's containers: versions that are not the lane's.
+    """
+    (tmp_path / "constraints.txt").write_text("pip==1.0\n")
     settings = tmp_path / "pip.conf"
-    settings.write_text("[install]\nuser = true\n")
+    settings.write_text(f"[install]\nuser = true\nconstraint = {tmp_path}/constraints.txt\n")
     environ = {**os.environ, "PIP_CONFIG_FILE": str(settings), "XDG_CACHE_HOME": str(tmp_path)}
+    environ["PIP_CONSTRAINT"] = f"{tmp_path}/constraints.txt"
     here = place.Place(Path(sys.prefix), environ)
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "pip"]
     done = subprocess.run(pip, env=here.build_env(), capture_output=True, text=True, timeout=60)

@@ -128,7 +128,7 @@ def test_pips_packages_become_a_toolkit_once(here, pip):
     assert toolkit.install_from_pip(here, CUDA) == made and len(pip.calls) == 1
     assert (
         toolkit.find(place.Place(here.venv, here.environ), CUDA, {}) == made
-    )  # by a later set-up, without the option
+    )  # by a later setup, without the option
 
 
 def test_packages_that_make_no_toolkit_are_an_error(here, pip, monkeypatch):

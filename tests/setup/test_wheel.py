@@ -33,12 +33,14 @@ def key(here, monkeypatch, tmp_path):
         diff="-a\n+b",
         header="Why",
         cpu=("avx",),
+        libc=("glibc", "2.36"),
         **environ,
     ):
         patch.write_text(f"{header}\n\ndiff --git a/x b/x\n{diff}\n")
         monkeypatch.setattr(horovod, "PATCHES", [patch])
         monkeypatch.setattr(horovod, "ask", lambda argv: torch)
         monkeypatch.setattr(horovod, "build_cpu_flags", lambda: list(cpu))
+        monkeypatch.setattr(horovod.platform, "libc_ver", lambda: libc)
         where = place.Place(here.venv, {**here.environ, **environ})
         return place.digest(horovod.all_ingredients(where, lanes.LANES[lane], tools, chosen, gpus))
 
@@ -58,6 +60,7 @@ def key(here, monkeypatch, tmp_path):
         {"chosen": replace(MPI, source="site")},
         {"diff": "-a\n+c"},
         {"cpu": ("avx", "fma")},
+        {"libc": ("glibc", "2.28")},  # of an older host that shares the home
         {"HOROVOD_BUILD_ARCH_FLAGS": "-mavx"},
         {"CXX": "g++-11"},
     ],

@@ -43,17 +43,17 @@ def test_one_rank_times_a_ring_with_a_second_process():
 
 
 def test_boston_has_a_thousand_classes_of_real_jpegs(tmp_path):
-    from horovod_owt.bench.boston import given_or_dealt_out
+    from horovod_owt.bench.boston import given_or_relabelled
     from horovod_owt.data.store import open_data_set
 
     with pytest.MonkeyPatch.context() as patch:  # smaller images are drawn faster
         patch.setattr("horovod_owt.bench.images.SYNTHETIC", SMALL)
-        with given_or_dealt_out(None) as root:
+        with given_or_relabelled(None) as root:
             data = open_data_set(root)
             assert len(data.classes) == len(data.train) == 1000
             jpegs = {data.train.read(index) for index in range(20)}
     assert len(jpegs) == 6 and all(jpeg.startswith(b"\xff\xd8") for jpeg in jpegs)
-    with given_or_dealt_out(tmp_path) as root:
+    with given_or_relabelled(tmp_path) as root:
         assert root == tmp_path
 
 

@@ -22,12 +22,12 @@ from horovod_owt.runs.checkpoints import (
     MANIFEST,
     drop_old,
     find_fault,
+    intact_checkpoint,
     list_checkpoints,
-    newest_sound,
-    note_score,
+    newest_intact,
     read_best,
+    record_score,
     resume_at,
-    sound_checkpoint,
 )
 from horovod_owt.runs.opening import Resume, open_run_folder
 from horovod_owt.runs.owner import Ownership
@@ -87,18 +87,18 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, name, d
     older = write_checkpoint(tmp_path, checkpoint(1))
     newer = write_checkpoint(tmp_path, checkpoint(2))
     DAMAGE[damage](newer, name)
-    assert newest_sound(tmp_path) == older
+    assert newest_intact(tmp_path) == older
     assert str(newer) in caplog.text
     with pytest.raises(RunError, match="step-00000002"):
-        sound_checkpoint(newer)
-    assert sound_checkpoint(older) == older
+        intact_checkpoint(newer)
+    assert intact_checkpoint(older) == older
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
 def test_a_file_that_the_machine_does_not_give_is_not_damaged(tmp_path, monkeypatch, number):
     """Taken for damaged, a good checkpoint would be moved aside and its steps lost."""
     older, newer = (write_checkpoint(tmp_path, checkpoint(step)) for step in (1, 2))
-    note_score(tmp_path, step=1, epoch=1.0, top1=50.0)
+    record_score(tmp_path, step=1, epoch=1.0, top1=50.0)
     real_open = Path.open
 
     def no_model_and_no_best(self, *args, **options):
@@ -109,13 +109,13 @@ def test_a_file_that_the_machine_does_not_give_is_not_damaged(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", no_model_and_no_best)
         with pytest.raises(RunError, match=f"model.safetensors: {os.strerror(number)}; fix"):
-            newest_sound(tmp_path)
+            newest_intact(tmp_path)
         (kept,) = drop_old(tmp_path, keep=1, newest=2)
         assert "old checkpoints kept" in kept and os.strerror(number) in kept
         verified = owt_checkpoint("verify", tmp_path)
         assert verified.exception.exit_code == 3 and "step-00000001  whole" in verified.stdout
         assert f"step-00000002  unreadable: {newer}" in verified.stdout
-    assert newest_sound(tmp_path) == newer and older.is_dir()
+    assert newest_intact(tmp_path) == newer and older.is_dir()
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
@@ -137,11 +137,11 @@ def test_checkpoints_that_the_machine_does_not_list_are_not_taken_for_none(tmp_p
         assert "old checkpoints kept" in kept and os.strerror(number) in kept
         assert f"--run-dir {tmp_path} resumes" in _how_to_resume(tmp_path)  # of a job that hangs
         assert AttemptWatch(tmp_path).attempt(1, asked_to_stop=False).checkpoint == ""
-    assert newest_sound(tmp_path) == folder
+    assert newest_intact(tmp_path) == folder
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
-    assert newest_sound(tmp_path) is None
+    assert newest_intact(tmp_path) is None
 
 
 def test_a_write_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_the_best_one_stays_however_old(tmp_path, caplog):
     for step, top1 in ((1, 10.0), (2, 30.0), (3, 30.0), (4, 20.0), (5, 5.0)):
         write_checkpoint(tmp_path, checkpoint(step))
         drop_old(tmp_path, keep=1, newest=step)
-        assert note_score(tmp_path, step=step, epoch=step / 2, top1=top1) == (step in (1, 2))
+        assert record_score(tmp_path, step=step, epoch=step / 2, top1=top1) == (step in (1, 2))
     assert read_best(tmp_path) == {"step": 2, "epoch": 1.0, "top1": 30.0}
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000002"]
     (tmp_path / "checkpoints" / "best.json").write_text("{half")
@@ -182,7 +182,7 @@ def test_damaged_ones_alone_are_not_taken_for_a_fresh_start(tmp_path):
     for step in (1, 2):
         flip_a_byte(write_checkpoint(tmp_path, checkpoint(step)), "model.safetensors")
     with pytest.raises(RunError, match="none of 2 checkpoints is intact") as caught:
-        newest_sound(tmp_path)
+        newest_intact(tmp_path)
     assert "owt checkpoint verify" in caught.value.fix
 
 
@@ -193,7 +193,7 @@ def owt_checkpoint(*words):
 def test_the_list_has_the_newest_first_and_names_the_best(tmp_path):
     for step in (1, 2):
         write_checkpoint(tmp_path, checkpoint(step))
-        note_score(tmp_path, step=step, epoch=step / 2, top1=30.0 / step)
+        record_score(tmp_path, step=step, epoch=step / 2, top1=30.0 / step)
     newest, best = owt_checkpoint("list", tmp_path).stdout.splitlines()[1:]
     assert newest.split()[0] == "2" and "best" not in newest
     assert best.split()[0] == "1" and best.endswith("best: top-1 30.00 %")
@@ -202,6 +202,16 @@ def test_the_list_has_the_newest_first_and_names_the_best(tmp_path):
     assert all(
         row["bytes"] == sum(p.stat().st_size for p in list_checkpoints(tmp_path)[0].iterdir()) for row in rows
     )
+
+
+def test_one_that_cannot_be_looked_into_does_not_hide_the_others(tmp_path):
+    write_checkpoint(tmp_path, checkpoint(2))
+    (tmp_path / "checkpoints" / "step-00000009").write_text("")
+    done = owt_checkpoint("list", tmp_path)
+    lines = [line.split() for line in done.output.splitlines()[1:]]
+    assert done.exit_code == 0 and lines[0] == ["9", "?", "?", "?"] and lines[1][0] == "2"
+    done = owt_checkpoint("list", tmp_path, "--json")
+    assert [row["bytes"] is None for row in json.loads(done.output)["checkpoints"]] == [True, False]
 
 
 def test_verify_names_each_damaged_one_and_ends_with_3(tmp_path):
@@ -332,7 +342,7 @@ def test_what_is_later_than_the_step_of_a_resume_is_moved_aside(tmp_path, caplog
     scores = {1: 10.0, 2: 30.0, 3: 20.0, 6: 60.0}
     for step, top1 in scores.items():
         write_checkpoint(tmp_path, checkpoint(step))
-        note_score(tmp_path, step=step, epoch=step / 2, top1=top1)
+        record_score(tmp_path, step=step, epoch=step / 2, top1=top1)
         log_runs(tmp_path, ("validation", {"step": step, "epoch": step / 2, "top1": top1}))
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
     resume_at(tmp_path, 3)
@@ -366,7 +376,7 @@ def test_a_validation_just_before_a_kill_counts_for_the_best(tmp_path, noted):
         write_checkpoint(tmp_path, checkpoint(step))
     scores = [{"step": step, "epoch": step / 2, "top1": top1} for step, top1 in ((1, 20.0), (2, 50.0))]
     if noted:
-        note_score(tmp_path, **scores[0])
+        record_score(tmp_path, **scores[0])
     damaged = {"step": 3, "epoch": 1.5, "top1": None}
     log_runs(tmp_path, *(("validation", score) for score in [*scores, damaged]))
     resume_at(tmp_path, 3)

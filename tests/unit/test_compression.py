@@ -52,23 +52,23 @@ class SimulatedExchange:
 
         return SimpleNamespace(wait=wait)
 
-    def to_owners(self, rows, sizes, what, name):
+    def alltoall_rows(self, rows, sizes, what, name):
         parts = [part.clone() for part in rows.split(sizes)]
 
         def own(all_parts):
             arrived = torch.cat([parts[self.group.index] for parts in all_parts])
-            assert arrived.numel() <= compression.MOST_NUMBERS, name
+            assert arrived.numel() <= compression.MAX_ELEMENTS, name
             return arrived
 
         return self._post(name, parts, own)
 
-    def gather_rows(self, own, what, name=""):
+    def allgather_rows(self, own, what, name=""):
         return self._post(name, own.clone(), torch.cat)
 
-    def sum_everywhere(self, parts, what, name=""):
+    def allreduce(self, parts, what, name=""):
         return self._post(name, parts.clone(), lambda everyone: torch.stack(everyone).sum(dim=0))
 
-    def lend_rows(self, own, owner, what):
+    def broadcast_rows(self, own, owner, what):
         return self._post(what, own.clone(), lambda everyone: everyone[owner])
 
 
@@ -111,7 +111,7 @@ def sums(compressors, steps) -> list[torch.Tensor]:
         found = [step[rank].clone() for step in steps]
         for total in found:
             compressor.start(total)
-            compressor.turn()
+            compressor.advance()
             compressor.finish(total)
         return found
 
@@ -314,7 +314,7 @@ def test_errors_of_many_ranks_travel_in_pieces(kind, monkeypatch):
     made = several(kind, 3)
     train(made, seed=1)
     whole = saved_by(made)
-    monkeypatch.setattr(compression, "MOST_NUMBERS", 150)  # two rows of three ranks
+    monkeypatch.setattr(compression, "MAX_ELEMENTS", 150)  # two rows of three ranks
     pieces = saved_by(made)
     assert whole.keys() == pieces.keys() and all(torch.equal(whole[name], pieces[name]) for name in whole)
     resumed = continued(kind, 3, pieces, "checkpoint")

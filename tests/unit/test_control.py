@@ -16,7 +16,14 @@ from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.launch.supervisor import reason_not_to_restart
 from horovod_owt.runs import control
 from horovod_owt.runs.attempts import AttemptWatch, append_attempt, earlier_attempts
-from horovod_owt.runs.control import SAVE, STOP, ask, requests, wait_for_checkpoint, wait_for_end
+from horovod_owt.runs.control import (
+    SAVE,
+    STOP,
+    pending_requests,
+    send_request,
+    wait_for_checkpoint,
+    wait_for_end,
+)
 from horovod_owt.runs.folder import write_outcome
 from horovod_owt.runs.opening import Resume, open_run_folder
 from horovod_owt.runs.owner import Ownership, active_owner, this_process
@@ -39,7 +46,7 @@ def run_dir(tmp_path):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(control, "POLL_S", 0.01)
-    monkeypatch.setattr(train_requests, "LOOK_S", 0.01)
+    monkeypatch.setattr(train_requests, "CHECK_S", 0.01)
 
 
 def until(condition, limit_s=30):
@@ -90,13 +97,13 @@ def test_a_file_stop_is_seen_once_and_kept_until_the_end(run_dir, caplog):
     stop = StopRequest()
     with FileRequests(run_dir, stop) as files:
         assert not stop.asked
-        ask(run_dir, STOP)
+        send_request(run_dir, STOP)
         until(lambda: stop.asked)
         assert stop.by == STOP and stop.signal is None and (run_dir / STOP).exists()
         time.sleep(0.05)
     assert caplog.messages == [f"{run_dir / STOP}: stopping at a checkpoint"]
     files.withdraw_all()
-    assert requests(run_dir) == set()
+    assert pending_requests(run_dir) == set()
 
 
 def test_a_file_save_is_removed_when_its_checkpoint_is_on_disk(run_dir):
@@ -104,7 +111,7 @@ def test_a_file_save_is_removed_when_its_checkpoint_is_on_disk(run_dir):
     with FileRequests(run_dir, stop) as files:
         files.saving(3)  # of the run's own accord
         files.saved(3)
-        ask(run_dir, SAVE)
+        send_request(run_dir, SAVE)
         until(lambda: files.save_asked)
         files.saving(7)
         files.saved(6)  # another one, begun before
@@ -112,13 +119,13 @@ def test_a_file_save_is_removed_when_its_checkpoint_is_on_disk(run_dir):
         assert not files.save_asked and (run_dir / SAVE).exists()  # asked once
         files.saved(7)
         assert not (run_dir / SAVE).exists() and not stop.asked
-        ask(run_dir, SAVE)
+        send_request(run_dir, SAVE)
         until(lambda: files.save_asked)
 
 
 def test_a_save_that_the_disk_refuses_is_obeyed_by_the_next_checkpoint(run_dir):
     with FileRequests(run_dir, StopRequest()) as files:
-        ask(run_dir, SAVE)
+        send_request(run_dir, SAVE)
         until(lambda: files.save_asked)
         files.saving(7)
         files.saving(20)  # nothing was written after step 7
@@ -141,26 +148,26 @@ def test_a_start_removes_older_requests_and_obeys_newer_ones(tmp_path, caplog):
     os.utime(tmp_path / STOP, (1e9, 1e9))
     with Ownership() as ownership:
         open_run_folder(tmp_path, TrainConfig(classes=1), DATA, Resume(), ownership)
-        assert requests(tmp_path) == set()
+        assert pending_requests(tmp_path) == set()
         assert f"{tmp_path / STOP} is from before this start: removed" in caplog.text
-        ask(tmp_path, STOP)
-        assert requests(tmp_path) == {STOP}
+        send_request(tmp_path, STOP)
+        assert pending_requests(tmp_path) == {STOP}
 
 
 @pytest.mark.parametrize("command", ["stop", "save"])
 def test_where_nothing_runs_a_request_is_an_error_of_one_line(tmp_path, command):
     error = CliRunner().invoke(cli, [command, str(tmp_path)]).exception
     assert isinstance(error, ConfigError)
-    assert str(error).startswith(f"nothing runs in {tmp_path}; wanted a run under way; fix: ")
+    assert str(error).startswith(f"no run is active in {tmp_path}; wanted an active run; fix: ")
     error = CliRunner().invoke(cli, [command, str(tmp_path / "none")]).exception
-    assert str(error) == f"{tmp_path}/none does not exist; wanted the --run-dir of a run under way"
-    assert requests(tmp_path) == set()
+    assert str(error) == f"{tmp_path}/none does not exist; wanted the --run-dir of an active run"
+    assert pending_requests(tmp_path) == set()
 
 
 @pytest.mark.parametrize(("command", "file"), [("stop", STOP), ("save", SAVE)])
 def test_the_commands_make_the_files(run_dir, command, file):
     done = CliRunner().invoke(cli, [command, str(run_dir)])
-    assert done.exit_code == 0 and requests(run_dir) == {file}
+    assert done.exit_code == 0 and pending_requests(run_dir) == {file}
     assert f"process {os.getpid()} on {socket.gethostname()}" in done.output
 
 
@@ -170,13 +177,13 @@ def test_a_folder_of_somebody_else_is_an_error_of_one_line(run_dir, monkeypatch)
 
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(ConfigError, match=f"{run_dir}/STOP: Permission denied; wanted "):
-        ask(run_dir, STOP)
+        send_request(run_dir, STOP)
 
 
 def test_waiting_for_the_end_tells_how_it_ended(tmp_path):
     ownership = Ownership()
     ownership.take(tmp_path)
-    owner = ask(tmp_path, STOP)
+    owner = send_request(tmp_path, STOP)
     with pytest.raises(RunError, match="is still in use by process .* after 0.05 s; fix: "):
         wait_for_end(tmp_path, owner, 0.05)
     write_outcome(tmp_path, {"exit_code": 75, "reason": "stopped by the file STOP after step 7"})
@@ -197,17 +204,38 @@ def test_the_outcome_of_an_earlier_attempt_is_not_that_of_a_killed_one(tmp_path)
     assert wait_for_end(tmp_path, gone, 10) == "done"
 
 
+def test_an_elastic_job_that_regroups_has_not_ended(tmp_path, monkeypatch):
+    """Rank 0's host is lost: the next owner comes later, and belongs to the same driver."""
+    lost = replace(this_process({}), pid=1, driver="node1:4711")
+    owners = [lost, None, None, replace(lost, pid=2), replace(lost, pid=2), None]
+
+    def next_owner(run_dir: Path):
+        owner = owners.pop(0)
+        if not owners:
+            write_outcome(run_dir, {"exit_code": 75, "reason": "stopped by the file STOP after step 9"})
+        return owner
+
+    monkeypatch.setattr(control, "active_owner", next_owner)
+    assert wait_for_end(tmp_path, lost, 30) == "stopped by the file STOP after step 9"
+
+
+def test_an_elastic_job_whose_last_rank_is_lost_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "REGROUP_S", 0.05)
+    lost = replace(this_process({}), pid=1, driver="node1:4711")
+    assert "without an outcome" in wait_for_end(tmp_path, lost, 30)
+
+
 def test_waiting_for_a_checkpoint_names_it(tmp_path):
     ownership = Ownership()
     ownership.take(tmp_path)
-    owner = ask(tmp_path, SAVE)
+    owner = send_request(tmp_path, SAVE)
     with pytest.raises(RunError, match="no new checkpoint yet after 0.05 s"):
         wait_for_checkpoint(tmp_path, owner, 0.05)
     for step in (7, 20):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     (tmp_path / SAVE).unlink()
     assert wait_for_checkpoint(tmp_path, owner, 10).name == "step-00000020"
-    ask(tmp_path, SAVE)
+    send_request(tmp_path, SAVE)
     ownership.leave()
     with pytest.raises(RunError, match="has ended without writing a checkpoint"):
         wait_for_checkpoint(tmp_path, owner, 10)

@@ -146,7 +146,7 @@ def test_a_number_of_threads_that_is_none_is_refused(box, sysfs, monkeypatch, th
     monkeypatch.setattr(cores, "SYSFS", sysfs)
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     with pytest.raises(
-        ConfigError, match=f"^OMP_NUM_THREADS={threads}; wanted a number from 1 on; fix: unset"
+        ConfigError, match=f"^OMP_NUM_THREADS={threads}; wanted a positive number; fix: unset"
     ):
         cores.use_own_cores(rank_of(local_rank=0, local_size=2), CPU)
 

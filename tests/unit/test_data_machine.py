@@ -25,7 +25,7 @@ from horovod_owt.preflight import run as preflight_run
 
 pytestmark = pytest.mark.timeout(60)
 needs_dali = pytest.mark.skipif(not find_spec("nvidia.dali"), reason="DALI is not installed")
-OF_THE_MACHINE = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENOSPC]
+SYSTEM_ERRORS = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENOSPC]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,12 @@ def test_what_is_of_the_file(tmp_path):
     assert not is_of_the_file(error(errno.EACCES, "there"))
     assert not is_of_the_file(error(errno.EACCES, "no mount/there"))
     assert not is_of_the_file(MemoryError())
-    for code in OF_THE_MACHINE:
+    for code in SYSTEM_ERRORS:
         assert not is_of_the_file(error(code, "there")) and fix_of(error(code, "there"))
     assert "ulimit -n" in fix_of(OSError(errno.EMFILE, "")) and "ulimit" not in fix_of(OSError(errno.EIO, ""))
 
 
-@pytest.mark.parametrize("code", OF_THE_MACHINE)
+@pytest.mark.parametrize("code", SYSTEM_ERRORS)
 def test_skip_does_not_leave_a_good_image_out(root, broken_reads, code):
     broken_reads(code)
     store, known = open_data_set(root).val, BadImages()
@@ -89,7 +89,7 @@ def owt(*argv):
     return CliRunner().invoke(cli, ["data", *map(str, argv)], standalone_mode=False)
 
 
-@pytest.mark.parametrize("code", OF_THE_MACHINE)
+@pytest.mark.parametrize("code", SYSTEM_ERRORS)
 def test_verify_keeps_unread_images_apart_from_bad_ones(root, broken_reads, code):
     broken_reads(code)
     done = owt("verify", root, "--split", "val", "--pipeline", "torchvision")
@@ -225,5 +225,5 @@ def test_the_soft_limit_of_open_files_is_raised(monkeypatch):
     monkeypatch.setattr(machine.resource, "setrlimit", lambda kind, limits: asked.append(limits))
     for limits in [(1024, 10**9), (256, 300), (20_000, 10**6), (-1, -1), (1024, -1)]:
         monkeypatch.setattr(machine.resource, "getrlimit", lambda kind, limits=limits: limits)
-        machine.allow_open_files()
+        machine.raise_open_file_limit()
     assert asked == [(16384, 10**9), (300, 300), (16384, -1)]

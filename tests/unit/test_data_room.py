@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from horovod_owt.data import room
+from horovod_owt import cgroups
 from horovod_owt.data.room import room_in
 
 GB = 10**9
@@ -18,8 +18,8 @@ def host(monkeypatch, tmp_path):
     disk = os.statvfs_result((1000, 1000, 10**8, 6 * 10**7, 6 * 10**7, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: disk)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=50 * GB, available=40 * GB))
-    monkeypatch.setattr(room, "CGROUPS", tmp_path)
-    monkeypatch.setattr(room, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_CGROUP", tmp_path / "own")
     (tmp_path / "own").write_text("0::/slurm/job\n")
     (tmp_path / "slurm" / "job").mkdir(parents=True)
     return tmp_path

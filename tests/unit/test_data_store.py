@@ -47,7 +47,11 @@ def test_hidden_and_foreign_files_are_ignored(root):
     (root / "train" / "n01" / "._a.jpg").touch()
     (root / "train" / "n01" / "labels.csv").touch()
     (root / "train" / "n01" / "thumbs.jpg").mkdir()
-    assert len(open_data_set(root).train) == 8
+    for folder in ("lost+found", "__MACOSX", "@eaDir", "n01/@eaDir/a.jpg", "$RECYCLE.BIN"):
+        (root / "train" / folder).mkdir(parents=True, exist_ok=True)
+    (root / "train" / "n01" / "@eaDir" / "a.jpg" / "SYNOPHOTO_THUMB_M.jpg").touch()
+    data = open_data_set(root)
+    assert data.train.classes == ("n01", "n02") and len(data.train) == 8 and data.left_out == []
 
 
 def test_links_and_odd_names_are_read(root):
@@ -88,6 +92,14 @@ def flatten(root):
             folder.rmdir()
 
 
+def archive_classes(root):
+    """As the archive of ILSVRC2012's training set is when it is unpacked once."""
+    for folder in list((root / "train").iterdir()):
+        if folder.is_dir():
+            shutil.make_archive(str(folder), "tar", folder)
+            shutil.rmtree(folder)
+
+
 def empty_class(root):
     for image in (root / "train" / "n02").iterdir():
         image.rename(image.with_suffix(".txt"))
@@ -101,7 +113,11 @@ def empty_class(root):
         (make_empty, "set is empty: no folder train nor val; .*fix: .*owt data synth"),
         (lambda root: (root / "val").rename(root / "valid"), "contains train, valid: no folder val;"),
         (lambda root: (root / "val").rename(root / "train" / "val"), "contains train: no folder val;"),
-        (flatten, "set/val has no class folders"),
+        (flatten, "set/val has no class folders, but 8 images outside of one; .*owt data prepare"),
+        (
+            archive_classes,
+            "set/train has no class folders, but archives: n01.tar, n02.tar; .*owt data prepare",
+        ),
         (empty_class, r"set/train: no image in class n02 \(1 of 2 empty\)"),
         (
             lambda root: (root / "val" / "n02").rename(root / "val" / "n03"),
@@ -123,6 +139,16 @@ def test_a_bad_folder_is_named_with_its_fix(root, damage, saw):
     with pytest.raises(DataError, match=saw) as caught:
         open_data_set(root)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["cafe\u0301", "CAF\u00c9", "caf\u00e9 "])
+def test_class_names_that_only_look_alike_are_told_apart(root, name):
+    """As after a copy by way of a Mac, or of a disk that ignores case."""
+    (root / "train" / "n02").rename(root / "train" / "caf\u00e9")
+    (root / "val" / "n02").rename(root / "val" / name)
+    with pytest.raises(DataError) as caught:
+        open_data_set(root)
+    assert caught.value.fix == f"rename {ascii(name)} in val to 'caf\\xe9', as it is in train"
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o311])

@@ -5,7 +5,7 @@ from boxes import k80_box, rank_of, with_mig
 from hypothesis import given
 from hypothesis import strategies as st
 
-from horovod_owt.errors import ConfigError, DeviceError, Speaker
+from horovod_owt.errors import ConfigError, DeviceError, PrintedBy
 from horovod_owt.parallel import device
 from horovod_owt.parallel.device import SHARED, check_not_shared, claim_device, visible_devices, visible_gpus
 from horovod_owt.topology import UNBOUND, rank_topology, read_topology
@@ -250,7 +250,7 @@ def test_srun_tasks_without_pmi_are_refused_by_one_message():
             ConfigError, match="3 srun tasks started without PMI; .* fix: srun --mpi=pmix"
         ) as caught:
             rank_topology({**STEP, "SLURM_PROCID": str(rank)})
-        assert (caught.value.speaker, caught.value.rank) == (Speaker.RANK_0, rank)
+        assert (caught.value.printed_by, caught.value.rank) == (PrintedBy.RANK_0, rank)
     assert rank_topology({**STEP, "PMIX_RANK": "2"}).world_size == 3
     assert rank_topology({**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}).launcher == "none"
 

@@ -22,9 +22,9 @@ from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
 from horovod_owt.parallel import elastic
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.opening import Opened, Resume
-from horovod_owt.topology import BOX_PLACES, box_hosts, read_topology
+from horovod_owt.topology import LOOPBACK_SLOTS, loopback_hosts, read_topology
 from horovod_owt.train import elastic as train_elastic
-from horovod_owt.train.elastic import in_world_of
+from horovod_owt.train.elastic import config_for_world
 
 
 def config(batch=32, accum_steps=1, elastic_batch="keep") -> TrainConfig:
@@ -37,7 +37,7 @@ def config(batch=32, accum_steps=1, elastic_batch="keep") -> TrainConfig:
 )
 def test_with_keep_the_global_batch_is_divided_among_the_new_ranks(ranks, batch, accum_steps):
     """128 images, and the nearest number that 3 or 5 ranks can share."""
-    kept = in_world_of(ranks, config(), 128)
+    kept = config_for_world(ranks, config(), 128)
     assert (kept.batch, kept.accum_steps) == (batch, accum_steps)
 
 
@@ -107,7 +107,7 @@ def test_a_rank_that_joins_with_other_versions_does_not_end_the_job(
 def test_with_keep_the_global_batch_is_exact_where_it_can_be(before, now, batch, accum_steps):
     cfg = config(batch, accum_steps)
     first = cfg.global_batch(before)
-    kept = in_world_of(now, cfg, first)
+    kept = config_for_world(now, cfg, first)
     assert kept.batch <= batch
     if first % now == 0 and first // now % kept.accum_steps == 0:
         assert kept.global_batch(now) == first
@@ -116,21 +116,21 @@ def test_with_keep_the_global_batch_is_exact_where_it_can_be(before, now, batch,
 
 def test_with_batch_normalisation_a_share_has_two_images(caplog):
     cfg = TrainConfig(batch=4, elastic_batch="keep", model="alexnet-owt-bn")
-    assert in_world_of(8, cfg, 8).batch == 2 and "global batch 16 instead of 8" in caplog.text
-    assert in_world_of(8, config(4), 8).batch == 1
+    assert config_for_world(8, cfg, 8).batch == 2 and "global batch 16 instead of 8" in caplog.text
+    assert config_for_world(8, config(4), 8).batch == 1
 
 
 def test_with_scale_the_configuration_is_unchanged():
     scaled = config(elastic_batch="scale")
-    assert in_world_of(3, scaled, 128) is scaled
+    assert config_for_world(3, scaled, 128) is scaled
 
 
 def test_each_place_on_a_box_is_a_host_of_its_own_to_horovod_and_a_local_rank_to_us():
-    hosts = box_hosts(3)
+    hosts = loopback_hosts(3)
     assert len(set(hosts)) == 3 and {socket.gethostbyname(host) for host in hosts} == {"127.0.0.1"}
     for place, host in enumerate(hosts):
         env = {f"HOROVOD_{name}": "0" for name in ("RANK", "LOCAL_RANK")}
-        env |= {"HOROVOD_SIZE": "3", "HOROVOD_LOCAL_SIZE": "1", "HOROVOD_HOSTNAME": host, BOX_PLACES: "3"}
+        env |= {"HOROVOD_SIZE": "3", "HOROVOD_LOCAL_SIZE": "1", "HOROVOD_HOSTNAME": host, LOOPBACK_SLOTS: "3"}
         topology = read_topology(env)
         assert (topology.local_rank, topology.local_size) == (place, 3)
         assert topology.host == socket.gethostname()
@@ -149,7 +149,7 @@ def test_a_path_with_spaces_and_quotes_reaches_the_discovery_script_whole():
 @pytest.mark.parametrize("update", [HostUpdateResult.removed, HostUpdateResult.added, HostUpdateResult.mixed])
 def test_a_commit_says_that_hosts_changed(monkeypatch, update):
     monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
-    state = elastic.Committed(torch.device("cpu"))
+    state = elastic.ElasticState(torch.device("cpu"))
     assert state.commit_copy({}, None) is False
     state.on_hosts_updated(1.0, update)
     assert state.commit_copy({}, None) is True
@@ -175,7 +175,7 @@ def test_hosts_that_change_while_ranks_regroup_are_not_forgotten(monkeypatch):
         if len(seen) == 1:
             state.on_hosts_updated(1.0, HostUpdateResult.added)
 
-    state = elastic.Committed(torch.device("cpu"))
+    state = elastic.ElasticState(torch.device("cpu"))
     monkeypatch.setattr(state, "sync", lambda: None)
     run_fn(train, regroup)(state)
     assert seen == [False, True, False]
@@ -192,7 +192,7 @@ def test_no_rank_keeps_a_commit_that_rank_0_has_not_recorded(monkeypatch):
     def rank_0_died(value, name):
         raise HorovodInternalError
 
-    state = elastic.Committed(torch.device("cpu"))
+    state = elastic.ElasticState(torch.device("cpu"))
     monkeypatch.setattr(elastic, "broadcast_object", lambda value, name: value)
     state.commit_copy({"w": torch.ones(2)}, "first")
     monkeypatch.setattr(elastic, "broadcast_object", rank_0_died)
@@ -205,13 +205,13 @@ def test_a_rank_whose_collective_failed_lets_the_others_know(monkeypatch):
     """Also while ranks regroup: rank 2 may wait for rank 1, which heard that rank 0 is gone."""
     kept = []
     monkeypatch.setattr(elastic, "abort_connections", lambda *, keep: kept.append(keep))
-    elastic.Committed(torch.device("cpu")).restore()
+    elastic.ElasticState(torch.device("cpu")).restore()
     assert kept == [set()]
 
 
 def test_a_commit_keeps_nothing_of_an_earlier_one(monkeypatch):
     """Else the errors of a world of two ranks would come back after one that has made up for them."""
-    state = elastic.Committed(torch.device("cpu"))
+    state = elastic.ElasticState(torch.device("cpu"))
     monkeypatch.setattr(state, "check_host_updates", lambda: None)
     state.commit_copy({"w": torch.ones(2), "owner_error.w": torch.ones(2)}, None)
     state.commit_copy({"w": torch.zeros(2)}, None)

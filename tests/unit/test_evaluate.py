@@ -19,7 +19,7 @@ from horovod_owt.inference.confusion import check_confusion, plot_confusion
 from horovod_owt.inference.evaluate import VIEWS, check_classes, logits_of, rows_of, scores_of
 from horovod_owt.inference.outcomes import Outcomes, format_report, summary
 from horovod_owt.inference.request import prepare_evaluation
-from horovod_owt.inference.weights import NetInfo
+from horovod_owt.inference.weights import ModelInfo
 from horovod_owt.model import alexnet_owt, build_model
 from horovod_owt.parallel.runtime import World
 from horovod_owt.train.evaluate import places
@@ -160,7 +160,7 @@ def test_the_summary_names_classes_and_pairs():
     ]
     report = {**found, "checkpoint": "net.pth", "data": "set", "crops": 10, "bad_images": 1}
     text = format_report(json.loads(json.dumps(report)))
-    assert "top-1 33.333 % (2 of 6)" in text and "a taken for b" in text and "1 bad images" in text
+    assert "top-1 33.333 % (2 of 6)" in text and "a classified as b" in text and "1 bad images" in text
     assert text.index("0.00 %") < text.index("33.33 %")
 
 
@@ -176,7 +176,7 @@ def test_the_summary_names_classes_and_pairs():
     ],
 )
 def test_a_net_of_other_classes_is_refused(names, outputs, message):
-    info = NetInfo(Path("net.pth"), "alexnet-owt", outputs, class_names=names)
+    info = ModelInfo(Path("net.pth"), "alexnet-owt", outputs, class_names=names)
     if not message:
         return check_classes(info, ("cat", "dog"))
     with pytest.raises(ConfigError, match=message):

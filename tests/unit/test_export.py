@@ -13,15 +13,15 @@ from torchvision.models import alexnet
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.inference import export as module
 from horovod_owt.inference.export import TOLERANCE, check_export, export
-from horovod_owt.inference.weights import NetInfo, TrainedNet, read_net
+from horovod_owt.inference.weights import ModelInfo, TrainedModel, read_trained_model
 from horovod_owt.model import alexnet_owt, build_model
 
 CPU = torch.device("cpu")
 
 
-def net(tmp_path, *, model="alexnet-owt", side=64) -> TrainedNet:
-    info = NetInfo(tmp_path / "run", model, 3, class_names=("cat", "dog", "eel"), image_size=side)
-    return TrainedNet(info, build_model(model, 3, seed=1).state_dict())
+def net(tmp_path, *, model="alexnet-owt", side=64) -> TrainedModel:
+    info = ModelInfo(tmp_path / "run", model, 3, class_names=("cat", "dog", "eel"), image_size=side)
+    return TrainedModel(info, build_model(model, 3, seed=1).state_dict())
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def test_torchvision_loads_the_pth(tmp_path):
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours.build(CPU)(images))
-    assert read_net(file).info.classes == 3
+    assert read_trained_model(file).info.classes == 3
 
 
 def test_safetensors_keep_names_and_image_size(tmp_path, narrow):
     file = tmp_path / "net.safetensors"
     export(net(tmp_path, model="alexnet-owt-bn"), file)
-    found = read_net(file)
+    found = read_trained_model(file)
     assert (found.info.class_names, found.info.image_size) == (("cat", "dog", "eel"), 64)
     assert load_file(file).keys() == net(tmp_path, model="alexnet-owt-bn").weights.keys()
 
@@ -84,8 +84,9 @@ def test_onnx_runtime_keeps_no_usage_data(tmp_path, narrow):
     export(net(tmp_path), tmp_path / "net.safetensors")
     code = (
         "from pathlib import Path; from horovod_owt.inference.export import export;"
-        "from horovod_owt.inference.weights import read_net; from horovod_owt.model import alexnet_owt;"
-        "alexnet_owt.HIDDEN = 7; export(read_net(Path('net.safetensors')), Path('net.onnx'))"
+        "from horovod_owt.inference.weights import read_trained_model;"
+        "from horovod_owt.model import alexnet_owt;"
+        "alexnet_owt.HIDDEN = 7; export(read_trained_model(Path('net.safetensors')), Path('net.onnx'))"
     )
     env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     env |= dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path))
@@ -148,7 +149,7 @@ def test_weights_of_any_memory_layout_are_exported(tmp_path, narrow):
     whole = net(tmp_path)
     layout = dict(whole.weights)
     layout["features.0.weight"] = layout["features.0.weight"].to(memory_format=torch.channels_last)
-    export(TrainedNet(whole.info, layout), tmp_path / "net.safetensors")
+    export(TrainedModel(whole.info, layout), tmp_path / "net.safetensors")
     save_file(whole.weights, tmp_path / "wanted.safetensors")
     found, wanted = (load_file(tmp_path / name) for name in ("net.safetensors", "wanted.safetensors"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

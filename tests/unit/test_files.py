@@ -5,7 +5,7 @@ import os
 import pytest
 
 from horovod_owt.errors import ConfigError
-from horovod_owt.files import atomic_file, atomic_folder, named_file, write_text
+from horovod_owt.files import atomic_file, atomic_folder, output_file, write_text
 from horovod_owt.filesystem import PARTIAL
 
 
@@ -30,9 +30,31 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, durable):
 def test_a_file_that_the_user_named_and_that_cannot_be_written_is_told_with_its_option(tmp_path):
     file = tmp_path / "folder"
     (file / "content").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=f"--out {file}: Is a directory"), named_file(file, "--out") as out:
+    with pytest.raises(ConfigError, match=f"--out {file}: Is a directory"), output_file(file, "--out") as out:
         out.write(b"text")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with output_file(pipe, "--output") as out:
+        out.write(b"page")
+    assert os.read(reader, 9) == b"page" and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+    os.close(reader)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_link_stays_a_link(tmp_path, old):
+    (tmp_path / "other").mkdir()
+    target, link = tmp_path / "other" / "page", tmp_path / "link"
+    link.symlink_to(target)
+    if old:
+        target.write_text("old")
+    with output_file(link, "--output") as out:
+        out.write(b"new")
+    assert link.is_symlink() and target.read_text() == "new" and os.listdir(target.parent) == ["page"]
 
 
 def test_a_file_may_be_written_in_another_folder(tmp_path):

@@ -15,14 +15,14 @@ from horovod_owt import filesystem
 from horovod_owt.data import staging
 from horovod_owt.errors import ConfigError, DataError
 from horovod_owt.files import atomic_file, atomic_folder, remove_folder, write_text
-from horovod_owt.filesystem import free_space, locked, rename_folder, renew, temporary_folder
+from horovod_owt.filesystem import free_space, locked, rename_folder, temporary_folder, touch
 
 REFUSES_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(filesystem, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(filesystem, "RETRY_WAITS_S", (0.0, 0.0))
 
 
 def refuse(monkeypatch, module, name, code, *, when=lambda *args: True, times=None):
@@ -189,11 +189,11 @@ def test_a_modification_time_is_renewed_where_only_writing_does(tmp_path, monkey
         with monkeypatch.context() as patch:
             if code:
                 refuse(patch, os, "utime", code)
-            renew(file)
+            touch(file)
         assert file.stat().st_mtime > 1e9 and file.read_text(encoding="utf-8") == "content"
     file.unlink()
     with pytest.raises(FileNotFoundError):
-        renew(file)
+        touch(file)
 
 
 def test_a_lock_excludes_and_a_file_system_without_locks_says_so(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_ranks_watch_each_other_before_the_first_collective_on_their_devices(mon
         loop, "RankLog", lambda *_: SimpleNamespace(note=lambda *a, **k: None, close=lambda: None)
     )
     run = SimpleNamespace(
-        cfg=TrainConfig(), run_dir=None, start=None, world=None, journal=None, _committed=None,
+        cfg=TrainConfig(), run_dir=None, start=None, world=None, journal=None, _elastic_state=None,
         _record=None, _begin=begin, _close=lambda *_: None,
     )  # fmt: skip
     with pytest.raises(FirstCollective):

@@ -200,7 +200,7 @@ def test_a_goodbye_is_said_and_waited_for_however_late_its_thread_comes_to_it(ra
 )
 def test_a_stranger_is_sent_away_and_a_rank_still_let_in(rank0, hello):
     with rank0() as (call, address, _):
-        with socket.create_connection(address.places[0], timeout=5) as stranger:
+        with socket.create_connection(address.endpoints[0], timeout=5) as stranger:
             stranger.sendall(hello)
             assert stranger.makefile("rb").readlines()[1:] == []  # the challenge, then the end
         rank1 = Rank1(address)
@@ -247,12 +247,12 @@ def test_rank_0_stops_listening_once_all_ranks_are_connected(rank0, monkeypatch,
         pytest.skip("no IPv6 here")
     monkeypatch.setattr(rendezvous, "listening_addresses", lambda env, one_host: [ip])
     with rank0() as (call, address, calls):
-        assert [place.ip for place in address.places] == [ip]
+        assert [endpoint.ip for endpoint in address.endpoints] == [ip]
         rank1 = Rank1(address)
         assert rank1.is_heard_of()
         wait_for(lambda: call._rendezvous is None)
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(address.places[0], timeout=5)
+            socket.create_connection(address.endpoints[0], timeout=5)
         rank1.say(step=3, what="computing", waiting=False, for_s=0.1)
         rank1.leave()
         assert "rank 1 on node7" in calls["on_death"].wait() and "step 3" in calls["on_death"].said[0]
@@ -289,9 +289,9 @@ def test_strangers_neither_stop_the_heartbeat_nor_make_it_grow_nor_keep_a_rank_o
     draw, process = random.Random(3), psutil.Process()
     with rank0(size=3) as (call, address, calls):
         rank1, before = Rank1(address), process.memory_info().rss
-        silent = [socket.create_connection(address.places[0], timeout=10) for _ in range(300)]
+        silent = [socket.create_connection(address.endpoints[0], timeout=10) for _ in range(300)]
         for size in [*(draw.randrange(1, 2000) for _ in range(100)), 4 << 20]:
-            with socket.create_connection(address.places[0], timeout=10) as stranger:
+            with socket.create_connection(address.endpoints[0], timeout=10) as stranger:
                 try:
                     stranger.sendall(draw.randbytes(size).replace(b"\n", b"x"))
                 except OSError:  # dropped
@@ -319,7 +319,7 @@ def test_rank_0_gets_at_most_512_beats_a_second_however_many_ranks_there_are(mon
 
 
 def test_a_beat_costs_no_look_at_all_other_ranks(rank0, monkeypatch):
-    monkeypatch.setattr(heartbeat, "LOOK_S", 60.0)
+    monkeypatch.setattr(heartbeat, "CHECK_S", 60.0)
     looks = []
     monkeypatch.setattr(heartbeat.Heartbeat, "_longest_wait", lambda self: (looks.append(1) or 0.0, ""))
     with rank0() as (call, address, _):

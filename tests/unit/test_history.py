@@ -6,7 +6,7 @@ import math
 import pytest
 from written_runs import BEGAN, WrittenRun, eventful_run
 
-from horovod_owt.runs.history import MOST_FAULTS, read_history
+from horovod_owt.runs.history import MAX_FAULTS, read_history
 
 
 def write(folder, *records, tail=""):
@@ -88,9 +88,9 @@ def test_old_records_have_no_time(tmp_path):
 
 
 def test_faults_without_end_do_not_fill_the_memory(tmp_path):
-    faults = [{"kind": "fault", "fault": "x"}] * (MOST_FAULTS + 5)
+    faults = [{"kind": "fault", "fault": "x"}] * (MAX_FAULTS + 5)
     history = write(tmp_path, run(0), *faults)
-    assert len(history.of_kind("fault")) == MOST_FAULTS and history.more_faults == 5
+    assert len(history.of_kind("fault")) == MAX_FAULTS and history.more_faults == 5
 
 
 def test_an_eventful_run_keeps_each_step_once(tmp_path):

@@ -72,7 +72,7 @@ def test_a_program_that_has_vanished_is_a_warning(tmp_path, caplog):
 
 
 def test_telling_does_not_wait_and_too_many_events_are_dropped(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(hooks, "WAITING", 2)
+    monkeypatch.setattr(hooks, "MAX_QUEUED", 2)
     hook = Hook(script(tmp_path, "exec sleep 100"), tmp_path, 0.2)
     start = time.monotonic()
     for _ in range(10):

@@ -11,6 +11,7 @@ from horovod_owt.parallel.interfaces import (
     address_of,
     addresses_of,
     interface_between,
+    interface_of_lone_rank,
     interface_towards,
     ipv4_address_of,
     listening_addresses,
@@ -48,6 +49,16 @@ def test_an_interface_has_ipv4_first_and_no_address_of_one_link_only(host):
     assert address_of("ib0") == "fd01::2"
     with pytest.raises(ConfigError, match="interface down0 has no address"):
         address_of("down0")
+
+
+def test_a_lone_rank_needs_no_name_that_resolves(host, monkeypatch):
+    table = interfaces.psutil.net_if_addrs()
+    assert interface_of_lone_rank() == "lo"
+    table["lo"] = table["lo"][1:]  # IPv6 alone
+    assert interface_of_lone_rank() == "eth0"
+    del table["eth0"]
+    with pytest.raises(ConfigError, match="no interface of this host has an IPv4 address.*lo up"):
+        interface_of_lone_rank()
 
 
 def test_horovods_own_store_needs_ipv4_and_that_is_said(host):

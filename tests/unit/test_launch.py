@@ -21,7 +21,7 @@ from horovod_owt.errors import ConfigError, OwtError
 from horovod_owt.launch import horovodrun
 from horovod_owt.launch.command import HOROVODRUN, Start, check_folder_for_ssh
 from horovod_owt.launch.elastic import DISCOVER_HOSTS, ElasticJob
-from horovod_owt.launch.horovodrun import discover_without_python, drop_unspeakable
+from horovod_owt.launch.horovodrun import discover_without_python, drop_invalid_names
 from horovod_owt.launch.hosts import read_hosts
 from horovod_owt.parallel.interfaces import interface_between, interface_towards
 from horovod_owt.topology import UNBOUND, Launcher
@@ -192,7 +192,7 @@ def test_horovodruns_ssh_is_not_given_a_folder_that_its_shell_would_misread():
 
 def test_an_elastic_job_that_could_never_start_is_refused():
     with pytest.raises(ConfigError, match="--min-ranks 4 with at most 2 ranks"):
-        ElasticJob(["D"], interface="lo", places=2, min_ranks=4)
+        ElasticJob(["D"], interface="lo", slots=2, min_ranks=4)
 
 
 def test_the_interface_is_that_of_the_route(monkeypatch):
@@ -241,7 +241,7 @@ def test_a_variable_that_a_shell_would_not_take_stays_here_and_the_others_arrive
         "a b": "2",
         **values,
     }
-    drop_unspeakable(env)
+    drop_invalid_names(env)
     assert set(env) == {"PATH", *values}
     slot = SlotInfo("n1", 0, 0, 0, 1, 1, 1)
     code = "import json, os; print(json.dumps(dict(os.environ)))"

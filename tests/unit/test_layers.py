@@ -40,6 +40,7 @@ MAY_IMPORT = {
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
 ROOT = {
     "",
+    "cgroups",
     "compression",
     "config",
     "errors",
@@ -49,6 +50,7 @@ ROOT = {
     "private",
     "recipe",
     "schedule",
+    "signals",
     "text",
     "topology",
     "versions",
@@ -62,13 +64,13 @@ LIGHT_TOO = {
     "parallel": {
         "activity",
         "admission",
+        "control_channel",
         "cores",
         "device",
         "gloo",
         "gpus",
         "interfaces",
         "lines",
-        "meeting",
         "mpi",
         "objects",
         "rendezvous",

@@ -9,7 +9,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from horovod_owt.config import TrainConfig
 from horovod_owt.errors import RunError
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import ElasticState
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.opening import Opened
 from horovod_owt.train import loop
@@ -17,12 +17,12 @@ from horovod_owt.train.loop import Run
 from horovod_owt.train.stop import StopRequest
 
 
-def run(folder, committed=None) -> Run:
+def run(folder, elastic_state=None) -> Run:
     """Of rank 1 of 2."""
     images = SimpleNamespace(train=range(40), val=range(8))
     request = SimpleNamespace(data=folder, folder=images)
     world = World(1, 2, 1, 2, "here", torch.device("cpu"), 1)
-    return Run(TrainConfig(classes=2), request, world, Opened(folder), StopRequest(), committed)
+    return Run(TrainConfig(classes=2), request, world, Opened(folder), StopRequest(), elastic_state)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_rank_lost_before_there_is_a_heartbeat_is_no_bug(tmp_path, lost_while_
 
 
 def test_in_an_elastic_job_the_others_regroup(tmp_path, lost_while_ranks_connect):
-    committed = Committed(torch.device("cpu"))
+    elastic_state = ElasticState(torch.device("cpu"))
     with pytest.raises(HorovodInternalError):
-        run(tmp_path, committed).train()
-    assert committed.regrouped["fault"] == "ranks regroup: a rank was lost: Connection closed by peer"
+        run(tmp_path, elastic_state).train()
+    assert elastic_state.regrouped["fault"] == "ranks regroup: a rank was lost: Connection closed by peer"

@@ -11,7 +11,7 @@ from horovod_owt.config import resolve
 from horovod_owt.errors import ConfigError
 from horovod_owt.monitoring import server as server_module
 from horovod_owt.monitoring.run_metrics import RunMetrics
-from horovod_owt.monitoring.server import MOST_CONNECTIONS, MetricsServer
+from horovod_owt.monitoring.server import MAX_CONNECTIONS, MetricsServer
 from horovod_owt.runs.records import Start
 from horovod_owt.train.observers import Observers
 
@@ -99,7 +99,7 @@ def test_an_address_that_cannot_be_had_is_one_line(serve, where, saw, fix):
 def test_clients_that_say_nothing_do_not_keep_others_out(serve, monkeypatch):
     server = serve()
     place = ("127.0.0.1", port_of(server))
-    held = [socket.create_connection(place) for _ in range(2 * MOST_CONNECTIONS)]
+    held = [socket.create_connection(place) for _ in range(2 * MAX_CONNECTIONS)]
     assert "owt_steps_total" in scrape(server)
     closed = 0
     for one in held:
@@ -109,7 +109,7 @@ def test_clients_that_say_nothing_do_not_keep_others_out(serve, monkeypatch):
         except TimeoutError:
             pass
         one.close()
-    assert closed >= MOST_CONNECTIONS  # the oldest were displaced
+    assert closed >= MAX_CONNECTIONS  # the oldest were displaced
 
 
 def test_a_client_that_is_slow_is_dropped(serve, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,10 @@ from horovod_owt.runs.checkpoints import (
     new_checkpoint,
     write_state,
 )
+from horovod_owt.runs.folder import read_outcome, write_outcome
 from horovod_owt.runs.opening import Opened, Resume, data_differences, open_run_folder
 from horovod_owt.runs.owner import Ownership
+from horovod_owt.runs.records import MetricsLog
 
 CFG = TrainConfig(classes=2)
 DATA = {"fingerprint": "6 + 2 images", "train_images": 6, "val_images": 2, "classes": ["cat", "dog"]}
@@ -39,7 +42,7 @@ def write(run_dir, step, **state):
     with new_checkpoint(run_dir, step) as scratch:
         for name in FILES:
             (scratch / name).write_text("")
-        write_state(scratch, {"step": step, "num_samples": 6, "data": DATA, **state})
+        write_state(scratch, {"step": step, "num_samples": 6, "data": DATA, "config": CFG.to_dict(), **state})
     return checkpoint_folder(run_dir, step)
 
 
@@ -192,9 +195,75 @@ def test_what_shapes_the_net_and_the_order_of_samples_stays(tmp_path, key, value
     with pytest.raises(ConfigError, match=f"was trained with {key}={before[key]}"):
         start(tmp_path, cfg=changed)
     assert json.loads((tmp_path / "config.json").read_text()) == before
-    (tmp_path / "config.json").write_text("{half")
-    with pytest.raises(ConfigError, match="config.json is unreadable"):
-        start(tmp_path)
+    for damaged in (b"{half", b"\0\0"):  # the checkpoint knows
+        (tmp_path / "config.json").write_bytes(damaged)
+        with pytest.raises(ConfigError, match=f"was trained with {key}={before[key]}"):
+            start(tmp_path, cfg=changed)
+        assert start(tmp_path).checkpoint
+        assert json.loads((tmp_path / "config.json").read_text()) == before
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_anew_unless_that_is_asked_for(tmp_path):
+    base, run = write(tmp_path / "base", 1), tmp_path / "run"
+
+    def ran(first_step, *checkpoints):
+        log = MetricsLog(run)
+        log.write("run", first_step=first_step)
+        for step in checkpoints:
+            log.write("step", step=step)
+            log.write("checkpoint", step=step)
+        log.write("step", step=99)
+        log.close()
+
+    start(run)
+    ran(0)
+    assert start(run).checkpoint is None  # killed before its first checkpoint
+    ran(0, 2, 4)
+    ran(4)
+    for how in ("auto", str(base)):
+        with pytest.raises(RunError, match="records of a checkpoint after step 4, but no checkpoints"):
+            start(run, how)
+    assert start(run, "never").checkpoint is None
+    ran(0)
+    assert start(run).checkpoint is None
+
+
+def test_checkpoints_behind_a_link_to_a_disk_that_is_not_mounted_are_not_taken_for_none(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    with pytest.raises(RunError, match=f"is a link to {tmp_path}/disk, which does not exist"):
+        start(tmp_path / "run")
+    (tmp_path / "disk").mkdir()
+    assert start(tmp_path / "run").checkpoint is None
+    write(tmp_path / "run", 3)
+    assert start(tmp_path / "run").checkpoint == checkpoint_folder(tmp_path / "run", 3)
+
+
+def test_to_resume_from_something_else_than_a_checkpoint_is_refused_with_what_it_is(tmp_path):
+    own = write(tmp_path / "run", 3)
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        with pytest.raises(ConfigError, match=f"has 1 checkpoint; wanted one of them; fix: --resume {own}"):
+            start(tmp_path / "new", str(path))
+    with pytest.raises(ConfigError, match=f"{Path.home()}/no-such-run does not exist"):
+        start(tmp_path / "new", "~/no-such-run")
+    with pytest.raises(ConfigError, match="step-00000009 does not exist"):
+        start(tmp_path / "new", str(own.with_name("step-00000009")))
+    with pytest.raises(ConfigError, match="model.safetensors is a file; wanted the folder of a checkpoint"):
+        start(tmp_path / "new", str(own / "model.safetensors"))
+    damage(own)
+    with pytest.raises(RunError, match=f"model.safetensors does not match.*verify {tmp_path / 'run'}"):
+        start(tmp_path / "new", str(own))
+
+
+def test_an_earlier_outcome_is_not_that_of_an_attempt_that_is_killed(tmp_path):
+    write(tmp_path, 1)
+    write_outcome(tmp_path, {"exit_code": 0, "reason": "done"})
+    with pytest.raises(ConfigError):  # refused: the run has still ended so
+        start(tmp_path, cfg=TrainConfig(classes=3))
+    assert read_outcome(tmp_path)["exit_code"] == 0
+    start(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_outcome(tmp_path)
 
 
 def test_runs_that_start_in_one_second_get_a_folder_each(tmp_path, monkeypatch):

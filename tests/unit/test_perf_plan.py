@@ -11,7 +11,7 @@ from horovod_owt.perf.machine import load_machine
 from horovod_owt.perf.memory import memory_gb
 from horovod_owt.perf.parts import Job, parts_of
 from horovod_owt.perf.plan import fastest, plan, predict_row
-from horovod_owt.perf.published import held_against
+from horovod_owt.perf.published import compare_published
 from horovod_owt.perf.traffic import bytes_sent_per_step
 from horovod_owt.perf.waiting import slowest_of
 
@@ -199,7 +199,7 @@ def test_memory_of_a_rank_by_hand():
 
 @pytest.mark.parametrize("name", ["gce-k80-8", "p2.8xlarge", "dgx-1-p100"])
 def test_published_figures_of_2_4_and_8_gpus_follow_from_that_of_one(name):
-    rows = [row for row in held_against(load_machine(name))["rows"] if row["images"] == "synthetic"]
+    rows = [row for row in compare_published(load_machine(name))["rows"] if row["images"] == "synthetic"]
     assert [row["gpus"] for row in rows] == [1, 2, 4, 8]
     for row in rows:
         within = 0.01 if row["gpus"] == 1 else 0.10

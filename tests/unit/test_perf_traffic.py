@@ -1,4 +1,4 @@
-"""The bytes of a step, against known values, against the model itself, against what is dealt out."""
+"""The bytes of a step, against known values, against the model itself, against the units' distribution."""
 
 import pytest
 
@@ -109,7 +109,7 @@ def test_groups_sum_their_parts_and_every_micro_batch_is_exchanged():
     assert local["loss"] == 2 * 2 * 2 * 6  # four turns of two numbers
 
 
-def test_units_that_do_not_divide_are_dealt_out():
+def test_units_that_do_not_divide_are_distributed():
     first, last = (sent(3, index=i, parallel="hybrid", fc_group_size=3) for i in (0, 2))
     assert first["fc7 units"] == (4096 - 1366) * 96 * 4 and last["fc7 units"] == (4096 - 1365) * 96 * 4
     assert first["fc7 units back"] == 2 * 1366 * 96 * 4

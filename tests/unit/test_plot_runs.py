@@ -86,7 +86,7 @@ def test_time_is_in_hours(runs, tmp_path, figures):
 
 
 def test_many_steps_are_a_line_in_a_band(runs, tmp_path, figures, monkeypatch):
-    monkeypatch.setattr(plots, "MOST_POINTS", 20)
+    monkeypatch.setattr(plots, "MAX_POINTS", 20)
     plot(runs[0], "--out", tmp_path / "x.svg", "--what", "loss")
     assert len(drawn(figures[0], 0)["first"][0]) < 30 and len(figures[0].axes[0].collections) == 1
 

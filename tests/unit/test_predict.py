@@ -22,7 +22,7 @@ from horovod_owt.data.paths import named_images
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.errors import ConfigError, RunError
 from horovod_owt.inference.names import class_words
-from horovod_owt.inference.weights import NetInfo, metadata, read_net
+from horovod_owt.inference.weights import ModelInfo, metadata, read_trained_model
 from horovod_owt.model import alexnet_owt, build_model
 
 pytestmark = pytest.mark.timeout(60)
@@ -36,7 +36,7 @@ def weights(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(alexnet_owt, "HIDDEN", 7)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     file = tmp_path / "net.safetensors"
-    info = NetInfo(file, "alexnet-owt", 3, class_names=CLASSES, image_size=64)
+    info = ModelInfo(file, "alexnet-owt", 3, class_names=CLASSES, image_size=64)
     save_file(build_model("alexnet-owt", 3, seed=1).state_dict(), file, metadata=metadata(info))
     return file
 
@@ -66,7 +66,7 @@ def test_probabilities_are_those_of_a_plain_loop(weights, photos):
     """Of 40 images, more than a batch."""
     found = json.loads(run(weights, photos, "--json", "--top", 9).stdout)
     assert found["bad"] == [] and len(found["images"]) == 40
-    model = read_net(weights).build(torch.device("cpu"))
+    model = read_trained_model(weights).build(torch.device("cpu"))
     usual = Compose([Resize(73), CenterCrop(64), ToTensor(), Normalize(MEAN, STD)])
     for row in found["images"]:
         image = usual(Image.open(row["path"]).convert("RGB"))
@@ -103,6 +103,11 @@ def test_images_that_do_not_decode_are_named_and_others_classified(weights, phot
     assert {row["path"] for row in found["bad"]} == {str(word) for word in words if word != good}
     assert all(row["fault"] for row in found["bad"])
     assert done.exception.exit_code == 1 and "6 of 7 not classified" in str(done.exception)
+
+
+def test_nothing_is_classified_for_a_reader_that_has_left(weights, photos, monkeypatch):
+    monkeypatch.setitem(predict.callback.__globals__, "stdout_is_read", lambda: False)
+    assert run(weights, photos, "--top", 1).stdout.count(".JPEG") == 1
 
 
 def test_a_name_on_stdin_may_be_in_any_encoding(weights, photos, tmp_path):
@@ -151,7 +156,7 @@ def test_no_image_at_all_is_bad_usage(weights):
 
 
 def test_a_run_without_names_has_numbers(weights, photos, monkeypatch):
-    torch.save(dict(read_net(weights).weights), weights.with_suffix(".pth"))
+    torch.save(dict(read_trained_model(weights).weights), weights.with_suffix(".pth"))
     found = json.loads(run(weights.with_suffix(".pth"), next(photos.glob("*/*")), "--json").stdout)
     assert {best["class"] for best in found["images"][0]["top"]} == {"0", "1", "2"}
 

@@ -17,7 +17,7 @@ from horovod_owt.parallel.admission import Listener
 from horovod_owt.parallel.gpus import Gpu, GpuHealth
 from horovod_owt.preflight import dataset, device, host, network, wire
 from horovod_owt.preflight.findings import Answer, agreement, spans, who
-from horovod_owt.preflight.inquiry import within
+from horovod_owt.preflight.probes import within
 from horovod_owt.preflight.wire import Pair
 from horovod_owt.topology import read_topology
 
@@ -158,7 +158,7 @@ def test_a_slow_receiver_is_measured_as_slow():
 def test_a_ring_moves_bytes_through_every_rank():
     with ThreadPoolExecutor(3) as ranks:
         listeners = [Listener(["127.0.0.1"], "key") for _ in range(3)]
-        places = [listener.places[0] for listener in listeners]
+        places = [listener.endpoints[0] for listener in listeners]
         rates = list(ranks.map(wire.ring_rate, listeners, [*places[1:], places[0]]))
         for listener in listeners:
             listener.close()
@@ -206,6 +206,7 @@ LIMITS = {
     "infiniband": False,
     "shm_bytes": 4e9,
     "cores": [0, 1],
+    "cpu_quota": None,
     "local_size": 2,
 }
 
@@ -221,6 +222,8 @@ LIMITS = {
         ({"shm_bytes": 400e6}, ["/dev/shm"]),  # for two ranks
         ({"shm_bytes": None}, []),  # no limit
         ({"cores": [0]}, ["cores"]),
+        ({"cpu_quota": 1.5}, ["cores"]),
+        ({"cpu_quota": 2.0}, []),
     ],
 )
 def test_limits_that_are_too_low_are_found_on_their_host(change, bad):
@@ -266,8 +269,8 @@ def test_names_that_do_not_resolve_or_resolve_elsewhere_are_reported_with_the_ho
     troubles = host.names(table, "n1")
     assert troubles == {
         "n3": "does not resolve: Name or service not known",
-        "n4": "resolves to 10.0.0.9, which is none of its addresses",
-        "n5": "resolves to 127.0.1.1, which is the host that asks",
+        "n4": "resolves to 10.0.0.9, which is not its address",
+        "n5": "resolves to the loopback address 127.0.1.1",
     }
     assert set(host.names({"n4": table["n4"], "n5": table["n5"]}, "n4")) == {"n4", "n5"}
     assert set(host.names({"n4": table["n4"], "n5": table["n5"]}, "n5")) == {"n4"}

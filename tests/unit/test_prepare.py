@@ -13,7 +13,7 @@ from horovod_owt.parallel.device import Device
 from horovod_owt.parallel.gpus import Gpu
 from horovod_owt.topology import Launcher, Topology
 from horovod_owt.train import prepare
-from horovod_owt.train.prepare import choose_device, prepare_alone
+from horovod_owt.train.prepare import choose_device, prepare_request
 
 
 @pytest.fixture
@@ -30,18 +30,18 @@ def images(tmp_path):
 
 
 def test_data_parallel_needs_no_whole_groups(on_a_host_of_two_in_a_job_of_three, images):
-    cfg = prepare_alone(images, None, ("parallel=data",)).cfg
+    cfg = prepare_request(images, None, ("parallel=data",)).cfg
     assert cfg.ranks_per_classifier() == 1 and cfg.fc_group_size == 1
     assert cfg.classes == 2
 
 
 def test_hybrid_is_refused_where_hosts_make_no_whole_groups(on_a_host_of_two_in_a_job_of_three, images):
     with pytest.raises(ConfigError, match=r"fc_group_size=node \(2 ranks on gpu01\) in a job of 3 ranks"):
-        prepare_alone(images, None, ("parallel=hybrid",))
+        prepare_request(images, None, ("parallel=hybrid",))
 
 
 def test_hybrid_knows_its_group_before_ranks_meet(on_a_host_of_two_in_a_job_of_three, images):
-    cfg = prepare_alone(images, None, ("parallel=hybrid", "fc_group_size=all")).cfg
+    cfg = prepare_request(images, None, ("parallel=hybrid", "fc_group_size=all")).cfg
     assert cfg.fc_group_size == 3
 
 

@@ -37,7 +37,7 @@ def test_each_step_reports_the_times_of_the_one_before(replica):
 def test_a_rank_fills_its_own_place_so_that_a_sum_gathers_all(replica, monkeypatch, rank):
     monkeypatch.setattr(replica, "world", World(rank, 3, rank, 3, "here", torch.device("cpu"), 1))
     replica._spent[:] = 1, 2, 3
-    facts = replica._own_facts(stop=True, bad=4, unnamed=1, save=True)
+    facts = replica._own_totals(stop=True, bad=4, unannounced=1, save=True)
     assert facts[:NUM_SUMS].tolist() == [0, 1, 4, 1, 1] and len(facts) == NUM_SUMS + 9
     rows = facts[NUM_SUMS:].reshape(3, 3)
     assert rows[rank].tolist() == [1, 2, 3] and rows.sum() == 6

@@ -39,7 +39,7 @@ def eventful(tmp_path_factory):
 
 
 def html_of(summaries, points=POINTS):
-    return page(summaries, most_points=points, folder=Path())
+    return page(summaries, max_points=points, folder=Path())
 
 
 def records_of(folder):
@@ -47,7 +47,7 @@ def records_of(folder):
 
 
 def summary(folder, points=POINTS):
-    return summarize(folder, most_points=points)
+    return summarize(folder, max_points=points)
 
 
 def report(*words):
@@ -141,7 +141,7 @@ def test_with_few_steps_each_point_is_a_record(eventful):
 def test_many_steps_become_few_points_that_keep_the_extremes(eventful):
     history = read_history(eventful)
     history.steps["loss"][123] = 99.0
-    found = curves(history, most_points=20)
+    found = curves(history, max_points=20)
     assert found["steps_per_point"] == 16
     points = [len(segment["step"]) for segment in found["segments"]]
     assert sum(points) <= 20 + len(points)
@@ -256,7 +256,7 @@ def test_nothing_from_a_run_folder_becomes_html(tmp_path):
     run.write("run", versions={HOSTILE: HOSTILE}, config={HOSTILE: HOSTILE}, hosts=[HOSTILE], data=HOSTILE)
     run.write("step", step=1, bytes_sent={HOSTILE: 1})
     run.outcome(1, HOSTILE)
-    text = html_of(summarize_all([run.folder, run.folder], most_points=POINTS))
+    text = html_of(summarize_all([run.folder, run.folder], max_points=POINTS))
     assert len(re.findall("<script", text)) == 2 and len(re.findall("</script>", text)) == 2  # ours
     assert "<img" not in text and "alert(1)&lt;/script&gt;" in text
     document = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
@@ -392,7 +392,7 @@ def test_without_the_images_the_pairs_are_named(tmp_path, images):
     found = summary(tmp_path)["evaluation"]
     assert found["confused"][0]["images"] == 20
     assert found["no_thumbnails"] == f"No pictures: {tmp_path / 'gone'} does not exist"
-    assert "taken for" in html_of([summary(tmp_path)])
+    assert "classified as" in html_of([summary(tmp_path)])
     unknown = [{"class": "<b>", "taken_for": CLASSES[0], "images": 1}]
     (tmp_path / "evaluation.json").write_text(evaluation(images, confused=unknown))
     assert summary(tmp_path)["evaluation"]["confused"][0]["thumbnails"][0] is None
@@ -414,7 +414,7 @@ def test_a_foreign_evaluation_is_a_note_or_where_asked_for_an_error(tmp_path, co
 
 def test_runs_of_the_same_name_are_told_apart(eventful, tmp_path):
     WrittenRun(tmp_path / "eventful").start(["a"])
-    names = [run["name"] for run in summarize_all([eventful, tmp_path / "eventful"], most_points=POINTS)]
+    names = [run["name"] for run in summarize_all([eventful, tmp_path / "eventful"], max_points=POINTS)]
     assert names == [str(eventful), str(tmp_path / "eventful")]
 
 
@@ -422,6 +422,6 @@ def test_several_runs_show_the_settings_that_differ(eventful, tmp_path):
     run = WrittenRun(tmp_path / "other", lr=0.5)
     run.start(["a"])
     run.steps(3)
-    text = html_of(summarize_all([eventful, run.folder], most_points=POINTS))
+    text = html_of(summarize_all([eventful, run.folder], max_points=POINTS))
     differing = text[text.index("Settings that differ") : text.index('id="training"')]
     assert re.findall(r"<code>(\w+)</code>", differing) == ["ranks", "lr"]

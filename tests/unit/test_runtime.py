@@ -1,8 +1,12 @@
 """The variables that Horovod and NCCL are started with."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 from horovod.common.exceptions import HorovodInternalError
 
+from horovod_owt.errors import ConfigError, Speaker
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.device import Device
 from horovod_owt.parallel.gpus import Gpu
@@ -60,3 +64,22 @@ def test_a_rank_that_is_done_leaves_although_another_one_died(monkeypatch):
     monkeypatch.setattr(runtime.hvd, "shutdown", lambda: left.append(True))
     runtime.shutdown()
     assert left
+
+
+@pytest.mark.parametrize(
+    ("launcher", "elastic", "message"),
+    [
+        (Launcher.GLOO, "", "HOROVOD_RANK=3 HOROVOD_SIZE=4, but Horovod sees 1; .*unset HOROVOD_RANK"),
+        (Launcher.MPIRUN, "", "mpirun started 4 ranks, Horovod's MPI sees 1"),
+        (Launcher.GLOO, "1", ""),
+        (Launcher.NONE, "", ""),
+    ],
+)
+def test_ranks_that_horovod_does_not_see_are_refused(monkeypatch, launcher, elastic, message):
+    monkeypatch.setattr(runtime.hvd, "size", lambda: 1)
+    monkeypatch.setenv("HOROVOD_ELASTIC", elastic)
+    seen = replace(RANK_3, launcher=launcher)
+    with pytest.raises(ConfigError, match=message) if message else nullcontext() as caught:
+        runtime._check_size(seen)
+    if launcher is Launcher.GLOO and message:
+        assert caught.value.speaker is Speaker.ONE_RANK  # alone, whatever number it is told

@@ -44,7 +44,7 @@ def test_the_expectation_is_above_what_was_measured_for_one_rank():
 
 
 @pytest.mark.parametrize(
-    ("places", "env", "step", "why"),
+    ("placements", "env", "step", "why"),
     [
         (SHARED, {}, report(9), ["4 ranks on n1 have 2 cores"]),
         (SHARED, SPINS, report(9), ["4 ranks on n1 have 2 cores", "unset OMPI_MCA_mpi_yield_when_idle=0"]),
@@ -68,17 +68,17 @@ def test_the_expectation_is_above_what_was_measured_for_one_rank():
         ((), SPINS, report(9, comm=0.2), []),
     ],
 )
-def test_the_cause_is_named(places, env, step, why):
-    found = reasons(step, places, env, uses_mpi=True)
+def test_the_cause_is_named(placements, env, step, why):
+    found = reasons(step, placements, env, uses_mpi=True)
     assert len(found) == len(why) and all(part in line for part, line in zip(why, found, strict=True))
 
 
-def watched(monkeypatch, caplog, places, *seconds: float) -> list[str]:
+def watched(monkeypatch, caplog, placements, *seconds: float) -> list[str]:
     """What is logged where steps take `seconds`, with a rate of 60 GFLOP/s."""
     monkeypatch.setattr(slow_steps, "_flops_per_s", lambda: 60e9)
     monkeypatch.setattr(slow_steps.runtime, "uses_mpi", lambda: False)
     caplog.set_level(logging.INFO, logger="horovod_owt")
-    watch = SlowSteps(CFG, WORLD, places)
+    watch = SlowSteps(CFG, WORLD, placements)
     for step_s in seconds:
         watch.step(report(step_s))
     return [record.getMessage() for record in caplog.records]
@@ -122,5 +122,5 @@ def test_the_rate_of_this_machine_is_measured_in_no_time():
 
 
 def test_a_rank_tells_its_host_cores_and_threads():
-    host, cores, threads = slow_steps.place(WORLD)
+    host, cores, threads = slow_steps.placement(WORLD)
     assert (host, threads) == ("n1", 1) and set(cores) == os.sched_getaffinity(0)

@@ -20,6 +20,7 @@ from horovod_owt.slurm import batch, client, nodes
 from horovod_owt.slurm.allocation import Allocation, node_list, read_allocation
 from horovod_owt.slurm.batch import owt_args
 from horovod_owt.slurm.client import start_ranks
+from horovod_owt.slurm.container import Container
 from horovod_owt.slurm.gloo_rank import horovod_environment
 from horovod_owt.slurm.launchers import choose_launcher, ranks_argv
 from horovod_owt.slurm.script import quote_directive, render
@@ -48,14 +49,14 @@ def rendered(*args: str) -> str:
     return done.stdout
 
 
-def words_that_arrive(script: str, folder: Path, *submitted: str) -> list[str]:
+def words_that_arrive(script: str, folder: Path, *submitted: str, **environment: str) -> list[str]:
     """The argv of the batch process: the script runs under bash, with an `owt` that notes its words."""
     (folder / "bin").mkdir(exist_ok=True)
     stub, seen = folder / "bin" / "owt", folder / "seen"
     stub.write_text(f'#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done > {shlex.quote(str(seen))}\n')
     stub.chmod(0o755)
     (folder / "job.sbatch").write_text(script)
-    env = {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    env = {"PATH": f"{stub.parent}:{os.environ['PATH']}", **environment}
     subprocess.run(["bash", "job.sbatch", *submitted], cwd=folder, env=env, check=True, timeout=20)
     assert not (folder / "broken").exists()
     return seen.read_text().split("\0")[:-1]
@@ -106,6 +107,15 @@ def test_modules_and_environments_are_quoted_too(tmp_path):
     assert (tmp_path / "activated").exists()
 
 
+def test_a_batch_shell_without_the_function_of_environment_modules_gets_it(tmp_path):
+    """Functions are not exported by a login shell other than bash, nor with --export=NONE."""
+    (tmp_path / "init").mkdir()
+    (tmp_path / "init" / "bash").write_text('module() { echo "$@" > modules; }\n')
+    script = render(JobSpec(modules=("gcc/12",), owt_args=("D",)))
+    words_that_arrive(script, tmp_path, MODULESHOME=str(tmp_path))
+    assert (tmp_path / "modules").read_text() == "load gcc/12\n"
+
+
 @pytest.mark.parametrize(
     "name", ["a b", 'say "x"', "back\\slash", "it's", "$(x)", "`x`", "#x", "\u00e9t\u00e9"]
 )
@@ -139,6 +149,7 @@ def test_options_of_sbatch_keep_their_names():
         (["--gpus-per-task", "1"], "--ntasks-per-node"),
         (["--container-image", "a", "--apptainer", "b"], "one of them"),
         (["--container-image", "a", "--launcher", "mpirun"], "srun"),
+        (["--container-mounts", "/a:/a"], "--container-image or --apptainer"),
         (["--sbatch", "rm -r x"], "option"),
         (["--min-ranks", "2"], "--kind elastic"),
         (["--kind", "elastic", "--apptainer", "a"], "ssh"),
@@ -230,6 +241,25 @@ def test_submit_hands_the_rendered_script_to_sbatch_and_prints_the_number(fake_s
     done = CliRunner().invoke(cli, args, catch_exceptions=False)
     assert done.stdout == "4242\n"
     assert fake_sbatch.read_text() == dry.stdout
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Welcome to the Supercomputer\n--> Verifying 2 limits...OK\n4242",
+        "No reservation for this job\nSubmitted batch job 4242",
+        "Submitted batch job 4242 on cluster slaking",
+    ],
+)
+def test_the_job_id_is_found_among_what_the_sbatch_of_a_site_prints(fake_sbatch, said):
+    (fake_sbatch.parent / "bin" / "sbatch").write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+    assert client.submit("#!/bin/sh\n") == "4242"
+
+
+def test_an_sbatch_that_prints_no_job_id_is_quoted(fake_sbatch):
+    (fake_sbatch.parent / "bin" / "sbatch").write_text("#!/bin/sh\necho queued, see mail\n")
+    with pytest.raises(RunError, match="sbatch printed no job id: 'queued, see mail'; fix: .*squeue"):
+        client.submit("#!/bin/sh\n")
 
 
 @pytest.mark.parametrize(("gpus", "warned"), [("4", True), ("2", False), ("", False)])
@@ -332,16 +362,39 @@ def test_mpi_types_are_read_wherever_srun_prints_them(tmp_path, monkeypatch, sai
     assert choose_launcher("auto", srun_mpi=types, mpirun="/bin/mpirun", horovod_mpi=True)[0] == chosen
 
 
-def test_containers_wrap_what_ranks_run():
+@pytest.fixture
+def only_singularity(tmp_path, monkeypatch):
+    (tmp_path / "singularity").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_containers_wrap_what_ranks_run(only_singularity, tmp_path, monkeypatch):
+    """SingularityCE's program has its old name; Pyxis starts in the image's folder, and shows no other."""
+    monkeypatch.chdir(tmp_path)
     owt = ["owt", "train", "/my data"]
-    argv = ranks_argv(Launcher.GLOO, ALLOCATION, owt, apptainer="image.sif")
+    argv = ranks_argv(Launcher.GLOO, ALLOCATION, owt, Container(apptainer="image.sif", mounts="/a:/b"))
     assert argv[0] == "srun" and "--mpi=none" in argv
     assert "--distribution=block" in argv  # SLURM_DISTRIBUTION may say cyclic
     shim = ["owt", "job", "rank"]
-    assert argv[argv.index("apptainer") :] == ["apptainer", "exec", "--nv", "image.sif", *shim, *owt]
-    argv = ranks_argv(Launcher.PMIX, ALLOCATION, owt, container_image="docker://x")
-    assert argv[-4:] == ["--container-image=docker://x", *owt]
+    words = ["singularity", "exec", "--nv", "--bind", "/a:/b", "image.sif", *shim, *owt]
+    assert argv[argv.index("singularity") :] == words
+    argv = ranks_argv(Launcher.PMIX, ALLOCATION, owt, Container(pyxis="docker://x", mounts="/a:/b"))
+    options = ["image=docker://x", f"mounts={tmp_path}:{tmp_path},/a:/b", f"workdir={tmp_path}"]
+    assert argv[-6:] == [*(f"--container-{option}" for option in options), *owt]
     assert ranks_argv(Launcher.MPIRUN, ALLOCATION, ["/x/owt"])[-1] == "/x/owt"
+
+
+def test_a_site_without_apptainer_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="neither apptainer nor singularity .*--module"):
+        ranks_argv(Launcher.GLOO, ALLOCATION, ["owt"], Container(apptainer="image.sif"))
+
+
+def test_packages_in_a_home_that_a_container_shows_are_not_used_unless_asked_for():
+    """Apptainer mounts the home: ~/.local may have another torch than the image."""
+    assert Container(apptainer="x").environment({}) == {"PYTHONNOUSERSITE": "1"}
+    assert Container(apptainer="x").environment({"PYTHONNOUSERSITE": ""}) == {}
+    assert Container().environment({}) == {}
 
 
 def test_mpiruns_daemons_get_all_cores_and_gpus_of_their_node(tmp_path, monkeypatch):

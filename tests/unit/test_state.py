@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from horovod_owt.config import TrainConfig, from_mapping
 from horovod_owt.errors import ConfigError
 from horovod_owt.model import alexnet_owt
-from horovod_owt.parallel.elastic import Committed
+from horovod_owt.parallel.elastic import ElasticState
 from horovod_owt.parallel.exchange import Slice
 from horovod_owt.parallel.runtime import World
 from horovod_owt.runs.checkpoints import checkpoint_folder, find_fault, list_checkpoints, step_of
@@ -23,10 +23,10 @@ from horovod_owt.train.replica import AVERAGE, MOMENTUM, Replica
 from horovod_owt.train.state import (
     Due,
     Position,
+    allocate_snapshot,
     commit,
     restore,
     restore_commit,
-    room_for_copies,
     snapshot,
 )
 
@@ -49,7 +49,7 @@ def replica(seed: int, **values) -> Replica:
     """One with weights, running statistics and momentum of its own."""
     made = Replica(replace(CONFIG, seed=seed, **values), ROOT)
     draw = torch.Generator().manual_seed(seed)
-    for _, tensor, _ in made.parts():
+    for _, tensor, _ in made.state_tensors():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand(tensor.shape, generator=draw))
         else:
@@ -58,18 +58,18 @@ def replica(seed: int, **values) -> Replica:
 
 
 def tensors(made: Replica) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor, _ in made.parts()}
+    return {name: tensor.clone() for name, tensor, _ in made.state_tensors()}
 
 
-def without_hosts() -> Committed:
+def without_hosts() -> ElasticState:
     """A commit in a world whose hosts do not change."""
-    committed = Committed(torch.device("cpu"))
-    committed.check_host_updates = lambda: None
-    return committed
+    elastic_state = ElasticState(torch.device("cpu"))
+    elastic_state.check_host_updates = lambda: None
+    return elastic_state
 
 
 def saved(made: Replica, position: Position, *, validation_due: bool = False):
-    return snapshot(made, position, room_for_copies(made), validation_due=validation_due)
+    return snapshot(made, position, allocate_snapshot(made), validation_due=validation_due)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_later_steps_leave_a_snapshot_alone():
     made = replica(1)
     before = tensors(made)
     kept = saved(made, Position(IMAGES, 3, 24))
-    for _, tensor, _ in made.parts():
+    for _, tensor, _ in made.state_tensors():
         tensor.zero_()
     assert kept.model.keys() == made.strategy.model.state_dict().keys()
     parameters = dict(made.strategy.model.named_parameters())
@@ -117,7 +117,7 @@ def test_a_snapshot_says_where_the_run_was_and_what_it_was():
 def test_ranks_other_than_0_make_no_room_and_keep_nothing():
     made = replica(1)
     made.world = replace(ROOT, rank=1, size=2)
-    assert room_for_copies(made) == {}
+    assert allocate_snapshot(made) == {}
     assert snapshot(made, Position(IMAGES), {}, validation_due=False) is None
 
 
@@ -147,33 +147,33 @@ def test_a_validation_is_due_until_the_run_has_a_score_of_that_step(run_dir, val
     assert restore(replica(1), Position(IMAGES), run_dir, newest) == Due(validation=due)
     assert restore(replica(1), Position(IMAGES), run_dir, older) == Due()
     for step, still in ((8, due), (4, not validated)):
-        made, committed = replica(1), without_hosts()
-        commit(made, Position(IMAGES, step, 40), committed, Opened(run_dir), validation_due=True)
-        assert restore_commit(made, Position(IMAGES), committed) == Due(validation=still)
+        made, elastic_state = replica(1), without_hosts()
+        commit(made, Position(IMAGES, step, 40), elastic_state, Opened(run_dir), validation_due=True)
+        assert restore_commit(made, Position(IMAGES), elastic_state) == Due(validation=still)
 
 
 def test_a_checkpoint_of_a_commit_is_due_until_it_is_on_disk(run_dir):
     """Its world may have lost rank 0 while it wrote."""
-    made, committed = replica(1), without_hosts()
-    commit(made, Position(IMAGES, 8, 40), committed, Opened(run_dir), checkpoint_due=True)
-    assert restore_commit(made, Position(IMAGES), committed) == Due()
+    made, elastic_state = replica(1), without_hosts()
+    commit(made, Position(IMAGES, 8, 40), elastic_state, Opened(run_dir), checkpoint_due=True)
+    assert restore_commit(made, Position(IMAGES), elastic_state) == Due()
     shutil.rmtree(checkpoint_folder(run_dir, 8))
-    assert restore_commit(made, Position(IMAGES), committed) == Due(checkpoint=True)
-    commit(made, Position(IMAGES, 8, 40), committed, Opened(run_dir))
-    assert restore_commit(made, Position(IMAGES), committed) == Due()
+    assert restore_commit(made, Position(IMAGES), elastic_state) == Due(checkpoint=True)
+    commit(made, Position(IMAGES, 8, 40), elastic_state, Opened(run_dir))
+    assert restore_commit(made, Position(IMAGES), elastic_state) == Due()
 
 
 def test_no_checkpoint_is_ahead_of_the_commit_that_ranks_go_back_to(run_dir):
-    made, committed = replica(1), without_hosts()
-    commit(made, Position(IMAGES, 6, 30), committed, Opened(run_dir))
-    restore_commit(made, Position(IMAGES), committed)
+    made, elastic_state = replica(1), without_hosts()
+    commit(made, Position(IMAGES, 6, 30), elastic_state, Opened(run_dir))
+    restore_commit(made, Position(IMAGES), elastic_state)
     assert [step_of(folder) for folder in list_checkpoints(run_dir)] == [4]
 
 
 def test_a_resumed_elastic_run_keeps_the_global_batch_of_its_checkpoint(run_dir):
-    committed = without_hosts()
-    commit(replica(1), Position(IMAGES, 4, 20), committed, Opened(run_dir, kept_global_batch=60))
-    assert committed.last.first_global_batch == 60
+    elastic_state = without_hosts()
+    commit(replica(1), Position(IMAGES, 4, 20), elastic_state, Opened(run_dir, kept_global_batch=60))
+    assert elastic_state.last.first_global_batch == 60
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_a_rank_that_shares_its_fc_layers_takes_its_part_of_what_was_saved(run_d
     made, name = replica(1), "classifier.1.weight"
     part = Slice(0, range(6, 10))
     own = torch.zeros(4, made.whole_shapes()[name][1])
-    rest = [each for each in made.parts() if each[0] != name]
-    monkeypatch.setattr(made, "parts", lambda: [*rest, (name, own, part)])
+    rest = [each for each in made.state_tensors() if each[0] != name]
+    monkeypatch.setattr(made, "state_tensors", lambda: [*rest, (name, own, part)])
     restore(made, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 8))
     assert torch.equal(own, tensors(replica(8))[name][6:10])
 
@@ -247,26 +247,29 @@ def test_a_run_without_an_average_resumes_from_a_checkpoint_with_one(alone, tmp_
 
 
 def test_a_commit_has_the_average():
-    committed, made = without_hosts(), replica(2, ema=0.9)
+    elastic_state, made = without_hosts(), replica(2, ema=0.9)
     wanted = tensors(made)
-    commit(made, Position(IMAGES, 7, 56), committed, Opened(Path("runs/a"), None))
-    for _, tensor, _ in made.parts():
+    commit(made, Position(IMAGES, 7, 56), elastic_state, Opened(Path("runs/a"), None))
+    for _, tensor, _ in made.state_tensors():
         tensor.zero_()
-    restore_commit(made, Position(IMAGES), committed)
+    restore_commit(made, Position(IMAGES), elastic_state)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(made).items())
 
 
 def test_a_commit_brings_weights_and_place_back():
-    committed, made = without_hosts(), replica(2)
+    elastic_state, made = without_hosts(), replica(2)
     wanted = tensors(made)
-    commit(made, Position(IMAGES, 7, 56), committed, Opened(Path("runs/a"), None, "runs/base", attempt=3))
-    assert (committed.last.step, committed.last.consumed) == (7, 56)
-    assert (committed.last.run_dir, committed.last.first_global_batch) == (Path("runs/a"), CONFIG.batch)
-    assert (committed.last.began_from, committed.last.attempt) == ("runs/base", 3)
-    for _, tensor, _ in made.parts():
+    commit(made, Position(IMAGES, 7, 56), elastic_state, Opened(Path("runs/a"), None, "runs/base", attempt=3))
+    assert (elastic_state.last.step, elastic_state.last.consumed) == (7, 56)
+    assert (elastic_state.last.run_dir, elastic_state.last.first_global_batch) == (
+        Path("runs/a"),
+        CONFIG.batch,
+    )
+    assert (elastic_state.last.began_from, elastic_state.last.attempt) == ("runs/base", 3)
+    for _, tensor, _ in made.state_tensors():
         tensor.zero_()
     newcomer, position = replica(3), Position(IMAGES)
-    assert restore_commit(newcomer, position, committed) == Due()
+    assert restore_commit(newcomer, position, elastic_state) == Due()
     assert (position.step, position.consumed) == (7, 56)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(newcomer).items())
 
@@ -290,11 +293,11 @@ def test_errors_of_compressed_gradients_are_saved_and_restored(tmp_path):
     errors = {name: zero + number for number, (name, zero) in enumerate(zeros.items(), 1)}
     made.strategy.compression.restore(errors)
     write_checkpoint(tmp_path, saved(made, Position(IMAGES, 4, 20)))
-    committed = without_hosts()
-    commit(made, Position(IMAGES, 4, 20), committed, Opened(tmp_path))
+    elastic_state = without_hosts()
+    commit(made, Position(IMAGES, 4, 20), elastic_state, Opened(tmp_path))
     from_disk, from_memory = (replica(2, compression="powersgd:1") for _ in range(2))
     restore(from_disk, Position(IMAGES), tmp_path, checkpoint_folder(tmp_path, 4))
-    restore_commit(from_memory, Position(IMAGES), committed)
+    restore_commit(from_memory, Position(IMAGES), elastic_state)
     for after in (from_disk, from_memory):
         found = after.strategy.compression.gather()
         assert found.keys() <= errors.keys() and found
@@ -309,3 +312,17 @@ def test_a_run_without_compression_says_that_it_drops_the_errors(tmp_path, run_d
     begun = replica(2, compression="onebit")
     restore(begun, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 4))
     assert not any(error.any() for error in begun.strategy.compression.gather().values())
+
+
+def test_a_resumed_run_names_the_settings_that_it_changes(run_dir, caplog):
+    def warnings(**values):
+        caplog.clear()
+        made = Replica(replace(CONFIG, seed=4, **values), ROOT)
+        restore(made, Position(IMAGES), run_dir, checkpoint_folder(run_dir, 4))
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings(log_every=3, batch=64, accum_steps=2, keep_checkpoints=9) == []  # the global batch is 128
+    assert warnings(lr=0.5, schedule="constant", batch=32) == [
+        "other settings than the checkpoint's: lr=0.5 (was 0.01), schedule=constant (was step:30:0.1), "
+        "global batch 32 (was 128)"
+    ]

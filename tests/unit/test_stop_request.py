@@ -10,7 +10,7 @@ import pytest
 from horovod_owt.train.stop import STOP_SIGNALS, StopRequest
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_each_is_remembered_and_its_handler_given_back(number):
     number = getattr(signal, number)
     before = {each: signal.getsignal(each) for each in STOP_SIGNALS}
@@ -33,3 +33,21 @@ with StopRequest():
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGINT and done.stdout == "lives\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_the_process_was_started_to_ignore_stays_ignored(number):
+    """HUP under nohup; INT where a script has `owt train ... &`, and Ctrl-C is for another command."""
+    before = {each: signal.getsignal(each) for each in STOP_SIGNALS}
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert not stop.asked
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
+            assert stop.by == "SIGTERM"
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -19,15 +19,15 @@ from horovod.runner.elastic.rendezvous import create_rendezvous_handler
 from horovod.runner.http.http_client import put_data_into_kvstore, read_data_from_kvstore
 
 from horovod_owt.parallel import gloo
-from horovod_owt.parallel.gloo import Node, store_environment, store_host
-from horovod_owt.parallel.store import MOST_UNPROVEN, Store, start_store
+from horovod_owt.parallel.gloo import Node, rendezvous_environment, rendezvous_host
+from horovod_owt.parallel.store import MAX_PENDING, Store, start_rendezvous
 from horovod_owt.runs.owner import elastic_driver
 
 
 @pytest.fixture
 def store():
     """(address, port) as ranks get them."""
-    address, port, stop = start_store([Node("here", 2)], "127.0.0.1")
+    address, port, stop = start_rendezvous([Node("here", 2)], "127.0.0.1")
     yield address, port
     stop()
 
@@ -97,7 +97,7 @@ def test_without_the_secret_nothing_is_read_written_or_deleted(store, method):
 
 
 def test_a_stopped_store_no_longer_listens():
-    _, port, stop = start_store([Node("here", 1)], "127.0.0.1")
+    _, port, stop = start_rendezvous([Node("here", 1)], "127.0.0.1")
     stop()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
@@ -134,7 +134,7 @@ def test_a_flood_garbage_and_floods_of_bytes_leave_it_serving_and_small(store):
     draw, process = random.Random(7), psutil.Process()
     put_data_into_kvstore(*store, "extra", "1", "mine")
     before = process.memory_info().rss
-    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * MOST_UNPROVEN)]
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * MAX_PENDING)]
     assert read_data_from_kvstore(*store, "extra", "1") == "mine"
     for _ in range(100):
         raw(port, draw.randbytes(draw.randrange(1, 3000)))
@@ -154,8 +154,8 @@ def test_a_value_of_a_rank_is_bounded_too(store):
 
 
 def test_the_secret_is_neither_in_what_a_run_folder_shows_nor_taken_for_a_host():
-    env = store_environment("10.0.0.1:4711/0123secret", 4711)
-    assert store_host(env) == "10.0.0.1" and store_host({**env, gloo.ADDRESS: "n1"}) == "n1"
+    env = rendezvous_environment("10.0.0.1:4711/0123secret", 4711)
+    assert rendezvous_host(env) == "10.0.0.1" and rendezvous_host({**env, gloo.ADDRESS: "n1"}) == "n1"
     assert elastic_driver({**env, "HOROVOD_ELASTIC": "1"}) == "10.0.0.1:4711:4711"
 
 

@@ -146,7 +146,7 @@ def test_watching_costs_less_than_a_500th_of_a_step(ranks, limit_ms):
 @pytest.mark.parametrize(("ranks", "looks"), [(2, 33), (1024, 17), (4096, 7)])
 def test_more_ranks_are_looked_at_less_often(monkeypatch, ranks, looks):
     seen = []
-    monkeypatch.setattr(Stragglers, "_look", lambda self, step: seen.append(step))
+    monkeypatch.setattr(Stragglers, "_check", lambda self, step: seen.append(step))
     stragglers = Stragglers(["node"] * ranks, lambda *_, **__: None)
     times = RankTimes(np.full((ranks, 3), 0.1))
     for step in range(1, 204):

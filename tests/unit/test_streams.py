@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from horovod_owt.cli import cli
-from horovod_owt.commands.streams import _stream
-from horovod_owt.errors import ConfigError, RunError, explained
+from horovod_owt.commands.streams import _stream, stdout_is_read
+from horovod_owt.errors import ConfigError, RunError, as_owt_error
 
 OWT = f"{sys.executable} -m horovod_owt"
 
@@ -58,6 +58,16 @@ def test_what_nobody_reads_is_dropped(pipe, is_log):
     os.close(read)
     for _ in range(3):
         print("x" * 100_000, file=stream, flush=True)
+
+
+def test_a_command_can_ask_whether_its_output_is_still_read(pipe, monkeypatch):
+    read, write = pipe
+    monkeypatch.setattr(sys, "stdout", _stream(write, None, errors="strict", is_log=False))
+    print("first", flush=True)
+    assert stdout_is_read()
+    os.close(read)
+    print("second", flush=True)
+    assert not stdout_is_read()
 
 
 def test_a_slow_reader_of_a_non_blocking_pipe_gets_everything(pipe):
@@ -110,12 +120,12 @@ def test_a_lost_connection_is_not_taken_for_a_lost_reader(monkeypatch, error):
     ],
 )  # fmt: skip
 def test_what_the_machine_lacks_is_no_bug(error, text):
-    known = explained(error)
+    known = as_owt_error(error)
     assert isinstance(known, RunError) and text in str(known) and "fix: " in str(known)
 
 
 def test_bugs_stay_bugs_and_explained_errors_stay_themselves():
     own = ConfigError("x")
-    assert explained(own) is own
+    assert as_owt_error(own) is own
     for bug in (KeyError("x"), RuntimeError("shape mismatch"), FileNotFoundError(2, "No such file", "x")):
-        assert explained(bug) is None
+        assert as_owt_error(bug) is None

@@ -77,7 +77,10 @@ def test_the_run_folder_is_found_in_the_command_and_wanted_there():
     assert run_dir_of(["owt", "train", "D", "--run-dir=runs/b"]).name == "b"
     twice = ["owt", "train", "D", "--run-dir", "runs/a", "--run-dir", "runs/b"]  # a script's, and the user's
     assert run_dir_of(twice).name == "b"
-    for command in (["owt", "train", "D"], ["owt", "train", "D", "--run-dir"]):
+    home = ["owt", "train", "D", "--run-dir=~/runs/c"]  # which no shell expands
+    assert run_dir_of(home) == Path.home() / "runs" / "c"
+    without = ([], ["--run-dir"], ["--run-dir", ""], ["--run-dir=", "--set", "batch=2"])
+    for command in (["owt", "train", "D", *words] for words in without):
         with pytest.raises(ConfigError, match="no --run-dir"):
             run_dir_of(command)
 
@@ -164,7 +167,7 @@ def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
     monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
     word = json.dumps({"exit_code": 2, "reason": "stalled"})
     script = f"echo '{word}' > $1/outcome.json; sleep 1000 & echo $! > $1/pid; wait"
-    before = {number: signal.getsignal(number) for number in supervisor.PASSED_ON}
+    before = {number: signal.getsignal(number) for number in supervisor.FORWARDED}
     try:
         command = ["sh", "-c", script, "job", str(tmp_path), "--run-dir", str(tmp_path)]
         assert supervisor.Supervisor(command, max_restarts=3).run() == 2
@@ -175,11 +178,12 @@ def test_a_launcher_that_outlives_the_runs_last_word_is_ended_with_all_below_it(
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
-def test_the_end_of_a_terminal_does_not_stop_a_job_under_nohup(tmp_path):
-    before = {number: signal.getsignal(number) for number in supervisor.PASSED_ON}
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", ["HUP", "INT"])  # under nohup; by `&` in a script
+def test_a_terminal_does_not_stop_a_job_that_was_started_to_ignore_it(tmp_path, number):
+    before = {number: signal.getsignal(number) for number in supervisor.FORWARDED}
+    signal.signal(getattr(signal, f"SIG{number}"), signal.SIG_IGN)
     try:
-        command = ["sh", "-c", "kill -HUP $PPID; exit 3", "job", "--run-dir", str(tmp_path)]
+        command = ["sh", "-c", f"kill -{number} $PPID; exit 3", "job", "--run-dir", str(tmp_path)]
         attempt = supervisor.Supervisor(command).run_once()
     finally:
         ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
@@ -200,7 +204,7 @@ def test_a_signal_finds_the_ranks_in_a_shell_of_srun_too(monkeypatch):
                 rank = [process for process in below if "HOROVOD_RANK" in process.environ()]
             assert [process.pid for process in supervisor.ranks_here()] == [rank[0].pid]
         finally:
-            supervisor.end_descendants(0)
+            supervisor.kill_descendants(0)
 
 
 def test_a_damaged_record_of_an_attempt_is_passed_over(tmp_path, caplog):

@@ -3,6 +3,7 @@
 import logging
 import math
 import threading
+import time
 from io import BytesIO
 
 import numpy as np
@@ -41,6 +42,28 @@ def test_steps_are_means_and_a_resumed_attempt_replaces_what_was_lost(tmp_path):
     assert losses == [(10, 5.5), (20, 15.5), (30, -1), (40, -1)]
     assert [e.value for e in seen.Scalars("train/gradient_norm")] == [2.0, 2.0]
     assert seen.Scalars("speed/step_ms")[0].value == 100
+
+
+def test_an_attempt_comes_after_those_before_it_though_the_clock_was_set_back(tmp_path, monkeypatch):
+    for first, now in ((1, 2e9), (3, 1e9), (5, 1e9)):  # of hosts with other clocks
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        board = TensorBoard(tmp_path / "tb", first_step=first, every=1)
+        for number in range(first, first + 4):
+            board.record("step", step(number, loss=float(first)))
+        board.close()
+    losses = [(event.step, event.value) for event in read(tmp_path / "tb").Scalars("train/loss")]
+    assert losses == [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (6, 5), (7, 5), (8, 5)]
+
+
+def test_the_averaged_weights_have_curves_of_their_own(tmp_path):
+    board = TensorBoard(tmp_path / "tb", first_step=1, every=1)
+    scores = {"step": 4, "loss": 2.0, "top1": 50.0, "top5": 90.0}
+    board.record("validation", scores)
+    board.record("validation", {**scores, "step": 8, "averaged_top1": 60.0})
+    board.close()
+    seen = read(tmp_path / "tb")
+    assert [(event.step, event.value) for event in seen.Scalars("validation/averaged_top1")] == [(8, 60)]
+    assert [event.step for event in seen.Scalars("validation/top1")] == [4, 8]
 
 
 def test_inputs_are_shown_as_the_net_gets_them(tmp_path):

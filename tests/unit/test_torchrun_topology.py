@@ -16,11 +16,11 @@ def network(monkeypatch):
     """A head node reached by ib1 from the others, which it reaches by ib0; its server has port 4711."""
     servers = []
 
-    def start_store(nodes, ip):
+    def start_rendezvous(nodes, ip):
         servers.append(nodes)
         return f"{ip}:4711/secret", 4711, lambda: None
 
-    monkeypatch.setattr(torchrun, "start_store", start_store)
+    monkeypatch.setattr(torchrun, "start_rendezvous", start_rendezvous)
     monkeypatch.setattr(torchrun, "source_address", lambda host: f"10.0.0.2 to {host}")
     monkeypatch.setattr(torchrun, "interface_towards", lambda host: {"head": "ib1"}[host])
     ways = {(): "lo", ("10.0.0.2 to head",): "ib0"}
@@ -45,7 +45,7 @@ def met(ranks_of: dict[str, int], hosts: list[str] | None = None) -> list[dict[s
             )
             places.append((topology, variables))
     with ThreadPoolExecutor(len(places)) as pool:  # they wait for each other
-        found = [pool.submit(torchrun.meet, store, *place) for place in places]
+        found = [pool.submit(torchrun.exchange_addresses, store, *place) for place in places]
         return [
             variables | {"HOROVOD_GLOO_IFACE": way} for variables, way in (each.result(30) for each in found)
         ]
@@ -87,7 +87,9 @@ def test_ranks_that_do_not_meet_are_named_with_the_store(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}.items():
         monkeypatch.setitem(os.environ, name, str(value))
-    monkeypatch.setattr(torchrun, "MEETING_LIMIT_S", 1)
-    with pytest.raises(torchrun.RunError, match="^rank 1 on n1 cannot meet .* at 127.0.0.1:9: ") as caught:
+    monkeypatch.setattr(torchrun, "RENDEZVOUS_LIMIT_S", 1)
+    with pytest.raises(
+        torchrun.RunError, match="^rank 1 on n1 cannot reach the others .* at 127.0.0.1:9: "
+    ) as caught:
         torchrun.join_torchrun(Topology(Launcher.TORCHRUN, 1, 2, 0, 1, "n1"))
     assert "\n" not in str(caught.value)

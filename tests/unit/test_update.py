@@ -42,12 +42,12 @@ def replica(*, decides: bool, **settings) -> Replica:
     if decides and NO_FUSED_SGD:
         pytest.skip("this torch has no fused SGD: the host decides, on GPUs too")
     made = Replica(replace(CONFIG, **settings), ROOT)
-    made._update_decides = decides
+    made._skips_on_device = decides
     return made
 
 
 def weights(made: Replica) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor, _ in made.parts()}
+    return {name: tensor.clone() for name, tensor, _ in made.state_tensors()}
 
 
 def step(made: Replica, batch: Batch):
@@ -108,7 +108,7 @@ def test_bad_images_that_end_the_run_change_no_weight(tolerance, bad):
 )
 def test_the_flag_is_what_a_fused_optimizer_compares_with_1(loss, bad, norm, skipped):
     norm = None if norm is None else torch.tensor([norm], dtype=torch.float64)
-    flag = skip_flag(torch.tensor(loss), torch.tensor(float(bad)), most_bad=2, norm=norm)
+    flag = skip_flag(torch.tensor(loss), torch.tensor(float(bad)), max_bad=2, norm=norm)
     assert flag.dtype == torch.float32 and flag.item() == skipped
 
 
@@ -129,9 +129,9 @@ def test_gradients_are_scaled_even_if_only_the_good_images_exceed_the_limit():
 def test_after_a_reset_of_the_momentum_a_step_is_that_of_a_new_optimizer(settings):
     used, new = (replica(decides=False, momentum=0.9, **settings) for _ in range(2))
     step(used, random_batch(1))
-    for name, tensor, _ in new.parts():
+    for name, tensor, _ in new.state_tensors():
         if not name.startswith(MOMENTUM):
-            tensor.copy_(dict((n, t) for n, t, _ in used.parts())[name])
+            tensor.copy_(dict((n, t) for n, t, _ in used.state_tensors())[name])
     new.weights_changed()
     used.reset_momentum()
     for made in (used, new):

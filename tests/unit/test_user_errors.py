@@ -4,11 +4,12 @@ import os
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from horovod_owt.cli import cli
 from horovod_owt.config import resolve
 from horovod_owt.data.synthetic import write_synthetic
-from horovod_owt.errors import ConfigError, OwtError, explained
+from horovod_owt.errors import ConfigError, OwtError, as_owt_error
 from horovod_owt.files import read_user_text
 from horovod_owt.launch.supervisor import Supervisor
 
@@ -28,6 +29,9 @@ def root(tmp_path_factory):
         "list.yaml": b"- 1\n- 2",
         "broken.yaml": b"batch: [1, 2",
         "date.yaml": b"batch: 2026-13-45",
+        "comment.yaml": b"# nothing\n",
+        "false.yaml": b"false",
+        "complex-key.yaml": b"? [1, 2]\n: 3",
         "deep.yaml": b"[" * 1200,
         "tag.yaml": b"batch: !!python/object:os.system x",
         "types.yaml": b"batch: [1, 2]",
@@ -58,7 +62,8 @@ def root(tmp_path_factory):
     return root
 
 
-RECIPES = """file binary zeros latin1.yaml half.utf16 list.yaml broken.yaml date.yaml deep.yaml tag.yaml
+RECIPES = """empty comment.yaml false.yaml complex-key.yaml
+file binary zeros latin1.yaml half.utf16 list.yaml broken.yaml date.yaml deep.yaml tag.yaml
 types.yaml map.yaml number-key.yaml null.yaml bool.yaml huge.yaml group.yaml nan.yaml folder
 dangling loop nowhere""".split()
 SETTINGS = """batch batch= =4 batch=0 batch=-1 batch=1.5 batch=1e3 batch=nan batch=99999999999999999999
@@ -127,10 +132,27 @@ def test_bad_input_is_answered_in_one_line(root, tmp_path, monkeypatch, command)
     error = outcome(command, root)
     if isinstance(error, click.ClickException | SystemExit):
         return  # click's own line, exit code 2
-    known = explained(error) if error else None
+    known = as_owt_error(error) if error else None
     assert known is not None, repr(error)
     assert "\n" not in str(known) and len(str(known)) < 800 and type(error).__name__ not in str(known)
     assert isinstance(error, OwtError), f"only the last resort explains {error!r}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train", "d", "--run-dir", ""], ["report", ""], ["stop", ""], ["launch", "elastic", "--hosts=", "d"]],
+)
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 2 and "an empty path: is a variable not set?" in done.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_home_is_found_where_no_shell_expands_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = CliRunner().invoke(cli, ["checkpoint", "list", "~/runs"])
+    assert f"{tmp_path}/runs does not exist" in str(done.exception)
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before_the_benchmark(tmp_path):
@@ -151,6 +173,21 @@ def test_a_file_of_another_encoding_is_named_with_the_byte(tmp_path):
     (tmp_path / "hosts").write_bytes("node1:4 # größer".encode("latin-1"))
     with pytest.raises(ConfigError, match="not UTF-8 text: .* at byte 12; wanted x; fix: iconv"):
         read_user_text(tmp_path / "hosts", wanted="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "saw"),
+    [
+        ("lr: 0.1\nbatch: 4\nlr: 0.2\n", "has lr twice, again at line 3"),
+        ("about:\n  summary: a\n  summary: b\n", "has summary twice, again at line 3"),
+        ("# lost\n", "is empty"),
+    ],
+)
+def test_a_recipe_that_says_two_things_or_nothing_is_refused(tmp_path, text, saw):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=f"r.yaml {saw}"):
+        resolve(str(recipe))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torchvision.models import alexnet
 
 from horovod_owt.errors import ConfigError, RunError
-from horovod_owt.inference.weights import metadata, read_net
+from horovod_owt.inference.weights import metadata, read_trained_model
 from horovod_owt.model import alexnet_owt, build_model
-from horovod_owt.runs.checkpoints import drop_old, note_score
+from horovod_owt.runs.checkpoints import drop_old, record_score
 from horovod_owt.train.checkpoint import Checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.timeout(60)
@@ -45,13 +45,13 @@ def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bo
 def test_a_run_stands_for_its_best_checkpoint_or_its_newest(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
-    assert read_net(tmp_path).info.step == 3  # no validation yet
-    note_score(tmp_path, step=2, epoch=1.0, top1=50.0)
-    best = read_net(tmp_path)
+    assert read_trained_model(tmp_path).info.step == 3  # no validation yet
+    record_score(tmp_path, step=2, epoch=1.0, top1=50.0)
+    best = read_trained_model(tmp_path)
     assert best.info.step == 2 and equal(best.weights, net(2))
     assert (best.info.class_names, best.info.image_size) == (tuple(CLASSES), 96)
-    assert read_net(tmp_path, newest=True).info.step == 3
-    assert read_net(tmp_path / "checkpoints" / "step-00000001").info.step == 1
+    assert read_trained_model(tmp_path, newest=True).info.step == 3
+    assert read_trained_model(tmp_path / "checkpoints" / "step-00000001").info.step == 1
 
 
 def test_a_damaged_checkpoint_is_passed_over_in_a_run_and_refused_by_name(tmp_path, caplog):
@@ -59,18 +59,19 @@ def test_a_damaged_checkpoint_is_passed_over_in_a_run_and_refused_by_name(tmp_pa
     damaged = write(tmp_path, 2)
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
-    assert read_net(tmp_path).info.step == 1 and "step-00000002 skipped" in caplog.text
+    assert read_trained_model(tmp_path).info.step == 1 and "step-00000002 skipped" in caplog.text
     with pytest.raises(RunError, match="step-00000002: model.safetensors does not match"):
-        read_net(damaged)
+        read_trained_model(damaged)
     (tmp_path / "checkpoints" / "step-00000001" / "state.json").unlink()
     with pytest.raises(RunError, match="none of 2 checkpoints is intact"):
-        read_net(tmp_path)
+        read_trained_model(tmp_path)
 
 
 def test_a_checkpoint_without_class_names_is_read(tmp_path):
     """As runs before the data set's identity wrote them."""
     write(tmp_path, 1, data={}, config={})
-    assert read_net(tmp_path).info.class_names == () and read_net(tmp_path).info.image_size == 224
+    info = read_trained_model(tmp_path).info
+    assert info.class_names == () and info.image_size == 224
 
 
 def test_a_run_that_writes_and_deletes_can_be_read(tmp_path):
@@ -92,7 +93,7 @@ def test_a_run_that_writes_and_deletes_can_be_read(tmp_path):
     writer.start()
     steps = []
     while writer.is_alive():
-        found = read_net(tmp_path, newest=True)
+        found = read_trained_model(tmp_path, newest=True)
         assert all((tensor == found.info.step).all() for tensor in found.weights.values())
         steps.append(found.info.step)
     writer.join()
@@ -105,12 +106,12 @@ def test_a_run_that_writes_and_deletes_can_be_read(tmp_path):
 def test_a_folder_without_checkpoints_is_one_line(tmp_path, folder, message):
     (tmp_path / "run" / folder).mkdir(parents=True)
     with pytest.raises(ConfigError, match=message):
-        read_net(tmp_path / "run")
+        read_trained_model(tmp_path / "run")
 
 
 def test_what_is_not_there_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="absent: No such file"):
-        read_net(tmp_path / "absent")
+        read_trained_model(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(("wrapped", "legacy"), [("plain", True), ("nested", False), ("parallel", False)])
@@ -126,7 +127,7 @@ def test_torchvisions_weights_are_read(tmp_path, monkeypatch, legacy, wrapped):
         "parallel": {"state_dict": {n.replace("features.", "features.module."): state[n] for n in state}},
     }[wrapped]
     torch.save(saved, tmp_path / "net.pth", _use_new_zipfile_serialization=not legacy)
-    found = read_net(tmp_path / "net.pth")
+    found = read_trained_model(tmp_path / "net.pth")
     assert (found.info.model, found.info.classes, found.info.class_names) == ("alexnet-owt", 5, ())
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -135,17 +136,17 @@ def test_torchvisions_weights_are_read(tmp_path, monkeypatch, legacy, wrapped):
 
 def test_the_batch_normalised_net_is_recognised(tmp_path):
     torch.save(net(model="alexnet-owt-bn"), tmp_path / "net.pth")
-    assert read_net(tmp_path / "net.pth").info.model == "alexnet-owt-bn"
+    assert read_trained_model(tmp_path / "net.pth").info.model == "alexnet-owt-bn"
 
 
 def test_a_safetensors_file_says_its_classes(tmp_path):
     write(tmp_path, 1)
-    info = read_net(tmp_path).info
+    info = read_trained_model(tmp_path).info
     save_file(net(1), tmp_path / "net.safetensors", metadata=metadata(info))
-    found = read_net(tmp_path / "net.safetensors").info
+    found = read_trained_model(tmp_path / "net.safetensors").info
     assert (found.class_names, found.image_size) == (info.class_names, 96)
     save_file(net(1), tmp_path / "others.safetensors", metadata={"classes": "[", "image_size": "x"})
-    assert read_net(tmp_path / "others.safetensors").info.class_names == ()
+    assert read_trained_model(tmp_path / "others.safetensors").info.class_names == ()
 
 
 class Malicious:
@@ -181,8 +182,8 @@ REFUSED = {
     "a pickle in torch's format": (torch_saved({"a": Malicious()}), r"Python objects \(posix.mkdir\)"),
     "a whole module": (torch_saved(torch.nn.Linear(2, 2)), "contains Python objects"),
     "a tar": (legacy_tar(), "no file of weights"),
-    "a list": (torch_saved([1, 2]), "holds a list that is no state dict"),
-    "numbers": (torch_saved({"lr": 0.1}), "holds a dict that is no state dict"),
+    "a list": (torch_saved([1, 2]), "contains a list, not a state dict"),
+    "numbers": (torch_saved({"lr": 0.1}), "contains a dict, not a state dict"),
     "a zip": (b"PK\x03\x04" + bytes(100), "truncated or no file of torch"),
     "safetensors of nothing": (b"\x08\0\0\0\0\0\0\0{garbage", "a whole .safetensors file"),
 }
@@ -194,7 +195,7 @@ def test_a_foreign_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch, case
     content, message = REFUSED[case]
     (tmp_path / "net.pth").write_bytes(content)
     with pytest.raises(ConfigError, match=message) as caught:
-        read_net(tmp_path / "net.pth")
+        read_trained_model(tmp_path / "net.pth")
     assert "\n" not in str(caught.value) and "net.pth" in str(caught.value)
     assert not (tmp_path / "pwned").exists()
 
@@ -210,7 +211,7 @@ def test_a_file_cut_short_anywhere_is_one_line(tmp_path, suffix):
     for share in (0.0001, 0.01, 0.3, 0.9, 0.999999):
         file.write_bytes(content[: int(share * len(content))])
         with pytest.raises(ConfigError) as caught:
-            read_net(file)
+            read_trained_model(file)
         assert "\n" not in str(caught.value)
 
 
@@ -230,4 +231,4 @@ def test_another_net_is_told_by_its_first_difference(tmp_path, change, message):
     change(weights)
     torch.save(weights, tmp_path / "net.pth")
     with pytest.raises(ConfigError, match=message):
-        read_net(tmp_path / "net.pth")
+        read_trained_model(tmp_path / "net.pth")

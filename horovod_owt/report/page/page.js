@@ -3,7 +3,7 @@
   const { runs, glyphs } = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const HEIGHT = 230, TALL = 270, TOP = 10, BOTTOM = 24, RIGHT = 10, GLYPHS = 16, RIBBON = 12;
-  const MOST_DOTS = 40; // of a line; more would hide it
+  const MAX_DOTS = 40; // of a line; more would hide it
   const NEAR = 7; // pixels from an event at which the readout names it
   const settings = { x: "step", log: false, hidden: new Set() };
 
@@ -98,7 +98,7 @@
 
   function scores(run, name, xName) {
     const rows = runs[run].validations.filter((row) => typeof row[name] === "number" && row[xName] !== null);
-    return rows.length ? [{ x: rows.map((row) => row[xName]), y: rows.map((row) => row[name]), dots: rows.length <= MOST_DOTS }] : [];
+    return rows.length ? [{ x: rows.map((row) => row[xName]), y: rows.map((row) => row[name]), dots: rows.length <= MAX_DOTS }] : [];
   }
 
   function lines(names, from, options) {

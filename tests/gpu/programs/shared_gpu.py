@@ -44,7 +44,7 @@ with watched(world, out, start=Start(), stall_limit_s=20, record=lambda *_, **__
             start = perf_counter()
             sum_over_ranks(torch.ones(64, device=world.device), f"sum.{number % 4}")
             times_ms.append(1e3 * (perf_counter() - start))
-        whole = replica.strategy.gather(replica.parts())
+        whole = replica.strategy.gather(replica.state_tensors())
         if world.is_root:
             save_file(
                 {name: t.contiguous().cpu().clone() for name, t in whole.items() if MOMENTUM not in name},

@@ -65,7 +65,7 @@ def off_by_from_torch(world: World) -> float:
         for each, total in zip(ours, totals, strict=True):
             each.start(total)
         for each in ours:
-            each.turn()
+            each.advance()
         for each, total in zip(ours, totals, strict=True):
             each.finish(total)
         for total, theirs in zip(totals, net.parameters(), strict=True):

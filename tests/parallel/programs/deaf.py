@@ -1,22 +1,20 @@
-"""owt preflight whose rank 1 stands still when it is asked about OWT_TEST_DEAF_TO, with short limits."""
+"""owt preflight whose rank 1 hangs when it is asked for OWT_TEST_DEAF_TO."""
 
 import os
 import signal
 
 from horovod_owt.cli import main
-from horovod_owt.preflight import run
-from horovod_owt.preflight.inquiry import Inquiry
+from horovod_owt.preflight.probes import Probes
 from horovod_owt.topology import read_topology
 
-run.LOOK_S = 2.0
-ask = Inquiry.ask
+gather = Probes.gather
 
 
-def ask_or_stop(inquiry, what, *words, **options):
+def gather_or_stop(probes, what, *words, **options):
     if what == os.environ["OWT_TEST_DEAF_TO"] and read_topology().rank == 1:
         signal.raise_signal(signal.SIGSTOP)  # in this thread, at once
-    return ask(inquiry, what, *words, **options)
+    return gather(probes, what, *words, **options)
 
 
-Inquiry.ask = ask_or_stop
+Probes.gather = gather_or_stop
 main()

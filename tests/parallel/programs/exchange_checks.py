@@ -30,22 +30,23 @@ def check_exchange(world: World, group_size: int) -> dict:
     own_units = sizes[group.index]
 
     x, y = random(ROWS, UNITS), random(all_rows, UNITS)
-    forward, back = exchange.gather_rows(x, "x").wait(), exchange.sum_rows(y, "y").wait()
+    forward, back = exchange.allgather_rows(x, "x").wait(), exchange.reduce_scatter_rows(y, "y").wait()
     found["rows"] = over_ranks(forward, y), over_ranks(x, back)
 
     x, y = random(all_rows, UNITS), random(all_rows, own_units)
-    forward, back = exchange.sum_units(x, "x").wait(), exchange.gather_units(y, "y").wait()
+    forward, back = exchange.reduce_scatter_units(x, "x").wait(), exchange.allgather_units(y, "y").wait()
     found["units"] = over_ranks(forward, y), over_ranks(x, back)
 
     for owner in range(group_size):
         x, y = random(ROWS, UNITS), random(ROWS, UNITS)
-        forward, back = exchange.lend_rows(x, owner, "x").wait(), exchange.return_rows(y, owner, "y").wait()
+        forward = exchange.broadcast_rows(x, owner, "x").wait()
+        back = exchange.reduce_rows(y, owner, "y").wait()
         assert len(back) == (ROWS if owner == group.index else 0)
         lent = x[: len(back)]  # by the others nothing
         found[f"lend {owner}"] = over_ranks(forward, y), over_ranks(lent, back)
 
     x, y = random(ROWS, UNITS), random(ROWS, UNITS)
-    forward, back = exchange.sum_everywhere(x, "x").wait(), exchange.sum_everywhere(y, "y").wait()
+    forward, back = exchange.allreduce(x, "x").wait(), exchange.allreduce(y, "y").wait()
     found["everywhere"] = over_ranks(forward, y), over_ranks(x, back)
 
     # from here on: 0 where all is equal
@@ -57,17 +58,17 @@ def check_exchange(world: World, group_size: int) -> dict:
     words = torch.from_numpy(np.arange(-(2**15), 2**15, dtype=np.int16)).view(256, 256)
     by_rank = [words.roll(rank, dims=1) for rank in group.ranks]
     sent = by_rank[group.index].view(torch.bfloat16)
-    gathered = exchange.gather_rows(sent, "words").wait()
+    gathered = exchange.allgather_rows(sent, "words").wait()
     found["bf16 rows"] = over_ranks_unequal(gathered.view(torch.int16), torch.cat(by_rank))
-    lent = exchange.lend_rows(sent, group_size - 1, "words").wait()
+    lent = exchange.broadcast_rows(sent, group_size - 1, "words").wait()
     found["bf16 lent"] = over_ranks_unequal(lent.view(torch.int16), by_rank[-1])
 
     # sums of bf16 are taken in fp32
     parts = random(all_rows, UNITS, torch.bfloat16)
-    everyones = exchange.gather_rows(parts, "parts").wait().view(group_size, all_rows, UNITS)
+    everyones = exchange.allgather_rows(parts, "parts").wait().view(group_size, all_rows, UNITS)
     own = slice(ROWS * group.index, ROWS * (group.index + 1))
     in_fp32 = everyones.float().sum(dim=0)[own]
-    summed = exchange.sum_rows(parts, "parts").wait()
+    summed = exchange.reduce_scatter_rows(parts, "parts").wait()
     found["bf16 sums"] = over_ranks_unequal(summed, in_fp32)
     return found
 

@@ -11,9 +11,9 @@ import socket
 import sys
 from time import monotonic, sleep
 
-from horovod_owt.parallel.gloo import Node, place_environment, store_environment
-from horovod_owt.parallel.meeting import meet
-from horovod_owt.parallel.store import start_store
+from horovod_owt.parallel.control_channel import open_control_channel
+from horovod_owt.parallel.gloo import Node, rank_environment, rendezvous_environment
+from horovod_owt.parallel.store import start_rendezvous
 from horovod_owt.topology import read_topology
 
 LIMIT_S = 60
@@ -22,8 +22,8 @@ ADDRESS_BYTES = 136  # of a Gloo pair
 
 def be_rank(nodes: list[Node], rank: int) -> bool:
     """Whether this rank heard all others (rank 0) or rank 0 (the others)."""
-    os.environ.update(place_environment(nodes, 0, rank))
-    with meet(read_topology(), limit_s=LIMIT_S) as met:
+    os.environ.update(rank_environment(nodes, 0, rank))
+    with open_control_channel(read_topology(), limit_s=LIMIT_S) as met:
         heard = met.gather(rank, LIMIT_S, "hello")
         everybody = sorted(heard.values()) == list(range(met.size))
         return met.broadcast(everybody, LIMIT_S)
@@ -60,8 +60,8 @@ def ask(method: str, key: str, value: bytes = b"") -> bytes:
 def main(what: str, ranks: int) -> None:
     act = {"meet": be_rank, "gloo": connect_as_gloo}[what]
     nodes, children, start = [Node("here", ranks)], [], monotonic()
-    address, port, stop = start_store(nodes, "127.0.0.1")
-    os.environ.update(store_environment(address, port))
+    address, port, stop = start_rendezvous(nodes, "127.0.0.1")
+    os.environ.update(rendezvous_environment(address, port))
     for rank in range(ranks):
         if (child := os.fork()) == 0:
             try:

@@ -64,14 +64,14 @@ def train(
 
         batches = micro_batches(cfg, world, pictures, labels)
         report = replica.train_step(batches.__next__, consumed=step * images, lr=cfg.lr)
-        assert report.bad_images == len(bad) and report.any_unnamed == bool(bad)
+        assert report.bad_images == len(bad) and report.any_unannounced == bool(bad)
         losses.append(report.loss)
         norms.append(report.grad_norm)
         traffic = {"sent": report.bytes_sent, "received": report.bytes_received}
     replica.average_running_statistics()
     whole = {
         name: t.contiguous().clone()
-        for name, t in replica.strategy.gather(replica.parts()).items()
+        for name, t in replica.strategy.gather(replica.state_tensors()).items()
         if MOMENTUM not in name
     }
     record = {"losses": losses, "norms": norms, "traffic": gather_objects(traffic, "traffic")}
@@ -98,7 +98,7 @@ def evaluation_is_off_by(replica: Replica, pictures: torch.Tensor, whole: dict[s
     own = {name: tensor for name, tensor in whole.items() if not name.startswith(AVERAGE)}
     averaged = {name: whole.get(f"{AVERAGE}{name}", tensor) for name, tensor in own.items()}
     with replica.evaluating() as logits_of:
-        nets = [(logits_of, own), (replica.averaged_net() or logits_of, averaged)]
+        nets = [(logits_of, own), (replica.averaged_model() or logits_of, averaged)]
         logits = [net(pictures.to(kept)) for net, _ in nets]
     off_by = 0.0
     for ours, (_, weights) in zip(logits, nets, strict=True):

@@ -1,8 +1,8 @@
-"""Collectives with timeouts, without Horovod: rank 0 never waits for ever, and knows who did not answer.
+"""Gather and broadcast with timeouts, without Horovod: rank 0 knows which ranks did not answer.
 
-For commands that check a job before it runs: the fault they look for must not hang them. No torch, no
-`hvd.init`: ranks get rank 0's address from the launcher's key-value store (Gloo) or by an MPI broadcast, and
-then talk to it over TCP.
+For commands that check a job before it runs, which must not hang on the fault that they look for. Needs
+neither torch nor `hvd.init`: ranks get rank 0's address from the launcher's key-value store (Gloo) or by an
+MPI broadcast, and then communicate with it over TCP.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from horovod_owt.parallel.objects import from_json, to_json
 from horovod_owt.parallel.rendezvous import Address, Rendezvous, connect_to_root
 from horovod_owt.topology import Launcher, Topology
 
-CONNECT = "connect"  # in `Meeting.absent`, the question that ranks did not answer that never connected
+CONNECT = "connect"  # the question in `ControlChannel.absent` of ranks that never connected
 GRACE_S = 2.0  # for an answer in transit
 POLL_S = 0.05
-LINE_BYTES = 16 << 20  # of a value: what a rank may make rank 0 keep
+LINE_BYTES = 16 << 20  # of a value: limits what rank 0 buffers per rank
 ADDRESS_BYTES = 4096  # of the MPI broadcast, whose size all ranks must know
 STORE_ADDRESS, STORE_PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to hosts of the job
-_meetings = 0  # of this process so far: each has a key of its own in the launcher's store
+_channels = 0  # opened by this process so far: each uses another key in the launcher's store
 
 
 class Link:
-    """JSON values over a connection, each with a deadline."""
+    """Sends and receives JSON values over a connection, each with a deadline."""
 
     def __init__(self, host: str, connection: socket.socket) -> None:
         self.host, self._connection = host, connection
         self._lines, self._arrived = Lines(LINE_BYTES), deque[Any]()
 
     def send(self, value: Any, deadline: float) -> None:
-        """Raises OSError when the other end is gone or does not read."""
+        """Raises OSError if the other end is gone or does not read."""
         self._connection.settimeout(max(POLL_S, deadline - monotonic()))
         self._connection.sendall(json_line(value))
 
     def receive(self, deadline: float) -> Any:
-        """Raises OSError when the other end is gone or silent, ValueError for a line that is no value."""
+        """Raises OSError if the other end is gone or silent, ValueError for a line that is not JSON."""
         while not self._arrived:
             # data that has already arrived is read even after the deadline
             self._connection.settimeout(max(POLL_S, deadline - monotonic()))
@@ -62,11 +62,11 @@ class Link:
         self._connection.close()
 
 
-class Meeting:
-    """The ranks of a job, connected to rank 0. All must make the same calls in the same order.
+class ControlChannel:
+    """Connections of all ranks to rank 0. All must make the same calls in the same order.
 
-    A rank that misses one deadline is dropped: on rank 0, `absent` maps it to its host, if known, and the
-    question it did not answer.
+    A rank that misses a deadline is dropped: on rank 0, `absent` maps it to its host, if known, and to the
+    question that it did not answer.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -79,9 +79,9 @@ class Meeting:
         return self.rank == 0
 
     def gather(self, value: Any, limit_s: float, what: str = "") -> dict[int, Any]:
-        """Every present rank's `value` (JSON's types) by rank, on rank 0; nothing on the others.
+        """Every present rank's `value` (JSON types) by rank, on rank 0; empty on the others.
 
-        `limit_s` is how long rank 0 waits from now on; `what` names the question, for `absent`.
+        Rank 0 waits up to `limit_s`; `what` names the question, for `absent`.
         """
         deadline = monotonic() + limit_s
         if not self.is_root:
@@ -96,7 +96,7 @@ class Meeting:
         return values
 
     def broadcast(self, value: Any = None, limit_s: float = 60.0) -> Any:
-        """Rank 0's `value` (JSON types) on every rank; raises RunError if rank 0 does not answer."""
+        """Rank 0's `value` (JSON types), on every rank; raises RunError if rank 0 does not answer."""
         deadline = monotonic() + limit_s
         if not self.is_root:
             return self._with_root(lambda link: link.receive(deadline + GRACE_S))
@@ -105,7 +105,7 @@ class Meeting:
                 link.send(value, deadline)
             except OSError:
                 self._lose(rank, link, "listen")
-        return json.loads(json.dumps(value))  # as the other ranks get it
+        return json.loads(json.dumps(value))  # the same types as on the other ranks
 
     def _lose(self, rank: int, link: Link, what: str) -> None:
         self.absent[rank] = (link.host, what)
@@ -128,7 +128,7 @@ class Meeting:
         deadline = monotonic() + limit_s
         while len(self._links) < self.size - 1 and (left_s := deadline - monotonic()) > 0:
             for rank, host, connection in rendezvous.admit(min(left_s, 1.0)):
-                if rank in self._links:  # it took its first connection for lost
+                if rank in self._links:  # it gave up its first connection and reconnected
                     self._links[rank].close()
                 self._links[rank] = Link(host, connection)
         for rank in set(range(1, self.size)) - self._links.keys():
@@ -136,21 +136,21 @@ class Meeting:
 
 
 @contextmanager
-def meet(topology: Topology, *, limit_s: float = 60.0) -> Iterator[Meeting]:
-    """The meeting of all ranks that connect within `limit_s`, for as long as the block lasts.
+def open_control_channel(topology: Topology, *, limit_s: float = 60.0) -> Iterator[ControlChannel]:
+    """Connect all ranks, within `limit_s`, for the duration of the block.
 
     Raises RunError on a rank that cannot reach rank 0.
     """
-    meeting = Meeting(topology)
+    channel = ControlChannel(topology)
     with ExitStack() as stack:
-        stack.callback(lambda: [link.close() for link in meeting._links.values()])
+        stack.callback(lambda: [link.close() for link in channel._links.values()])
         if topology.world_size > 1:
             deadline = monotonic() + limit_s
-            if meeting.is_root:
+            if channel.is_root:
                 one_host = topology.local_size >= topology.world_size
                 with closing(Rendezvous(topology.host, topology.world_size, one_host=one_host)) as rendezvous:
                     _exchange_address(topology, rendezvous.address, deadline)
-                    meeting._assemble(rendezvous, deadline - monotonic())
+                    channel._assemble(rendezvous, deadline - monotonic())
             else:
                 address = _exchange_address(topology, None, deadline)
                 try:
@@ -161,14 +161,14 @@ def meet(topology: Topology, *, limit_s: float = 60.0) -> Iterator[Meeting]:
                         wanted="TCP between all hosts, on any port",
                         fix=f"`ping {address.host}` from there; open the firewall between the hosts",
                     ) from None
-                meeting._links[0] = Link(address.host, connection)
-        yield meeting
+                channel._links[0] = Link(address.host, connection)
+        yield channel
 
 
 def _exchange_address(topology: Topology, address: Address | None, deadline: float) -> Address:
-    """Rank 0's address, on every rank; raises RunError where it does not arrive in time."""
-    global _meetings
-    _meetings += 1
+    """Rank 0's address, on every rank; raises RunError on a rank that does not get it in time."""
+    global _channels
+    _channels += 1
     if topology.launcher is Launcher.TORCHRUN:
         from horovod_owt.parallel.torchrun import join_torchrun  # its store needs torch
 
@@ -185,8 +185,8 @@ def _exchange_address(topology: Topology, address: Address | None, deadline: flo
 
 
 def _by_store(text: str | None, deadline: float) -> str | None:
-    """Through the key-value store that the launcher runs for Gloo."""
-    url = f"http://{os.environ[STORE_ADDRESS]}:{os.environ[STORE_PORT]}/owt-meeting/{_meetings}"
+    """Exchange through the key-value store that the launcher runs for Gloo."""
+    url = f"http://{os.environ[STORE_ADDRESS]}:{os.environ[STORE_PORT]}/owt-channel/{_channels}"
     if text is not None:
         request = urllib.request.Request(url, data=text.encode(), method="PUT")
         NO_PROXY.open(request, timeout=max(POLL_S, deadline - monotonic())).close()
@@ -203,9 +203,9 @@ def _by_store(text: str | None, deadline: float) -> str | None:
 
 
 def _by_mpi(text: str | None, deadline: float) -> str | None:
-    """By an MPI broadcast, up to the deadline."""
+    """Exchange by an MPI broadcast."""
     if not sees_gpus():
-        yield_when_idle()  # the check may go on to time an allreduce with the same MPI
+        yield_when_idle()  # a preflight may later time an allreduce with this MPI
     from mpi4py import MPI
 
     buffer = bytearray((text or "").encode().ljust(ADDRESS_BYTES))

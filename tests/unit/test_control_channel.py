@@ -13,9 +13,9 @@ import pytest
 from horovod_owt.commands import data_verify
 from horovod_owt.data.verify import Finding, Findings, merged
 from horovod_owt.errors import DataError, RunError
-from horovod_owt.parallel import meeting, rendezvous
+from horovod_owt.parallel import control_channel, rendezvous
+from horovod_owt.parallel.control_channel import CONNECT, open_control_channel
 from horovod_owt.parallel.interfaces import addresses_of
-from horovod_owt.parallel.meeting import CONNECT, meet
 from horovod_owt.topology import Topology
 
 
@@ -45,9 +45,9 @@ def ranks(monkeypatch):
     Store.kept = {}
     with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setenv(meeting.STORE_ADDRESS, "127.0.0.1")
-        monkeypatch.setenv(meeting.STORE_PORT, str(server.server_address[1]))
-        monkeypatch.setattr(meeting, "GRACE_S", 0.2)
+        monkeypatch.setenv(control_channel.STORE_ADDRESS, "127.0.0.1")
+        monkeypatch.setenv(control_channel.STORE_PORT, str(server.server_address[1]))
+        monkeypatch.setattr(control_channel, "GRACE_S", 0.2)
 
         class AlwaysFirst:  # threads share a process's count of meetings
             def __iadd__(self, _):
@@ -56,7 +56,7 @@ def ranks(monkeypatch):
             def __str__(self):
                 return "1"
 
-        monkeypatch.setattr(meeting, "_meetings", AlwaysFirst())
+        monkeypatch.setattr(control_channel, "_channels", AlwaysFirst())
 
         def run(act, size, here=None):
             def one(rank):
@@ -74,7 +74,7 @@ def ranks(monkeypatch):
 
 def test_rank_0_hears_all_and_all_hear_rank_0(ranks):
     def act(topology):
-        with meet(topology, limit_s=10) as met:
+        with open_control_channel(topology, limit_s=10) as met:
             heard = met.gather({"from": topology.rank}, 10, "hello")
             return heard, met.broadcast([topology.rank, "word"]), met.absent
 
@@ -88,7 +88,7 @@ def test_a_silent_rank_is_named_with_its_host_and_the_question_and_the_others_co
     released = threading.Event()
 
     def act(topology):
-        with meet(topology, limit_s=10) as met:
+        with open_control_channel(topology, limit_s=10) as met:
             if topology.rank == 1:
                 released.wait(20)
                 return met.gather("late", 0.5, "first")
@@ -104,7 +104,7 @@ def test_a_silent_rank_is_named_with_its_host_and_the_question_and_the_others_co
 
 def test_a_rank_that_never_connects_is_named_when_time_is_up(ranks):
     def act(topology):
-        with meet(topology, limit_s=1.0) as met:
+        with open_control_channel(topology, limit_s=1.0) as met:
             return met.gather(topology.rank, 5), met.absent
 
     heard, absent = ranks(act, 3, here=[0, 2])[0]
@@ -113,7 +113,7 @@ def test_a_rank_that_never_connects_is_named_when_time_is_up(ranks):
 
 def test_without_rank_0_the_others_say_so_and_do_not_wait_on(ranks):
     def act(topology):
-        with meet(topology, limit_s=0.5):
+        with open_control_channel(topology, limit_s=0.5):
             raise AssertionError
 
     (error,) = ranks(act, 2, here=[1])
@@ -122,7 +122,7 @@ def test_without_rank_0_the_others_say_so_and_do_not_wait_on(ranks):
 
 def test_when_rank_0_goes_the_others_hear_of_it(ranks):
     def act(topology):
-        with meet(topology, limit_s=10) as met:
+        with open_control_channel(topology, limit_s=10) as met:
             met.gather(None, 10)
             return None if met.is_root else met.broadcast(limit_s=30)
 
@@ -131,7 +131,7 @@ def test_when_rank_0_goes_the_others_hear_of_it(ranks):
 
 def test_a_lone_rank_needs_no_network(monkeypatch):
     monkeypatch.setattr(socket, "create_server", None)
-    with meet(Topology("none", 0, 1, 0, 1, "here")) as met:
+    with open_control_channel(Topology("none", 0, 1, 0, 1, "here")) as met:
         assert met.gather(7, 1) == {0: 7} and met.broadcast({"a": 1}) == {"a": 1}
 
 
@@ -139,10 +139,10 @@ def test_a_lone_rank_needs_no_network(monkeypatch):
 def strangers(monkeypatch):
     """Connections that are silent or send garbage to whatever address rank 0 announces, before the ranks."""
     made = []
-    real = meeting._exchange_address
+    real = control_channel._exchange_address
 
     def exchange(topology, address, deadline):
-        for place in address.places if address else ():
+        for place in address.endpoints if address else ():
             draw = random.Random(1)
             for number in range(200):
                 made.append(socket.create_connection(place, timeout=10))
@@ -152,7 +152,7 @@ def strangers(monkeypatch):
                         made[-1].send(draw.randbytes(draw.randrange(1, 5000)))
         return real(topology, address, deadline)
 
-    monkeypatch.setattr(meeting, "_exchange_address", exchange)
+    monkeypatch.setattr(control_channel, "_exchange_address", exchange)
     yield made
     for one in made:
         one.close()
@@ -166,7 +166,7 @@ def test_ranks_meet_among_strangers_and_nobody_listens_afterwards(ranks, strange
     places = []
 
     def act(topology):
-        with meet(topology, limit_s=10) as met:
+        with open_control_channel(topology, limit_s=10) as met:
             if met.is_root:
                 places.append(strangers[0].getpeername())
                 with pytest.raises(ConnectionRefusedError):
@@ -179,10 +179,10 @@ def test_ranks_meet_among_strangers_and_nobody_listens_afterwards(ranks, strange
 
 
 def test_a_rank_that_sends_a_line_without_end_is_dropped_not_kept(ranks, monkeypatch):
-    monkeypatch.setattr(meeting, "LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(control_channel, "LINE_BYTES", 1 << 16)
 
     def act(topology):
-        with meet(topology, limit_s=10) as met:
+        with open_control_channel(topology, limit_s=10) as met:
             if topology.rank == 1:
                 with suppress(OSError):
                     met._links[0]._connection.sendall(b"x" * (1 << 22))
@@ -195,14 +195,14 @@ def test_a_rank_that_sends_a_line_without_end_is_dropped_not_kept(ranks, monkeyp
 
 def test_findings_of_any_number_reach_rank_0(ranks, monkeypatch):
     """A rank whose message was too long was dropped, with all that it had found in hours."""
-    monkeypatch.setattr(meeting, "LINE_BYTES", 10_000)
+    monkeypatch.setattr(control_channel, "LINE_BYTES", 10_000)
     monkeypatch.setattr(data_verify, "PIECE", 50)
 
     def act(topology):
         numbers = range(1000 * topology.rank, 1000 * topology.rank + 210 * topology.rank)
         odd = [Finding("val", number, f"/set/val/cat/{number}.JPEG", "PNG named .JPEG") for number in numbers]
         bad = [Finding("val", 1000 * topology.rank + 999, "/set/val/cat/bad.JPEG", "empty file")]
-        with meet(topology, limit_s=10) as met:
+        with open_control_channel(topology, limit_s=10) as met:
             return data_verify.gathered(met, Findings(images=1000, bad=bad, remarks=odd)), met.absent
 
     (parts, absent), *others = ranks(act, 3)
@@ -217,7 +217,7 @@ def test_ranks_that_share_the_images_have_the_same(ranks, other):
     """Each takes its part of its own list: of another list it would be other images."""
 
     def act(topology):
-        with meet(topology, limit_s=10) as met:
+        with open_control_channel(topology, limit_s=10) as met:
             try:
                 data_verify.check_same(met, other if topology.rank == 1 else "6 images")
             except DataError as error:
