@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from nvidia.dali import Pipeline, backend, fn, types
 
-from horovod_owt.data.decode import pillow_fault
+from horovod_owt.data.decode import decoded, pillow_fault
 
 T = TypeVar("T")
 
@@ -31,6 +32,16 @@ def decoder_options(*, on_gpu: bool) -> dict:
     if "adjust_orientation" in backend.GetSchema("decoders__ImageSlice").GetArgumentNames():
         options["adjust_orientation"] = False
     return options
+
+
+def bitmap(file: np.ndarray) -> np.ndarray:
+    """The image as a file that DALI decodes on the CPU always; the file itself if Pillow refuses it."""
+    out = io.BytesIO()
+    try:
+        decoded(file.tobytes()).save(out, "BMP")
+    except ValueError:
+        return file
+    return np.frombuffer(out.getvalue(), np.uint8)
 
 
 def find_refused(build: Callable[[Callable[[], T]], Pipeline], inputs: Iterable[T]) -> list[int]:

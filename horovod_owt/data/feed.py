@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -30,8 +31,13 @@ READ_AHEAD = 2  # batches
 IGNORED = -100  # label of a row that must not count: the ignore_index of torch's cross_entropy
 
 Windows = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # (n, 2) sizes -> windows and flips
-# an image as in EncodedBatch, the height and width of the stored one, and its fault, empty if none
-Sample = tuple[np.ndarray, tuple[int, int], str]
+
+
+class Sample(NamedTuple):
+    image: np.ndarray = np.empty(0, np.uint8)  # as in EncodedBatch
+    size: tuple[int, int] = (1, 1)  # height and width as stored
+    odd_colours: bool = False
+    fault: str = ""  # of a bad image, which has no more than that
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class EncodedBatch:
     labels: np.ndarray  # (b,) int64; IGNORED where not valid
     indices: np.ndarray  # (b,) int64, into the store
     valid: np.ndarray  # (b,) bool; False for padding and placeholders of bad images, which must not count
+    # (b,) bool: a JPEG of RGB, CMYK or YCCK. No manual says what nvJPEG makes of it: it is for the CPU.
+    odd_colours: np.ndarray
     faults: Mapping[int, str] = field(default_factory=dict)  # row -> fault, for bad images
 
     def without(self, faults: Mapping[int, str]) -> EncodedBatch:
@@ -59,7 +67,8 @@ class EncodedBatch:
         )
         if not valid.any():
             jpeg, window = _placeholder()
-            return replace(batch, images=[jpeg] * len(valid), windows=np.tile(window, (len(valid), 1)))
+            windows, odd_colours = np.tile(window, (len(valid), 1)), np.zeros_like(valid)
+            return replace(batch, images=[jpeg] * len(valid), windows=windows, odd_colours=odd_colours)
         rows = np.where(valid, np.arange(len(valid)), np.argmax(valid))
         return batch._with_images(rows)
 
@@ -76,8 +85,13 @@ class EncodedBatch:
 
     def _with_images(self, rows: np.ndarray) -> EncodedBatch:
         """The same batch with the images of these rows."""
-        images = [self.images[row] for row in rows]
-        return replace(self, images=images, windows=self.windows[rows], flips=self.flips[rows])
+        return replace(
+            self,
+            images=[self.images[row] for row in rows],
+            windows=self.windows[rows],
+            flips=self.flips[rows],
+            odd_colours=self.odd_colours[rows],
+        )
 
 
 @cache
@@ -147,14 +161,16 @@ class Feed:
 
     def _read(self, indices: np.ndarray, windows_of: Windows) -> EncodedBatch:
         samples = self._read_samples(indices)
-        sizes = np.array([size for _, size, _ in samples], np.int64)
+        sizes = np.array([sample.size for sample in samples], np.int64)
         windows, flips = windows_of(sizes)
-        images, valid = [data for data, _, _ in samples], np.ones(len(indices), bool)
+        images, valid = [sample.image for sample in samples], np.ones(len(indices), bool)
+        odd_colours = np.array([sample.odd_colours for sample in samples], bool)
         if self.decoded:
             shapes = [image.shape[:2] if image.ndim == 3 else (1, 1) for image in images]
             windows = augment.scaled(windows, sizes, np.array(shapes, np.int64))
-        batch = EncodedBatch(images, windows, flips, self.store.labels[indices], indices, valid)
-        faults = {row: fault for row, (_, _, fault) in enumerate(samples) if fault}
+        labels = self.store.labels[indices]
+        batch = EncodedBatch(images, windows, flips, labels, indices, valid, odd_colours)
+        faults = {row: sample.fault for row, sample in enumerate(samples) if sample.fault}
         return self.without(batch, faults) if faults else batch
 
     def _read_samples(self, indices: np.ndarray) -> list[Sample]:
@@ -171,7 +187,7 @@ class Feed:
 
     def _cached(self, index: int) -> Sample | None:
         found = self.store.cached(index)
-        return (*found, "") if found else None
+        return Sample(*found) if found else None
 
     def _read_part(self, indices: np.ndarray) -> list[Sample]:
         return [self._read_one(index) for index in indices.tolist()]
@@ -187,32 +203,29 @@ class Feed:
         fault = pillow_fault(data)
         return f"undecodable: {fault}" if fault else ""
 
-    def _read_image(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """The file's bytes or its pixels, and the stored image's height and width.
-
-        Raises ValueError with the fault of a bad one.
-        """
+    def _read_image(self, index: int) -> Sample:
+        """The file's bytes or its pixels; ValueError with the fault of a bad one."""
         if self.decoded:
-            return self.store.pixels(index)
+            return Sample(*self.store.pixels(index))
         data = self.store.read(index)
         header = check_image(data)
         if fault := self._distrusted_fault(data, header):
             raise ValueError(fault)
-        return np.frombuffer(data, np.uint8), (header.height, header.width)
+        return Sample(np.frombuffer(data, np.uint8), (header.height, header.width), header.odd_colours)
 
     def _read_one(self, index: int) -> Sample:
-        """What `_read_image` returns, and the fault, empty if none."""
+        """The image, or its fault."""
         fault = self._bad_images.fault(index) if self._bad_images else None
         if not fault:
             try:
-                return *self._read_image(index), ""
+                return self._read_image(index)
             except (OSError, MemoryError) as error:
                 if not is_of_the_file(error):
                     raise machine_error(error, f"cannot read {self.store.path(index)}") from error
                 fault = read_fault(error)
             except ValueError as error:
                 fault = str(error)
-        return np.empty(0, np.uint8), (1, 1), fault
+        return Sample(fault=fault)
 
 
 class TrainFeed(Feed):

@@ -23,6 +23,7 @@ class Header(NamedTuple):
     pixels_from: int  # offset after which an end marker is the image's; 0 if unknown
     mode: str = ""  # Pillow's name of the pixel format, for kinds other than JPEG and PNG
     turned: bool = False  # a TIFF with an orientation: Pillow turns it, and no other kind
+    odd_colours: bool = False  # a JPEG that is not grey or YCbCr
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -35,7 +36,9 @@ def read_header(data: bytes) -> Header:
     """Size and format; ValueError with the fault of a bad file."""
     if data[:2] == SOI:
         frame = read_frame(data)
-        header = Header(frame.height, frame.width, "JPEG", frame.components, frame.at)
+        header = Header(
+            frame.height, frame.width, "JPEG", frame.components, frame.at, odd_colours=frame.odd_colours
+        )
     elif data[:8] == SIGNATURE:
         png = read_png_header(data)
         header = Header(png.height, png.width, "PNG", png.channels, 0)

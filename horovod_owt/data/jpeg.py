@@ -1,6 +1,6 @@
-"""The segments of a JPEG before its pixels: size, and what no decoder accepts.
+"""The segments of a JPEG before its pixels: size, colours, and what no decoder accepts.
 
-Source: ITU T.81 annex B.
+Source: ITU T.81 annex B; for the colours T.872 and libjpeg's jdapimin.c.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 SOI = b"\xff\xd8"
 EOI = b"\xff\xd9"  # in the pixel data each 0xFF is followed by 0, so it cannot occur there
-_EOI, _SOS, _DQT, _DHT = 0xD9, 0xDA, 0xDB, 0xC4
+_EOI, _SOS, _DQT, _DHT, _APP14 = 0xD9, 0xDA, 0xDB, 0xC4, 0xEE
+_ADOBE = b"Adobe"  # in APP14, before a version, flags, and how the colours are transformed
 _NO_FRAME = {_DHT, 0xC8, 0xCC}  # a reserved code and arithmetic tables, in the range of the SOF markers
 _SEQUENTIAL = {0xC0, 0xC1}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
@@ -28,14 +29,21 @@ class Frame(NamedTuple):
     width: int
     components: int
     at: int  # offset of its marker in the file
+    odd_colours: bool  # not grey or YCbCr: RGB by Adobe's marker or the channels' names, CMYK, YCCK
 
 
 def read_frame(data: bytes) -> Frame:
     """The frame of a JPEG; ValueError with the fault if there is none."""
-    for marker, start, _ in _segments(data):
+    transform = 1  # to YCbCr
+    for marker, start, end in _segments(data):
+        if marker == _APP14 and data.startswith(_ADOBE, start) and end >= start + 12:
+            transform = data[start + 11]
         if _is_frame(marker):
             height, width = (int.from_bytes(data[start + k : start + k + 2], "big") for k in (1, 3))
-            return Frame(height, width, data[start + 5], start - 4)
+            components = data[start + 5]
+            names = data[start + 6 : start + 6 + 3 * components : 3]
+            is_ycbcr = components == 3 and names != b"RGB" and transform == 1
+            return Frame(height, width, components, start - 4, not (is_ycbcr or components == 1))
         if marker in (_EOI, _SOS):
             break
     raise ValueError("JPEG without a frame header")

@@ -1,4 +1,8 @@
-"""Decoding of JPEGs on the GPU by torchvision, that is by nvJPEG; what it refuses is left to the CPU."""
+"""Decoding of JPEGs on the GPU by torchvision, that is by nvJPEG; what it refuses is left to the CPU.
+
+So are JPEGs of RGB, CMYK and YCCK: it may show them in false colours, without an error. Its manual says only
+that conversion from CMYK is off by default, and torchvision does not turn it on.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ from torchvision.transforms.functional import resized_crop
 from horovod_owt.data.augment import View, whole_window
 from horovod_owt.data.feed import EncodedBatch
 from horovod_owt.data.header import image_size
+from horovod_owt.data.jpeg import SOI
 
 log = logging.getLogger(__name__)
 
-JPEG_START = b"\xff\xd8"  # SOI
 GROUP_PIXELS = 2**27  # decoded together, at most, unless one image has more: 400 MB when decoded
 Decode = Callable[[Sequence[Tensor]], list[Tensor]]  # files' bytes -> (3, height, width) uint8 on the GPU
 
@@ -53,7 +57,7 @@ class GpuDecoder:
     def decode_rows(self, encoded: EncodedBatch, out: Tensor) -> list[int]:
         """Fill rows of `out` (K, b, S, S, 3) uint8, on its device; returns the rows left to the CPU."""
         left = set(range(len(encoded.images)))
-        for rows in _groups(encoded.images):
+        for rows in _groups(encoded):
             decoded = self._decoded(encoded, rows)
             self._cut_out(encoded, decoded, out)
             left -= decoded.keys()
@@ -88,12 +92,12 @@ class GpuDecoder:
             return None
 
 
-def _groups(images: Sequence[np.ndarray]) -> Iterator[list[int]]:
-    """The JPEGs among the files, in groups that the GPU has memory for: a batch of photos may take 10 GB."""
+def _groups(encoded: EncodedBatch) -> Iterator[list[int]]:
+    """What nvJPEG is to decode, in groups that the GPU has memory for: a batch of photos may take 10 GB."""
     rows: list[int] = []
     pixels = 0
-    for row, file in enumerate(images):
-        if file[:2].tobytes() != JPEG_START:
+    for row, file in enumerate(encoded.images):
+        if encoded.odd_colours[row] or file[:2].tobytes() != SOI:
             continue
         height, width = image_size(file.tobytes())
         if rows and pixels + height * width > GROUP_PIXELS:

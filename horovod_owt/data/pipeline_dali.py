@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from nvidia.dali import Pipeline, fn, tensors, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from horovod_owt.data.batch import MEAN, STD, Batch
-from horovod_owt.data.dali_decoder import check_machine, decoder_options, find_refused, undecodable
+from horovod_owt.data.dali_decoder import bitmap, check_machine, decoder_options, find_refused, undecodable
 from horovod_owt.data.feed import EncodedBatch, Feed
 from horovod_owt.data.machine import machine_error
 from horovod_owt.data.prefetch import Prefetched
@@ -43,7 +44,8 @@ class DaliPipeline:
         self._in_flight: deque[tuple[EncodedBatch, Inputs]] = deque()
         self._retry: deque[EncodedBatch] = deque()  # to be passed to DALI again, before the feed's next
         # made by a thread: the training thread would take 1 to 2 ms for 256 images
-        self._ready = Prefetched(((e, self._inputs(e, slice(None))) for e in feed), 1, "dali-inputs")
+        batches = feed if device_id is None else map(without_odd_colours, feed)
+        self._ready = Prefetched(((e, self._inputs(e, slice(None))) for e in batches), 1, "dali-inputs")
         self._fault: RunError | None = None  # from the feed; raised after the batches before it
         self._closed = False
         self._begin()
@@ -172,6 +174,17 @@ class DaliPipeline:
             (corners / np.maximum(room, 1)).astype(np.float32),
             encoded.flips[rows].astype(np.int32),
         )
+
+
+def without_odd_colours(encoded: EncodedBatch) -> EncodedBatch:
+    """The batch for a GPU, where DALI hands JPEGs to nvJPEG, those of three channels as YCbCr."""
+    rows = np.flatnonzero(encoded.odd_colours)
+    if not len(rows):
+        return encoded
+    images = list(encoded.images)
+    for row in rows:
+        images[row] = bitmap(images[row])
+    return replace(encoded, images=images, odd_colours=np.zeros_like(encoded.odd_colours))
 
 
 def _graph(source, image_size: int, crops: int, *, on_gpu: bool):

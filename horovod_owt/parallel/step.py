@@ -194,9 +194,9 @@ class OneWeirdTrick:
         """
         own = batch.features.detach().to(DTYPES[self.cfg.precision])
         turns = self._turns(len(own))
+        arriving = turns[0].fetch(own)  # first: to wait for labels is to let a GPU come so far
         labels, backs, losses = batch.labels.wait(), [], []
         images = len(own) * self._shard_group.size if self._local else self.cfg.global_batch(self.world.size)
-        arriving = turns[0].fetch(own)
         for number, turn in enumerate(turns):
             features = arriving.wait()
             if number + 1 < len(turns):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from horovod_owt.data.feed import ValidationFeed
 from horovod_owt.data.nvjpeg import nvjpeg_decoder
-from horovod_owt.data.pipeline_torchvision import TorchvisionPipeline
+from horovod_owt.data.pipeline import make_pipeline
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.model import dropout
@@ -111,30 +111,36 @@ def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(gpu, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def odd_images(tmp_path_factory):
-    """JPEGs, and among them what nvJPEG refuses: a PNG by another name, and CMYK."""
+    """JPEGs, and among them what nvJPEG is not to decode: a PNG by another name, CMYK, and RGB."""
     root = tmp_path_factory.mktemp("images") / "data"
     write_synthetic(root, classes=2, train_per_class=1, val_per_class=8, size=(200, 300))
-    first, second = sorted((root / "val").rglob("*.JPEG"))[:2]
-    for file, mode, kind in ((first, "RGB", "PNG"), (second, "CMYK", "JPEG")):
+    files = sorted((root / "val").rglob("*.JPEG"))
+    odd = (("RGB", "PNG", {}), ("CMYK", "JPEG", {}), ("RGB", "JPEG", {"keep_rgb": True}))
+    for file, (mode, kind, options) in zip(files, odd, strict=False):
         out = io.BytesIO()
-        Image.open(file).convert(mode).save(out, kind)
+        Image.open(file).convert(mode).save(out, kind, **options)
         file.write_bytes(out.getvalue())
     return open_data_set(root)
 
 
-def test_nvjpeg_decodes_what_pillow_decodes(gpu, report, odd_images):
-    if nvjpeg_decoder(gpu) is None:
+@pytest.mark.parametrize("pipeline", ["torchvision", "dali"])
+def test_a_gpu_decodes_what_the_cpu_decodes(gpu, report, odd_images, pipeline):
+    if pipeline == "torchvision" and nvjpeg_decoder(gpu) is None:
         pytest.skip("this torchvision has no nvJPEG")
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
 
     def batch_on(device_id):
         feed = ValidationFeed(odd_images.val, batch=16)
-        with TorchvisionPipeline(feed, image_size=128, device_id=device_id, num_threads=2) as pipe:
+        with make_pipeline(pipeline, feed, image_size=128, device_id=device_id, num_threads=2) as pipe:
             return next(pipe)
 
     on_gpu, on_cpu = batch_on(0), batch_on(None)
     difference = (on_gpu.images.cpu() - on_cpu.images).abs().flatten(1).mean(dim=1)
     report.add_row(
-        "nvJPEG against Pillow, mean difference of normalised pixels", worst_image=difference.max().item()
+        "GPU's decoder against the CPU's, mean difference of normalised pixels",
+        pipeline=pipeline,
+        worst_image=difference.max().item(),
     )
     assert not on_gpu.faults and difference.max() < 0.1
 

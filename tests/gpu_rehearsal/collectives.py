@@ -19,6 +19,8 @@ from horovod_owt.perf.network import HIDDEN, share
 SUMMED = {torch.int32, torch.int64, torch.float16, torch.float32, torch.float64}
 MOVED = SUMMED | {torch.uint8, torch.int8, torch.int16}
 CLASSES = 1000
+# To wait is to let the GPU come so far: what it could do meanwhile is to be on its way.
+STARTED_BEFORE = {"labels": "features"}
 
 Stretch = tuple[int, int, int]  # a storage, and from which byte to which
 
@@ -94,7 +96,11 @@ class Collectives:
 
     def synchronize(self, handle):
         with self._lock:
-            return self.flights.pop(handle).result
+            flight = self.flights.pop(handle)
+        started = {each.name.partition(".")[0] for each in self.flights.values()}
+        if (earlier := STARTED_BEFORE.get(flight.name)) and earlier not in started:
+            raise Refused(f"{flight.name} are waited for before {earlier} are sent")
+        return flight.result
 
     def allreduce(self, tensor, name=None, op=None, process_set=None):
         return self.synchronize(self.allreduce_async(tensor, name=name))

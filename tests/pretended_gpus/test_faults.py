@@ -35,6 +35,7 @@ def fails(start, on_gpus, tmp_path):
 
 
 ELASTIC = pytest.mark.parametrize("elastic", ["", "1"], ids=["static", "elastic"])
+OPERATION = pytest.mark.parametrize("operation", ["allgather", "alltoall", "broadcast"])
 
 
 @ELASTIC
@@ -42,6 +43,19 @@ def test_a_killed_rank_fails_what_is_in_flight(fails, elastic):
     (survivor,) = fails("kill@1:20", survivors=[0], HOROVOD_ELASTIC=elastic)
     assert survivor["error"].startswith("HorovodInternalError: a rank is gone: ")
     assert survivor["after_s"] + survivor["shutdown_s"] < NOTICED_S
+
+
+@OPERATION
+def test_a_killed_rank_fails_every_kind_of_operation(fails, operation):
+    (survivor,) = fails("kill@1:20", survivors=[0], OPERATION=operation)
+    assert survivor["error"].startswith("HorovodInternalError: a rank is gone: ")
+
+
+@OPERATION
+def test_an_asynchronous_error_is_noticed_in_every_kind_of_operation(fails, operation):
+    seen, other = fails("async@1:20", survivors=[1, 0], OPERATION=operation)
+    assert "NCCL async error: remote process exited or there was a network error" in seen["error"]
+    assert seen["after_s"] < 2 and "HorovodInternalError" in other["error"]
 
 
 def test_a_stopped_rank_fails_what_is_in_flight_when_gloo_gives_up(fails):

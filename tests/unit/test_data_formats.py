@@ -192,6 +192,29 @@ def test_both_pipelines_see_what_was_drawn_and_refuse_the_same_files(root, kind)
     assert len(batch.faults) == len(REFUSED)
 
 
+@pytest.mark.skipif("dali" not in KINDS, reason="DALI is not installed")
+def test_a_gpu_gets_bitmaps_of_jpegs_whose_colours_it_would_guess(root):
+    from horovod_owt.data.pipeline_dali import DaliPipeline, without_odd_colours
+
+    class ForGpu(ValidationFeed):
+        def __next__(self):
+            batch = super().__next__()
+            given = without_odd_colours(batch)
+            self.changed = [row for row in range(len(SAME)) if given.images[row] is not batch.images[row]]
+            return given
+
+    feed = ForGpu(open_data_set(root).val, batch=len(SAME) + len(REFUSED), bad_images=BadImages())
+    with DaliPipeline(feed, image_size=84, device_id=None, num_threads=2) as pipe:
+        batch = next(pipe)
+    names = [list(SAME)[row] for row in feed.changed]
+    assert names == ["jpeg RGB", "jpeg CMYK, Adobe's", "jpeg CMYK, others'"]
+    assert feed.changed and len(batch.faults) == len(REFUSED)
+    levels = 255 * (batch.images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1))
+    for row, name in zip(feed.changed, names, strict=True):
+        plain = np.asarray(decoded(SAME[name][0]))[6:90, 22:106]
+        assert np.abs(levels[row].permute(1, 2, 0).numpy() - plain).max() < 2.1, name
+
+
 @pytest.mark.parametrize("pipeline", KINDS)
 def test_verify_names_what_training_refuses(root, pipeline):
     argv = ["data", "verify", str(root), "--split", "val", "--pipeline", pipeline, "--json"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from horovod_owt.data.decode import pillow_fault
+from horovod_owt.data.decode import decoded, pillow_fault
 from horovod_owt.data.header import image_size, read_header
 
 
@@ -42,6 +42,50 @@ EXIF[0x0112] = 6  # rotated by 90 degrees; we want the stored size
 )
 def test_the_header_has_height_and_width(data):
     assert image_size(data) == (37, 61)
+
+
+def renamed(jpeg: bytes, names: bytes) -> bytes:
+    """Its channels by other names: libjpeg writes RGB in letters, Adobe's programs 1, 2, 3."""
+    out, frame, scan = bytearray(jpeg), read_header(jpeg).pixels_from, jpeg.index(b"\xff\xda")
+    out[frame + 10 : frame + 19 : 3] = out[scan + 5 : scan + 11 : 2] = names
+    return bytes(out)
+
+
+def adobe(jpeg: bytes, transform: int) -> bytes:
+    """With the segment of Adobe's programs; 0: not transformed, 1: to YCbCr, 2: to YCCK."""
+    return jpeg[:2] + b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform]) + jpeg[2:]
+
+
+AS_RGB = encoded(keep_rgb=True)
+WITHOUT_MARKER = AS_RGB.replace(AS_RGB[2:18], b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "is_odd"),
+    [
+        (encoded(), False),
+        (encoded(progressive=True), False),
+        (adobe(encoded(), 1), False),
+        (encoded(comment=b"Adobe"), False),
+        (encoded(mode="L"), False),
+        (adobe(encoded(mode="L"), 0), False),
+        (AS_RGB, True),
+        (WITHOUT_MARKER, True),
+        (renamed(AS_RGB, b"\1\2\3"), True),
+        (adobe(encoded(), 0), True),  # with a segment of JFIF, which says YCbCr
+        (adobe(encoded(), 2), True),
+        (encoded(mode="CMYK"), True),
+        (adobe(encoded(mode="CMYK"), 2), True),
+        (encoded("PNG"), False),
+    ],
+)
+def test_colours_other_than_grey_and_ycbcr_are_known_from_the_header(data, is_odd):
+    assert read_header(data).odd_colours == is_odd
+
+
+@pytest.mark.parametrize("data", [WITHOUT_MARKER, renamed(AS_RGB, b"\1\2\3")])
+def test_what_is_taken_for_rgb_is_rgb_to_pillow(data):
+    assert (np.asarray(decoded(data)) == np.asarray(decoded(AS_RGB))).all()
 
 
 def test_a_real_size_needs_two_bytes():

@@ -1,5 +1,6 @@
 """Every collective that training uses, by Horovod's NCCL code; rank 0 prints a line of JSON."""
 
+import ctypes
 import json
 import os
 import statistics
@@ -58,6 +59,24 @@ def check_the_rest() -> None:
     assert [one["rank"] for one in hvd.allgather_object({"rank": rank})] == list(range(size))
 
 
+def check_no_host_waits() -> None:
+    """Horovod's threads wait for events by asking, and order the streams by events: no queue runs dry.
+
+    Where it allocates an output it could wait for the stream, which has all of the training's work.
+    """
+    host_waits = ctypes.CDLL(None).pretended_host_waits
+    own, splits = torch.zeros(2 * size, 3).cuda(), torch.tensor([2] * size, dtype=torch.int32)
+    for name, start in {
+        "allreduce": lambda: hvd.allreduce_async_(own, op=hvd.Sum, name="no wait, allreduce"),
+        "allgather": lambda: hvd.allgather_async(own, name="no wait, allgather"),
+        "alltoall": lambda: hvd.alltoall_async(own, splits, name="no wait, alltoall"),
+        "broadcast": lambda: hvd.broadcast_async(own, root_rank=0, name="no wait, broadcast"),
+    }.items():
+        before = host_waits()
+        hvd.synchronize(start())
+        assert host_waits() == before, name
+
+
 def check_sets() -> None:
     for pair in pairs:
         if rank in pair.ranks:
@@ -69,6 +88,7 @@ def check_sets() -> None:
 check_sums()
 check_large_pieces()
 check_the_rest()
+check_no_host_waits()
 check_sets()
 small, times_ms = torch.zeros(1).cuda(), []
 for _ in range(100):

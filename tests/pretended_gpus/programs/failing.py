@@ -1,6 +1,6 @@
-"""Three allreduces at a time until one fails; each rank says what it saw, how long it took, and how it left.
+"""Three operations at a time until one fails; each rank says what it saw, how long it took, and how it left.
 
-usage: failing.py OUT      writes OUT/RANK.json
+usage: failing.py OUT      writes OUT/RANK.json; OPERATION is one of START (allreduce)
 """
 
 import json
@@ -19,10 +19,17 @@ hvd.init()
 values = torch.ones(1000).cuda()
 seen, start = {"error": None}, time.monotonic()
 rank = hvd.rank()
+START = {
+    "allreduce": lambda name: hvd.allreduce_async_(values, op=hvd.Sum, name=name),
+    "allgather": lambda name: hvd.allgather_async(values, name=name),
+    "alltoall": lambda name: hvd.alltoall_async(values, name=name),
+    "broadcast": lambda name: hvd.broadcast_async_(values, root_rank=0, name=name),
+}
+operation = START[os.environ.get("OPERATION", "allreduce")]
 try:
     for _ in range(50):
         start = time.monotonic()
-        handles = [hvd.allreduce_async_(values, op=hvd.Sum, name=f"values.{i}") for i in range(3)]
+        handles = [operation(f"values.{i}") for i in range(3)]
         for handle in handles:
             hvd.synchronize(handle)
 except Exception as error:

@@ -12,6 +12,7 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -212,6 +213,8 @@ void release(void* block) {
 
 thread_local cudaError_t last_error = cudaSuccess;
 
+std::atomic<int> host_waits{0};
+
 cudaError_t refuse_kernel() {
   fprintf(stderr, "pretended GPU: a kernel is launched that kernels_on_cpu did not take\n");
   return last_error = cudaErrorNotSupported;
@@ -222,6 +225,9 @@ cudaError_t refuse_kernel() {
 void queue_on_stream(cudaStream_t stream, std::function<void()> work) { stream_of(stream).queue(std::move(work)); }
 
 extern "C" {
+
+// How often a thread of this process has waited for a stream, an event or the device; for tests to ask.
+int pretended_host_waits() { return host_waits; }
 
 // runtime: devices
 
@@ -279,6 +285,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
+  ++host_waits;
   std::set<Stream*> all;
   {
     std::lock_guard<std::mutex> guard(streams_mutex);
@@ -311,6 +318,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
   return stream_of(stream).is_idle() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  ++host_waits;
   stream_of(stream).wait();
   return cudaSuccess;
 }
@@ -349,6 +357,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   return event_of(event).has_come() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  ++host_waits;
   event_of(event).wait();
   return cudaSuccess;
 }
