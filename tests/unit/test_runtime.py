@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from horovod.common.exceptions import HorovodInternalError
 
-from horovod_owt.errors import ConfigError, Speaker
+from horovod_owt.errors import ConfigError, PrintedBy
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.device import Device
 from horovod_owt.parallel.gpus import Gpu
@@ -82,4 +82,4 @@ def test_ranks_that_horovod_does_not_see_are_refused(monkeypatch, launcher, elas
     with pytest.raises(ConfigError, match=message) if message else nullcontext() as caught:
         runtime._check_size(seen)
     if launcher is Launcher.GLOO and message:
-        assert caught.value.speaker is Speaker.ONE_RANK  # alone, whatever number it is told
+        assert caught.value.printed_by is PrintedBy.ONE_RANK  # alone, whatever number it is told
