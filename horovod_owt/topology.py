@@ -177,11 +177,13 @@ def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
         if several:
             seen = [name for name in (rank_name, size_name) if name in env]
             shown = " ".join(f"{name}={env[name]}" for name in seen)
-            raise ConfigError(
+            error = ConfigError(
                 f"{shown}: ranks of an unknown launcher",
                 wanted="horovodrun, mpirun, torchrun or srun --mpi=pmix; for a run of one rank, no launcher",
                 fix=f"`owt launch hosts --hosts FILE -- DATA --run-dir DIR`, or unset {' '.join(seen)}",
-            ).by_rank_0((rank or 0) if size_name else rank - 1)
+            )
+            # containers with a log each have RANK, and shells in which it is left: there each process prints
+            raise error if rank_name == "RANK" else error.by_rank_0((rank or 0) if size_name else rank - 1)
 
 
 def _rank_and_size(env: Mapping[str, str], rank: str, size: str) -> tuple[int, int] | None:

@@ -66,6 +66,5 @@ def _looks_like(data: bytes) -> str:
     """A hint at what the file contains instead of an image."""
     if not data.strip(b"\0"):
         return f"{len(data)} zero bytes"
-    start = data.lstrip()[:16]
-    kind = "HTML or XML, " if start.startswith(b"<") else ""
-    return f"{kind}begins with {start!r}"
+    kind = "HTML or XML, " if data.lstrip().startswith(b"<") else ""
+    return f"{kind}begins with {data[:16]!r}"

@@ -36,7 +36,7 @@ FOREIGN_FOLDERS = {
     *(b"lost+found", b"__MACOSX", b"@eaDir", b"#recycle", b"#snapshot", b"$RECYCLE.BIN"),
     b"System Volume Information",
 }
-DANGLING = "dangling link"
+DANGLING, BELOW_CLASS = "dangling link", "in a folder below its class"
 LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 CACHE_FROM = 20_000  # images; fewer are listed in no time
 VERSION = 2  # of the cache format
@@ -193,7 +193,7 @@ def _reason(entry: os.DirEntry[bytes], kind: str) -> str:
     """Why an entry of a class folder is no image of the data set; empty if it does not look like one."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if kind == "folder":
-        return "in a folder below its class"
+        return BELOW_CLASS
     if suffix and suffix not in (*SUFFIXES, *OTHER_SUFFIXES):
         return ""
     if kind != "file":

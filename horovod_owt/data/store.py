@@ -15,7 +15,7 @@ import numpy as np
 
 from horovod_owt.data.arrays import Names
 from horovod_owt.data.folder import FolderStore
-from horovod_owt.data.listing import LAYOUT, LeftOut, left_out_text, scan
+from horovod_owt.data.listing import BELOW_CLASS, LAYOUT, LeftOut, left_out_text, scan
 from horovod_owt.data.shards import INDEX, ShardStore, shard_name
 from horovod_owt.errors import DataError
 
@@ -168,10 +168,13 @@ def _open_split(folder: Path) -> Store:
     if empty := store.empty_classes():
         left_out = f"; {left_out_text(store.left_out)}" if store.left_out else ""
         counts = f"{len(empty)} of {len(store.classes)} empty"
+        deeper = any(each.reason == BELOW_CLASS for each in store.left_out)  # as in Tiny ImageNet
         raise DataError(
             f"{folder}: no image in class {first_few(empty)} ({counts}){left_out}",
             wanted="at least one .JPEG, .jpg or .png in each class",
-            fix="fill or remove the folder, in train and in val",
+            fix="move the images up, directly into the folder of their class"
+            if deeper
+            else "fill or remove the folder, in train and in val",
         )
     return store
 

@@ -43,6 +43,8 @@ def reason_not_to_restart(
     if last.asked_to_stop or last.exit_code == Preempted.exit_code:
         if stop_is_final:
             return "stopped by a signal; the same command resumes"
+        if before and not last.last_step and not before[-1].last_step:  # as if its time limit were too short
+            return "stopped twice before a step; a longer time limit, or a later warning (--signal), may help"
         return "" if restarts < max_restarts else _limit_reached(max_restarts)
     if last.exit_code == ConfigError.exit_code:
         return "bad usage or configuration"

@@ -20,7 +20,7 @@ from horovod_owt.parallel.interfaces import interface_of_lone_rank
 from horovod_owt.parallel.mpi import yield_when_idle
 from horovod_owt.parallel.timeline import ENVIRONMENT as TIMELINE
 from horovod_owt.parallel.torchrun import close_server, join_torchrun
-from horovod_owt.topology import Launcher, Topology, loopback_place, read_topology
+from horovod_owt.topology import LAUNCHERS, Launcher, Topology, loopback_place, read_topology
 from horovod_owt.versions import installed_versions
 
 NCCL_SHARES_DEVICES = 23000  # the first NCCL with NCCL_MULTI_RANK_GPU_ENABLE
@@ -124,8 +124,9 @@ def _check_size(topology: Topology) -> None:
         raise ConfigError(
             f"{topology.launcher} started {topology.world_size} ranks, Horovod's MPI sees {hvd.size()}",
             wanted="the MPI that Horovod is built with",
-            fix="put its mpirun first on PATH, or use `owt launch hosts --hosts FILE -- DATA --run-dir DIR`",
-        ).by_rank_0(topology.rank)
+            fix="put its mpirun first on PATH, or use `owt launch hosts --hosts FILE -- DATA --run-dir DIR`; "
+            f"unset {LAUNCHERS[topology.launcher].size}, if it is left from another job",
+        ).on_every_rank()
 
 
 def current_world(device: Device, sets: tuple[hvd.ProcessSet, ...] = ()) -> World:

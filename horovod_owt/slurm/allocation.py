@@ -84,13 +84,16 @@ def node_list(env: Mapping[str, str]) -> str:
 
 
 def _ranks_per_node(env: Mapping[str, str], nodes: int) -> int:
-    if "SLURM_NTASKS_PER_NODE" in env:
-        return int(env["SLURM_NTASKS_PER_NODE"])
-    if "SLURM_NTASKS" in env:
-        tasks = int(env["SLURM_NTASKS"])
+    most = int(env.get("SLURM_NTASKS_PER_NODE", 0))
+    tasks = int(env.get("SLURM_NTASKS", 0))
+    if most and (not tasks or tasks >= nodes * most):
+        return most
+    if tasks:  # beside --ntasks, --ntasks-per-node is the most that a node may have
         if tasks % nodes:
             raise ConfigError(
-                f"{tasks} tasks on {nodes} nodes", wanted="the same number on each", fix="--ntasks-per-node N"
+                f"{tasks} tasks on {nodes} nodes",
+                wanted="the same number on each",
+                fix="--ntasks-per-node N, without --ntasks",
             )
         return tasks // nodes
     return max(1, _gpus_on_node(env))

@@ -15,6 +15,9 @@ from horovod_owt.text import encode
 # Options of sbatch that srun would take for its own: --export, and --ntasks-per-gpu, which it refuses beside
 # --ntasks-per-node, given by us and by mpirun.
 NOT_FOR_SRUN = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_TRES")
+# Each is the memory of a job. srun refuses two, as in a job that was submitted from another one; with none it
+# gives the ranks all memory of the job.
+MEMORY = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE")
 OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_")  # how Slurm's variables in a job begin
 OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_HINT", "SLURM_JWT")  # may be set outside of jobs too
 LIMIT_S = 60.0  # for slurmctld to answer
@@ -113,7 +116,8 @@ def start_ranks(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen
     Ranks get the batch process's full environment, whatever sbatch --export was, save for what would mislead
     srun, also below mpirun.
     """
-    whole = {name: value for name, value in os.environ.items() if name not in NOT_FOR_SRUN}
+    several = MEMORY if sum(name in os.environ for name in MEMORY) > 1 else ()
+    whole = {name: value for name, value in os.environ.items() if name not in (*NOT_FOR_SRUN, *several)}
     return subprocess.Popen(
         argv,
         env={**whole, **env},

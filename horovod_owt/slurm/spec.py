@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from horovod_owt.errors import ConfigError
+from horovod_owt.slurm.times import EARLY_S, LEAST_S, seconds_in, warning_s
 from horovod_owt.topology import Launcher
 
+WARNING = "B:USR1@120"  # the default of --signal
 AUTO = "auto"  # the first available one of these launchers
 LAUNCHERS = (AUTO, *map(str, (Launcher.PMIX, Launcher.MPIRUN, Launcher.GLOO)))
 
@@ -82,7 +84,7 @@ class JobSpec:
         filled = {"job_name": self.job_name or f"owt-{self.kind}"}
         if self.restarts:
             # B: to the batch process only, which forwards it; it would kill ranks still loading torch
-            filled["signal"] = self.signal or "B:USR1@120"
+            filled["signal"] = self.signal or WARNING
         if self.elastic:
             filled["exclusive"] = True  # ranks started by ssh run outside the job's cgroups
         for name in sbatch_fields():
@@ -123,6 +125,14 @@ def _check(spec: JobSpec) -> None:
             wanted="ranks per node",
             fix="--ntasks-per-node N, or --gpus-per-node instead",
         )
+    if spec.restarts and (time_s := seconds_in(spec.time)) is not None:
+        before_s = warning_s(spec.signal or WARNING)
+        if time_s < before_s + EARLY_S + LEAST_S:
+            raise ConfigError(
+                f"--time {spec.time} with a warning {before_s} s before its end, or up to {EARLY_S} s sooner",
+                wanted=f"more than {before_s + EARLY_S + LEAST_S} s, or the job is stopped as it starts",
+                fix="a longer --time, or --signal B:USR1@30",
+            )
     if spec.min_ranks and not spec.elastic:
         raise ConfigError(
             f"--min-ranks with --kind {spec.kind}", wanted="an elastic job", fix="--kind elastic"

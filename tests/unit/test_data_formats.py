@@ -123,6 +123,8 @@ if "dali" in KINDS and dali_version().startswith("1."):
     del SAME["webp animated"]  # 1.34 sees no picture in it, and verify says so
 # name -> the file, and its fault
 REFUSED = {
+    "png without its end": (encoded(RGB, "PNG")[:-12], "truncated: no end marker"),
+    "jpeg after a blank line": (b"\n\n" + encoded(RGB, "JPEG"), r"not an image: begins with b'\n\n\xff\xd8"),
     "gif": (encoded(RGB, "GIF"), "unsupported format GIF"),
     "ppm": (encoded(RGB, "PPM"), "unsupported format PPM"),
     "tga": (encoded(RGB, "TGA"), "unsupported format TGA"),

@@ -105,6 +105,15 @@ def empty_class(root):
         image.rename(image.with_suffix(".txt"))
 
 
+def nest_images(root):
+    """As in Tiny ImageNet."""
+    for folder in (root / "train").iterdir():
+        if folder.is_dir():
+            folder.rename(root / "images")
+            folder.mkdir()
+            (root / "images").rename(folder / "images")
+
+
 @pytest.mark.parametrize(
     ("damage", "saw"),
     [
@@ -117,6 +126,10 @@ def empty_class(root):
         (
             archive_classes,
             "set/train has no class folders, but archives: n01.tar, n02.tar; .*owt data prepare",
+        ),
+        (
+            nest_images,
+            r"in class n01, n02 \(2 of 2 empty\); left out: 8 .* fix: move the images up, directly",
         ),
         (empty_class, r"set/train: no image in class n02 \(1 of 2 empty\)"),
         (

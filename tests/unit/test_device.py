@@ -263,7 +263,6 @@ def test_srun_tasks_without_pmi_are_refused_by_one_message():
         (("FLUX_TASK_RANK", "FLUX_JOB_SIZE"), 0),
         (("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"), 0),
         (("PMI_RANK", "PMI_SIZE"), 0),
-        (("RANK", "WORLD_SIZE"), 0),
         (("ALPS_APP_PE",), 1),  # tells no size: the first rank may be alone
         (("PMIX_RANK",), 1),
     ],
@@ -280,6 +279,13 @@ def test_ranks_of_an_unknown_launcher_are_refused_with_one_voice(names, speaks):
         rank_topology({**said(names, *[1, 4][: len(names)]), **said(OPEN_MPI, 1, 4, 1, 2)}).launcher
         == "mpirun"
     )
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_torchs_variables_without_torchrun_are_refused_by_each_process(rank):
+    with pytest.raises(ConfigError, match=f"^RANK={rank} WORLD_SIZE=4: .*unset RANK WORLD_SIZE") as caught:
+        rank_topology(said(("RANK", "WORLD_SIZE"), rank, 4))
+    assert caught.value.printed_by is PrintedBy.ONE_RANK
 
 
 def test_a_world_size_without_a_rank_is_refused():

@@ -25,6 +25,7 @@ from horovod_owt.slurm.gloo_rank import horovod_environment
 from horovod_owt.slurm.launchers import choose_launcher, ranks_argv
 from horovod_owt.slurm.script import quote_directive, render
 from horovod_owt.slurm.spec import KINDS, JobSpec
+from horovod_owt.slurm.times import seconds_in
 from horovod_owt.topology import Launcher, expand_counts
 
 REPO = Path(__file__).parents[2]
@@ -150,6 +151,9 @@ def test_options_of_sbatch_keep_their_names():
         (["--container-image", "a", "--apptainer", "b"], "one of them"),
         (["--container-image", "a", "--launcher", "mpirun"], "srun"),
         (["--container-mounts", "/a:/a"], "--container-image or --apptainer"),
+        (["--time", "2"], "--time 2 with a warning 120 s before its end.*--signal"),
+        (["--time", "0:03:59"], "wanted more than 240 s"),
+        (["--time", "1:59", "--signal", "B:USR1@30"], "wanted more than 150 s"),
         (["--sbatch", "rm -r x"], "option"),
         (["--min-ranks", "2"], "--kind elastic"),
         (["--kind", "elastic", "--apptainer", "a"], "ssh"),
@@ -159,6 +163,30 @@ def test_options_of_sbatch_keep_their_names():
 def test_what_makes_no_sense_together_is_refused(options, says):
     with pytest.raises(ConfigError, match=says):
         CliRunner().invoke(cli, ["job", "render", *options, "D"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:30:05", 5405),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("1-00:00:07", 86407),
+        ("UNLIMITED", None),
+        ("0", None),
+        ("", None),
+    ],
+)
+def test_time_limits_are_slurms(limit, seconds):
+    assert seconds_in(limit) == seconds
+    rendered("--time", limit, "D")  # long enough, or none that we know
+
+
+def test_a_short_job_that_is_not_warned_may_be_short():
+    rendered("--kind", "preflight", "--time", "2", "D")
+    rendered("--time", "3", "--signal", "B:USR1@30", "D")
 
 
 def test_an_elastic_job_outlives_its_nodes_and_has_them_alone():
@@ -289,6 +317,15 @@ def test_ranks_get_the_batch_processs_environment_whatever_sbatch_exported(monke
     assert start_ranks(["sh", "-c", check], {"OF_THE_LAUNCHER": "b"}).wait(20) == 0
 
 
+@pytest.mark.parametrize(("inherited", "left"), [("SLURM_MEM_PER_CPU", ""), ("NONE", "200")])
+def test_memory_of_the_job_that_submitted_this_one_does_not_reach_srun(monkeypatch, inherited, left):
+    """srun ends with two: "mutually exclusive"."""
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "200")
+    monkeypatch.setenv(inherited, "100")
+    check = f'test "$SLURM_MEM_PER_NODE$SLURM_MEM_PER_CPU" = "{left}"'
+    assert start_ranks(["sh", "-c", check], {}).wait(20) == 0
+
+
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}
 
 
@@ -302,6 +339,9 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}
         ({"SLURM_GPUS_PER_NODE": "a100"}, 1),  # not 100
         ({"SLURM_GPUS_PER_NODE": "a100:2,v100:2", "SLURM_GPUS_ON_NODE": "4"}, 4),
         ({"SLURM_NTASKS": "6"}, 3),
+        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_NTASKS": "4"}, 2),  # sbatch -n4 --ntasks-per-node=4: at most
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "8"}, 2),  # what the nodes may have
         ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": "8"}, 2),
     ],
 )

@@ -61,6 +61,8 @@ def test_a_job_is_started_again_only_where_that_may_help(attempts, why):
         ([attempt(exit_code=75)], 0, ""),
         ([attempt(exit_code=75, last_step=0)], 2, ""),
         ([attempt(exit_code=138, last_step=0, asked_to_stop=True)], 0, ""),
+        ([attempt(exit_code=75, last_step=n) for n in (5, 0)], 1, ""),
+        ([attempt(exit_code=75, last_step=0)] * 2, 1, "stopped twice before a step"),
         ([attempt(exit_code=75)], 3, "limit (3) reached"),
         ([attempt()], 3, "limit (3) reached"),
         ([attempt(last_step=0)], 0, "before the first step"),
