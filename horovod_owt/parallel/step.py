@@ -194,7 +194,7 @@ class OneWeirdTrick:
         """
         own = batch.features.detach().to(DTYPES[self.cfg.precision])
         turns = self._turns(len(own))
-        arriving = turns[0].fetch(own)  # first: to wait for labels is to let a GPU come so far
+        arriving = turns[0].fetch(own)  # before the wait for labels, which on a GPU is for all queued work
         labels, backs, losses = batch.labels.wait(), [], []
         images = len(own) * self._shard_group.size if self._local else self.cfg.global_batch(self.world.size)
         for number, turn in enumerate(turns):
