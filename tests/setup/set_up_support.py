@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
+LIMIT_S = 60  # of a job of real ranks
 sys.path.insert(0, str(REPO / "launch"))
 
 from steps import (  # noqa: E402

@@ -4,50 +4,13 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from sysconfig import get_config_var
 
 import pytest
-from set_up_support import installed, lanes, mpi, proof
+from set_up_support import LIMIT_S, installed, lanes, mpi, proof
 
-LIMIT_S = 60
 NO_SUCH_HOST = "no-such-host.invalid"  # .invalid never resolves
-
-
-@pytest.fixture
-def ranks(tmp_path):
-    """Start this many ranks of a program under a launcher; what they are and say ends with the test."""
-    started = []
-
-    def start(
-        np: int, program: str, *words: str, under: tuple[str, ...] = (), **environ: str
-    ) -> subprocess.Popen:
-        here = installed()
-        script = tmp_path / "program.py"
-        script.write_text(program)
-        launcher = [here.bin / "horovodrun", "--gloo", "-np", str(np)] if np > 1 else []
-        job = subprocess.Popen(
-            [*under, *launcher, sys.executable, script, *words],
-            env={**here.child_env(), **environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            cwd=tmp_path,
-        )
-        limit = threading.Timer(LIMIT_S, job.terminate)  # horovodrun ends its ranks; then reading ends too
-        limit.start()
-        started.append((job, limit))
-        return job
-
-    yield start
-    for job, limit in started:
-        limit.cancel()
-        if job.poll() is None:
-            job.terminate()
-        job.wait(20)
-        job.stdout.close()
 
 
 @pytest.fixture

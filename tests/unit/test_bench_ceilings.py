@@ -1,4 +1,4 @@
-"""The plain TCP ring, the sizes of collectives, and reports of benchmarks as text."""
+"""Plain sums over TCP and through shared memory, the sizes of collectives, reports of benchmarks as text."""
 
 import threading
 
@@ -9,6 +9,7 @@ from horovod_owt.bench.boston import format_boston_report
 from horovod_owt.bench.ceilings import format_ceilings_report
 from horovod_owt.bench.collectives import BUS_FACTORS, format_collectives_report, sizes
 from horovod_owt.bench.request import refuse_uncompilable
+from horovod_owt.bench.shared_sum import sum_chunks
 from horovod_owt.bench.tcp_ring import TcpRing, open_server, pair_on_this_host
 from horovod_owt.errors import ConfigError
 
@@ -40,6 +41,15 @@ def test_one_rank_times_a_ring_with_a_second_process():
     with pair_on_this_host([(1 << 16, 3), (64, 2)]) as run:
         large, small = run()
     assert len(large) == 3 and len(small) == 2 and min(large + small) > 0
+
+
+def test_a_sum_through_shared_memory_adds_what_the_others_wrote():
+    """Seen by rank 1 of 3, between ranks that have written numbers for it and their own sums."""
+    values = np.arange(6, dtype=np.float32)
+    slots = np.full((3, 6), 10, dtype=np.float32)
+    sum_chunks(values[None], slots, rank=1)
+    assert values.tolist() == [10, 10, 2 + 20, 3 + 20, 10, 10]
+    assert slots[1].tolist() == [0, 1, 22, 23, 4, 5] and (slots[[0, 2]] == 10).all()
 
 
 def test_boston_has_a_thousand_classes_of_real_jpegs(tmp_path):
