@@ -20,7 +20,8 @@ needs_namespaces = pytest.mark.skipif(
 
 
 @pytest.mark.slow
-def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
+def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run, monkeypatch):
+    monkeypatch.setenv("HOROVOD_GLOO_SHARED_MEMORY", "0")  # the bytes on the wire are counted
     done = run(
         [*OWT, "bench", "scaling", *SMALL, "--set", "batch=2", "--against", "ddp"]
         + ["--steps", "2", "--warmup", "1", "--count-interface", "lo"]
@@ -81,7 +82,7 @@ def test_bench_scaling_refuses_in_one_line(run, options):
 
 
 REPORT_HOSTS = """
-import json, socket, torch
+import json, os, socket, torch
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects, sum_over_ranks
 from horovod_owt.parallel.device import CPU
@@ -89,8 +90,9 @@ from horovod_owt.parallel.device import CPU
 world = runtime.init(CPU)
 total = sum_over_ranks(torch.ones(2), "ones").tolist()
 addresses = {name: socket.gethostbyname(name) for name in gather_objects(socket.gethostname(), "names")}
+memories = gather_objects(os.stat("/dev/shm").st_dev, "memories")
 if world.is_root:
-    print(json.dumps({"total": total, "addresses": addresses}))
+    print(json.dumps({"total": total, "addresses": addresses, "share_memory": len(set(memories)) < 2}))
 runtime.shutdown()
 """
 
@@ -105,7 +107,8 @@ def left_behind() -> set[str]:
 def test_two_hosts_meet_and_vanish(run):
     before = left_behind()
     done = run([TWO_HOSTS, "--", "python", "-c", REPORT_HOSTS], launcher="none")
-    assert done.json() == {"total": [2, 2], "addresses": {"host0": "192.0.2.1", "host1": "192.0.2.2"}}
+    addresses = {"host0": "192.0.2.1", "host1": "192.0.2.2"}
+    assert done.json() == {"total": [2, 2], "addresses": addresses, "share_memory": False}
     assert left_behind() <= before
 
 
