@@ -244,13 +244,17 @@ def test_term_removes_a_temporary_folder_and_ends_the_process(tmp_path):
 
 
 def test_a_forked_worker_that_is_ended_leaves_its_parents_temporary_folder():
-    with temporary_folder("owt-") as folder:
-        worker = os.fork()
-        if not worker:
-            signal.raise_signal(signal.SIGTERM)
-            os._exit(0)
-        _, status = os.waitpid(worker, 0)
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and folder.is_dir()
+    code = """
+import os, signal, sys
+from horovod_owt.filesystem import temporary_folder
+with temporary_folder("owt-") as folder:
+    worker = os.fork()
+    if not worker:
+        signal.raise_signal(signal.SIGTERM)
+    _, status = os.waitpid(worker, 0)
+    sys.exit(os.waitstatus_to_exitcode(status) != -signal.SIGTERM or not folder.is_dir())
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_a_file_that_cannot_be_extended_is_left_as_it_was(tmp_path, monkeypatch):
