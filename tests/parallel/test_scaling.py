@@ -20,13 +20,13 @@ needs_namespaces = pytest.mark.skipif(
 
 
 @pytest.mark.slow
-def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run, monkeypatch):
-    monkeypatch.setenv("HOROVOD_GLOO_SHARED_MEMORY", "0")  # the bytes on the wire are counted
+def test_bench_scaling_holds_strategies_against_ddp_and_one_rank(run):
     done = run(
         [*OWT, "bench", "scaling", *SMALL, "--set", "batch=2", "--against", "ddp"]
         + ["--steps", "2", "--warmup", "1", "--count-interface", "lo"]
         + ["--predict", "cpu-2-cores", "--json"],
         limit_s=280,
+        HOROVOD_GLOO_SHARED_MEMORY="0",  # the bytes on the wire are counted
     )
     report = done.json()
     rows = {(row["strategy"], row["ranks"]): row for row in report["rows"]}
