@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from horovod_owt.data.cache import MEMORY
 from horovod_owt.filesystem import extend, partial_file, unlink_quietly
 from horovod_owt.parallel.collectives import broadcast_object, gather_objects
 from horovod_owt.parallel.parts import time_each
 from horovod_owt.parallel.runtime import World
 
 CHUNK_BYTES = 1 << 20
-MEMORY = Path("/dev/shm")
 
 
 def shared_sum_s(world: World, num_bytes: int, *, repeats: int) -> list[float] | None:
