@@ -24,7 +24,7 @@ from horovod_owt.train.watch import watched
 
 out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 steps = int(sys.argv[3]) if sys.argv[3:] else 3
-cfg = TrainConfig(classes=10, image_size=96, stall_limit_s=20, **settings)
+cfg = TrainConfig(**dict(classes=10, image_size=96, stall_limit_s=20, fc_group_size=1) | settings)
 world = runtime.init(claim_device(rank_topology()), fc_group_size=cfg.fc_group_size, stall_limit_s=20)
 images = cfg.global_batch(world.size)
 with watched(world, out, start=Start(), stall_limit_s=20, record=lambda *_, **__: None) as heartbeat:
