@@ -26,7 +26,9 @@ def decoder_options(*, on_gpu: bool) -> dict:
     options = {
         "device": "mixed" if on_gpu else "cpu",
         "output_type": types.RGB,
-        "jpeg_fancy_upsampling": True,  # chroma as in libjpeg and Pillow, on the GPU too
+        # Chroma as in libjpeg and Pillow. nvJPEG before CUDA 13.3 cannot do that in a window: DALI would
+        # decode all training images on the CPU, with thousands of warnings.
+        "jpeg_fancy_upsampling": not on_gpu,
     }
     # Windows are in stored pixels: do not apply EXIF rotation (older decoders never do).
     if "adjust_orientation" in backend.GetSchema("decoders__ImageSlice").GetArgumentNames():

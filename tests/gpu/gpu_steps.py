@@ -11,7 +11,7 @@ from torch import Tensor
 from horovod_owt.config import TrainConfig
 from horovod_owt.data.batch import Batch
 from horovod_owt.parallel.runtime import World
-from horovod_owt.train.replica import Replica
+from horovod_owt.train.replica import MOMENTUM, Replica
 
 CONFIG = TrainConfig(classes=10, image_size=96, batch=16, fc_group_size=1)
 
@@ -56,3 +56,17 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         ).item()
         for name in a
     )
+
+
+def update_difference(before: dict[str, Tensor], a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Norm of the difference of two trainings, relative to what they have changed: of all weights together.
+
+    Not tensor by tensor: an activation close to zero may be positive on one device only, which changes
+    whole rows of a gradient; and before a batch normalisation the gradient of a bias is rounding alone.
+    """
+    names = [name for name in before if MOMENTUM not in name]
+    changed, differs = (
+        sum((one[name].double() - other[name].double()).square().sum().item() for name in names)
+        for one, other in ((a, before), (a, b))
+    )
+    return (differs / changed) ** 0.5

@@ -13,7 +13,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from gpu_steps import largest_difference, make_replica, random_batch, train, weights
+from gpu_steps import (
+    largest_difference,
+    make_replica,
+    random_batch,
+    train,
+    update_difference,
+    weights,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,11 +41,13 @@ needs_nccl = pytest.mark.skipif(not nccl_version(), reason="this Horovod has no 
 
 
 @pytest.mark.parametrize("model", ["alexnet-owt", "alexnet-owt-bn"])
-@pytest.mark.parametrize(("precision", "limit"), [("fp64", 1e-9), ("fp32", 1e-4), ("bf16", 0.1)])
+@pytest.mark.parametrize(("precision", "limit"), [("fp64", 1e-9), ("fp32", 0.01), ("bf16", 0.15)])
 def test_three_steps_train_to_the_cpus_weights(gpu, report, model, precision, limit):
+    """On an H200, TF32 in place of fp32 differs by 0.02 and more, fp32 by 0.008 at most."""
     made = [make_replica(device, model=model, precision=precision) for device in (CPU, gpu)]
+    before = weights(made[0])
     losses = [train(each, 3) for each in made]
-    difference = largest_difference(*map(weights, made))
+    difference = update_difference(before, *map(weights, made))
     report.add_row("GPU against CPU, three steps", model=model, precision=precision, difference=difference)
     assert difference < limit and losses[1] == pytest.approx(losses[0], rel=limit)
 
