@@ -1,11 +1,11 @@
 import threading
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from horovod_owt.data.feed import EncodedBatch, TrainFeed, ValidationFeed
+from horovod_owt.data.feed import READERS, EncodedBatch, TrainFeed, ValidationFeed
 from horovod_owt.data.prefetch import Prefetched
 from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
@@ -125,6 +125,46 @@ def test_a_bad_file_is_named_after_the_good_batches_before_it(tmp_path, damage, 
 
 
 # ---- reading ahead ----
+
+
+class Waiting:
+    """A store whose reads wait until `together` of them are under way, but for the first of each batch."""
+
+    def __init__(self, store, batch: int, together: int) -> None:
+        self._store, self._batch = store, batch
+        self._meeting = threading.Barrier(together)
+        self._count, self.threads = count(), set()
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def read(self, index: int) -> bytes:
+        self.threads.add(threading.current_thread().name)
+        if next(self._count) % self._batch:
+            self._meeting.wait(timeout=20)
+        return self._store.read(index)
+
+
+def test_one_thread_reads_what_comes_promptly(data, monkeypatch):
+    monkeypatch.setattr("horovod_owt.data.feed.PATIENCE_S", 60)
+    store = Waiting(data.train, batch=9, together=1)
+    with TrainFeed(store, seed=3, batch=9) as feed:
+        ours = rows(list(islice(feed, 4)))
+    assert store.threads == {"read-batches"}
+    assert ours == train_rows(data, 4, batch=9)
+
+
+def test_all_readers_wait_for_a_slow_store_at_a_time(data, monkeypatch):
+    monkeypatch.setattr("horovod_owt.data.feed.PATIENCE_S", 0)
+    monkeypatch.setattr("horovod_owt.data.feed.PROMPT_S", 0)
+    store = Waiting(data.train, batch=1 + 2 * READERS, together=READERS)
+    with TrainFeed(store, seed=3, batch=1 + 2 * READERS) as feed:
+        theirs = rows(list(islice(feed, 3)))
+    assert len(store.threads) == 1 + READERS
+    assert theirs == train_rows(data, 3, batch=1 + 2 * READERS)
 
 
 def test_prefetching_stays_within_its_depth_and_keeps_the_order():
