@@ -26,6 +26,7 @@ from horovod_owt.model.dropout import keep_scale
 from horovod_owt.parallel import runtime
 from horovod_owt.parallel.collectives import gather_objects
 from horovod_owt.parallel.optimizer import build_optimizer
+from horovod_owt.parallel.products import times_weight, times_weight_back, weight_gradient
 from horovod_owt.parallel.step import DTYPES, configure_backends
 from horovod_owt.perf.layers import net_of
 from horovod_owt.perf.network import HIDDEN, fc_layers
@@ -166,9 +167,9 @@ def _classifier(cfg: TrainConfig, device: torch.device) -> Iterator[Work]:
                 "forward",
                 lambda x=x, n=number, units=units: x * keep_scale(keys, n, units, cfg.dropout),
             )
-        yield Work(name, "forward", lambda w=weight, x=x: w @ x.t().contiguous(), flops)
-        yield Work(name, "by input", lambda w=weight, d=d_y: d @ w, flops)
-        yield Work(name, "by weight", lambda d=d_y, x=x, g=gradient: torch.mm(d.t(), x, out=g), flops)
+        yield Work(name, "forward", lambda w=weight, x=x: times_weight(x, w), flops)
+        yield Work(name, "by input", lambda w=weight, d=d_y: times_weight_back(d, w), flops)
+        yield Work(name, "by weight", lambda d=d_y, x=x, g=gradient: weight_gradient(d, x, g), flops)
         if number < 2:
             z = torch.randn(cfg.batch, units_out, device=device, dtype=kept)
             yield Work(f"relu{6 + number}", "forward", lambda z=z: F.relu(z))

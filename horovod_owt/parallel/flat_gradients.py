@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from horovod_owt.parallel.compression import Compressor
 from horovod_owt.parallel.groups import Group
+from horovod_owt.parallel.products import weight_gradient
 from horovod_owt.parallel.traffic import Traffic, Transfer, start_sum
 from horovod_owt.perf.predict import bucket_elements
 
@@ -101,10 +102,7 @@ class FlatGradients:
         """Deliver d_out^T x, a linear layer's weight gradient; if dtypes match, computed in the buffer."""
         if d_out.dtype != self._flat.dtype:
             return self.add(weight, d_out.t() @ x)
-        if weight.grad is None:
-            torch.mm(d_out.t(), x, out=self._views[weight])
-        else:
-            weight.grad.addmm_(d_out.t(), x)
+        weight_gradient(d_out, x, self._views[weight], add=weight.grad is not None)
         self._ready(weight)
 
     def add_sum(self, bias: nn.Parameter, d_out: Tensor) -> None:

@@ -15,6 +15,7 @@ from horovod_owt.parallel.collectives import gather_objects, sum_over_ranks
 from horovod_owt.parallel.exchange import Exchange
 from horovod_owt.parallel.groups import Group
 from horovod_owt.parallel.optimizer import build_optimizer
+from horovod_owt.parallel.products import times_weight, times_weight_back, weight_gradient
 from horovod_owt.parallel.runtime import World
 from horovod_owt.parallel.step import DTYPES, autocast, configure_backends
 from horovod_owt.parallel.traffic import Traffic, start_sum
@@ -100,10 +101,10 @@ def time_classifier(cfg: TrainConfig, world: World, *, group_size: int) -> Secon
     def passes() -> None:
         for weight, x, d_out in layers:
             cast = weight.to(dtype)
-            cast @ x.t().contiguous()
-            d_out @ cast
+            times_weight(x, cast)
+            times_weight_back(d_out, cast)
             if dtype == kept:
-                torch.mm(d_out.t(), x, out=weight.grad)
+                weight_gradient(d_out, x, weight.grad)
             else:
                 weight.grad.copy_(d_out.t() @ x)
 

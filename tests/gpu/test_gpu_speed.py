@@ -2,7 +2,7 @@
 
 import json
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import pytest
@@ -11,7 +11,10 @@ from gpu_steps import alone, make_replica, random_batch
 from test_gpu_correctness import needs_nccl, run_ranks
 
 from horovod_owt.bench.ddp_loop import DdpLoop
+from horovod_owt.data.feed import TrainFeed
 from horovod_owt.data.nvjpeg import nvjpeg_decoder
+from horovod_owt.data.pipeline import make_pipeline
+from horovod_owt.data.store import open_data_set
 from horovod_owt.data.synthetic import write_synthetic
 from horovod_owt.train import state
 
@@ -83,6 +86,27 @@ def test_nvjpeg_images_per_second(gpu, report, tmp_path):
     tensors = [torch.from_numpy(file) for file in files]
     ms = step_ms(lambda step: decode(tensors), warmup=2, steps=5)
     report.add_row("nvJPEG", images_per_s=1e3 * len(tensors) / ms)
+
+
+def test_dali_decodes_on_the_gpu(gpu, report, tmp_path):
+    """Where DALI decodes on the CPU instead, silently or with warnings, an image costs as much CPU time as
+    there."""
+    pytest.importorskip("nvidia.dali")
+    write_synthetic(tmp_path / "data", classes=2, train_per_class=256, val_per_class=1, size=(375, 500))
+    store, cpu_ms = open_data_set(tmp_path / "data").train, {}
+    for place, device_id in (("GPU", gpu.index), ("CPU", None)):
+        feed = TrainFeed(store, seed=1, batch=128)
+        how = dict(image_size=224, device_id=device_id, num_threads=4)
+        with make_pipeline("dali", feed, **how) as batches:
+            for _ in range(8):  # those that are ready by now
+                next(batches)
+            cpu_s = process_time()
+            ms = step_ms(lambda step: next(batches), warmup=0, steps=20)
+            cpu_ms[place] = 1e3 * (process_time() - cpu_s) / (20 * 128)
+        report.add_row(
+            "DALI, 375 x 500 px", decodes_on=place, images_per_s=128e3 / ms, cpu_ms_per_image=cpu_ms[place]
+        )
+    assert cpu_ms["GPU"] < 0.6 * cpu_ms["CPU"]
 
 
 @pytest.mark.parametrize("pinned", [False, True])
