@@ -61,9 +61,9 @@ def _by_onednn(matrix: Tensor) -> bool:
 @cache
 def _cpu() -> str:
     """torch's name of the vector instructions that it uses; empty where oneDNN cannot be called."""
-    callable_ = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    capability = getattr(torch.backends.cpu, "get_cpu_capability", str)
-    return capability() if callable_ else ""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return ""
+    return torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends, "cpu") else ""  # torch 2.0
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
