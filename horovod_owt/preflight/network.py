@@ -26,6 +26,7 @@ from horovod_owt.preflight.wire import Pair
 
 CLOCK_LIMIT_S = 1.0  # logs with larger offsets are hard to compare; munge and NFS tolerate more
 LATENCY_FLOOR_S = 5e-4  # latencies below this are never reported
+FAST_BYTES_PER_S = 1.5e9  # nor rates above this: there the cores at both ends limit a single TCP stream
 RING_SHARE = 0.1  # of plain TCP around the ring; less indicates the wrong network or too few cores
 ALLREDUCE_BYTES = 32 << 20
 ALLREDUCE_S = 1.0  # approximate duration of the test
@@ -92,7 +93,7 @@ def slow_pairs(pairs: Pairs) -> list[tuple[str, str]]:
     """Pairs with less than half the usual bandwidth in one direction, or more than twice the usual latency.
 
     "Usual" is the median over hosts of each host's best pair; with only three hosts, a median over pairs
-    would be dominated by a slow host.
+    would be dominated by a slow host. A pair faster than FAST_BYTES_PER_S is not slow.
     """
     if not pairs:
         return []
@@ -100,7 +101,7 @@ def slow_pairs(pairs: Pairs) -> list[tuple[str, str]]:
     return [
         pair
         for pair, found in pairs.items()
-        if min(found.up_bytes_per_s, found.down_bytes_per_s) < rate / 2
+        if min(found.up_bytes_per_s, found.down_bytes_per_s) < min(rate / 2, FAST_BYTES_PER_S)
         or found.latency_s > max(2 * latency_s, LATENCY_FLOOR_S)
     ]
 
@@ -149,7 +150,8 @@ def judge_pairs(pairs: Pairs, of: int) -> list[Finding]:
             f"{a} to {b} {found.up_bytes_per_s / 1e9:.3g} GB/s, back {found.down_bytes_per_s / 1e9:.3g}, "
             f"{1e6 * found.latency_s:.0f} us; {usual}"
         )
-        wanted = "at least half the usual bandwidth, at most twice the latency"
+        fast = f"{FAST_BYTES_PER_S / 1e9} GB/s"
+        wanted = f"at least half the usual bandwidth or {fast}, at most twice the latency"
         fix = "check `ethtool` and the errors in `ip -s link` on both; cable, port, traffic shaping"
         findings.append(Finding("pairs", False, saw, wanted, fix, (a, b)))
     if not findings:

@@ -82,6 +82,15 @@ def test_a_host_all_of_whose_links_are_slow_both_ways_is_found():
     assert network.slow_pairs(pairs) == [("a", "c"), ("b", "c")]
 
 
+@pytest.mark.parametrize(("slower", "flagged"), [(2.2e9, []), (1.4e9, [("a", "c")])])
+def test_no_core_is_taken_for_a_slow_link(slower, flagged):
+    """Two hosts of a virtual network that share a core had 2.2 GB/s where others had 5."""
+    fast = dict(up_bytes_per_s=5e9, down_bytes_per_s=5e9)
+    pairs = {pair: changed(**fast) for pair in itertools.combinations("abc", 2)}
+    pairs["a", "c"] = changed(**fast | dict(up_bytes_per_s=slower))
+    assert network.slow_pairs(pairs) == flagged
+
+
 def test_a_latency_counts_against_that_of_the_others():
     """Over a network whose usual latency anybody would notice."""
     pairs = {pair: changed(latency_s=1e-3) for pair in itertools.combinations("abc", 2)}
