@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from horovod_owt.parallel.exchange import Exchange
+from horovod_owt.parallel.products import times_weight, times_weight_back, weight_gradient
 
 
 def orthonormal(columns: Tensor) -> Tensor:
@@ -33,14 +34,15 @@ class LowRank:
         self.error = torch.zeros_like(matrix)  # of this rank
 
     def start(self, gradient: Tensor) -> None:
-        p = self.error.add_(gradient) @ orthonormal(self.query)
+        p = times_weight(orthonormal(self.query).t(), self.error.add_(gradient)).t().contiguous()
         self._transfer = self._exchange.allreduce(p, self._what, f"{self._name}.P")
 
     def advance(self) -> None:
         self._p = orthonormal(self._transfer.wait())
-        self._transfer = self._exchange.allreduce(self.error.t() @ self._p, self._what, f"{self._name}.Q")
+        q = times_weight_back(self._p.t(), self.error).t().contiguous()
+        self._transfer = self._exchange.allreduce(q, self._what, f"{self._name}.Q")
 
     def finish(self, total: Tensor) -> None:
         self.query.copy_(self._transfer.wait())
-        torch.mm(self._p, self.query.t(), out=total)
+        weight_gradient(self._p.t(), self.query.t(), total)
         self.error.sub_(total, alpha=1 / self._exchange.group.size)
