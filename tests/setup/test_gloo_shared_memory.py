@@ -19,8 +19,9 @@ def segments():
 def sums(group, factor):
     torch.manual_seed(hvd.rank())
     for kind in (torch.float32, torch.float64, torch.float16, torch.int32):
+        width = torch.ones(1, dtype=kind).element_size()
         for size in (1000, 1 << 18, (1 << 20) + 1, 5_000_003):
-            values = (factor * torch.randint(0, 500, (size // kind.itemsize,))).to(kind)
+            values = (factor * torch.randint(0, 500, (size // width,))).to(kind)
             before = values.clone()
             yield hvd.allreduce(values, op=hvd.Sum, process_set=group)
             yield hvd.allreduce(values, op=hvd.Max, process_set=group)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from horovod_owt.parallel import autograd
@@ -32,6 +33,7 @@ def test_gradients_are_torchs_and_are_not_accumulated():
     assert all(map(torch.equal, ours, torch.autograd.grad(out, [w, x], d_out)))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.1", reason="torch 2.0 loads SymPy for a pass itself")
 def test_a_training_step_does_not_load_sympy():
     code = """
 import sys

@@ -11,6 +11,8 @@ INSTRUCTIONS = ["as here", "AVX2", "AVX512", ""]
 
 @pytest.fixture(params=INSTRUCTIONS)
 def cpu(request, monkeypatch):
+    if request.param.startswith("AVX") and not products._cpu():
+        pytest.skip("this torch does not call oneDNN")
     if request.param != "as here":
         monkeypatch.setattr(products, "_cpu", lambda: request.param)
 
@@ -47,12 +49,15 @@ def test_an_old_torch_or_another_processor_has_torchs_own_products(monkeypatch):
     assert products._cpu() == ""
     products._cpu.cache_clear()
     monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    if hasattr(torch.backends, "cpu"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert not products._by_onednn(torch.ones(2, 2))
     products._cpu.cache_clear()
 
 
 def test_a_gradient_is_computed_in_parts_that_fit_a_cache(monkeypatch):
+    if not products._cpu():
+        pytest.skip("this torch does not call oneDNN")
     monkeypatch.setattr(products, "_cpu", lambda: "AVX2")
     sizes = []
     whole = products._onednn
