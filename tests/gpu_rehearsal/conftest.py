@@ -1,4 +1,4 @@
-"""The rehearsal follows fake tensors as current releases of torch have them, not torch 2.0 of the k80 lane."""
+"""The rehearsal follows fake tensors as current releases of torch have them: not the k80 lane."""
 
 from pathlib import Path
 
