@@ -63,7 +63,7 @@ def test_a_header_says_why_and_names_a_test_that_is_there(patch):
 
 
 def test_the_documentation_has_a_row_for_each_patch(patch):
-    assert f"\n| `{patch.stem}` |" in (place.REPO / "docs" / "horovod.md").read_text()
+    assert f"\n| `{patch.stem}` |" in (place.REPO / "docs" / "horovod.md").read_text(encoding="utf-8")
 
 
 def test_all_patches_at_once_are_the_patches_one_by_one_in_any_order(source, tmp_path):

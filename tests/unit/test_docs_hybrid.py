@@ -26,11 +26,11 @@ def test_the_table_of_bytes_is_the_closed_form(group_size, precision, pass_bytes
         *(megabytes(group_size, parallel="hybrid", precision=precision, batch=b) for b in (32, 128, 512)),
         round(break_even_batch(group_size, pass_bytes=pass_bytes)),
     ]
-    assert f"| {' | '.join(map(str, cells))} |" in (DOCS / "hybrid.md").read_text()
+    assert f"| {' | '.join(map(str, cells))} |" in (DOCS / "hybrid.md").read_text(encoding="utf-8")
 
 
 def test_the_other_split_would_send_as_much_less_as_the_text_says():
-    text = " ".join((DOCS / "hybrid.md").read_text().split())
+    text = " ".join((DOCS / "hybrid.md").read_text(encoding="utf-8").split())
     said = re.findall(r"(\d+) % fewer at K = (\d+)", text)
     assert len(said) == 2
     for percent, group_size in said:
@@ -39,7 +39,7 @@ def test_the_other_split_would_send_as_much_less_as_the_text_says():
 
 
 def test_the_closed_form_in_the_text_is_that_of_the_column_of_break_even_batches():
-    text = (DOCS / "hybrid.md").read_text()
+    text = (DOCS / "hybrid.md").read_text(encoding="utf-8")
     (millions, fc6_in, hidden) = re.search(r"b = ([\d.]+) M / \(K \((\d+) \+ (\d+) \+ C\)\)", text).groups()
     assert float(millions) == round(fc_parameters(1000) / 1e6, 1)
     assert (int(fc6_in), int(hidden)) == (FC6_IN, HIDDEN)

@@ -98,5 +98,5 @@ def test_units_may_be_other():
 def test_the_document_is_what_its_script_writes(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     written = importlib.import_module("write_boston_report").document()
-    assert (DOCS / "boston-report.md").read_text() == written
+    assert (DOCS / "boston-report.md").read_text(encoding="utf-8") == written
     assert max(map(len, written.splitlines())) <= 118

@@ -137,17 +137,21 @@ def test_a_plot_has_a_line_for_each_strategy_and_the_ideal(tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "plan.svg"
     plan("--nodes", "1,2,4", "--plot", str(file))
-    first = file.read_text()
+    first = file.read_text(encoding="utf-8")
     assert first.startswith("<?xml") and "ideal" in first and "hybrid b, 16-bit gradients" in first
     plan("--nodes", "1,2,4", "--plot", str(file))
-    assert file.read_text() == first
+    assert file.read_text(encoding="utf-8") == first
     assert "ends in .svg" in refused("--plot", str(tmp_path / "plan.png"))
 
 
 def shown() -> list[tuple[str, str]]:
     """The commands of the pages with the output that they show."""
     block = re.compile(r"^```\n\$ owt plan (.*)\n((?:.*\n)*?)```$", re.MULTILINE)
-    return [found for page in sorted(PAGE.parent.glob("*.md")) for found in block.findall(page.read_text())]
+    return [
+        found
+        for page in sorted(PAGE.parent.glob("*.md"))
+        for found in block.findall(page.read_text(encoding="utf-8"))
+    ]
 
 
 def test_the_pages_show_what_the_planner_prints():
@@ -171,7 +175,7 @@ def test_the_table_of_cpu_ranks_on_the_page_is_what_is_predicted():
     row = re.compile(
         r"^\| (\d+) \| (\d) (ranks?|hosts) \| (data|hybrid) \| (\d+) \| (\d+) \| (\S+) % \|$", re.M
     )
-    rows = row.findall(PAGE.read_text())
+    rows = row.findall(PAGE.read_text(encoding="utf-8"))
     assert len(rows) == 10
     for batch, number, what, strategy, measured, predicted, off in rows:
         cfg = TrainConfig(classes=1000, batch=int(batch), parallel=strategy, fc_group_size=2)
