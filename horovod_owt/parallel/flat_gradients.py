@@ -99,7 +99,7 @@ class FlatGradients:
         self._ready(parameter)
 
     def add_product(self, weight: nn.Parameter, d_out: Tensor, x: Tensor) -> None:
-        """Deliver d_out^T x, a linear layer's weight gradient; if dtypes match, computed in the buffer."""
+        """Deliver d_out^T x, a linear layer's weight gradient; if dtypes match, without a whole copy."""
         if d_out.dtype != self._flat.dtype:
             return self.add(weight, d_out.t() @ x)
         weight_gradient(d_out, x, self._views[weight], add=weight.grad is not None)
